@@ -1,0 +1,89 @@
+"""Every error a user can meet, as one tree.
+
+    MapoError
+    ├── ConfigError            the command or the configuration is wrong        (exit 2)
+    └── JobError               the work failed                                  (exit 1)
+        ├── SourceError        a preference source is missing or unreadable
+        ├── StorageError       the storage cannot be read or written
+        ├── ShardCorrupt       stored bytes differ from their digest
+        ├── DropBudgetExceeded more rows were quarantined than the limit allows
+        ├── ModelError         the base model is missing or is not an SDXL pipeline
+        ├── SnapshotError      the data set holds nothing (or not enough) to work on
+        └── TrainingError      training cannot start, or went wrong
+
+A message says numbers and place; `hint` says the way out.
+"""
+
+
+class MapoError(Exception):
+    """Base of all errors with a message for the user; crosses process borders whole."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)  # both in args, so that pickling keeps both
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class ConfigError(MapoError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class JobError(MapoError):
+    """A stage could not do its work."""
+
+
+class SourceError(JobError):
+    """A preference source is missing, unreadable or lacks columns."""
+
+
+class StorageError(JobError):
+    """The storage cannot be read or written."""
+
+
+class ShardCorrupt(JobError):
+    """Stored bytes differ from the digest in the table."""
+
+
+class DropBudgetExceeded(JobError):
+    """More rows were quarantined than the configuration allows."""
+
+
+class ModelError(JobError):
+    """The base model is missing, incomplete or not an SDXL pipeline."""
+
+
+class SnapshotError(JobError):
+    """The data set does not hold what a stage needs."""
+
+
+class TrainingError(JobError):
+    """Training cannot start, or went wrong."""
+
+
+def unwrap(error: BaseException) -> MapoError | None:
+    """The error of ours inside another framework's wrapping, as it was raised; None if there is none.
+
+    Ray raises what a worker raised as a class of its own that also inherits from ours, with the real one in `cause`
+    and a worker's traceback as its text. Ray Data must be told to keep the real one (`quiet_ray_data`), and appends
+    to its `args`; `message` and `hint` stay. An error in an actor's `__init__` comes as text alone: load there nothing
+    that a user can mend.
+    """
+    waiting: list[object] = [error]
+    for _ in range(32):  # chains are short; a circular one must end
+        if not waiting:
+            return None
+        found = waiting.pop(0)
+        if not isinstance(found, BaseException):
+            continue
+        cause = getattr(found, "cause", None)
+        if isinstance(found, MapoError) and not isinstance(cause, BaseException):
+            return type(found)(found.message, found.hint)
+        waiting += [cause, found.__cause__]
+    return None

@@ -1,0 +1,63 @@
+"""Where things lie on a storage, and the tables of latents and texts. See the Contract in docs/reference/storage.md."""
+
+import pyarrow as pa
+
+from pipelines.dataset.pair import PAIRS_SCHEMA
+from pipelines.dataset.storage import Storage
+from pipelines.dataset.table import Table
+
+PAIRS = "dataset/pairs"
+SHARDS = "dataset/shards"
+LATENTS = "dataset/latents"
+TEXT = "dataset/text"
+RUNS = "runs"
+
+LATENTS_SCHEMA = pa.schema(
+    [
+        ("pair_key", pa.string()),
+        ("status", pa.string()),  # kept, or quarantined with a reason
+        ("reason", pa.string()),
+        ("bucket_height", pa.int32()),  # pixels
+        ("bucket_width", pa.int32()),
+        ("unit", pa.string()),
+        ("shard", pa.string()),  # relative to the storage
+        ("shard_bytes", pa.int64()),
+        ("shard_sha256", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("sha256", pa.string()),  # of the member's payload
+    ]
+)
+"""One row for every pair that was encoded under one fingerprint."""
+
+TEXT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),  # NULL_PROMPT_ID for the null conditioning
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("num_tokens", pa.int32()),  # of the longer tokenizer, before truncation to 77
+        ("unit", pa.string()),
+        ("shard", pa.string()),
+        ("shard_bytes", pa.int64()),
+        ("shard_sha256", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+"""One row for every distinct prompt that was embedded under one fingerprint."""
+
+
+def pairs_table(storage: Storage, version: int | None = None) -> Table:
+    """The table of all source rows ever read."""
+    return Table(storage, PAIRS, PAIRS_SCHEMA, version)
+
+
+def latents_table(storage: Storage, fingerprint: str, version: int | None = None) -> Table:
+    """The latents made under one fingerprint."""
+    return Table(storage, f"{LATENTS}/{fingerprint}/table", LATENTS_SCHEMA, version)
+
+
+def text_table(storage: Storage, fingerprint: str, version: int | None = None) -> Table:
+    """The text embeddings made under one fingerprint."""
+    return Table(storage, f"{TEXT}/{fingerprint}/table", TEXT_SCHEMA, version)

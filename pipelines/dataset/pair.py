@@ -1,0 +1,112 @@
+"""What a pair is: its keys, its label, its status, and its row in the table.
+
+A pair is one prompt and two images in a fixed order (image_0, image_1). `label_0` is the probability that
+image_0 is preferred; chosen and rejected exist only after the label is applied.
+"""
+
+import hashlib
+from enum import StrEnum
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """What became of a source row. Rows read = kept + tie + duplicate + quarantined, always."""
+
+    KEPT = "kept"
+    TIE = "tie"
+    DUPLICATE = "duplicate"
+    QUARANTINED = "quarantined"
+
+
+class Reason(StrEnum):
+    """Why a row is not kept; the reference page explains each."""
+
+    EQUAL_PREFERENCE = "equal_preference"
+    REPEATED = "repeated"
+    CONFLICTING_LABEL = "conflicting_label"
+    MISSING_PROMPT = "missing_prompt"
+    EMPTY_PROMPT = "empty_prompt"
+    UNREADABLE_PROMPT = "unreadable_prompt"
+    MISSING_LABEL = "missing_label"
+    UNREADABLE_LABEL = "unreadable_label"
+    INCONSISTENT_LABELS = "inconsistent_labels"
+    MISSING_IMAGE = "missing_image"
+    EMPTY_IMAGE = "empty_image"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TRUNCATED_IMAGE = "truncated_image"
+    IMAGE_TOO_LARGE = "image_too_large"
+    IDENTICAL_IMAGES = "identical_images"
+    NON_FINITE = "non_finite"
+
+
+TRAIN, VALIDATION = "train", "validation"
+
+PAIRS_SCHEMA = pa.schema(
+    [
+        ("pair_key", pa.string()),  # null where prompt or images cannot be read
+        ("prompt", pa.string()),
+        ("prompt_id", pa.string()),
+        ("label_0", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("source_uri", pa.string()),
+        ("source_row", pa.int64()),
+        ("user_id", pa.string()),
+        ("unit", pa.string()),
+        ("image_0_sha256", pa.string()),
+        ("image_1_sha256", pa.string()),
+        ("width_0", pa.int32()),
+        ("height_0", pa.int32()),
+        ("width_1", pa.int32()),
+        ("height_1", pa.int32()),
+        ("shard", pa.string()),  # relative to the storage; null where no image bytes are kept
+        ("shard_bytes", pa.int64()),
+        ("shard_sha256", pa.string()),
+        ("offset_0", pa.int64()),
+        ("length_0", pa.int64()),
+        ("offset_1", pa.int64()),
+        ("length_1", pa.int64()),
+    ]
+)
+
+
+def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
+    """32 hex digits that name a pair: a hash of the prompt and both images' bytes.
+
+    The order of the two images does not matter, so that a pair listed the other way round is seen as the same.
+
+    Args:
+        prompt: Exactly as the source has it; never normalised.
+        image_0_sha256: Hex digest of one image's bytes.
+        image_1_sha256: Hex digest of the other's.
+    """
+    encoded = prompt.encode()
+    digest = hashlib.sha256(b"mapo-pair-1")
+    digest.update(len(encoded).to_bytes(8, "big"))
+    digest.update(encoded)
+    for image in sorted((image_0_sha256, image_1_sha256)):
+        digest.update(bytes.fromhex(image))
+    return digest.hexdigest()[:32]
+
+
+def prompt_id(prompt: str) -> str:
+    """32 hex digits that name a prompt: a hash of its UTF-8 bytes."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:32]
+
+
+NULL_PROMPT_ID = "0" * 32
+"""Names the null conditioning (what a dropped prompt becomes), which is not the embedding of any prompt."""
+
+
+def split_of(prompt_identifier: str, validation_ratio: float) -> str:
+    """The split of a prompt: by its hash, so that no prompt is in both.
+
+    Args:
+        prompt_identifier: From `prompt_id`.
+        validation_ratio: Share of prompts held out, 0..1.
+    """
+    return VALIDATION if int(prompt_identifier[:16], 16) < validation_ratio * 2**64 else TRAIN

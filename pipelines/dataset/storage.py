@@ -1,0 +1,233 @@
+"""One storage URL, through fsspec: every byte the product reads or writes goes through here.
+
+A write is whole or absent: local files are written beside their name and renamed, objects are put in one request.
+Transient errors are retried; a short read is an error, never short data.
+"""
+
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.dataset.errors import ShardCorrupt, StorageError
+
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 5
+FIRST_WAIT_S = 0.2  # doubled at each attempt: 0.2 + 0.4 + 0.8 + 1.6 = 3 s in all
+# Waiting does not mend these.
+FINAL_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+UNFINISHED = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.tmp")  # what `_put` writes beside a name, left by a killed writer
+PLACE_HINT = "check that the place exists, that you may use it, and that credentials are in the environment"
+
+
+def retry(action: Callable[[], T]) -> T:
+    """Run `action`, again after a transient OSError or timeout; the last error is raised as it is."""
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            return action()
+        except FINAL_ERRORS:
+            raise
+        except (OSError, TimeoutError):
+            if attempt == MAX_ATTEMPTS - 1:
+                raise
+            time.sleep(FIRST_WAIT_S * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def absolute_url(url: str) -> str:
+    """The URL with a local path made absolute: Ray's workers have another working directory."""
+    if "://" not in url:
+        return str(Path(url).expanduser().resolve())
+    return url if not url.startswith("file://") else str(Path(url.removeprefix("file://")).resolve())
+
+
+class _WrongBytes(OSError):
+    """An object gave other bytes than were asked for."""
+
+
+class Storage:
+    """A folder on any fsspec file system; names are relative to it and use '/'.
+
+    Crosses process borders as its URL alone, so that a file system is opened where it is used.
+
+    Raises:
+        StorageError: Every failed read or write, with its path and a hint.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = absolute_url(str(url)).rstrip("/") or "/"
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.url,)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        try:
+            # A remembered listing would hide what other processes wrote since.
+            fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ValueError, ImportError) as error:
+            raise StorageError(
+                f"no file system for {self.url}: {error}",
+                "use a local path or an fsspec URL such as s3://bucket/folder (`pip install 'mapo[s3]'`)",
+            ) from error
+        return fs, root
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system."""
+        return self._opened[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a folder of a mounted file system."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str = "") -> str:
+        """The path of `name` on `fs`."""
+        root = str(self._opened[1])
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+    def uri(self, name: str = "") -> str:
+        """The URL of `name`, for libraries that open it themselves."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    def child(self, name: str) -> "Storage":
+        """The storage of the folder `name`."""
+        return Storage(self.uri(name))
+
+    def _attempt(self, what: str, name: str, action: Callable[[], T]) -> T:
+        try:
+            return retry(action)
+        except StorageError:
+            raise
+        except Exception as error:  # each fsspec back end has its own exception tree
+            text = str(error) or type(error).__name__
+            if isinstance(error, FileNotFoundError) and " " not in text:  # often the path alone
+                text = "there is no such object"
+            raise StorageError(f"cannot {what} {self.uri(name)}: {text}", PLACE_HINT) from error
+
+    def exists(self, name: str) -> bool:
+        """Whether an object or a folder has this name."""
+        return bool(self._attempt("look up", name, lambda: self.fs.exists(self.path(name))))
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        return int(self._attempt("look up", name, lambda: self.fs.size(self.path(name))))
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names of all objects below `folder`, relative to this storage, sorted; none if there is no such folder."""
+        prefix = self.path().rstrip("/") + "/"
+        found = self._attempt("list", folder, lambda: self.fs.find(self.path(folder)))
+        names = (str(path).removeprefix(prefix) for path in found)
+        return sorted(name for name in names if not UNFINISHED.fullmatch(name.rpartition("/")[2]))
+
+    def read(self, name: str) -> bytes:
+        """A whole object."""
+        return bytes(self._attempt("read", name, lambda: self.fs.cat_file(self.path(name))))
+
+    def read_range(self, name: str, offset: int, length: int, sha256: str | None = None) -> bytes:
+        """Exactly `length` bytes from `offset`; with `sha256` (hex) also exactly those bytes.
+
+        Raises:
+            ShardCorrupt: The object is too short, or the bytes differ from the digest.
+        """
+
+        def get() -> bytes:
+            data = bytes(self.fs.cat_file(self.path(name), start=offset, end=offset + length))
+            if len(data) != length:
+                raise _WrongBytes(f"{len(data)} of {length} bytes at {offset}")
+            if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+                raise _WrongBytes(f"the {length} bytes at {offset} differ from their digest {sha256[:12]}")
+            return data
+
+        try:
+            return self._attempt("read", name, get)
+        except StorageError as error:
+            if self._is_damaged(error.__cause__, name, offset + length):
+                raise ShardCorrupt(error.message, "`mapo data verify` lists what is damaged") from error
+            raise
+
+    def _is_damaged(self, cause: BaseException | None, name: str, end: int) -> bool:
+        """Whether a failed read is the object's fault; an object store refuses a range past the end as a whole."""
+        if isinstance(cause, _WrongBytes):
+            return True
+        if not isinstance(cause, OSError) or isinstance(cause, FINAL_ERRORS):
+            return False
+        try:
+            return int(self.fs.size(self.path(name))) < end
+        except Exception:  # the error that led here says more
+            return False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a whole object; readers see the old one or this one, never a part."""
+        self._attempt("write", name, lambda: self._put(name, data))
+
+    def upload(self, name: str, local_file: Path) -> None:
+        """Put a local file as a whole object."""
+        if self.is_local:
+            self._attempt("write", name, lambda: self._put(name, local_file))
+        else:
+            self._attempt("write", name, lambda: self.fs.put_file(str(local_file), self.path(name)))
+
+    def upload_folder(self, name: str, local_folder: Path) -> None:
+        """Put every file of a local folder below `name`."""
+        for file in sorted(found for found in local_folder.rglob("*") if found.is_file()):
+            self.upload(f"{name}/{file.relative_to(local_folder).as_posix()}", file)
+
+    def download_folder(self, name: str, local_folder: Path) -> None:
+        """Copy every object below `name` into a local folder."""
+        for found in self.names(name):
+            target = local_folder / found.removeprefix(f"{name}/" if name else "")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._attempt("read", found, lambda f=found, t=target: self.fs.get_file(self.path(f), str(t)))  # type: ignore[misc]
+
+    def _put(self, name: str, content: bytes | Path) -> None:
+        path = self.path(name)
+        if not self.is_local:
+            assert isinstance(content, bytes)
+            self.fs.pipe_file(path, content)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with temporary.open("wb") as out:
+                if isinstance(content, bytes):
+                    out.write(content)
+                else:
+                    with content.open("rb") as source:
+                        while block := source.read(1 << 22):
+                            out.write(block)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        self._attempt("delete", name, lambda: self.fs.rm(self.path(name)) if self.fs.exists(self.path(name)) else None)
+
+    def check_writable(self) -> None:
+        """Write and remove a small object, so that a wrong place is found before the work."""
+        probe = f".write-probe-{uuid.uuid4().hex[:8]}"
+        self.write(probe, b"probe")
+        self.delete(probe)
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a local file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

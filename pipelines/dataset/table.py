@@ -1,0 +1,172 @@
+"""Delta tables: append a unit once, pin a version, read columns.
+
+A unit of work is a Delta application transaction: `append` writes its rows and marks it in one commit, and
+`is_committed` asks for the mark. Of several writers of one unit exactly one wins. What no committed row
+points to does not exist.
+"""
+
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from pipelines.dataset.errors import SnapshotError, StorageError
+from pipelines.dataset.storage import PLACE_HINT, Storage
+
+MAX_COMMIT_RETRIES = 50  # other writers' commits that may land first
+MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at once, all but one are refused
+MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on average in all
+# delta-rs deletes the log behind a checkpoint after 30 days otherwise, and pinned versions with it.
+CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
+
+
+def storage_options(url: str) -> dict[str, str]:
+    """What delta-rs needs beyond the environment it reads itself."""
+    if url.startswith(("s3://", "s3a://")) and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        return {"allow_http": "true"}
+    return {}
+
+
+class Table:
+    """One Delta table below a storage; opened when first used, brought up to date before each question.
+
+    Args:
+        storage: Where the table's folder lies.
+        name: The folder.
+        schema: Columns and types of its rows.
+        version: Pin this version: reads see it for ever, appends are refused.
+    """
+
+    def __init__(self, storage: Storage, name: str, schema: pa.Schema, version: int | None = None) -> None:
+        self._storage = storage
+        self._name = name
+        self._pinned = version
+        self._table: DeltaTable | None = None
+        self.schema = schema
+
+    @property
+    def uri(self) -> str:
+        """Where the table lies, for other readers of Delta tables."""
+        return self._storage.uri(self._name)
+
+    def _open(self) -> DeltaTable | None:
+        try:
+            if self._table is None:
+                if self._storage.is_local and not self._storage.exists(f"{self._name}/_delta_log"):
+                    raise TableNotFoundError  # delta-rs would make the folder
+                self._table = DeltaTable(self.uri, version=self._pinned, storage_options=storage_options(self.uri))
+            elif self._pinned is None:
+                self._table.update_incremental()
+        except TableNotFoundError:
+            if self._pinned is not None:
+                raise self._no_such_version() from None
+            return None
+        except (DeltaError, OSError) as error:
+            if self._pinned is not None and (self._newest() or 0) < self._pinned:
+                raise self._no_such_version() from error
+            raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+        return self._table
+
+    def _newest(self) -> int | None:
+        return Table(self._storage, self._name, self.schema).version
+
+    def _no_such_version(self) -> SnapshotError:
+        return SnapshotError(
+            f"there is no version {self._pinned} of the table {self.uri}", "was the data set made anew?"
+        )
+
+    @property
+    def version(self) -> int | None:
+        """The newest version (or the pinned one); None before the first commit."""
+        table = self._open()
+        return None if table is None else table.version()
+
+    def is_committed(self, unit: str) -> bool:
+        """Whether this unit's rows are in the table."""
+        table = self._open()
+        return table is not None and table.transaction_version(unit) is not None
+
+    def uncommitted(self, units: list[str]) -> list[str]:
+        """Those of `units` that are not in the table, in their order."""
+        table = self._open()
+        return units if table is None else [u for u in units if table.transaction_version(u) is None]
+
+    def append(self, unit: str, rows: pa.Table) -> bool:
+        """Commit the rows of a unit, once.
+
+        Returns:
+            True if this call committed them; False if the unit was there already.
+
+        Raises:
+            StorageError: The commit failed for another reason.
+        """
+        assert self._pinned is None, "a pinned table is read-only"
+        rows = rows.select(self.schema.names).cast(self.schema)
+        for attempt in range(MAX_ATTEMPTS):
+            if self.is_committed(unit):  # by another writer, or by us and our own answer was lost
+                return False
+            try:
+                self._commit(unit, rows)
+            except (DeltaError, OSError) as error:
+                refused = error
+                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * 2**attempt))  # noqa: S311
+            else:
+                return True
+        if self.is_committed(unit):
+            return False
+        raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
+
+    def _commit(self, unit: str, rows: pa.Table) -> None:
+        """Commit on top of the version in which `is_committed` did not find the unit.
+
+        delta-rs refuses a transaction only if it landed after the version that the commit starts from. So the table
+        is not opened anew here, and whoever makes it must be the one who does: that commit is not tried again.
+        """
+        is_new = self._table is None
+        write_deltalake(
+            self.uri if self._table is None else self._table,
+            rows,
+            mode="error" if is_new else "append",
+            configuration=CONFIGURATION if is_new else None,
+            storage_options=storage_options(self.uri),
+            commit_properties=CommitProperties(
+                app_transactions=[Transaction(unit, 1)], max_commit_retries=0 if is_new else MAX_COMMIT_RETRIES
+            ),
+        )
+
+    def read(self, columns: list[str] | None = None, where: ds.Expression | None = None) -> pa.Table:
+        """Rows of the newest (or pinned) version; an empty table before the first commit."""
+        names = columns or self.schema.names
+        schema = pa.schema([self.schema.field(name) for name in names])
+        return pa.Table.from_batches(self.batches(names, where), schema)
+
+    def batches(self, columns: list[str], where: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
+        """The same rows a batch at a time, for what need not be in memory at once."""
+        table = self._open()
+        if table is None:
+            return
+        try:
+            yield from _dataset(table).to_batches(columns=columns, filter=where)
+        except (DeltaError, OSError, pa.ArrowException) as error:
+            raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+
+    def count_rows(self) -> int:
+        """How many rows there are; reads the footers of the table's files only."""
+        table = self._open()
+        return 0 if table is None else int(_dataset(table).count_rows())
+
+
+def _dataset(table: DeltaTable) -> Any:
+    return table.to_pyarrow_dataset()
+
+
+def _one_line(error: BaseException) -> str:
+    """A message of delta-rs without its colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__

@@ -1,0 +1,110 @@
+"""What many tests share: a local Ray, and a tiny SDXL pipeline."""
+
+import hashlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.dataset.storage import Storage
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported; no test may need a network
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning threads starve each other
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read by ray.init; every actor pool warns of Ray's #53727
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, except Ray's about its own settings: creating a DataContext sets a deprecated one."""
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:ray")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of six CPUs, however many there are."""
+    import ray
+
+    ray.init(
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=200 * 1024 * 1024,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random SDXL pipeline for images of 64 x 64; read it, and change only copies."""
+    from factories import new_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-sdxl"
+    new_pipeline().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def run_python() -> Callable[[str], str]:
+    """Runs code in a fresh interpreter; gives what it printed."""
+
+    def run(code: str) -> str:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """An S3 server in a process of its own; the environment that its clients need."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while server.poll() is None and time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            pytest.fail(f"the S3 server did not start: {server.poll()}")
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3_storage(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Storage:
+    """A folder of a bucket of its own; the environment points to the server during the test.
+
+    Processes started in the test inherit it. Ray's workers do not: give `s3_server` to a driver as `runtime_env`.
+    """
+    from s3fs import S3FileSystem
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
+    S3FileSystem().mkdir(bucket)
+    return Storage(f"s3://{bucket}/runs/photos")
