@@ -1,0 +1,55 @@
+"""Configuration of the data stages. Imports neither ray nor torch."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipelines.dataset.config import Config
+
+
+class SourceConfig(Config):
+    """One preference source."""
+
+    format: Literal["pickapic"]
+    """Kind of source."""
+    path: str = Field(min_length=1)
+    """File or glob, local or any fsspec URL."""
+
+
+class IngestConfig(Config):
+    """Sources to pair shards."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where preferences come from."""
+    max_shard_bytes: int = Field(268_435_456, ge=65_536)
+    """Close a shard once it reaches this size."""
+    validation_ratio: float = Field(0.01, ge=0.0, lt=1.0)
+    """Share of prompts held out from training, by prompt hash."""
+    max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
+    """Share of rows that may be quarantined before the stage fails."""
+
+
+class EncodeConfig(Config):
+    """Pair shards to latent and text shards."""
+
+    model: str = Field(min_length=1)
+    """Path, fsspec URL or hub id of a diffusers SDXL pipeline."""
+    vae: str | None = None
+    """Another VAE than the pipeline's own, such as madebyollin/sdxl-vae-fp16-fix."""
+    resolution: int = Field(1024, ge=32)
+    """Side of a square image after resizing, in pixels; the area of every bucket."""
+    buckets: bool = True
+    """Aspect buckets; false: square centre crop."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type of the stored numbers; they are computed in float32."""
+    batch_size: int = Field(8, ge=1)
+    """Images a VAE pass, prompts a text pass."""
+    num_workers: int = Field(1, ge=1)
+    """Encoders, one GPU each (or a CPU)."""
+
+    @model_validator(mode="after")
+    def resolution_fits_the_vae(self) -> Self:
+        """Every VAE of this family halves the side at least twice and at most three times."""
+        if self.resolution % 8:
+            raise ValueError(f"resolution must be a multiple of 8, not {self.resolution}")
+        return self

@@ -1,0 +1,75 @@
+"""A progress bar on long steps: one line that says stage, done, rate and time left, or plain lines in a log."""
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LOG_EVERY_S = 15.0
+
+
+class Progress:
+    """Counts what is done; a bar on a terminal, a line every 15 s elsewhere.
+
+    Args:
+        stage: Shown in front.
+        total: How many there are.
+        unit: What is counted, in the plural.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str) -> None:
+        self._stage, self._total, self._unit = stage, total, unit
+        self._done = self._done_at_start = 0
+        self._started: float | None = None
+        self._logged = time.monotonic()
+        self._bar = (
+            tqdm(total=total, desc=stage, unit=f" {unit}", leave=False, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def advance(self, count: int) -> None:
+        """Count `count` more; the clock of the rate starts with the first of them, after the workers' start."""
+        self._done += count
+        now = time.monotonic()
+        if self._started is None:
+            self._started, self._done_at_start = now, self._done
+        if self._bar is not None:
+            self._bar.update(count)
+        elif now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            sys.stderr.write(f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}\n")
+
+    def _pace(self, now: float) -> str:
+        counted = self._done - self._done_at_start
+        if self._started is None or not counted:
+            return ""
+        rate = counted / (now - self._started)
+        return f", {rate:,.1f}/s, {(self._total - self._done) / rate:,.0f} s left"
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def quiet_ray_data() -> None:
+    """Let `Progress` speak instead of Ray Data, and keep the class of errors that its workers raise.
+
+    For the executions that this process starts afterwards. Ray Data's own log file still gets everything.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # otherwise a UserCodeException without what caused it
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the console; the log file's handler is of another class
+            handler.setLevel(logging.CRITICAL + 1)
