@@ -1,0 +1,93 @@
+"""What shaped the numbers: one fingerprint for the latents, one for the text embeddings.
+
+Content, never a path: a model copied elsewhere has the same fingerprint, one changed byte of its weights has another.
+The driver asks at every start what is up to date, so neither ray, torch nor diffusers is imported here.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from pipelines.config import EncodeConfig
+from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import (
+    file_digests,
+    read_config,
+    read_model_index,
+    resolve_model,
+    resolve_vae,
+    weight_files,
+)
+from pipelines.geometry import bucket_list
+
+LATENTS_VERSION = 1  # raise it when the same images, model and settings would give other latents
+TEXT_VERSION = 1  # the same for prompts
+
+TEXT_PARTS = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+def latents_fingerprint(config: EncodeConfig) -> str:
+    """32 hex digits that name everything that shapes a latent, except the image.
+
+    Raises:
+        ModelError: The VAE is missing, damaged or something else.
+    """
+    return fingerprint_of(latents_parts(config))
+
+
+def text_fingerprint(config: EncodeConfig) -> str:
+    """32 hex digits that name everything that shapes a text embedding, except the prompt.
+
+    Raises:
+        ModelError: A text encoder or tokenizer is missing, damaged or something else.
+    """
+    return fingerprint_of(text_parts(config))
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    """A hash of the canonical JSON of `parts`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def latents_parts(config: EncodeConfig) -> dict[str, Any]:
+    """What `latents_fingerprint` is the hash of."""
+    read_model_index(resolve_model(config.model))
+    folder = resolve_vae(config.model, config.vae)
+    found = read_config(folder / "config.json").get("_class_name")
+    if found != "AutoencoderKL":
+        raise ModelError(f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to an SDXL VAE")
+    return {
+        "kind": "latents",
+        "version": LATENTS_VERSION,
+        "dtype": config.dtype,
+        "resolution": config.resolution,
+        "buckets": [list(bucket) for bucket in bucket_list(config.resolution, config.buckets)],
+        "vae": file_digests([folder / "config.json", *weight_files(folder, "diffusion_pytorch_model")]),
+    }
+
+
+def text_parts(config: EncodeConfig) -> dict[str, Any]:
+    """What `text_fingerprint` is the hash of."""
+    folder = resolve_model(config.model)
+    index = read_model_index(folder)
+    parts: dict[str, Any] = {
+        "kind": "text",
+        "version": TEXT_VERSION,
+        "dtype": config.dtype,
+        "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),
+    }
+    for name, expected in TEXT_PARTS.items():
+        kind = (index.get(name) or [None, None])[1]
+        if kind != expected:
+            raise ModelError(f"the {name} of {folder} is {kind}, not {expected}", "choose a base of the SDXL family")
+        parts[name] = file_digests([folder / name / "config.json", *weight_files(folder / name, "model")])
+    for name in TOKENIZERS:
+        files = sorted(file for file in (folder / name).glob("*") if file.is_file())
+        if not files:
+            raise ModelError(f"{folder / name} is missing", "the model folder is incomplete; fetch it again")
+        parts[name] = file_digests(files)
+    return parts
