@@ -1,0 +1,195 @@
+"""Real training: Ray Train workers, accelerate, DeepSpeed ZeRO on gloo."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from encoded import write_base, write_encoded
+
+from pipelines.dataset.errors import TrainingError
+from pipelines.dataset.storage import Storage
+from training.config import TrainConfig
+from training.export import read_weights
+from training.index import load_index, load_texts
+from training.launch import Trained, train
+from training.loader import PairLoader, PairReader
+from training.loop import draw, make_plan
+from training.losses import mapo_paper_loss
+from training.model import denoising_errors, load_base
+from training.order import Plan
+from training.spec import TrainSpec, base_digest
+
+CONFIG = TrainConfig(
+    num_workers=2,
+    global_batch_size=8,
+    micro_batch_size=2,
+    max_steps=40,
+    learning_rate=2e-3,
+    precision="fp32",
+    gradient_checkpointing=False,
+    checkpoint_every=10,
+    validate_every=20,
+)
+
+
+def make_spec(folder: Path, config: TrainConfig = CONFIG, sides: tuple[int, ...] = (8,)) -> TrainSpec:
+    storage = Storage(str(folder / "storage"))
+    snapshot = write_encoded(storage, folder, sides=sides)
+    base = write_base(folder / "base")
+    return TrainSpec(storage.url, "test", str(base), None, base_digest(str(base)), 0, config, snapshot)
+
+
+def weights(spec: TrainSpec, trained: Trained) -> dict[str, torch.Tensor]:
+    return read_weights(Path(spec.storage.path(trained.checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, Trained]:
+    spec = make_spec(tmp_path_factory.mktemp("undisturbed"))
+    return spec, train(spec, lambda progress: None)
+
+
+def expected_first_step(spec: TrainSpec) -> torch.Tensor:
+    """Loss of the first global batch, computed in one process without Ray, accelerate or DeepSpeed."""
+    base = load_base(spec.model, spec.vae)
+    base.unet.eval()
+    index = load_index(spec.storage, spec.snapshot, "train")
+    plan = make_plan(index, spec)
+    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot))
+    groups = [(slot, plan.group(0, slot)) for slot in range(plan.num_slots)]
+    named = [(slot, [index.pair(g.bucket, int(e)) for e in g.elements]) for slot, g in groups]
+    losses = []
+    with torch.no_grad():
+        for slot, batch in PairLoader(reader, named):
+            noise, timesteps, batch = draw(batch, spec, base, reader, step=0, slot=slot)
+            chosen, rejected = denoising_errors(
+                base.unet, base, batch, noise, timesteps, device=torch.device("cpu"), dtype=torch.float32
+            )
+            losses.append(mapo_paper_loss(chosen, rejected, beta=8.0))
+    return torch.cat(losses).mean()
+
+
+def test_two_ranks_know_who_they_are_and_have_their_own_data(undisturbed) -> None:
+    _, trained = undisturbed
+    first, second = trained.workers
+    assert [(w["rank"], w["world_size"], w["zero_stage"]) for w in trained.workers] == [(0, 2, 2), (1, 2, 2)]
+    assert first["engine"] == second["engine"] == "DeepSpeedEngine"
+    assert first["pid"] != second["pid"]
+    assert first["num_pairs"] == second["num_pairs"] == 40 * 8 // 2
+    assert first["digest"] != second["digest"]
+
+
+def test_the_first_step_is_the_mean_over_the_planned_global_batch(undisturbed) -> None:
+    spec, trained = undisturbed
+    torch.testing.assert_close(
+        torch.tensor(trained.history["steps"][0]["loss"]), expected_first_step(spec), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_training_learns_the_preference(undisturbed) -> None:
+    _, trained = undisturbed
+    before, after = trained.history["validations"][0], trained.history["validations"][-1]
+    assert (before["step"], after["step"]) == (0, 40)
+    assert after["loss"] < before["loss"] - 0.1
+    assert after["num_pairs"] == 6
+
+
+def test_history_has_every_step_once(undisturbed) -> None:
+    _, trained = undisturbed
+    assert [s["step"] for s in trained.history["steps"]] == list(range(1, 41))
+    assert trained.history["steps"][-1]["learning_rate"] < CONFIG.learning_rate / 100
+
+
+def test_tensorboard_has_the_curves(undisturbed) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec, trained = undisturbed
+    events = EventAccumulator(spec.storage.path(f"{spec.folder}/tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([s["loss"] for s in trained.history["steps"]], rel=1e-5)
+
+
+def kill_a_worker_after_a_checkpoint(spec: TrainSpec, killed: list[int], ended: threading.Event) -> None:
+    """SIGKILL rank 1 once the first checkpoint is committed."""
+    import json
+
+    committed = f"{spec.checkpoints}/checkpoint_manager_snapshot.json"
+    while not spec.storage.exists(committed):
+        if ended.wait(0.02):
+            return
+    pid = json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"][1]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    killed.append(pid)
+
+
+def test_a_killed_worker_costs_time_and_nothing_else(undisturbed, tmp_path) -> None:
+    _, expected = undisturbed
+    spec = make_spec(tmp_path)
+    killed: list[int] = []
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker_after_a_checkpoint, args=(spec, killed, ended))
+    killer.start()
+    trained = train(spec, lambda progress: None)
+    ended.set()
+    killer.join()
+    assert killed, "the run ended before the first checkpoint was seen"
+    assert killed[0] not in [worker["pid"] for worker in trained.workers]
+    assert trained.starts == 2
+    assert [s["step"] for s in trained.history["steps"]] == list(range(1, 41))
+    assert [w["digest"] for w in trained.workers] == [w["digest"] for w in expected.workers]
+    before, after = weights(undisturbed[0], expected), weights(spec, trained)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_worker_sees_the_same_batches_as_two(undisturbed, tmp_path) -> None:
+    _, expected = undisturbed
+    alone = CONFIG.model_copy(update={"num_workers": 1, "max_steps": 4, "lr_schedule": "constant"})
+    spec = make_spec(tmp_path, alone)
+    trained = train(spec, lambda progress: None)
+    losses = [[s["loss"] for s in t.history["steps"][:2]] for t in (expected, trained)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert trained.workers[0]["num_pairs"] == 4 * 8
+
+
+def test_bf16_with_buckets_dropout_and_the_released_loss_trains(ray_cluster, tmp_path) -> None:
+    changes = {"method": "mapo", "precision": "bf16", "prompt_dropout": 0.5, "gradient_checkpointing": True}
+    config = CONFIG.model_copy(update={**changes, "max_steps": 6, "checkpoint_every": 6})
+    spec = make_spec(tmp_path, config, sides=(8, 12))
+    trained = train(spec, lambda progress: None)
+    assert len(load_index(spec.storage, spec.snapshot, "train").buckets) == 2
+    assert trained.history["steps"][-1]["mse_chosen"] < trained.history["steps"][0]["mse_chosen"]
+    assert all(w["zero_stage"] == 2 for w in trained.workers)
+
+
+def test_more_workers_than_the_cluster_can_hold_is_an_error_not_a_wait(ray_cluster, tmp_path) -> None:
+    config = CONFIG.model_copy(update={"num_workers": 64, "global_batch_size": 128})
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match=r"num_workers is 64, but the cluster has 6 CPUs") as caught:
+        train(make_spec(tmp_path, config), lambda progress: None)
+    assert "hint:" in str(caught.value)
+    assert time.monotonic() - started < 10
+
+
+def test_the_key_changes_with_what_shapes_the_weights_and_not_with_the_rest(tmp_path) -> None:
+    spec = make_spec(tmp_path)
+    same = replace(spec, config=CONFIG.model_copy(update={"max_failures": 9, "checkpoint_every": 7}))
+    assert same.key == spec.key
+    for change in ({"learning_rate": 1e-6}, {"loss": {"beta": 9.0}}, {"max_steps": 41}, {"zero_stage": 1}):
+        assert replace(spec, config=CONFIG.model_copy(update=change)).key != spec.key
+    assert replace(spec, seed=1).key != spec.key
+    assert replace(spec, config=CONFIG.model_copy(update={"loss": {"beta": 8.0}})).key == spec.key, "8 is the default"
+
+
+def test_the_plan_of_a_snapshot_does_not_depend_on_the_order_of_commits(tmp_path) -> None:
+    spec = make_spec(tmp_path)
+    index = load_index(spec.storage, spec.snapshot, "train")
+    keys = [index.pair(0, i).pair_key for i in range(len(index))]
+    assert keys == sorted(keys)
+    assert isinstance(make_plan(index, spec), Plan)

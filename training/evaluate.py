@@ -1,0 +1,176 @@
+"""Samples of the base and of the aligned model, same prompts and same seeds, and their scores.
+
+A scorer is any class of this shape; name it as `module:Class` in `evaluate.scorers`.
+"""
+
+import importlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image, ImageOps
+
+from pipelines.dataset.errors import ConfigError, SnapshotError
+from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.pair import TRAIN, VALIDATION, Status
+from pipelines.dataset.storage import Storage
+from training.config import EvaluateConfig
+from training.index import PREFERRED
+
+BOOTSTRAP_RESAMPLES = 2000
+MAX_REFERENCES = 512  # pairs that scorers learn from
+
+
+class Scorer(Protocol):
+    """Gives every sample one value, higher is better.
+
+    `fit` sees held-out pairs of the run's own data set before the first `score`.
+    """
+
+    name: str
+    description: str
+
+    def fit(self, chosen: Sequence[Any], rejected: Sequence[Any], prompts: Sequence[str]) -> None:
+        """Learn from held-out pairs: PIL images and their prompts."""
+        ...
+
+    def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        """One value a sample, 0..1."""
+        ...
+
+
+@dataclass(frozen=True)
+class References:
+    """Pairs of one split as images."""
+
+    split: str
+    prompts: list[str]
+    chosen: list[Image.Image]
+    rejected: list[Image.Image]
+
+
+def load_scorers(names: Sequence[str]) -> list[Scorer]:
+    """The scorers that `module:Class` names stand for.
+
+    Raises:
+        ConfigError: A name cannot be imported.
+    """
+    scorers: list[Scorer] = []
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            scorers.append(getattr(importlib.import_module(module), attribute)())
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"evaluate.scorers: cannot load {name}: {error}", "name a class as `module:Class` that can be imported"
+            ) from error
+    return scorers
+
+
+def load_references(storage: Storage, version: int) -> References:
+    """Up to MAX_REFERENCES kept pairs of a snapshot, in key order: held-out ones, training ones if none is held out.
+
+    Raises:
+        SnapshotError: No pair is kept.
+    """
+    for split in (VALIDATION, TRAIN):
+        where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
+        rows = pairs_table(storage, version).read(None, where).sort_by("pair_key").slice(0, MAX_REFERENCES).to_pylist()
+        if rows:
+            images = [[_stored_image(storage, row, side) for side in (0, 1)] for row in rows]
+            chosen = [0 if row["label_0"] > PREFERRED else 1 for row in rows]
+            return References(
+                split,
+                [row["prompt"] for row in rows],
+                [pair[side] for pair, side in zip(images, chosen, strict=True)],
+                [pair[1 - side] for pair, side in zip(images, chosen, strict=True)],
+            )
+    raise SnapshotError(f"{storage.url} has no kept pair to evaluate with", "`mapo data show` says why")
+
+
+def _stored_image(storage: Storage, row: dict[str, Any], side: int) -> Image.Image:
+    place = (row["shard"], row[f"offset_{side}"], row[f"length_{side}"], row[f"image_{side}_sha256"])
+    image = Image.open(io.BytesIO(storage.read_range(*place)))
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def sample_prompts(references: References, num_samples: int) -> list[str]:
+    """The distinct prompts of the references in turn, `num_samples` in all."""
+    distinct = sorted(set(references.prompts))
+    return [distinct[i % len(distinct)] for i in range(num_samples)]
+
+
+class Sampler:
+    """Draws samples from one pipeline; a sample's noise follows from its own seed, whatever the batch.
+
+    Args:
+        model: Folder of a diffusers SDXL pipeline.
+        vae: Folder of another VAE than its own, or None.
+        config: How to sample.
+        resolution: Side of the square samples, in pixels.
+    """
+
+    def __init__(self, model: str, vae: str | None, config: EvaluateConfig, resolution: int) -> None:
+        import torch
+        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+        on_gpu = torch.cuda.is_available()
+        dtype = torch.float16 if on_gpu else torch.float32
+        parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True, **parts)
+        self._pipeline = pipeline.to("cuda" if on_gpu else "cpu")
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._config, self._resolution = config, resolution
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[bytes]:
+        """PNG bytes of one sample for each prompt and its seed."""
+        import torch
+
+        result = self._pipeline(
+            list(prompts),
+            height=self._resolution,
+            width=self._resolution,
+            num_inference_steps=self._config.num_inference_steps,
+            guidance_scale=self._config.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+        return [_png(image) for image in result.images]
+
+
+def _png(image: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def score_samples(
+    scorers: Sequence[Scorer], references: References, samples: dict[str, list[bytes]], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Each scorer's mean and 95 % bootstrap interval for each model.
+
+    Args:
+        scorers: Unfitted.
+        references: What they learn from.
+        samples: PNG bytes by model name (`base`, `aligned`), in the order of `prompts`.
+        prompts: One for each sample.
+    """
+    results = []
+    for scorer in scorers:
+        scorer.fit(references.chosen, references.rejected, references.prompts)
+        result: dict[str, Any] = {"name": scorer.name, "description": scorer.description}
+        for model, images in samples.items():
+            opened = [Image.open(io.BytesIO(png)).convert("RGB") for png in images]
+            result[model] = bootstrap_interval(scorer.score(opened, list(prompts)))
+        results.append(result)
+    return results
+
+
+def bootstrap_interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean with its 95 % percentile bootstrap interval over samples; the same values give the same interval."""
+    array = np.asarray(values, dtype=np.float64)
+    draws = np.random.default_rng(0).integers(0, len(array), (BOOTSTRAP_RESAMPLES, len(array)))
+    low, high = np.percentile(array[draws].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(array.mean()), "low": float(low), "high": float(high)}

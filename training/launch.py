@@ -1,0 +1,182 @@
+"""The driver's side of training: Ray Train workers, restarts, and the record of what came out."""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pa_fs
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.dataset.errors import MapoError, TrainingError, unwrap
+from pipelines.dataset.storage import Storage
+from training.spec import TrainSpec
+
+POLL_S = 1.0
+KEPT_CHECKPOINTS = 2
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch threads that spin while they wait starve each other
+START_TIMEOUT_S = "1800"  # of a worker group: the first start compiles an op and loads the model
+
+Progress = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left behind.
+
+    Args:
+        checkpoint: Folder of the last checkpoint, relative to the storage.
+        steps: Finished optimizer steps.
+        history: Numbers by step and by validation.
+        workers: What each rank was and consumed.
+        starts: How often workers were started; more than 1 after a failure.
+    """
+
+    checkpoint: str
+    steps: int
+    history: dict[str, Any]
+    workers: list[dict[str, Any]]
+    starts: int
+
+
+def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
+    """Train on `num_workers` Ray Train workers until `max_steps`; needs a running Ray.
+
+    A run that was interrupted goes on from its last checkpoint; so do workers that die, up to `max_failures` times.
+
+    Args:
+        spec: The run.
+        watch: Called about once a second with the run's progress, from another thread.
+
+    Raises:
+        TrainingError: The cluster is too small, or the workers failed too often.
+    """
+    use_gpu = check_cluster(spec)
+    quiet_ray_train()
+    storage_path, filesystem = _ray_storage(spec)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=spec.config.num_workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=spec.key,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=spec.config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    with _Watcher(spec, watch):
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            raise _as_ours(error, spec) from error
+    assert result.checkpoint is not None
+    name = result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
+    return read_checkpoint(spec.storage, f"{spec.checkpoints}/{name}")
+
+
+def _work(work: dict[str, TrainSpec]) -> None:
+    """On each worker. The loop is imported there: driver and controller need neither diffusers nor DeepSpeed."""
+    from training.loop import train_worker
+
+    train_worker(work)
+
+
+def read_checkpoint(storage: Storage, folder: str) -> Trained:
+    """What a checkpoint says about the run that wrote it."""
+    state = json.loads(storage.read(f"{folder}/state.json"))
+    ranks = [json.loads(storage.read(f"{folder}/rank-{rank:05d}.json")) for rank in range(state["world_size"])]
+    return Trained(folder, state["step"], state["history"], ranks, state["starts"])
+
+
+def check_cluster(spec: TrainSpec) -> bool:
+    """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever."""
+    resources, wanted = ray.cluster_resources(), spec.config.num_workers
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    if gpus >= wanted:
+        return True
+    if gpus:
+        raise TrainingError(
+            f"train.num_workers is {wanted}, but the cluster has {gpus} GPUs",
+            f"set `-o train.num_workers={gpus}`, or add GPU nodes",
+        )
+    if cpus < wanted + 1:
+        raise TrainingError(
+            f"train.num_workers is {wanted}, but the cluster has {cpus} CPUs and no GPU",
+            "start Ray with more CPUs (`ray start --head --num-cpus N`) or lower `train.num_workers`",
+        )
+    return False
+
+
+def quiet_ray_train() -> None:
+    """Ray Train's own lines go to its log files; ours say what matters."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
+    """Where Ray Train keeps checkpoints: through our own file system unless it is a plain folder."""
+    storage = spec.storage
+    parent = f"{spec.folder}/checkpoints"
+    if storage.is_local:
+        return storage.path(parent), None
+    return storage.path(parent), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(storage.fs))
+
+
+def _as_ours(error: Exception, spec: TrainSpec) -> MapoError:
+    """Our own error out of a worker if there is one, else what failed in one line."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        if (ours := unwrap(failure)) is not None:
+            return ours
+    if (ours := unwrap(error)) is not None:
+        return ours
+    rank, cause = next(iter(failures.items()), (None, error))
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    where = "" if rank is None else f" on rank {rank}, after {spec.config.max_failures} restarts"
+    return TrainingError(
+        f"training failed{where}: {lines[-1]}",
+        "run the same command again to go on from the last checkpoint; `--debug` shows the workers' traceback",
+    )
+
+
+class _Watcher:
+    """Reads the run's progress once a second while training goes on."""
+
+    def __init__(self, spec: TrainSpec, watch: Callable[[Progress], None]) -> None:
+        self._spec, self._watch = spec, watch
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="train-watcher", daemon=True)
+
+    def _read(self) -> Progress | None:
+        name = f"{self._spec.folder}/progress.json"
+        try:
+            if not self._spec.storage.exists(name):
+                return None
+            progress: Progress = json.loads(self._spec.storage.read(name))
+        except MapoError:
+            return None  # a missed look at the progress is no failure of the training
+        return progress if progress["key"] == self._spec.key else None
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL_S):
+            progress = self._read()
+            if progress is not None and progress["started_at"] != self._old:
+                self._watch(progress)
+
+    def __enter__(self) -> None:
+        before = self._read()  # what an interrupted run left
+        self._old = before and before["started_at"]
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()

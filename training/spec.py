@@ -1,0 +1,88 @@
+"""What a training run is made of, pinned: passed whole from the driver to every worker."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from pipelines.dataset.layout import RUNS
+from pipelines.dataset.model_files import file_digests, read_config, resolve_model, weight_files
+from pipelines.dataset.storage import Storage
+from training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The versions of the tables a run reads; later commits change nothing for it."""
+
+    pairs_version: int
+    latents_fingerprint: str
+    latents_version: int
+    text_fingerprint: str
+    text_version: int
+
+
+def base_digest(model: str) -> str:
+    """16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
+
+    Raises:
+        ModelError: The model is missing, incomplete or damaged.
+    """
+    folder = resolve_model(model)
+    files = [folder / "scheduler" / "scheduler_config.json", folder / "unet" / "config.json"]
+    for file in files:
+        read_config(file)
+    files += weight_files(folder / "unet", "diffusion_pytorch_model")
+    return hashlib.sha256(json.dumps(file_digests(files), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything a worker needs to know.
+
+    Args:
+        storage_url: The storage of data set and runs.
+        run: The run's name.
+        model: The base pipeline, as in `encode.model`.
+        vae: Another VAE than the pipeline's own, as in `encode.vae`.
+        base_digest: Digest of the weights that training starts from.
+        seed: The run's seed.
+        config: The `train` section.
+        snapshot: Pinned tables.
+    """
+
+    storage_url: str
+    run: str
+    model: str
+    vae: str | None
+    base_digest: str
+    seed: int
+    config: TrainConfig
+    snapshot: Snapshot
+
+    @property
+    def storage(self) -> Storage:
+        """The storage, opened where it is used."""
+        return Storage(self.storage_url)
+
+    @property
+    def folder(self) -> str:
+        """The run's folder on the storage."""
+        return f"{RUNS}/{self.run}"
+
+    @property
+    def key(self) -> str:
+        """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
+        without = {"loss", "max_failures", "checkpoint_every", "validate_every", "max_validation_pairs"}
+        shaping = {
+            "config": self.config.model_dump(mode="json", exclude=without),
+            "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
+            "seed": self.seed,
+            "base": self.base_digest,
+            "snapshot": asdict(self.snapshot),
+        }
+        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of this training's checkpoints; its last part is the key."""
+        return f"{self.folder}/checkpoints/{self.key}"
