@@ -1,0 +1,5 @@
+"""`python -m orchestration` is the `mapo` command."""
+
+from orchestration.cli import entry
+
+entry()

@@ -1,0 +1,255 @@
+"""What each stage does, and the key of what it is made from. Heavy imports happen where the work is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from orchestration.dataset_view import describe_dataset, summary_line
+from orchestration.run import Outcome, Run
+from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.layout import latents_table, pairs_table, text_table
+from pipelines.dataset.model_files import read_model_index, resolve_model
+from pipelines.dataset.pair import VALIDATION
+
+if TYPE_CHECKING:
+    from training.launch import Progress
+    from training.spec import TrainSpec
+
+REPORT_VERSION = 1  # raise it when the page changes
+EXPORT_VERSION = 1
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_model(model: str) -> None:
+    """Find a wrong base model before hours of ingest, not after."""
+    read_model_index(resolve_model(model))
+
+
+# ingest: the table itself says which units it has
+
+
+def ingest_key(run: Run) -> str:
+    """The units of all sources as they are now."""
+    from pipelines.ingest import plan_units
+
+    assert run.config.ingest
+    return digest(sorted(unit.id for unit in plan_units(run.config.ingest)))
+
+
+def ingest_is_done(run: Run, key: str) -> bool:
+    """Every unit is in the table, and no more was dropped than is allowed."""
+    from pipelines.ingest import check_drop_budget, pending_units
+
+    assert run.config.ingest
+    if pairs_table(run.storage).version is None or pending_units(run.config.ingest, run.storage):
+        return False
+    check_drop_budget(run.config.ingest, run.storage)
+    return True
+
+
+def run_ingest(run: Run, key: str) -> Outcome:
+    """Sources to pair shards."""
+    from pipelines.ingest import ingest
+
+    assert run.config.ingest
+    ingest(run.config.ingest, run.storage)
+    return Outcome(summary_line(describe_dataset(run.storage)))
+
+
+# encode: the tables say what they have under this fingerprint
+
+
+def encode_key(run: Run) -> str | None:
+    """Both fingerprints and the snapshot of the pairs."""
+    version = pairs_table(run.storage).version
+    return None if version is None else digest(*_fingerprints(run), version)
+
+
+def _fingerprints(run: Run) -> tuple[str, str]:
+    from pipelines.fingerprint import latents_fingerprint, text_fingerprint
+
+    assert run.config.encode
+    return latents_fingerprint(run.config.encode), text_fingerprint(run.config.encode)
+
+
+def encode_is_done(run: Run, key: str) -> bool:
+    """No kept pair and no prompt is missing."""
+    from pipelines.encode import pending
+
+    assert run.config.encode
+    waiting = pending(run.config.encode, run.storage)
+    return waiting.num_kept > 0 and waiting.is_empty
+
+
+def run_encode(run: Run, key: str) -> Outcome:
+    """Pair shards to latent and text shards."""
+    from pipelines.encode import encode
+
+    assert run.config.encode
+    encode(run.config.encode, run.storage)
+    latents, text = _fingerprints(run)
+    num_pairs = latents_table(run.storage, latents).read(["pair_key"]).num_rows
+    num_prompts = text_table(run.storage, text).read(["prompt_id"]).num_rows - 1  # one is the null conditioning
+    return Outcome(f"{num_pairs:,} pairs, {num_prompts:,} prompts", {"latents": latents, "text": text})
+
+
+# train
+
+
+def train_spec(run: Run) -> TrainSpec | None:
+    """The run pinned to the newest snapshot; None while something is not encoded."""
+    from training.spec import Snapshot, TrainSpec, base_digest
+
+    config = run.config
+    if config.encode is None or config.train is None:
+        raise ConfigError("training needs the sections `encode` (for the base model) and `train`")
+    if pairs_table(run.storage).version is None or not encode_is_done(run, ""):
+        return None
+    latents, text = _fingerprints(run)
+    versions = [pairs_table(run.storage).version, latents_table(run.storage, latents).version]
+    versions.append(text_table(run.storage, text).version)
+    assert None not in versions
+    return TrainSpec(
+        storage_url=run.storage.url,
+        run=config.name,
+        model=config.encode.model,
+        vae=config.encode.vae,
+        base_digest=base_digest(config.encode.model),
+        seed=config.seed,
+        config=config.train,
+        snapshot=Snapshot(versions[0], latents, versions[1], text, versions[2]),  # type: ignore[arg-type]
+    )
+
+
+def train_key(run: Run) -> str | None:
+    """All that shapes the weights."""
+    spec = train_spec(run)
+    return None if spec is None else spec.key
+
+
+def run_train(run: Run, key: str) -> Outcome:
+    """MaPO on DeepSpeed ZeRO, from the last checkpoint of this key if there is one."""
+    from orchestration.training_view import TrainingView
+    from training.launch import train
+
+    spec = train_spec(run)
+    assert spec is not None
+    with TrainingView(spec, run.say) as view:
+        trained = train(spec, view.watch)
+    for worker in trained.workers:
+        run.say(
+            f"train     rank {worker['rank']} of world size {worker['world_size']}: trained on "
+            f"{worker['num_pairs']:,} pairs, digest of their keys {worker['digest']}"
+        )
+    first, last = trained.history["validations"][:1], trained.history["validations"][-1:]
+    summary = f"{trained.steps:,} steps of {spec.config.method}"
+    if first and last:
+        summary += (
+            f", held-out implicit accuracy {first[0]['implicit_accuracy']:.2f} → {last[0]['implicit_accuracy']:.2f}"
+        )
+    return Outcome(summary, asdict(trained) | {"snapshot": asdict(spec.snapshot)})
+
+
+# export
+
+
+def export_key(run: Run) -> str | None:
+    """The trained weights."""
+    trained = run.journal.record("train")
+    return None if trained is None else digest(EXPORT_VERSION, trained.key, trained.details["checkpoint"])
+
+
+def export_is_done(run: Run, key: str) -> bool:
+    """The record is of these weights and the folder is complete."""
+    record = run.journal.record("export")
+    return record is not None and record.key == key and run.storage.exists(f"{run.model}/model_index.json")
+
+
+def run_export(run: Run, key: str) -> Outcome:
+    """The last checkpoint as a diffusers pipeline."""
+    from orchestration.card import model_card
+    from training.export import export_model
+
+    trained = run.journal.record("train")
+    assert trained is not None
+    assert run.config.encode is not None
+    export_model(
+        run.storage,
+        checkpoint=trained.details["checkpoint"],
+        model=run.config.encode.model,
+        vae=run.config.encode.vae,
+        target=run.model,
+        card=model_card(run.config, trained),
+    )
+    return Outcome(run.storage.uri(run.model), {"model": run.model})
+
+
+# evaluate
+
+
+def evaluate_key(run: Run) -> str | None:
+    """The exported model and how it is sampled."""
+    exported = run.journal.record("export")
+    if exported is None or run.config.encode is None:
+        return None
+    return digest(
+        exported.key, run.config.evaluate.model_dump(mode="json"), run.config.encode.resolution, run.config.seed
+    )
+
+
+def run_evaluate(run: Run, key: str) -> Outcome:
+    """Samples and scores of base and aligned model."""
+    from orchestration.evaluation import evaluate
+
+    trained = run.journal.record("train")
+    assert trained is not None
+    results = evaluate(run.config, run.storage, folder=run.folder, version=trained.details["snapshot"]["pairs_version"])
+    parts = [f"{s['name']} {s['base']['mean']:.2f} → {s['aligned']['mean']:.2f}" for s in results["scores"]]
+    held_out = "" if results["split"] == VALIDATION else " of training prompts, for none is held out"
+    return Outcome(", ".join([f"{results['num_samples']} samples each{held_out}", *parts]), results)
+
+
+# report
+
+
+def report_key(run: Run) -> str | None:
+    """The records of all stages before it."""
+    records = [run.journal.record(name) for name in ("ingest", "encode", "train", "export", "evaluate")]
+    made = [[r.stage, r.key, r.finished_at] for r in records if r]
+    return digest(REPORT_VERSION, made, run.config.model_dump(mode="json"))
+
+
+def report_is_done(run: Run, key: str) -> bool:
+    """The record is of these results and the page is there."""
+    record = run.journal.record("report")
+    return record is not None and record.key == key and run.storage.exists(run.report)
+
+
+def run_report(run: Run, key: str) -> Outcome:
+    """One self-contained page."""
+    from orchestration.report import render_report
+    from orchestration.report_data import report_data, sample_images
+
+    data = report_data(run.config, run.storage, run.journal, command=shlex.join(["mapo", *sys.argv[1:]]))
+    page = render_report(data, sample_images(run.storage, run.folder, data))
+    run.storage.write(run.report, page.encode())
+    return Outcome(run.storage.uri(run.report))
+
+
+def describe_progress(progress: Progress) -> str:
+    """A run's place in one line."""
+    last = progress["last"]
+    shown = [f"step {int(progress['step']):,} of {progress['max_steps']:,}"]
+    for name, label in (("loss", "loss"), ("implicit_accuracy", "accuracy"), ("pairs_per_s", "pairs/s")):
+        if name in last:
+            shown.append(f"{label} {last[name]:.3g}")
+    return ", ".join(shown)

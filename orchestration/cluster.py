@@ -1,0 +1,60 @@
+"""Ray for a run: the cluster that is there, or one of this machine's own."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestration.config import RunConfig
+
+SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers that hold one each
+
+
+@contextlib.contextmanager
+def connected(config: RunConfig) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (a Ray job has it set), or start a local one and stop it at the end."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _quiet_start():
+        _init(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _init(config: RunConfig) -> None:
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        workers = max(
+            config.train.num_workers if config.train else 1, config.encode.num_workers if config.encode else 1
+        )
+        ray.init(
+            address="local",  # not a cluster that happens to have been started on this machine, or once was
+            num_cpus=max(os.cpu_count() or 1, workers + SPARE_CPUS),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep the chatter of Ray's C++ core off the terminal; it has its own log files, and errors are raised."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,171 @@
+"""The run's configuration: one YAML file, `-o` overrides, every key known. Imports neither ray nor torch."""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from pipelines.config import EncodeConfig, IngestConfig
+from pipelines.dataset.config import Config
+from pipelines.dataset.errors import ConfigError
+from training.config import EvaluateConfig, TrainConfig
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunConfig(Config):
+    """A run: where it lives and what each stage does."""
+
+    name: str
+    """Names the run's folder: letters, digits, '.', '_' and '-'."""
+    storage: str = Field(min_length=1)
+    """Any fsspec URL: data set and runs live below it."""
+    seed: int = Field(0, ge=0)
+    """Order, noise, timesteps and samples follow from it."""
+    ingest: IngestConfig | None = None
+    """Sources to pair shards."""
+    encode: EncodeConfig | None = None
+    """Pair shards to latent and text shards."""
+    train: TrainConfig | None = None
+    """MaPO on DeepSpeed ZeRO."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Samples and scores, base against aligned."""
+
+    @field_validator("name")
+    @classmethod
+    def name_is_a_folder(cls, value: str) -> str:
+        """The name is one part of a path on every file system."""
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+        return value
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `key.path=value` overrides, check everything.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or a key or value is wrong; the message names each.
+    """
+    try:
+        text = Path(file).read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration {file}: {error.strerror}", "see `mapo run --help`, or try `mapo demo`"
+        ) from error
+    return parse_config(text, overrides, source=str(file))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
+    """The same from a text; `source` is named in errors."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {error}", "mind the indentation and the colons") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds no keys", "it needs at least `name` and `storage`")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise _as_config_error(error, source) from None
+
+
+def resolved_json(config: RunConfig) -> str:
+    """The whole configuration with every default, as it is saved beside a run."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"-o {override}: not key.path=value", "for example `-o train.max_steps=100`")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-o {override}: the value is not YAML", "quote it") from error
+    *parents, last = path.split(".")
+    place: Any = data
+    for key in parents:
+        place = _step_into(place, key, override)
+    if isinstance(place, list):
+        place[_position(place, last, override)] = value
+    else:
+        place[last] = value
+
+
+def _step_into(place: Any, key: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_position(place, key, override)]
+    if place.get(key) is None:
+        place[key] = {}
+    if not isinstance(place[key], dict | list):
+        raise ConfigError(f"-o {override}: {key} is a value, not a section", "leave out what follows it")
+    return place[key]
+
+
+def _position(place: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(f"-o {override}: {key!r} is no place in a list of {len(place)}", "count from 0")
+    return int(key)
+
+
+def _as_config_error(error: ValidationError, source: str) -> ConfigError:
+    lines, hints = [], []
+    problems = error.errors()
+    for problem in problems:
+        if any(_is_inside(other["loc"], problem["loc"]) for other in problems):
+            continue  # a section is wrong because something in it is
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key `{where}`")
+            if near := _nearest(problem["loc"]):
+                hints.append(near)
+            continue
+        message, _, hint = str(problem["msg"]).removeprefix("Value error, ").partition("\nhint: ")
+        given = problem["input"]
+        shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) else ""
+        lines.append(message if not where or message.startswith(where) else f"`{where}`: {message}{shown}")
+        if hint:
+            hints.append(hint)
+    hint = "; ".join(dict.fromkeys(hints)) or "every key is described in docs/reference/configuration.md"
+    return ConfigError(f"{source}: " + "\n".join(lines), hint)
+
+
+def _is_inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _nearest(location: tuple[int | str, ...]) -> str | None:
+    """What an unknown key may have meant: the nearest key of its section, or the section's keys."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        section = _model_in(section.model_fields[part].annotation) if part in section.model_fields else None
+        if section is None:
+            return None
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    prefix = ".".join(str(part) for part in location[:-1])
+    if close:
+        return f"did you mean `{f'{prefix}.' if prefix else ''}{close[0]}`?"
+    return f"known keys{f' of {prefix}' if prefix else ''}: {', '.join(known)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The configuration section inside `X | None`, `tuple[X, ...]` or `X`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            if (found := _model_in(argument)) is not None:
+                return found
+    return None

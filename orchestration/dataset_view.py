@@ -1,0 +1,98 @@
+"""`mapo data show`: what is in a data set, from its tables alone."""
+
+from collections import Counter
+from typing import Any
+
+import pyarrow.compute as pc
+
+from pipelines.dataset.errors import SnapshotError
+from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
+from pipelines.dataset.pair import Status
+from pipelines.dataset.storage import Storage
+from pipelines.dataset.table import Table
+
+
+def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, Any]:
+    """The data set as plain data; the shape is part of the Contract.
+
+    Args:
+        storage: Where it lies.
+        version: Of the table of pairs; the newest by default.
+
+    Raises:
+        SnapshotError: There is no data set.
+    """
+    table = pairs_table(storage, version)
+    if table.version is None:
+        raise SnapshotError(
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+        )
+    rows = table.read(["status", "reason", "split", "prompt_id", "shard", "shard_bytes", "shard_sha256"])
+    kept = rows.filter(pc.equal(rows["status"], str(Status.KEPT)))
+    shards = _shards(rows)
+    counted = Counter(rows["status"].to_pylist())
+    return {
+        "storage": storage.url,
+        "version": table.version,
+        "rows": {str(status): counted.get(str(status), 0) for status in Status},
+        "reasons": dict(sorted(Counter(rows["reason"].drop_null().to_pylist()).items())),
+        "splits": dict(sorted(Counter(kept["split"].to_pylist()).items())),
+        "prompts": len(pc.unique(kept["prompt_id"])),
+        "shards": shards,
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "latents": [_encoded(latents_table(storage, f), f, "pairs") for f in _fingerprints(storage, LATENTS)],
+        "text": [_encoded(text_table(storage, f), f, "prompts") for f in _fingerprints(storage, TEXT)],
+    }
+
+
+def _shards(rows: Any) -> list[dict[str, Any]]:
+    placed = rows.filter(pc.is_valid(rows["shard"]))
+    grouped = placed.group_by(["shard", "shard_bytes", "shard_sha256"]).aggregate([([], "count_all")])
+    found = [
+        {"path": row["shard"], "bytes": row["shard_bytes"], "sha256": row["shard_sha256"], "pairs": row["count_all"]}
+        for row in grouped.to_pylist()
+    ]
+    return sorted(found, key=lambda shard: str(shard["path"]))
+
+
+def _fingerprints(storage: Storage, folder: str) -> list[str]:
+    names = {name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)}
+    return sorted(names)
+
+
+def _encoded(table: Table, fingerprint: str, what: str) -> dict[str, Any]:
+    rows = table.read(["status", "shard", "shard_bytes"])
+    sizes = {s: b for s, b in zip(rows["shard"].to_pylist(), rows["shard_bytes"].to_pylist(), strict=True) if s}
+    kept = Counter(rows["status"].to_pylist()).get(str(Status.KEPT), 0)
+    return {
+        "fingerprint": fingerprint,
+        "version": table.version,
+        what: kept,
+        "quarantined": rows.num_rows - kept,
+        "shards": len(sizes),
+        "bytes": sum(sizes.values()),
+    }
+
+
+def summary_line(description: dict[str, Any]) -> str:
+    """The accounting in one line; its parts add up to the rows read."""
+    rows = description["rows"]
+    parts = ", ".join(f"{rows[str(status)]:,} {status}" for status in Status)
+    return f"{sum(rows.values()):,} rows: {parts}"
+
+
+def as_text(description: dict[str, Any]) -> str:
+    """The description for a terminal."""
+    lines = [
+        f"{description['storage']} · version {description['version']}",
+        summary_line(description),
+        f"{len(description['shards'])} shards, {description['bytes']:,} bytes, {description['prompts']:,} prompts, "
+        + ", ".join(f"{count:,} {split}" for split, count in description["splits"].items()),
+    ]
+    lines += [f"  {count:>9,}  {reason}" for reason, count in description["reasons"].items()]
+    for kind, unit in (("latents", "pairs"), ("text", "prompts")):
+        lines += [
+            f"{kind} {made['fingerprint']}: {made[unit]:,} {unit}, {made['shards']} shards, {made['bytes']:,} bytes"
+            for made in description[kind]
+        ]
+    return "\n".join(lines)

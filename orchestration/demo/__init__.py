@@ -1,0 +1,1 @@
+"""The embedded default: real photos in, an aligned model out. A configuration and a data set."""

@@ -1,0 +1,90 @@
+"""Gathers what the report shows from the storage alone."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from orchestration.config import RunConfig
+from orchestration.dataset_view import describe_dataset, summary_line
+from orchestration.evaluation import EVALUATION
+from orchestration.journal import Journal, StageRecord, now
+from pipelines.dataset.errors import SnapshotError
+from pipelines.dataset.storage import Storage
+
+PACKAGES = ("mapo", "torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
+STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
+
+
+def report_data(config: RunConfig, storage: Storage, journal: Journal, *, command: str) -> dict[str, Any]:
+    """Everything on the page, as plain data; sections of stages that have not run are None."""
+    records = {name: journal.record(name) for name in STAGES_SHOWN}
+    trained, exported, evaluated = (records[name] for name in ("train", "export", "evaluate"))
+    snapshot = trained.details["snapshot"] if trained else {}
+    dataset = _dataset(storage, snapshot.get("pairs_version"))
+    return {
+        "name": config.name,
+        "created_at": now(),
+        "command": command,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "stages": [_stage(name, record, dataset) for name, record in records.items()],
+        "dataset": dataset,
+        "fingerprints": {k: snapshot[f"{k}_fingerprint"] for k in ("latents", "text")} if snapshot else None,
+        "training": _training(config, trained.details) if trained else None,
+        "evaluation": evaluated.details if evaluated else None,
+        "model": storage.uri(exported.details["model"]) if exported else None,
+    }
+
+
+def _stage(name: str, record: StageRecord | None, dataset: dict[str, Any] | None) -> dict[str, Any]:
+    if record is not None:
+        return {"name": name, "seconds": record.seconds, "summary": record.summary, "status": "done"}
+    if name in ("ingest", "encode") and dataset is not None:  # another run of this storage did it
+        return {"name": name, "seconds": None, "summary": summary_line(dataset), "status": "up to date"}
+    return {"name": name, "seconds": None, "summary": "", "status": "not run"}
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that shape a run."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _dataset(storage: Storage, version: int | None) -> dict[str, Any] | None:
+    """The snapshot that was trained on; the newest one before training."""
+    try:
+        description = describe_dataset(storage, version)
+    except SnapshotError:
+        return None
+    return description | {"shards": len(description["shards"])}
+
+
+def _training(config: RunConfig, details: dict[str, Any]) -> dict[str, Any]:
+    assert config.train is not None
+    workers = details["workers"]
+    return {
+        "method": config.train.method,
+        "loss": config.train.loss_parameters,
+        "steps": details["steps"],
+        "zero_stage": workers[0]["zero_stage"],
+        "world_size": workers[0]["world_size"],
+        "precision": config.train.precision,
+        "global_batch_size": config.train.global_batch_size,
+        "num_starts": details["starts"],
+        "workers": workers,
+        "history": details["history"]["steps"],
+        "validation": details["history"]["validations"],
+    }
+
+
+def sample_images(storage: Storage, folder: str, data: dict[str, Any]) -> dict[str, bytes]:
+    """The PNG bytes of every sample on the page, by name."""
+    if data["evaluation"] is None:
+        return {}
+    names = [sample[model] for sample in data["evaluation"]["samples"] for model in ("base", "aligned")]
+    return {name: storage.read(f"{folder}/{EVALUATION}/{name}") for name in names}

@@ -1,0 +1,52 @@
+"""One run, as its stages see it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestration.config import RunConfig
+from orchestration.journal import Journal
+from pipelines.dataset.layout import RUNS
+from pipelines.dataset.storage import Storage
+
+Say = Callable[[str], None]
+"""Shows one line to the user."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration, its storage, its journal, and where lines go."""
+
+    config: RunConfig
+    storage: Storage
+    journal: Journal
+    say: Say
+
+    @staticmethod
+    def open(config: RunConfig, say: Say) -> "Run":
+        """The run that a configuration names."""
+        storage = Storage(config.storage)
+        return Run(config, storage, Journal(storage, config.name), say)
+
+    @property
+    def folder(self) -> str:
+        """The run's folder on the storage."""
+        return f"{RUNS}/{self.config.name}"
+
+    @property
+    def report(self) -> str:
+        """The report's name on the storage."""
+        return f"{self.folder}/report/index.html"
+
+    @property
+    def model(self) -> str:
+        """The exported model's name on the storage."""
+        return f"{self.folder}/model"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did: a line for people, and details for later stages and the report."""
+
+    summary: str
+    details: dict[str, Any] = field(default_factory=dict)

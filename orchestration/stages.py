@@ -1,0 +1,145 @@
+"""The stages of a run, in order: is it up to date, and if not, do it.
+
+Whether a stage is up to date follows from what is on storage. The key of a stage is a digest of all that it is made
+from, the key of the stage before it included, so that a change runs through to the report.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from orchestration import actions
+from orchestration.cluster import connected
+from orchestration.config import RunConfig, resolved_json
+from orchestration.journal import StageRecord
+from orchestration.run import Outcome, Run, Say
+from pipelines.dataset.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: As in the command.
+        section: The configuration section that it cannot do without.
+        key: What it would be made from now; None while an earlier stage has not run.
+        is_done: Whether the storage holds its result for this key.
+        execute: Do it.
+        needs_ray: Whether it runs on a cluster.
+    """
+
+    name: str
+    section: str | None
+    key: Callable[[Run], str | None]
+    is_done: Callable[[Run, str], bool]
+    execute: Callable[[Run, str], Outcome]
+    needs_ray: bool
+
+
+def recorded(name: str) -> Callable[[Run, str], bool]:
+    """A stage whose record on storage is the mark that it is done."""
+
+    def is_done(run: Run, key: str) -> bool:
+        record = run.journal.record(name)
+        return record is not None and record.key == key
+
+    return is_done
+
+
+ALL_STAGES = ("ingest", "encode", "train", "export", "evaluate", "report")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("ingest", "ingest", actions.ingest_key, actions.ingest_is_done, actions.run_ingest, True),
+        Stage("encode", "encode", actions.encode_key, actions.encode_is_done, actions.run_encode, True),
+        Stage("train", "train", actions.train_key, recorded("train"), actions.run_train, True),
+        Stage("export", "train", actions.export_key, actions.export_is_done, actions.run_export, False),
+        Stage("evaluate", "encode", actions.evaluate_key, recorded("evaluate"), actions.run_evaluate, True),
+        Stage("report", None, actions.report_key, actions.report_is_done, actions.run_report, False),
+    )
+}
+
+
+def run_all(config: RunConfig, say: Say) -> None:
+    """All stages; the last lines say where the report and the model are."""
+    run_stages(config, ALL_STAGES, say)
+    run = Run.open(config, say)
+    say(f"\nreport  {run.storage.uri(run.report)}\nmodel   {run.storage.uri(run.model)}")
+
+
+def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
+    """Bring these stages up to date, in their order. Ray starts only if one of them has work that needs it.
+
+    Raises:
+        ConfigError: A stage has no configuration, or the stage before it has not run.
+        JobError: A stage failed; what was done before it stays.
+    """
+    run = Run.open(config, say)
+    stages = [STAGES[name] for name in names]
+    for stage in stages:
+        if stage.section is not None and getattr(config, stage.section) is None:
+            raise ConfigError(
+                f"the configuration has no `{stage.section}` section, which {stage.name} needs",
+                "docs/reference/configuration.md has every section with its keys",
+            )
+    position = 0
+    while position < len(stages) and _is_up_to_date(run, stages[position]):
+        position += 1
+    if position == len(stages):
+        return
+    first = stages[position]
+    if first.key(run) is None:
+        raise ConfigError(
+            f"{first.name} needs the stage before it, which has not run for this configuration",
+            "`mapo run` does all stages in order",
+        )
+    if config.encode is not None:
+        actions.check_model(config.encode.model)
+    prepare(run)
+    if any(stage.needs_ray for stage in stages[position:]):
+        with connected(config):
+            _run_rest(run, stages[position:])
+    else:
+        _run_rest(run, stages[position:])
+
+
+def _is_up_to_date(run: Run, stage: Stage) -> bool:
+    key = stage.key(run)
+    if key is None or not stage.is_done(run, key):
+        return False
+    record = run.journal.record(stage.name)
+    run.say(f"{stage.name:<9} up to date   {record.summary if record else ''}".rstrip())
+    return True
+
+
+def _run_rest(run: Run, stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if not _is_up_to_date(run, stage):
+            run_stage(run, stage)
+
+
+def run_stage(run: Run, stage: Stage) -> StageRecord:
+    """Do one stage and record it."""
+    key = stage.key(run)
+    assert key is not None, "the stages before this one have just run"
+    run.say(f"{stage.name:<9} …")
+    started = time.monotonic()
+    try:
+        outcome = stage.execute(run, key)
+    except BaseException as error:
+        run.journal.event("failed", stage=stage.name, error=type(error).__name__, message=str(error)[:2000])
+        raise
+    seconds = time.monotonic() - started
+    record = run.journal.finish(stage.name, key=key, summary=outcome.summary, seconds=seconds, details=outcome.details)
+    run.say(f"{stage.name:<9} {seconds:7.1f} s    {outcome.summary}")
+    return record
+
+
+def prepare(run: Run) -> None:
+    """Before any work: the storage can be written, and holds the resolved configuration."""
+    run.storage.check_writable()
+    name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
+    if not run.storage.exists(name) or run.storage.read(name) != resolved:
+        run.storage.write(name, resolved)

@@ -1,0 +1,139 @@
+"""The configuration: every wrong key and value is one clear error, every default is visible."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration.config import load_config, parse_config, resolved_json
+from pipelines.dataset.errors import ConfigError
+
+CONTRACT = """
+name: photos
+storage: runs/photos
+seed: 0
+ingest:
+  sources:
+    - {format: pickapic, path: data/*.parquet}
+  max_shard_bytes: 268435456
+  validation_ratio: 0.01
+  max_drop_ratio: 0.05
+encode:
+  model: some/model
+  vae: null
+  resolution: 1024
+  buckets: true
+  dtype: float16
+  batch_size: 8
+  num_workers: 1
+train:
+  method: mapo_paper
+  loss: {beta: 8}
+  num_workers: 8
+  global_batch_size: 2048
+  micro_batch_size: 8
+  max_steps: 2000
+  learning_rate: 1.0e-7
+  lr_schedule: cosine
+  warmup_steps: 0
+  precision: bf16
+  zero_stage: 2
+  offload: none
+  gradient_checkpointing: true
+  prompt_dropout: 0.0
+  lora: null
+  ema: null
+  checkpoint_every: 500
+  validate_every: 100
+  max_failures: 3
+"""
+
+GOLDEN = Path(__file__).parent / "resolved_config.json"
+
+
+def test_the_contract_parses_and_resolves_to_the_golden_configuration() -> None:
+    """A changed default shows in review: `resolved_config.json` has to change with it."""
+    assert json.loads(resolved_json(parse_config(CONTRACT))) == json.loads(GOLDEN.read_text())
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    minimal = "{name: n, storage: s, ingest: {sources: [{format: pickapic, path: p}]}, encode: {model: m}, train: {}}"
+    given, default = parse_config(CONTRACT), parse_config(minimal)
+    assert default.ingest == given.ingest.model_copy(update={"sources": default.ingest.sources})
+    assert default.encode == given.encode.model_copy(update={"model": "m"})
+    assert default.train.loss_parameters == given.train.loss_parameters
+    assert default.train == given.train.model_copy(update={"num_workers": 1, "loss": {}})
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("train.num_worker=2", "unknown key `train.num_worker`", "did you mean `train.num_workers`?"),
+        ("ingst.x=1", "unknown key `ingst`", "did you mean `ingest`?"),
+        ("ingest.sources.0.pth=x", "unknown key `ingest.sources.0.pth`", "did you mean `ingest.sources.0.path`?"),
+        ("encode.zzz=1", "unknown key `encode.zzz`", "known keys of encode: model, vae"),
+        ("train.max_steps=0", "`train.max_steps`: Input should be greater than or equal to 1 (it is 0)", ""),
+        ("train.max_steps=many", "`train.max_steps`: Input should be a valid integer", ""),
+        ("train.global_batch_size=100", "not a multiple of micro_batch_size x num_workers = 8 x 8 = 64", "64, 128"),
+        ("train.method=mappo", "train.method is 'mappo'", "did you mean `mapo`"),
+        ("train.loss={gamma: 1}", "train.loss.gamma is not a parameter of method mapo_paper", "beta"),
+        ("train.lora={rank: 64}", "lora", "leave `train.lora` out"),
+        ("train.precision=fp16", "precision fp16", "use bf16"),
+        ("ingest.sources.0.format=parquet", "`ingest.sources.0.format`: Input should be 'pickapic'", ""),
+        ("ingest.sources=[]", "`ingest.sources`", ""),
+        ("encode.resolution=1001", "resolution must be a multiple of 8, not 1001", ""),
+        ("name=a/b", "'a/b' cannot name a folder", ""),
+        ("name=..", "'..' cannot name a folder", ""),
+        ("seed=-1", "`seed`", ""),
+    ],
+)
+def test_a_wrong_setting_is_named_with_a_way_out(override: str, message: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(CONTRACT, [override], source="photos.yaml")
+    assert str(caught.value).startswith("photos.yaml: ")
+    assert message in str(caught.value)
+    assert hint in (caught.value.hint or "")
+    assert caught.value.exit_code == 2
+
+
+def test_all_wrong_settings_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(CONTRACT, ["train.num_worker=2", "encode.batch_size=0"])
+    assert "train.num_worker" in str(caught.value)
+    assert "encode.batch_size" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["train", "=3", "train.max_steps.x=3", "ingest.sources.7.path=x", "ingest.sources.a=x"]
+)
+def test_an_override_that_fits_nowhere_is_an_error(override: str) -> None:
+    with pytest.raises(ConfigError, match="-o "):
+        parse_config(CONTRACT, [override])
+
+
+def test_overrides_are_typed_like_yaml_and_reach_into_lists() -> None:
+    config = parse_config(CONTRACT, ["train.learning_rate=1.0e-5", "ingest.sources.0.path=other/*", "encode.vae=v"])
+    assert config.train.learning_rate == 1e-5
+    assert config.ingest.sources[0].path == "other/*"
+    assert config.encode.vae == "v"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "name: [", "just words"])
+def test_what_is_no_configuration_is_an_error(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=str(file)):
+        load_config(file)
+
+
+def test_a_resolved_configuration_is_a_configuration() -> None:
+    config = parse_config(CONTRACT)
+    assert parse_config(yaml.safe_dump(json.loads(resolved_json(config)))) == config
+
+
+def test_every_shipped_configuration_parses() -> None:
+    shipped = Path(__file__).parents[2] / "orchestration" / "demo" / "demo.yaml"
+    config = parse_config(shipped.read_text())
+    assert config.train.num_workers == 2
+    assert config.train.zero_stage == 2

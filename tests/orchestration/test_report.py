@@ -1,0 +1,250 @@
+"""The report: self-contained, complete, escaped, and drawn where the numbers say."""
+
+import base64
+import io
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from orchestration import report
+from orchestration.report import render_report
+from pipelines.dataset.pair import Reason
+
+ENDS = ("low", "mean", "high")
+PROMPTS = (
+    "a cat on a sofa", "a red bicycle against a wall", "a bowl of lemons", "mountains after rain",
+    '<script>alert("x")</script> & <img src=x onerror=alert(1)>', "an old harbour at dawn, " * 30, "x" * 300,
+    "\U0001f98a\U0001f342 a fox, \u79cb\u306e\u68ee\u306e\u4e2d\u306e\u8d64\u3044\u72d0",
+)  # fmt: skip
+
+
+def _image(seed: int, *, side: int = 64, styled: bool = False) -> bytes:
+    """A small landscape; styled: in warm colours, as a style taught from preferences would be."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (side, side), (240, 190, 120) if styled else (150, 180, 205))
+    draw = ImageDraw.Draw(image)
+    for layer in range(3):
+        top, waves = side * (0.45 + 0.16 * layer) + rng.uniform(-4, 4), rng.uniform(4, 9)
+        tint = (200 - 50 * layer, 90 - 20 * layer, 40) if styled else (95 - 22 * layer,) * 3
+        edge = [(x, top + side * 0.08 * math.sin(x / side * waves + seed + layer)) for x in range(side)]
+        draw.polygon([*edge, (side, side), (0, side)], fill=tint)
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def _step(step: int, progress: float, rng: random.Random, noise: float) -> dict[str, float]:
+    gain = 1 - math.exp(-4 * progress)
+    chosen, rejected = (mean + noise * rng.gauss(0, 0.035) for mean in (0.21 - 0.06 * gain, 0.215 + 0.02 * gain))
+    accuracy = min(1.0, max(0.0, 0.49 + 0.27 * gain + noise * rng.gauss(0, 0.12)))
+    return {
+        "step": step, "loss": chosen + 0.0866 - 0.02 * gain, "mse_chosen": chosen, "mse_rejected": rejected,
+        "margin": rejected - chosen, "implicit_accuracy": round(accuracy * 16) / 16 if noise else accuracy,
+    }  # fmt: skip
+
+
+def sample_data(num_steps: int = 1200) -> dict[str, Any]:
+    """What the report relies on, spelled out."""
+    return {
+        "name": "photos", "created_at": "2026-11-23T23:10:00Z", "command": "mapo run photos.yaml",
+        "config": {"name": "photos", "storage": "runs/photos", "train": {"loss": {"beta": 8.0}}},
+        "versions": {"mapo": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "python": "3.11.9"},
+        "stages": [{"name": name, "seconds": seconds, "summary": summary, "status": "done" if seconds else "up to date"}
+                   for name, seconds, summary in (("ingest", 12.3, "668 rows: 612 kept, 56 not"), ("encode", None, ""),
+                                                  ("train", 2587.0, "1,200 steps on 2 workers"))],
+        "dataset": {
+            "storage": "runs/photos", "version": 3, "shards": 2, "bytes": 9123456, "prompts": 90,
+            "rows": {"kept": 612, "tie": 30, "duplicate": 8, "quarantined": 18},
+            "reasons": {"equal_preference": 30, "repeated": 8, "truncated_image": 4, "missing_prompt": 13, "<odd>": 1},
+            "splits": {"train": 560, "validation": 52},
+        },
+        "fingerprints": {"latents": "9f" * 16, "text": "77" * 16},
+        "training": _training(num_steps),
+        "evaluation": {
+            "num_samples": 64, "num_inference_steps": 25, "guidance_scale": 3.0,
+            "scores": [{"name": name, "description": f"How far the {name} is met.",
+                        "base": dict(zip(ENDS, base, strict=True)), "aligned": dict(zip(ENDS, aligned, strict=True))}
+                       for name, base, aligned in (("style", (0.08, 0.104, 0.128), (0.3, 0.341, 0.379)),
+                                                   ("content", (0.25, 0.26, 0.27), (0.24, 0.255, 0.265)))],
+            "samples": [{"prompt": prompt, "seed": 17 + i, "base": f"base-{i:03}.png", "aligned": f"aligned-{i:03}.png"}
+                        for i, prompt in enumerate(PROMPTS * 2)],
+        },
+        "model": "runs/photos/runs/photos/model",
+    }  # fmt: skip
+
+
+def _training(num_steps: int) -> dict[str, Any]:
+    rng = random.Random(0)
+    history = [
+        {**_step(step, step / num_steps, rng, 1.0), "grad_norm": 0.8 * math.exp(rng.gauss(0, 0.35)),
+         "learning_rate": 1e-4 * min(1, step / 50) * (1 - step / num_steps), "pairs_per_s": rng.gauss(7.4, 0.3)}
+        for step in range(1, num_steps + 1)
+    ]  # fmt: skip
+    measured = range(0, num_steps + 1, num_steps // 6)
+    worker = {"world_size": 2, "node": "10.0.0.1", "device": "cpu", "backend": "gloo", "zero_stage": 2}
+    return {
+        "method": "mapo_paper", "loss": {"beta": 8.0}, "steps": num_steps, "zero_stage": 2, "world_size": 2,
+        "precision": "fp32", "global_batch_size": 16, "num_starts": 2, "history": history,
+        "validation": [{**_step(step, step / num_steps, rng, 0.0), "num_pairs": 52.0} for step in measured],
+        "workers": [{**worker, "rank": rank, "pid": 4711 + rank, "num_pairs": 9604 + rank, "digest": f"ab{rank}2" * 4}
+                    for rank in (0, 1)],
+    }  # fmt: skip
+
+
+def sample_images() -> dict[str, bytes]:
+    names = sample_data(6)["evaluation"]["samples"]
+    return {name: _image(sample["seed"], styled=name.startswith("aligned"))
+            for sample in names for name in (sample["base"], sample["aligned"])}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(sample_data(), sample_images())
+
+
+class _Page(HTMLParser):
+    """What a browser would fetch, run and show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.text += " " * (tag in ("td", "th", "dd", "li"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data.replace("\u00a0", " ") if self.tags[-1:] != ["style"] else ""
+
+
+def test_nothing_is_fetched_from_elsewhere(page: str) -> None:
+    parsed = _Page(page)
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses)
+    assert not re.search(r"url\(|@import", page)
+    assert "default-src 'none'" in page
+    assert not {"script", "iframe", "object", "embed", "base"} & set(parsed.tags)
+
+
+def test_what_a_user_wrote_is_text_and_never_markup() -> None:
+    data = sample_data(12)
+    hostile = '"><script>alert(1)</script>'
+    data["name"] = data["command"] = data["model"] = data["config"]["name"] = data["training"]["method"] = hostile
+    data["stages"][0]["summary"] = data["evaluation"]["scores"][0]["name"] = hostile
+    parsed = _Page(render_report(data, sample_images()))
+    assert "script" not in parsed.tags
+    assert parsed.tags.count("img") == 2 * 2 * len(PROMPTS)
+    assert parsed.text.count(hostile) >= 8
+    assert all(prompt in parsed.text for prompt in PROMPTS)
+
+
+def test_every_row_that_was_read_is_accounted_for(page: str) -> None:
+    text = re.sub(r"\s+", " ", _Page(page).text)
+    assert "612 kept + 30 tie + 8 duplicate + 18 quarantined = 668 rows read" in text
+    for row in (
+        "kept 612 91.6 %", "tie 30 4.5 %", "duplicate 8 1.2 %", "quarantined 18 2.7 %", "rows read 668 100.0 %",
+        "truncated_image 4 An", "missing_prompt 13 The", "<odd> 1 (no explanation", "9,604 ab02", "9.1 MB",
+        "with a reason 56 of 56 that were not kept", "train 560 pairs", "validation 52 pairs",
+    ):  # fmt: skip
+        assert row in text, row
+
+
+def test_every_reason_of_the_table_is_explained() -> None:
+    data = sample_data(12)
+    data["dataset"]["reasons"] = dict.fromkeys(Reason, 1)
+    assert "no explanation" not in render_report(data, {})
+
+
+def test_the_outcome_is_told_in_words_and_never_oversold(page: str) -> None:
+    text = _Page(page).text
+    assert "Held-out accuracy rose from 49.0 % to 75.5 %" in text
+    assert "0.104 \u2192 0.341rose: the intervals are apart" in text
+    assert "0.260 \u2192 0.255no clear change: the intervals overlap" in text
+    data = sample_data(12)
+    data["training"]["validation"][-1]["implicit_accuracy"] = 0.44
+    assert "fell from 49.0 % to 44.0 %, which is within the noise" in _Page(render_report(data, {})).text
+    del data["training"]["validation"][0]
+    assert "was not measured on held-out pairs both before and after" in render_report(data, {})
+
+
+@pytest.mark.parametrize("missing", ["dataset", "fingerprints", "training", "evaluation", "model"])
+def test_a_stage_that_has_not_run_is_said_to_be_missing(missing: str) -> None:
+    data = sample_data(12)
+    said = render_report({**data, missing: None}, {})
+    del data[missing]
+    assert said == render_report(data, {})
+    assert "has not run" in said
+
+
+def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:
+    data = sample_data(12)
+    data["training"]["history"][3]["loss"] = math.nan
+    data["evaluation"]["scores"][0]["base"]["mean"] = math.nan
+    text = _Page(page := render_report(data, {})).text
+    assert "style: not a finite number" in text
+    assert not re.search(r' (d|c?x|c?y)="[^"]*nan', page)
+
+
+def test_a_curve_lies_where_its_numbers_say() -> None:
+    drawn = report.chart([report.Trace("train", "line", 0, [(0, 0.0), (50, 1.0), (100, 0.5)])], size=(162, 132))
+    assert (frame := drawn["frame"]) == report.Frame(46, 146, 10, 110, (0, 100), (0.0, 1.0))
+    assert frame.path(drawn["traces"][0].points) == "M46 110L96 10L146 60"
+    assert drawn["x_ticks"] == [(46.0, "0"), (96.0, "50"), (146.0, "100")]
+    assert drawn["y_ticks"] == [(110.0, "0"), (60.0, "0.5"), (10.0, "1")]
+    plot = report.interval_plot(sample_data(12)["evaluation"]["scores"][0])  # from 0.08 to 0.379
+    assert (plot["frame"].x(0.0), plot["frame"].x(0.4), plot["apart"]) == (58, 346, True)
+
+
+def test_ticks_and_numbers_are_round() -> None:
+    assert report.round_ticks(0.13, 0.41) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert report.round_ticks(0, 3, min_step=1) == [0, 1, 2, 3]
+    assert report.round_ticks(7, 7)[0] <= 7 <= report.round_ticks(7, 7)[-1]
+    assert report.round_ticks(0, 1e-4, count=2) == [0, 5e-5, 1e-4]
+    shown = [report.number(value) for value in (0.3, 1234.4, 2e-5, -0.004, 0.0, math.inf)]
+    assert shown == ["0.300", "1,234", "2e-5", "\u22120.00400", "0", "\u2013"]
+
+
+def test_a_long_series_keeps_its_spikes_and_its_mean() -> None:
+    points = [(float(step), 1000.0 if step == 777 else step % 2) for step in range(5000)]
+    assert len(kept := report.downsample(points)) <= report.MAX_POINTS
+    assert (777.0, 1000.0) in kept
+    assert kept == sorted(kept)
+    assert report.smooth([(float(step), 3.0) for step in range(100)]) == [(float(step), 3.0) for step in range(100)]
+
+
+def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> None:
+    images = {**sample_images(), "base-000.png": _image(1, side=report.MAX_SIDE + 88)}
+    page = render_report(sample_data(12), images)
+    assert base64.b64encode(images["aligned-000.png"]).decode() in page
+    (encoded,) = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (report.MAX_SIDE, report.MAX_SIDE)
+    assert "base-000.png is missing" in render_report(sample_data(12), {})
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
+def test_a_phone_shows_the_page_without_sideways_scrolling(page: str, tmp_path: Path) -> None:
+    """Chromium's own window is never as narrow as a phone, so the page is put in a frame of 360 px."""
+    (tmp_path / "report.html").write_text(page.replace('http-equiv="Content', 'name="Content'))  # nothing is tried
+    script = """onload = () => { const page = frames[0], root = page.document.documentElement
+        const requests = page.performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))
+        document.title = `measured ${root.clientWidth} ${root.scrollWidth} ${requests.length}` }"""
+    frame = '<iframe src="report.html" style="width:360px;border:0"></iframe>'
+    (tmp_path / "phone.html").write_text(f"{frame}<script>{script}</script>")
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile", "--dump-dom",
+         (tmp_path / "phone.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "<title>measured 360 360 0<" in done.stdout, done.stderr  # client width, scroll width, requests

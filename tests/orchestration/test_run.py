@@ -1,0 +1,169 @@
+"""`mapo run` from parquet to a report, as a user runs it: the installed command in its own process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from factories import photo_pairs, write_parquet
+
+MAPO = Path(sys.executable).with_name("mapo")
+NUM_ROWS, NUM_TIES, NUM_DAMAGED = 96, 4, 8
+
+
+def mapo(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.run(
+        [MAPO, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False
+    )
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every object below a folder with its time of change and its size."""
+    files = (found for found in sorted(folder.rglob("*")) if found.is_file())
+    return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+
+@pytest.fixture(scope="module")
+def configuration(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    rows = photo_pairs(NUM_ROWS, num_ties=NUM_TIES, num_damaged=NUM_DAMAGED, num_prompts=8)
+    write_parquet(folder / "data" / "pairs.parquet", rows, row_group_size=32)
+    train = {"num_workers": 2, "global_batch_size": 8, "micro_batch_size": 2, "max_steps": 4, "learning_rate": 1e-4}
+    train |= {"precision": "fp32", "checkpoint_every": 2, "validate_every": 2}
+    settings = {
+        "name": "small",
+        "storage": str(folder / "storage"),
+        "ingest": {
+            "sources": [{"format": "pickapic", "path": str(folder / "data" / "*.parquet")}],
+            "validation_ratio": 0.3,
+            "max_drop_ratio": 0.1,
+        },
+        "encode": {"model": str(tiny_pipeline), "resolution": 64, "batch_size": 8},
+        "train": train,
+        "evaluate": {"num_samples": 3, "num_inference_steps": 2, "batch_size": 2},
+    }
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(configuration: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    result = mapo("run", configuration)
+    assert result.returncode == 0, result.stderr
+    return configuration.parent / "storage", result
+
+
+def test_a_run_says_who_trained_and_where_report_and_model_are(finished) -> None:
+    storage, result = finished
+    for rank in (0, 1):
+        assert re.search(rf"rank {rank} of world size 2: DeepSpeed ZeRO stage 2, pid \d+", result.stdout)
+    assert result.stdout.rstrip().splitlines()[-2:] == [
+        f"report  {storage}/runs/small/report/index.html",
+        f"model   {storage}/runs/small/model",
+    ]
+
+
+def test_libraries_are_quiet(finished) -> None:
+    _, result = finished
+    assert "Traceback" not in result.stderr
+    noise = [line for line in result.stderr.splitlines() if not re.match(r"(ingest|encode|train|evaluate)[ :]", line)]
+    assert noise == []
+
+
+def test_the_same_command_again_changes_no_object(finished, configuration) -> None:
+    storage, _ = finished
+    before = state(storage)
+    again = mapo("run", configuration)
+    assert again.returncode == 0, again.stderr
+    for stage in ("ingest", "encode", "train", "export", "evaluate", "report"):
+        assert re.search(rf"^{stage} +up to date", again.stdout, re.MULTILINE)
+    assert state(storage) == before
+
+
+def test_data_show_accounts_for_every_row(finished) -> None:
+    storage, _ = finished
+    shown = json.loads(mapo("data", "show", storage, "--json").stdout)
+    assert shown["rows"] == {"kept": 84, "tie": NUM_TIES, "duplicate": 0, "quarantined": NUM_DAMAGED}
+    assert sum(shown["rows"].values()) == NUM_ROWS
+    assert shown["reasons"]["truncated_image"] == 2
+    assert [set(shard) for shard in shown["shards"]] == [{"path", "bytes", "sha256", "pairs"}] * len(shown["shards"])
+    assert sum(shard["pairs"] for shard in shown["shards"]) == 84 + NUM_TIES
+    assert [latents["pairs"] for latents in shown["latents"]] == [84]
+
+
+def test_status_tells_stages_and_last_numbers(finished, configuration) -> None:
+    told = json.loads(mapo("status", configuration, "--json").stdout)
+    assert [stage["state"] for stage in told["stages"]] == ["up to date"] * 6
+    assert told["training"]["step"] == told["training"]["max_steps"] == 4
+    assert "validation_implicit_accuracy" in told["training"]["last"]
+
+
+def test_a_changed_setting_makes_stale_what_follows_from_it_and_nothing_else(finished, configuration) -> None:
+    told = json.loads(mapo("status", configuration, "--json", "-o", "train.learning_rate=2.0e-4").stdout)
+    states = {stage["stage"]: stage["state"] for stage in told["stages"]}
+    assert states["ingest"] == states["encode"] == "up to date"
+    assert states["train"] == "stale"
+
+
+def test_the_export_is_a_pipeline_with_the_trained_weights(finished, tiny_pipeline) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    storage, _ = finished
+    model = storage / "runs" / "small" / "model"
+    aligned = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float32)
+    base = StableDiffusionXLPipeline.from_pretrained(tiny_pipeline, dtype=torch.float32)
+    changed = [not torch.equal(a, b) for a, b in zip(aligned.unet.parameters(), base.unet.parameters(), strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+    for a, b in zip(aligned.vae.parameters(), base.vae.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (model / "README.md").read_text().startswith("---\n")
+
+
+def test_the_report_shows_both_ranks_and_the_accounting(finished) -> None:
+    storage, _ = finished
+    page = (storage / "runs" / "small" / "report" / "index.html").read_text()
+    record = json.loads((storage / "runs" / "small" / "stages" / "train.json").read_text())
+    digests = [worker["digest"] for worker in record["details"]["workers"]]
+    assert len(set(digests)) == 2
+    assert all(digest in page for digest in digests)
+    assert "truncated_image" in page
+
+
+def test_the_resolved_configuration_lies_beside_the_run(finished) -> None:
+    storage, _ = finished
+    saved = json.loads((storage / "runs" / "small" / "config.json").read_text())
+    assert saved["train"]["max_grad_norm"] == 1.0
+    assert saved["encode"]["buckets"] is True
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("train.num_worker=2", 2, "did you mean `train.num_workers`?"),
+        ("ingest.sources.0.path=/nowhere/*.parquet", 1, "no file matches /nowhere/*.parquet"),
+        ("encode.model={folder}/data", 1, "has no model_index.json"),
+        ("encode.model={folder}/none", 1, "there is no model folder"),
+        ("storage={folder}/small.yaml/below", 1, "cannot write"),
+    ],
+)
+def test_bad_input_is_one_message_with_a_way_out_and_leaves_nothing(
+    configuration: Path, override: str, code: int, message: str, tmp_path: Path
+) -> None:
+    folder = configuration.parent
+    before = state(folder)
+    overrides = [f"storage={tmp_path / 'storage'}", override.format(folder=folder)]
+    result = mapo("run", configuration, *(part for o in overrides for part in ("-o", o)))
+    assert result.returncode == code
+    assert message in result.stderr
+    assert result.stderr.count("hint: ") == 1
+    assert "Traceback" not in result.stderr
+    assert state(folder) == before
+    assert state(tmp_path) == {}
