@@ -1,0 +1,180 @@
+"""The documentation against the code: nothing stale, nothing left out, no link that leads nowhere."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestration import reference
+from orchestration.cli import parser
+from orchestration.config import RunConfig, parse_config
+from orchestration.demo.run import CONFIG
+from pipelines.dataset.errors import ConfigError, JobError, MapoError
+from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA
+from pipelines.dataset.pair import PAIRS_SCHEMA, Reason
+from training.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = [README, ROOT / "infra" / "README.md", *sorted(DOCS.rglob("*.md"))]
+PACKAGES = ("pipelines", "training", "orchestration")
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+REQUIRED = ("name: needed", "storage: somewhere")
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes from a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The insides of a page's code blocks of one language."""
+    found = (block.partition("\n") for block in FENCE.findall(page.read_text()))
+    return [rest.removesuffix("```") for head, _, rest in found if head == f"```{language}"]
+
+
+def listed_files() -> Iterator[str]:
+    """The paths of the tree in the README, from its indentation; folders end with '/'."""
+    (tree,) = (block for block in blocks(README, "") if block.startswith("pipelines/"))
+    folders: list[str] = []
+    for line in tree.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        assert phrase.strip(), f"{name} has no phrase"
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        yield "".join(folders) + ("" if name.endswith("/") else name)
+
+
+@pytest.mark.parametrize("page", reference.pages(), ids=lambda page: page.name)
+def test_generated_pages_are_current(page: Path) -> None:
+    assert page.read_text() == reference.pages()[page], "stale: run `python -m orchestration.reference`"
+
+
+def test_every_command_is_documented_and_has_help() -> None:
+    text = (DOCS / "reference" / "commands.md").read_text()
+    found = list(reference.commands(parser(), "mapo"))
+    assert len(found) >= 10
+    for name, command, summary in found:
+        assert f"\n## `{name}`\n" in text
+        assert summary
+        assert command.description
+        for action in command._actions:
+            assert action.help, f"{name} {action.dest} has no help"
+
+
+def test_no_option_is_hidden() -> None:
+    for name, command, _ in reference.commands(parser(), "mapo"):
+        assert all(action.help != argparse.SUPPRESS for action in command._actions), name
+
+
+def test_every_command_is_in_the_readme() -> None:
+    text = README.read_text()
+    for name, _, _ in reference.commands(parser(), "mapo"):
+        assert f"| `{name} " in text, name
+
+
+def test_every_key_has_a_meaning() -> None:
+    text = reference.configuration_page()
+    assert not re.search(r"\|\s*\|\n", text)
+    for name in (*RunConfig.model_fields, *METHODS):
+        assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("key", reference.REFUSED)
+def test_what_the_page_calls_refused_is_refused(key: str) -> None:
+    value = {"train.lora": "{rank: 8}", "train.ema": "{decay: 0.9}", "train.offload": "cpu", "train.precision": "fp16"}
+    with pytest.raises(ConfigError, match="does not have it yet"):
+        parse_config("\n".join(REQUIRED), [f"{key}={value[key]}"])
+
+
+def test_every_reason_is_explained_once() -> None:
+    text = (DOCS / "reference" / "reasons.md").read_text()
+    found = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert set(found) == {str(reason) for reason in Reason}
+    twice = {reason for reason in found if found.count(reason) > 1}
+    assert twice == {"truncated_image"}  # ingest and encode can both find it
+
+
+def test_every_column_of_every_table_is_explained() -> None:
+    text = (DOCS / "reference" / "storage.md").read_text()
+    for schema in (PAIRS_SCHEMA, LATENTS_SCHEMA, TEXT_SCHEMA):
+        for column in schema.names:
+            assert f"`{column}`" in text, column
+
+
+def test_every_error_is_listed_with_its_exit_code() -> None:
+    text = (DOCS / "reference" / "errors.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d) \|$", text, re.MULTILINE))
+    classes: list[type[MapoError]] = [ConfigError, JobError, *JobError.__subclasses__()]
+    assert listed == {each.__name__: str(each.exit_code) for each in classes}
+    assert set(MapoError.__subclasses__()) == {ConfigError, JobError}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(prose(page)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{title(page)}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{title(page)}: {link}"
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = DOCS / "index.md"
+    linked = {(DOCS / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text())}
+    assert {page for page in DOCS.rglob("*.md") if page != index} == linked
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    listed = list(listed_files())
+    absent = [path for path in listed if not (ROOT / path).exists()]
+    assert not absent
+    files = {
+        str(file.relative_to(ROOT)) for package in PACKAGES for file in (ROOT / package).rglob("*.py")
+        if file.name != "__init__.py"
+    }  # fmt: skip
+    assert {path for path in listed if path.endswith(".py")} == files
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_every_configuration_in_the_docs_is_valid(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        parse_config(block)
+
+
+def test_the_readme_has_a_configuration_of_five_lines() -> None:
+    (block,) = blocks(README, "yaml")
+    assert len(block.splitlines()) == 5
+    assert set(yaml.safe_load(block)) == {"name", "storage", "ingest", "encode", "train"}
+
+
+def test_the_demo_is_described_as_it_is_configured() -> None:
+    train = yaml.safe_load(CONFIG.read_text())["train"]
+    text = " ".join((DOCS / "guides" / "demo.md").read_text().split())
+    assert f"`{train['method']}` with β {train['loss']['beta']}" in text
+    assert f"{train['max_steps']} steps of {train['global_batch_size']} pairs" in text
+    assert f"last checkpoint, {train['checkpoint_every']} steps apart" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_nothing_is_left_to_do(page: Path) -> None:
+    assert "TODO" not in page.read_text()
