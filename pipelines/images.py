@@ -2,7 +2,9 @@
 
 import io
 import re
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
@@ -11,6 +13,7 @@ from pipelines.dataset.pair import Reason
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more after it
 STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)  # of these kinds of file
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 64 * 1024 * 1024  # 8192 x 8192: more is a decompression bomb, not a preference
 
 
@@ -43,6 +46,8 @@ def inspect_image(data: bytes | None) -> ImageInfo | Reason:
                     return Reason.IMAGE_TOO_LARGE
                 image.draft(None, (1, 1))
                 image.load()
+                if image.format == "PNG":
+                    _check_png_chunks(data)
                 return info
     except UnidentifiedImageError:
         return Reason.TRUNCATED_IMAGE if STARTS.match(data) else Reason.NOT_AN_IMAGE
@@ -52,3 +57,23 @@ def inspect_image(data: bytes | None) -> ImageInfo | Reason:
         raise
     except Exception:  # OSError, SyntaxError, ValueError, EOFError, struct.error, ...: one image must not end the job
         return Reason.TRUNCATED_IMAGE
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Every chunk is there to IEND, with its checksum: Pillow is content once it has the last pixel.
+
+    Raises:
+        EOFError: The file ends before IEND.
+        ValueError: A checksum differs.
+    """
+    view, start, kind = memoryview(data), len(PNG_SIGNATURE), b""
+    while kind != b"IEND":
+        if start + 12 > len(data):
+            raise EOFError(f"cut after chunk {kind!r} at {start}")
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 8 + length
+        if end + 4 > len(data):
+            raise EOFError(f"cut in chunk {kind!r} at {start}")
+        if zlib.crc32(view[start + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ValueError(f"wrong checksum of chunk {kind!r} at {start}")
+        start = end + 4

@@ -20,7 +20,6 @@ HEIGHT, WIDTH = 90, 120
 PHOTO = picture(np.random.default_rng(0), HEIGHT, WIDTH)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
 DEEP = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16))
-EMPTY_PNG_END = 20  # IEND, and the checksums of the last IDAT: without them every pixel is still there
 
 FILES = {
     "jpeg": encoded(PHOTO, quality=90),
@@ -102,8 +101,7 @@ def test_what_cannot_be_used_has_its_own_reason(data: bytes | None, reason: Reas
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_cut_image_is_never_taken_for_whole(kind: str, share: float) -> None:
     data = FILES[kind]
-    whole = len(data) - (EMPTY_PNG_END if kind == "png" else 0)
-    cut = data[: max(1, int(share * whole))]
+    cut = data[: max(1, int(share * len(data)))]
     assert inspect_image(cut) in (Reason.TRUNCATED_IMAGE, Reason.NOT_AN_IMAGE)
     assert len(cut) < 12 or inspect_image(cut) is Reason.TRUNCATED_IMAGE, "enough is left to see what it was"
 
@@ -111,8 +109,14 @@ def test_a_cut_image_is_never_taken_for_whole(kind: str, share: float) -> None:
 @pytest.mark.parametrize("kind", FILES)
 def test_an_image_that_lacks_its_last_bytes_is_cut(kind: str) -> None:
     for missing in (1, 2, 10):
-        found = inspect_image(FILES[kind][:-missing])
-        assert found is Reason.TRUNCATED_IMAGE or (kind == "png" and found == ImageInfo("png", WIDTH, HEIGHT))
+        assert inspect_image(FILES[kind][:-missing]) is Reason.TRUNCATED_IMAGE
+
+
+@pytest.mark.parametrize("chunk", [b"IHDR", b"IDAT", b"IEND"])
+def test_a_flipped_bit_in_a_png_is_found_by_its_checksum(chunk: bytes) -> None:
+    data = bytearray(FILES["png"])
+    data[data.index(chunk) + 4 + (1 if chunk == b"IEND" else 9)] ^= 1
+    assert inspect_image(bytes(data)) is Reason.TRUNCATED_IMAGE
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -19,7 +19,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.ingest import ingest, pending_units
 from pipelines.sources.source import list_files
-from pipelines.verify import verify
+from pipelines.verify import committed_shards, verify
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
 
@@ -151,7 +151,7 @@ def test_ingest_gives_the_same_rows_and_bytes_as_in_a_local_folder(
     assert contents(s3_storage) == contents(local)
     assert pending_units(config_of(photos), s3_storage) == []
     assert verify(s3_storage) == []
-    name = s3_storage.names(SHARDS)[0]
+    name = committed_shards(s3_storage)[0].name  # a shard of repeats alone lies there too, and no row points to it
     s3_storage.write(name, s3_storage.read(name)[:-512])
     assert len(verify(s3_storage)) == 1
 
