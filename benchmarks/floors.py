@@ -29,7 +29,7 @@ from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.ingest import write_unit
 from pipelines.sources import SOURCES
-from pipelines.sources.source import list_files
+from pipelines.sources.files import list_files
 from training.index import Location, PairRecord
 from training.loader import PairLoader, PairReader
 from training.losses import mapo_paper_loss

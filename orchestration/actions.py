@@ -40,17 +40,19 @@ def check_model(model: str) -> None:
 def ingest_key(run: Run) -> str:
     """The units of all sources as they are now."""
     from pipelines.ingest import plan_units
+    from pipelines.policy import Policy
 
     assert run.config.ingest
-    return digest(sorted(unit.id for unit in plan_units(run.config.ingest)))
+    policy = Policy.of(run.config.ingest)
+    return digest(sorted(unit.id for unit in plan_units(run.config.ingest)), asdict(policy))
 
 
 def ingest_is_done(run: Run, key: str) -> bool:
-    """Every unit is in the table, and no more was dropped than is allowed."""
-    from pipelines.ingest import check_drop_budget, pending_units
+    """Every unit is in the table, every row as the policy has it, and no more dropped than is allowed."""
+    from pipelines.ingest import check_drop_budget, is_up_to_date
 
     assert run.config.ingest
-    if pairs_table(run.storage).version is None or pending_units(run.config.ingest, run.storage):
+    if not is_up_to_date(run.config.ingest, run.storage):
         return False
     check_drop_budget(run.config.ingest, run.storage)
     return True

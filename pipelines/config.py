@@ -13,7 +13,9 @@ class SourceConfig(Config):
     format: Literal["pickapic"]
     """Kind of source."""
     path: str = Field(min_length=1)
-    """File or glob, local or any fsspec URL."""
+    """File, folder or glob, local or any fsspec URL."""
+    split: Literal["auto", "hash", "train", "validation", "test"] = "auto"
+    """The split of its rows: the source's own where it has one (auto), by prompt hash, or one for all."""
 
 
 class IngestConfig(Config):
@@ -24,7 +26,13 @@ class IngestConfig(Config):
     max_shard_bytes: int = Field(268_435_456, ge=65_536)
     """Close a shard once it reaches this size."""
     validation_ratio: float = Field(0.01, ge=0.0, lt=1.0)
-    """Share of prompts held out from training, by prompt hash."""
+    """Share of prompts held out from training, by prompt hash, where a source has no splits of its own."""
+    ties: Literal["drop", "keep"] = "drop"
+    """What becomes of a pair without a preference."""
+    min_vote_share: float = Field(0.5, ge=0.5, le=1.0)
+    """A preference of fewer votes than this share is a tie."""
+    image_check: Literal["full", "header"] = "full"
+    """Read every image's whole stream, or only its header: faster, and a cut image shows in encode."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of rows that may be quarantined before the stage fails."""
 

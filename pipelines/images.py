@@ -6,30 +6,39 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipelines.dataset.pair import Reason
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more after it
 STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)  # of these kinds of file
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ANIMATED = ("PNG", "WEBP")  # which frame was preferred nobody knows; an MPO's first one is the photo
+MIN_SIDE = 16  # pixels: less is a tracking pixel or a placeholder
 MAX_PIXELS = 64 * 1024 * 1024  # 8192 x 8192: more is a decompression bomb, not a preference
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What ingest records of an image: its extension and its size in pixels, as stored (before EXIF)."""
+    """What ingest records of an image: its extension, and its size in pixels as stored (before EXIF)."""
 
     extension: str
     width: int
     height: int
+    orientation: int = 1
+    """EXIF, 1..8; 1 is upright."""
 
 
-def inspect_image(data: bytes | None) -> ImageInfo | Reason:
+def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full") -> ImageInfo | Reason:
     """Look at one image; `Reason` says what is wrong with it.
 
     A JPEG is decoded at 1/8 scale: the whole entropy-coded stream is still read, so a cut is found.
+
+    Args:
+        data: The file.
+        check: `header` reads no more than size and kind.
     """
     if data is None:
         return Reason.MISSING_IMAGE
@@ -39,16 +48,14 @@ def inspect_image(data: bytes | None) -> ImageInfo | Reason:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is not ours to judge
             with Image.open(io.BytesIO(data)) as image:
-                if image.format not in EXTENSIONS:
-                    return Reason.UNSUPPORTED_FORMAT
-                info = ImageInfo(EXTENSIONS[image.format], image.width, image.height)
-                if image.width * image.height > MAX_PIXELS:
-                    return Reason.IMAGE_TOO_LARGE
+                found = _look_at_header(image)
+                if isinstance(found, Reason) or check == "header":
+                    return found
                 image.draft(None, (1, 1))
                 image.load()
                 if image.format == "PNG":
                     _check_png_chunks(data)
-                return info
+                return found
     except UnidentifiedImageError:
         return Reason.TRUNCATED_IMAGE if STARTS.match(data) else Reason.NOT_AN_IMAGE
     except Image.DecompressionBombError:
@@ -57,6 +64,30 @@ def inspect_image(data: bytes | None) -> ImageInfo | Reason:
         raise
     except Exception:  # OSError, SyntaxError, ValueError, EOFError, struct.error, ...: one image must not end the job
         return Reason.TRUNCATED_IMAGE
+
+
+def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
+    """What an opened image says of itself before a pixel is decoded."""
+    if image.format not in EXTENSIONS:
+        return Reason.UNSUPPORTED_FORMAT
+    if image.width * image.height > MAX_PIXELS:
+        return Reason.IMAGE_TOO_LARGE
+    if min(image.width, image.height) < MIN_SIDE:
+        return Reason.IMAGE_TOO_SMALL
+    if image.format in ANIMATED and getattr(image, "is_animated", False):
+        return Reason.ANIMATED_IMAGE
+    return ImageInfo(EXTENSIONS[image.format], image.width, image.height, _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, or 1: a broken EXIF block says nothing, and Pillow's parser fails in many ways."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _check_png_chunks(data: bytes) -> None:

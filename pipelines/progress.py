@@ -22,6 +22,8 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str) -> None:
         self._stage, self._total, self._unit = stage, total, unit
         self._done = self._done_at_start = 0
+        self._rows = self._size = 0
+        self._note = ""
         self._started: float | None = None
         self._logged = time.monotonic()
         self._bar = (
@@ -30,17 +32,29 @@ class Progress:
             else None
         )
 
-    def advance(self, count: int) -> None:
-        """Count `count` more; the clock of the rate starts with the first of them, after the workers' start."""
+    def advance(self, count: int, *, rows: int = 0, size: int = 0, note: str = "") -> None:
+        """Count `count` more; the clock of the rate starts with the first of them, after the workers' start.
+
+        Args:
+            count: Of what the total counts.
+            rows: Rows in them, where these differ.
+            size: Bytes that were stored with them.
+            note: What else to say, such as drops by reason.
+        """
         self._done += count
         now = time.monotonic()
         if self._started is None:
             self._started, self._done_at_start = now, self._done
+        else:
+            self._rows, self._size = self._rows + rows, self._size + size
+        self._note = note
         if self._bar is not None:
             self._bar.update(count)
+            self._bar.set_postfix_str(self._volume(now).removeprefix(", "))
         elif now - self._logged >= LOG_EVERY_S:
             self._logged = now
-            sys.stderr.write(f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}\n")
+            line = f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}{self._volume(now)}"
+            sys.stderr.write(f"{line}\n")
 
     def _pace(self, now: float) -> str:
         counted = self._done - self._done_at_start
@@ -48,6 +62,15 @@ class Progress:
             return ""
         rate = counted / (now - self._started)
         return f", {rate:,.1f}/s, {(self._total - self._done) / rate:,.0f} s left"
+
+    def _volume(self, now: float) -> str:
+        seconds = now - self._started if self._started is not None else 0.0
+        parts = []
+        if seconds > 0 and self._rows:
+            parts.append(f"{self._rows / seconds:,.0f} rows/s, {self._size / seconds / 1e6:,.1f} MB/s")
+        if self._note:
+            parts.append(self._note)
+        return "".join(f", {part}" for part in parts)
 
     def __enter__(self) -> "Progress":
         return self

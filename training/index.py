@@ -89,6 +89,7 @@ def load_index(storage: Storage, snapshot: Snapshot, split: str) -> PairIndex:
         SnapshotError: A kept pair was never encoded under the run's fingerprint.
     """
     where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
+    where &= pc.field("label_0") != PREFERRED  # a kept tie has no chosen image
     columns = ["pair_key", "prompt_id", "label_0", "source_uri", "source_row"]
     pairs = pairs_table(storage, snapshot.pairs_version).read(columns, where)
     encoded = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version).read(

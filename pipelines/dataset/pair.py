@@ -23,11 +23,15 @@ class Reason(StrEnum):
     """Why a row is not kept; the reference page explains each."""
 
     EQUAL_PREFERENCE = "equal_preference"
+    WEAK_PREFERENCE = "weak_preference"
     REPEATED = "repeated"
     CONFLICTING_LABEL = "conflicting_label"
+    REMOVED = "removed"
+    SPLIT_CONFLICT = "split_conflict"
     MISSING_PROMPT = "missing_prompt"
     EMPTY_PROMPT = "empty_prompt"
     UNREADABLE_PROMPT = "unreadable_prompt"
+    OVERLONG_PROMPT = "overlong_prompt"
     MISSING_LABEL = "missing_label"
     UNREADABLE_LABEL = "unreadable_label"
     INCONSISTENT_LABELS = "inconsistent_labels"
@@ -37,11 +41,16 @@ class Reason(StrEnum):
     UNSUPPORTED_FORMAT = "unsupported_format"
     TRUNCATED_IMAGE = "truncated_image"
     IMAGE_TOO_LARGE = "image_too_large"
+    IMAGE_TOO_SMALL = "image_too_small"
+    ANIMATED_IMAGE = "animated_image"
+    IMAGE_OUTSIDE = "image_outside"
+    URL_NOT_ALLOWED = "url_not_allowed"
+    UNREACHABLE_IMAGE = "unreachable_image"
     IDENTICAL_IMAGES = "identical_images"
     NON_FINITE = "non_finite"
 
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 PAIRS_SCHEMA = pa.schema(
     [
@@ -52,9 +61,11 @@ PAIRS_SCHEMA = pa.schema(
         ("status", pa.string()),
         ("reason", pa.string()),
         ("split", pa.string()),
+        ("source_split", pa.string()),  # the source's own; null where the prompt's hash decides
         ("source", pa.string()),
         ("source_uri", pa.string()),
         ("source_row", pa.int64()),
+        ("source_pair", pa.int32()),  # which of the row's pairs, where a row ranks several images
         ("user_id", pa.string()),
         ("unit", pa.string()),
         ("image_0_sha256", pa.string()),
@@ -63,6 +74,8 @@ PAIRS_SCHEMA = pa.schema(
         ("height_0", pa.int32()),
         ("width_1", pa.int32()),
         ("height_1", pa.int32()),
+        ("orientation_0", pa.int8()),  # EXIF, 1..8; the bytes are as they came
+        ("orientation_1", pa.int8()),
         ("shard", pa.string()),  # relative to the storage; null where no image bytes are kept
         ("shard_bytes", pa.int64()),
         ("shard_sha256", pa.string()),
@@ -109,4 +122,9 @@ def split_of(prompt_identifier: str, validation_ratio: float) -> str:
         prompt_identifier: From `prompt_id`.
         validation_ratio: Share of prompts held out, 0..1.
     """
-    return VALIDATION if int(prompt_identifier[:16], 16) < validation_ratio * 2**64 else TRAIN
+    return VALIDATION if prompt_identifier < split_border(validation_ratio) else TRAIN
+
+
+def split_border(validation_ratio: float) -> str:
+    """The first prompt_id that is not held out, as text: hex digits of one length compare as the numbers they are."""
+    return f"{min(int(validation_ratio * 2**64), 2**64 - 1):016x}"

@@ -42,12 +42,13 @@ class ShardWriter:
         self._digest.update(data)
         self.num_bytes += len(data)
 
-    def add(self, name: str, data: bytes) -> Member:
+    def add(self, name: str, data: bytes, sha256: str | None = None) -> Member:
         """Append one member.
 
         Args:
             name: `<key>.<part>`, ASCII, at most 100 characters; the parts of a key follow each other.
             data: The payload.
+            sha256: Its digest (hex), if the caller has it already.
         """
         info = tarfile.TarInfo(name)
         info.size, info.mtime, info.mode = len(data), 0, 0o644
@@ -55,7 +56,7 @@ class ShardWriter:
         offset = self.num_bytes
         self._write(data)
         self._write(b"\0" * (-len(data) % BLOCK_BYTES))
-        return Member(name, offset, len(data), hashlib.sha256(data).hexdigest())
+        return Member(name, offset, len(data), sha256 or hashlib.sha256(data).hexdigest())
 
     def close(self) -> str:
         """Write the end of the tar; returns the sha256 (hex) of the whole shard."""

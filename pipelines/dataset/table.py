@@ -9,7 +9,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,14 @@ MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at o
 MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on average in all
 # delta-rs deletes the log behind a checkpoint after 30 days otherwise, and pinned versions with it.
 CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
+
+
+class Landed(Enum):
+    """What became of a commit on top of a given version."""
+
+    YES = "yes"
+    BEFORE = "before"  # the unit was there already
+    OUTRUN = "outrun"  # another commit came first: look at it, then try again
 
 
 def storage_options(url: str) -> dict[str, str]:
@@ -123,7 +132,50 @@ class Table:
             return False
         raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
 
-    def _commit(self, unit: str, rows: pa.Table) -> None:
+    def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Landed:
+        """Commit the rows of a unit if `version` is still the newest: they were made with what it holds in mind.
+
+        Raises:
+            StorageError: The commit failed for another reason.
+        """
+        assert self._pinned is None, "a pinned table is read-only"
+        rows = rows.select(self.schema.names).cast(self.schema)
+        if self.is_committed(unit):
+            return Landed.BEFORE
+        if self.version != version:
+            return Landed.OUTRUN
+        try:
+            self._commit(unit, rows, max_retries=0)
+        except (DeltaError, OSError) as error:
+            if self.is_committed(unit):  # by another writer, or by us and our own answer was lost
+                return Landed.BEFORE
+            if self.version != version:
+                return Landed.OUTRUN
+            raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+        return Landed.YES
+
+    def update(self, updates: Mapping[str, str], where: str) -> int:
+        """Change columns of the rows that a predicate names, in one commit; how many they were.
+
+        Args:
+            updates: Column to SQL expression.
+            where: SQL predicate.
+
+        Raises:
+            StorageError: The commit failed, also after `MAX_ATTEMPTS` commits of others that touched the same rows.
+        """
+        for attempt in range(MAX_ATTEMPTS):
+            table = self._open()
+            if table is None:
+                return 0
+            try:
+                return int(table.update(updates=dict(updates), predicate=where)["num_updated_rows"])
+            except (DeltaError, OSError) as error:
+                refused = error
+                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * 2**attempt))  # noqa: S311
+        raise StorageError(f"cannot update {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
+
+    def _commit(self, unit: str, rows: pa.Table, max_retries: int = MAX_COMMIT_RETRIES) -> None:
         """Commit on top of the version in which `is_committed` did not find the unit.
 
         delta-rs refuses a transaction only if it landed after the version that the commit starts from. So the table
@@ -137,7 +189,7 @@ class Table:
             configuration=CONFIGURATION if is_new else None,
             storage_options=storage_options(self.uri),
             commit_properties=CommitProperties(
-                app_transactions=[Transaction(unit, 1)], max_commit_retries=0 if is_new else MAX_COMMIT_RETRIES
+                app_transactions=[Transaction(unit, 1)], max_commit_retries=0 if is_new else max_retries
             ),
         )
 
@@ -157,10 +209,27 @@ class Table:
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
 
-    def count_rows(self) -> int:
-        """How many rows there are; reads the footers of the table's files only."""
+    def count_rows(self, where: ds.Expression | None = None) -> int:
+        """How many rows there are; without a condition it reads the footers of the table's files only."""
         table = self._open()
-        return 0 if table is None else int(_dataset(table).count_rows())
+        return 0 if table is None else int(_dataset(table).count_rows(filter=where))
+
+    def files(self) -> frozenset[str]:
+        """Names of the parquet files that make up the newest (or pinned) version."""
+        table = self._open()
+        return frozenset() if table is None else frozenset(pa.table(table.get_add_actions())["path"].to_pylist())
+
+    def batches_of(
+        self, files: frozenset[str], columns: list[str], where: ds.Expression | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of these files alone: what was appended since the version that had the others."""
+        table = self._open()
+        if table is None or not files:
+            return
+        whole = _dataset(table)
+        parts = [part for part in whole.get_fragments() if part.path.rsplit("/", 1)[-1] in files]
+        found = ds.FileSystemDataset(parts, whole.schema, whole.format, whole.filesystem)
+        yield from found.to_batches(columns=columns, filter=where)
 
 
 def _dataset(table: DeltaTable) -> Any:

@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
-from pipelines.sources.source import SourceFile, SourceRow, Unit, open_file, unit_id
+from pipelines.sources.files import open_file, split_of_row
+from pipelines.sources.source import SourceFile, SourceRow, Unit, UnitSettings, make_unit
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL = ("has_label", "user_id")
+OPTIONAL = ("has_label", "user_id", "split")
 IMAGES = ("jpg_0", "jpg_1")
 ROWS_A_BATCH = 64  # about 20 MB of JPEGs in memory
 READ_BYTES = 8 << 20  # of a column at once; otherwise its whole part of a row group, often 150 MB
@@ -27,8 +29,9 @@ class PickapicSource:
     """Rows of Pick-a-Pic parquet files."""
 
     format = "pickapic"
+    suffixes = (".parquet",)
 
-    def units(self, file: SourceFile, *, validation_ratio: float, max_shard_bytes: int) -> list[Unit]:
+    def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[Unit]:
         """Row groups gathered until their needed columns reach `max_shard_bytes`."""
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
@@ -43,14 +46,13 @@ class PickapicSource:
         units, start = [], 0
         while start < len(sizes):
             stop, size = start + 1, sizes[start]
-            while stop < len(sizes) and size + sizes[stop] <= max_shard_bytes:
+            while stop < len(sizes) and size + sizes[stop] <= settings.max_shard_bytes:
                 size += sizes[stop]
                 stop += 1
-            settings = {"validation_ratio": validation_ratio, "max_shard_bytes": max_shard_bytes}
             if num_rows := sum(rows[start:stop]):
-                identity = unit_id(self.format, file, (start, stop), **settings)  # type: ignore[arg-type]
+                first_row = sum(rows[:start])
                 units.append(
-                    Unit(identity, self.format, file, (start, stop), sum(rows[:start]), num_rows, **settings)  # type: ignore[arg-type]
+                    make_unit(config, file, settings, part=(start, stop), first_row=first_row, num_rows=num_rows)
                 )
             start = stop
         return units
@@ -61,7 +63,7 @@ class PickapicSource:
         with open_file(unit.file) as opened:
             parquet = pq.ParquetFile(opened, buffer_size=READ_BYTES, pre_buffer=False)
             columns = self._columns(parquet, unit.file)
-            groups = list(range(*unit.row_groups))
+            groups = list(range(*unit.part))
             for batch in parquet.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=columns):
                 for values in pa.Table.from_batches([batch]).cast(_as_bytes(batch.schema)).to_pylist():
                     yield SourceRow(
@@ -71,6 +73,7 @@ class PickapicSource:
                         image_1=values["jpg_1"],
                         label_0=read_label(values),
                         user_id=_text(values.get("user_id")),
+                        split=split_of_row(unit.source.split, values.get("split"), unit.file.uri),
                     )
                     index += 1
 

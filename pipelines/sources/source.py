@@ -1,24 +1,19 @@
-"""What every kind of source gives: files, units of work, and rows with one meaning.
+"""What every kind of source gives: units of work, and rows with one meaning.
 
-A unit is a range of row groups of one file. Its id is a hash of the file's identity (URI, size, change mark)
-and of what shapes its shard, so a changed file is new units and an unchanged one is none.
+A unit is a part of one file. Its id is a hash of the file's identity (URI, size, change mark), of the part, and of
+what shapes its shards and rows, so a changed file is new units and an unchanged one is none.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Literal, Protocol
 
-import pyarrow as pa
-
-from pipelines.dataset.errors import SourceError
+from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.pair import Reason
-from pipelines.dataset.storage import Storage, retry
 
-UNIT_VERSION = 1  # raise it when the same source rows would give other shard bytes or other table rows
+UNIT_VERSION = 2  # raise it when the same source rows would give other shard bytes or other table rows
 
 
 @dataclass(frozen=True)
@@ -31,139 +26,94 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class UnitSettings:
+    """What shapes the shards of a unit beside its source; part of its id."""
+
+    max_shard_bytes: int
+    image_check: Literal["full", "header"]
+
+    @staticmethod
+    def of(config: IngestConfig) -> "UnitSettings":
+        """The settings that an ingest gives to all its units."""
+        return UnitSettings(config.max_shard_bytes, config.image_check)
+
+
+@dataclass(frozen=True)
 class Unit:
-    """A range of row groups of one source file: what one worker turns into shards, committed whole."""
+    """A part of one source file: what one worker turns into shards, committed whole."""
 
     id: str
-    source: str
+    source: SourceConfig
     file: SourceFile
-    row_groups: tuple[int, int]  # first, one past the last
+    part: tuple[int, int]  # first, one past the last: row groups of parquet, records of JSON, 0 and 1 for a whole tar
     first_row: int
-    num_rows: int
-    validation_ratio: float
-    max_shard_bytes: int
+    num_rows: int  # source rows; 0 where only reading them tells
+    settings: UnitSettings
+    known: bool = False
+    """Whether the table has rows of this file from an earlier state of it; not part of the id."""
 
     def to_json(self) -> str:
         """As text, for Ray Data rows."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self) | {"source": self.source.model_dump(mode="json")}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Unit":
         """The unit that `to_json` wrote."""
         fields = json.loads(text)
+        fields["source"] = SourceConfig.model_validate(fields["source"])
         fields["file"] = SourceFile(**fields["file"])
-        fields["row_groups"] = tuple(fields["row_groups"])
+        fields["settings"] = UnitSettings(**fields["settings"])
+        fields["part"] = tuple(fields["part"])
         return Unit(**fields)
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row of a source with one meaning, whatever its format. `label_0` is a number or why there is none."""
+    """One pair of a source with one meaning, whatever its format. A `Reason` stands where there is no value."""
 
     row: int
+    """Of the file, from 0."""
     prompt: object
-    image_0: bytes | None
-    image_1: bytes | None
+    """Text, or bytes that should be UTF-8; None if there is none."""
+    image_0: bytes | Reason | None
+    image_1: bytes | Reason | None
     label_0: float | Reason
-    user_id: str | None
+    """Probability that image_0 is preferred, 0..1."""
+    user_id: str | None = None
+    split: str | None = None
+    """The source's own: train, validation or test."""
+    pair: int = 0
+    """Which of the row's pairs, where a row ranks several images."""
 
 
 class Source(Protocol):
     """A kind of source."""
 
     format: str
+    suffixes: tuple[str, ...]
+    """Of the files that are taken from a folder."""
 
-    def units(self, file: SourceFile, *, validation_ratio: float, max_shard_bytes: int) -> list[Unit]:
-        """The units of a file, in order; reads its footer only."""
+    def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[Unit]:
+        """The units of a file, in order; reads its footer or its text only, never an image."""
         ...
 
     def rows(self, unit: Unit) -> Iterator[SourceRow]:
-        """The rows of a unit, in source order; only the needed columns and groups are read."""
+        """The rows of a unit, in source order; only what is needed of the file is read."""
         ...
 
 
-def unit_id(
-    source: str,
+def make_unit(
+    config: SourceConfig,
     file: SourceFile,
-    row_groups: tuple[int, int],
+    settings: UnitSettings,
     *,
-    validation_ratio: float,
-    max_shard_bytes: int,
-) -> str:
-    """32 hex digits: a hash of all that shapes the unit's shards and rows."""
-    identity = [UNIT_VERSION, source, file.uri, file.size, file.change_mark]
-    settings = [*row_groups, validation_ratio, max_shard_bytes]
-    return hashlib.sha256(json.dumps(identity + settings).encode()).hexdigest()[:32]
-
-
-def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
-    """The files that a path, folder or glob names, sorted by URI.
-
-    Raises:
-        SourceError: There are none, or the place cannot be listed.
-    """
-    storage, pattern = Storage(path), ""
-    try:
-        if not storage.exists(""):  # a name may hold brackets and stars itself
-            folder, pattern = _split_glob(path)
-            storage = Storage(folder)
-        fs, root = storage.fs, storage.path()
-        if pattern:
-            found = retry(lambda: fs.glob(f"{root.rstrip('/')}/{pattern}", detail=True))
-        elif retry(lambda: fs.isdir(root)):
-            found = retry(lambda: fs.find(root, detail=True))
-            found = {name: info for name, info in found.items() if name.endswith(tuple(suffixes))}
-        else:
-            found = {root: retry(lambda: fs.info(root))} if retry(lambda: fs.exists(root)) else {}
-        targets = {name: _behind_link(fs, found[name]) for name in sorted(found)}
-        files = [_source_file(fs, name, info) for name, info in targets.items() if info["type"] == "file"]
-    except Exception as error:  # each fsspec back end has its own exception tree
-        raise SourceError(f"cannot list {path}: {error}", "check the path and the credentials") from error
-    if not files:
-        raise SourceError(
-            f"no file matches {path} (looked in {storage.url})",
-            "set `ingest.sources[].path` to a file, a folder or a glob such as data/*.parquet",
-        )
-    return files
-
-
-@contextlib.contextmanager
-def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
-    """A source file to read from; every failure inside names it.
-
-    Raises:
-        SourceError: It is gone, has changed since `list_files`, or cannot be read.
-    """
-    storage = Storage(file.uri)
-    fs, path = storage.fs, storage.path()
-    try:
-        found = _source_file(fs, path, _behind_link(fs, retry(lambda: fs.info(path))))
-        if (found.size, found.change_mark) != (file.size, file.change_mark):
-            raise SourceError(
-                f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
-                "run again once nothing writes to it",
-            )
-        with retry(lambda: fs.open(path, "rb", cache_type="none")) as opened:  # a read-ahead would fetch bytes twice
-            yield opened
-    except (OSError, ValueError, pa.ArrowException) as error:  # pyarrow raises the last two of damaged files
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"cannot read {file.uri}: {text}", "is the file whole? copy it again") from error
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """A path as its fixed folder and the glob below it ('' if it has no wildcard)."""
-    parts = path.split("/")
-    for position, part in enumerate(parts):
-        if any(letter in part for letter in "*?["):
-            return "/".join(parts[:position]) or ("/" if path.startswith("/") else "."), "/".join(parts[position:])
-    return path, ""
-
-
-def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a file, or of what a link points to: a hub's cache is links."""
-    return dict(fs.info(str(Path(info["name"]).resolve(strict=True)))) if info.get("islink") else info
-
-
-def _source_file(fs: Any, name: str, info: dict[str, Any]) -> SourceFile:
-    mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
-    return SourceFile(fs.unstrip_protocol(name), int(info["size"]), str(mark).strip('"'))
+    part: tuple[int, int],
+    first_row: int,
+    num_rows: int,
+) -> Unit:
+    """A unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
+    shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
+    # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
+    shaping += [config.model_dump(mode="json", exclude={"path"}, exclude_defaults=True), asdict(settings)]
+    identity = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+    return Unit(identity, config, file, part, first_row, num_rows, settings)

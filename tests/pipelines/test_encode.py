@@ -18,13 +18,13 @@ from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
+from pipelines.committer import Committer
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
 from pipelines.dataset.errors import ConfigError, DropBudgetExceeded, ModelError, ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.duplicates import FirstPairs
 from pipelines.encode import Pending, encode, pending
 from pipelines.encoders import LatentEncoder, TextEncoder
 from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
@@ -74,7 +74,7 @@ def ingest_here(storage: Storage, *files: Path) -> None:
     sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
     units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources))}
     for identity in table.uncommitted(list(units)):
-        FirstPairs(table).append(identity, write_unit(units[identity], storage))
+        Committer(table).append(identity, write_unit(units[identity], storage))
 
 
 def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: TextEncoder) -> Pending:

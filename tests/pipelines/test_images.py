@@ -69,7 +69,7 @@ def test_a_whole_image_is_known_by_kind_and_size(
 def test_the_size_is_as_stored_before_any_turn_by_exif() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn
-    assert inspect_image(encoded(PHOTO, exif=exif)) == ImageInfo("jpg", WIDTH, HEIGHT)
+    assert inspect_image(encoded(PHOTO, exif=exif)) == ImageInfo("jpg", WIDTH, HEIGHT, orientation=6)
 
 
 def test_what_follows_the_image_does_no_harm() -> None:

@@ -18,13 +18,13 @@ import pytest
 import webdataset
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 
+from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import DropBudgetExceeded, SourceError, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.duplicates import FirstPairs
 from pipelines.ingest import ingest, pending_units, plan_units, write_unit
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -45,10 +45,10 @@ config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.arg
 options, moment, commits = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 commit, done = Table._commit, []
 
-def killed_beside_a_commit(table, unit, rows):
+def killed_beside_a_commit(table, unit, rows, **options):
     if moment == "before" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
-    commit(table, unit, rows)
+    commit(table, unit, rows, **options)
     done.append(unit)
     if moment == "after" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -238,9 +238,9 @@ def test_the_result_is_the_same_whatever_the_number_of_workers(
     alone = Storage(str(tmp_path / "alone"))
     with start_driver(config_of(photos), alone, num_cpus=1, include_dashboard=False) as driver:
         assert driver.wait(120) == 0
-    first_pairs = FirstPairs(pairs_table(storage))
+    committer = Committer(pairs_table(storage))
     for unit in plan_units(config_of(photos)):  # without Ray
-        first_pairs.append(unit.id, write_unit(unit, storage))
+        committer.append(unit.id, write_unit(unit, storage))
     wanted, shards = rows_in(ingested), shards_in(ingested)
     assert rows_in(storage) == wanted
     assert rows_in(alone) == wanted

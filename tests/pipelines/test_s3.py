@@ -18,7 +18,7 @@ from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.ingest import ingest, pending_units
-from pipelines.sources.source import list_files
+from pipelines.sources.files import list_files
 from pipelines.verify import committed_shards, verify
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])

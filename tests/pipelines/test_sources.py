@@ -13,18 +13,21 @@ from factories import PICKAPIC_SCHEMA, Row, photo_pairs, write_parquet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
+from pipelines.sources.files import list_files
 from pipelines.sources.pickapic import PickapicSource, read_label
-from pipelines.sources.source import SourceRow, Unit, list_files
+from pipelines.sources.source import SourceRow, Unit, UnitSettings
 
 SOURCE = PickapicSource()
 MAX_SHARD_BYTES = 1 << 20
 
 
-def units_of(file: Path, *, validation_ratio: float = 0.1, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Unit]:
+def units_of(file: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Unit]:
     (found,) = list_files(str(file), (".parquet",))
-    return SOURCE.units(found, validation_ratio=validation_ratio, max_shard_bytes=max_shard_bytes)
+    config = SourceConfig(format="pickapic", path=str(file))
+    return SOURCE.units(config, found, UnitSettings(max_shard_bytes, "full"))
 
 
 def rows_of(file: Path) -> list[SourceRow]:
@@ -211,7 +214,6 @@ def test_the_id_of_a_unit_follows_from_the_file_and_the_settings_alone(photos: P
 
     first = ids()
     assert ids() == first
-    assert set(ids(validation_ratio=0.2)).isdisjoint(first)
     assert set(ids(max_shard_bytes=MAX_SHARD_BYTES + 1)).isdisjoint(first)
     seen = photos.stat()
     os.utime(photos, ns=(seen.st_atime_ns + 10**9, seen.st_mtime_ns))

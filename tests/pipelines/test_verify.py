@@ -8,11 +8,11 @@ from encoded import LATENTS, TEXT, write_encoded
 from factories import photo_pairs, write_parquet
 
 from orchestration.cli import main
+from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.duplicates import FirstPairs
 from pipelines.ingest import plan_units, write_unit
 from pipelines.verify import committed_shards, verify
 
@@ -23,9 +23,9 @@ def storage(tmp_path: Path) -> Storage:
     storage = Storage(str(tmp_path / "storage"))
     file = write_parquet(tmp_path / "photos.parquet", photo_pairs(24, num_damaged=3, num_ties=2), row_group_size=8)
     source = SourceConfig(format="pickapic", path=str(file))
-    first_pairs = FirstPairs(pairs_table(storage))
+    committer = Committer(pairs_table(storage))
     for unit in plan_units(IngestConfig(sources=(source,), max_shard_bytes=65_536)):
-        first_pairs.append(unit.id, write_unit(unit, storage))
+        committer.append(unit.id, write_unit(unit, storage))
     write_encoded(storage, tmp_path, num_train=6, num_validation=2)
     return storage
 

@@ -1,0 +1,208 @@
+"""One unit of a source to its pair shards: every row judged by itself, its images written as they came."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.dataset.layout import SHARDS, pairs_table
+from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id
+from pipelines.dataset.shard import ShardWriter
+from pipelines.dataset.storage import Storage
+from pipelines.images import ImageInfo, inspect_image
+from pipelines.sources import SOURCES
+from pipelines.sources.source import SourceRow, Unit
+
+MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
+CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
+"""What makes a source row the same as it was when its file was read before."""
+
+Row = dict[str, Any]
+Images = tuple[tuple[ImageInfo, bytes], tuple[ImageInfo, bytes]]
+
+
+class WriteShards:
+    """Read one unit and write its pairs as WebDataset shards; the only place that writes them.
+
+    In:       A unit.                Out: its table rows, in source order, with shard and offsets.
+    Runs as:  Ray Data row, 1 CPU; the shard grows in a local file, not in memory.
+    Retry:    safe: names and bytes follow from the unit alone.
+    Drops:    nothing: what cannot be used is a quarantined row with its reason.
+    Raises:   SourceError, StorageError.
+    """
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One Ray Data row in, one out."""
+        unit, storage = Unit.from_json(row["unit"]), Storage(row["storage"])
+        sink = pa.BufferOutputStream()
+        rows = write_unit(unit, storage)
+        with pa.ipc.new_stream(sink, PAIRS_SCHEMA) as out:
+            out.write_table(rows)
+        return {"unit_id": unit.id, "rows": sink.getvalue().to_pybytes()}
+
+
+def write_unit(unit: Unit, storage: Storage) -> pa.Table:
+    """Write the shards of a unit; returns a table row for every source row that the table does not have as it is."""
+    rows: list[Row] = []
+    seen: set[str] = set()
+    known = _rows_of_earlier_states(unit, storage) if unit.known else {}
+    with _UnitShards(unit, storage) as shards:
+        for source_row in SOURCES[unit.source.format].rows(unit):
+            row, images = judge(source_row, unit)
+            if _is_known(row, known):
+                continue
+            if images and row["pair_key"] not in seen:  # of a repeat the first one's bytes serve
+                seen.add(row["pair_key"])
+                shards.add(row, images)
+            rows.append(row)
+    for row in rows:
+        row.update(shards.finished.get(row["shard"], {}))
+    return pa.Table.from_pylist(rows, schema=PAIRS_SCHEMA)
+
+
+def _rows_of_earlier_states(unit: Unit, storage: Storage) -> dict[tuple[int, int], list[Row]]:
+    """What the table has of this file's rows, by row and pair, in the range of the unit."""
+    where = (pc.field("source_uri") == unit.file.uri) & (pc.field("unit") != unit.id)
+    if unit.num_rows:
+        row = pc.field("source_row")
+        where &= (row >= unit.first_row) & (row < unit.first_row + unit.num_rows)
+    found: dict[tuple[int, int], list[Row]] = {}
+    for old in (
+        pairs_table(storage).read(["source_row", "source_pair", "pair_key", "reason", *CONTENT], where).to_pylist()
+    ):
+        found.setdefault((old["source_row"], old["source_pair"]), []).append(old)
+    return found
+
+
+def _is_known(row: Row, known: dict[tuple[int, int], list[Row]]) -> bool:
+    for old in known.get((row["source_row"], row["source_pair"]), ()):
+        if old["reason"] == str(Reason.REMOVED):
+            if old["pair_key"] == row["pair_key"]:
+                return True
+        elif all(old[name] == row[name] for name in CONTENT):
+            # Equal in what both could read; an image that was missing then and is there now has a digest now.
+            return True
+    return False
+
+
+def judge(source: SourceRow, unit: Unit) -> tuple[Row, Images | None]:
+    """One source row as a table row, and its two images if they can be used.
+
+    Kept here means usable: ties, splits and repeats are decided where the unit is committed.
+    """
+    row: Row = dict.fromkeys(PAIRS_SCHEMA.names)
+    row.update(
+        source=unit.source.format,
+        source_uri=unit.file.uri,
+        source_row=source.row,
+        source_pair=source.pair,
+        source_split=source.split,
+        user_id=source.user_id,
+        unit=unit.id,
+        status=str(Status.QUARANTINED),
+    )
+    prompt = read_prompt(source.prompt)
+    if not isinstance(prompt, Reason):
+        row.update(prompt=prompt, prompt_id=prompt_id(prompt))
+    images = (source.image_0, source.image_1)
+    infos = [data if isinstance(data, Reason) else inspect_image(data, unit.settings.image_check) for data in images]
+    for side, (data, info) in enumerate(zip(images, infos, strict=True)):
+        if isinstance(data, bytes) and data:
+            row[f"image_{side}_sha256"] = hashlib.sha256(data).hexdigest()
+        if isinstance(info, ImageInfo):
+            row |= {f"width_{side}": info.width, f"height_{side}": info.height, f"orientation_{side}": info.orientation}
+    if not isinstance(source.label_0, Reason):
+        row["label_0"] = source.label_0
+    row["reason"] = _problem(prompt, infos, source)
+    if row["reason"] is not None:
+        return row, None
+    row["pair_key"] = pair_key(row["prompt"], row["image_0_sha256"], row["image_1_sha256"])
+    row["status"] = str(Status.KEPT)
+    return row, _usable(infos, images)
+
+
+def _problem(prompt: str | Reason, infos: Sequence[ImageInfo | Reason], source: SourceRow) -> str | None:
+    """The first thing that is wrong with a row: prompt, image 0, image 1, label, both images alike."""
+    for found in (prompt, *infos, source.label_0):
+        if isinstance(found, Reason):
+            return str(found)
+    return str(Reason.IDENTICAL_IMAGES) if source.image_0 == source.image_1 else None
+
+
+def _usable(infos: Sequence[ImageInfo | Reason], images: Sequence[bytes | Reason | None]) -> Images:
+    (info_0, info_1), (data_0, data_1) = infos, images
+    assert isinstance(info_0, ImageInfo)
+    assert isinstance(info_1, ImageInfo)
+    assert isinstance(data_0, bytes)
+    assert isinstance(data_1, bytes)
+    return (info_0, data_0), (info_1, data_1)
+
+
+def read_prompt(value: object) -> str | Reason:
+    """A prompt exactly as the source has it, or why it cannot be used."""
+    if value is None:
+        return Reason.MISSING_PROMPT
+    try:
+        text = value.decode() if isinstance(value, bytes) else str(value)
+        text.encode()  # a lone surrogate out of JSON is no text either
+    except UnicodeError:
+        return Reason.UNREADABLE_PROMPT
+    if "\0" in text:
+        return Reason.UNREADABLE_PROMPT
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        return Reason.OVERLONG_PROMPT
+    return text if text.strip() else Reason.EMPTY_PROMPT
+
+
+@dataclass
+class _UnitShards:
+    """The shards of one unit: opened when needed, closed at `max_shard_bytes`, uploaded when closed."""
+
+    unit: Unit
+    storage: Storage
+    finished: dict[str | None, dict[str, Any]] = field(default_factory=dict)
+    _writer: ShardWriter | None = None
+
+    def __enter__(self) -> "_UnitShards":
+        self._folder = tempfile.TemporaryDirectory(prefix="mapo-shard-")
+        self._file = Path(self._folder.name) / "shard.tar"
+        return self
+
+    def add(self, row: Row, images: Images) -> None:
+        """Append a pair and note in its row where it lies."""
+        if self._writer is None:
+            self._out = self._file.open("wb")
+            self._writer = ShardWriter(self._out)
+        key = row["pair_key"]
+        row["shard"] = f"{SHARDS}/{self.unit.id}-{len(self.finished):05d}.tar"
+        for side, (info, data) in enumerate(images):
+            member = self._writer.add(f"{key}.{side}.{info.extension}", data, row[f"image_{side}_sha256"])
+            row.update({f"offset_{side}": member.offset, f"length_{side}": member.length})
+        facts = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
+        record = {name: row[name] for name in facts}
+        self._writer.add(f"{key}.json", json.dumps(record, ensure_ascii=False, sort_keys=True).encode())
+        if self._writer.num_bytes >= self.unit.settings.max_shard_bytes:
+            self._finish(row["shard"])
+
+    def _finish(self, name: str) -> None:
+        assert self._writer is not None
+        sha256 = self._writer.close()
+        self._out.close()
+        self.storage.upload(name, self._file)
+        self.finished[name] = {"shard_bytes": self._writer.num_bytes, "shard_sha256": sha256}
+        self._writer = None
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._writer is not None and error is None:
+                self._finish(f"{SHARDS}/{self.unit.id}-{len(self.finished):05d}.tar")
+        finally:
+            if self._writer is not None:
+                self._out.close()
+            self._folder.cleanup()

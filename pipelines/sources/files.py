@@ -1,0 +1,123 @@
+"""The files that a source names, and how they are opened: as they were when the run was planned, or not at all."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from pipelines.dataset.errors import SourceError
+from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
+from pipelines.dataset.storage import Storage, retry
+from pipelines.sources.source import SourceFile
+
+SPLIT_NAMES = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev", "validation_unique"),
+    TEST: ("test", "testing", "test_unique"),
+}
+"""How sources name their splits."""
+
+
+def split_called(name: object) -> str | None:
+    """The split that a source's own name for it means; None for any other text."""
+    text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    return next((split for split, names in SPLIT_NAMES.items() if text.strip().lower() in names), None)
+
+
+def split_of_file(uri: str) -> str | None:
+    """The split that a file's name tells, or else its folder's: `test-00000-of-00003.parquet`, `val/a.parquet`."""
+    *folders, name = uri.split("/")
+    start = re.match(r"[A-Za-z_]+?(?=[-.\d]|_\d|$)", name)
+    found = split_called(start.group().rstrip("_")) if start else None
+    return found or (split_called(folders[-1]) if folders else None)
+
+
+def split_of_row(configured: str, named: object, uri: str) -> str | None:
+    """The split that a source gives to a row; None where the prompt's hash decides.
+
+    Args:
+        configured: `split` of the source's configuration.
+        named: What the row's own `split` column says, if there is one.
+        uri: Of the row's file.
+    """
+    if configured == "hash":
+        return None
+    if configured != "auto":
+        return configured
+    return (split_called(named) if named is not None else None) or split_of_file(uri)
+
+
+def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
+    """The files that a path, folder or glob names, sorted by URI.
+
+    Raises:
+        SourceError: There are none, or the place cannot be listed.
+    """
+    storage, pattern = Storage(path), ""
+    try:
+        if not storage.exists(""):  # a name may hold brackets and stars itself
+            folder, pattern = _split_glob(path)
+            storage = Storage(folder)
+        fs, root = storage.fs, storage.path()
+        if pattern:
+            found = retry(lambda: fs.glob(f"{root.rstrip('/')}/{pattern}", detail=True))
+        elif retry(lambda: fs.isdir(root)):
+            found = retry(lambda: fs.find(root, detail=True))
+            found = {name: info for name, info in found.items() if name.endswith(tuple(suffixes))}
+        else:
+            found = {root: retry(lambda: fs.info(root))} if retry(lambda: fs.exists(root)) else {}
+        targets = {name: _behind_link(fs, found[name]) for name in sorted(found)}
+        files = [_source_file(fs, name, info) for name, info in targets.items() if info["type"] == "file"]
+    except Exception as error:  # each fsspec back end has its own exception tree
+        raise SourceError(f"cannot list {path}: {error}", "check the path and the credentials") from error
+    if not files:
+        raise SourceError(
+            f"no file matches {path} (looked in {storage.url})",
+            "set `ingest.sources[].path` to a file, a folder or a glob such as data/*.parquet",
+        )
+    return files
+
+
+@contextlib.contextmanager
+def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
+    """A source file to read from; every failure inside names it.
+
+    Raises:
+        SourceError: It is gone, has changed since `list_files`, or cannot be read.
+    """
+    storage = Storage(file.uri)
+    fs, path = storage.fs, storage.path()
+    try:
+        found = _source_file(fs, path, _behind_link(fs, retry(lambda: fs.info(path))))
+        if (found.size, found.change_mark) != (file.size, file.change_mark):
+            raise SourceError(
+                f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
+                "run again once nothing writes to it",
+            )
+        with retry(lambda: fs.open(path, "rb", cache_type="none")) as opened:  # a read-ahead would fetch bytes twice
+            yield opened
+    except (OSError, ValueError, pa.ArrowException) as error:  # pyarrow raises the last two of damaged files
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(f"cannot read {file.uri}: {text}", "is the file whole? copy it again") from error
+
+
+def _split_glob(path: str) -> tuple[str, str]:
+    """A path as its fixed folder and the glob below it ('' if it has no wildcard)."""
+    parts = path.split("/")
+    for position, part in enumerate(parts):
+        if any(letter in part for letter in "*?["):
+            return "/".join(parts[:position]) or ("/" if path.startswith("/") else "."), "/".join(parts[position:])
+    return path, ""
+
+
+def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a file, or of what a link points to: a hub's cache is links."""
+    return dict(fs.info(str(Path(info["name"]).resolve(strict=True)))) if info.get("islink") else info
+
+
+def _source_file(fs: Any, name: str, info: dict[str, Any]) -> SourceFile:
+    mark = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
+    return SourceFile(fs.unstrip_protocol(name), int(info["size"]), str(mark).strip('"'))
