@@ -25,11 +25,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from pipelines.config import SourceConfig
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.ingest import write_unit
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files
+from pipelines.sources.source import UnitSettings
 from training.index import Location, PairRecord
 from training.loader import PairLoader, PairReader
 from training.losses import mapo_paper_loss
@@ -88,7 +90,9 @@ def bench_ingest(work: Path, num_rows: int) -> dict[str, Any]:
     source = work / "source.parquet"
     num_bytes = write_source(source, num_rows)
     (file,) = list_files(str(source), (".parquet",))
-    units = SOURCES["pickapic"].units(file, validation_ratio=0.01, max_shard_bytes=1 << 28)
+    units = SOURCES["pickapic"].units(
+        SourceConfig(format="pickapic", path=str(source)), file, UnitSettings(1 << 28, "full")
+    )
     storage = Storage(str(work / "storage"))
     ours = best_of(lambda: [write_unit(unit, storage) for unit in units])
     bare = best_of(lambda: bare_ingest(source, work / "bare.tar"))

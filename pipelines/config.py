@@ -10,12 +10,24 @@ from pipelines.dataset.config import Config
 class SourceConfig(Config):
     """One preference source."""
 
-    format: Literal["pickapic"]
+    format: Literal["pickapic", "webdataset", "hpd", "imagereward", "rapidata", "pairs", "jsonl"]
     """Kind of source."""
     path: str = Field(min_length=1)
     """File, folder or glob, local or any fsspec URL."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The format's own name of a column -> what the files call it."""
+    images: str | None = Field(None, min_length=1)
+    """Folder, or glob of tars, that image paths are relative to; by default the folder of the file that has them."""
     split: Literal["auto", "hash", "train", "validation", "test"] = "auto"
     """The split of its rows: the source's own where it has one (auto), by prompt hash, or one for all."""
+    allow_urls: bool = False
+    """Follow addresses of images: http(s), or of object storage."""
+    allow_private_urls: bool = False
+    """Follow http(s) addresses inside private networks too."""
+    url_timeout_s: float = Field(20.0, gt=0)
+    """Seconds to connect, and to wait for more bytes."""
+    max_image_bytes: int = Field(67_108_864, ge=1)
+    """A larger image is quarantined."""
 
 
 class IngestConfig(Config):

@@ -146,8 +146,8 @@ def _usable(infos: Sequence[ImageInfo | Reason], images: Sequence[bytes | Reason
 
 def read_prompt(value: object) -> str | Reason:
     """A prompt exactly as the source has it, or why it cannot be used."""
-    if value is None:
-        return Reason.MISSING_PROMPT
+    if value is None or isinstance(value, Reason):
+        return value or Reason.MISSING_PROMPT
     try:
         text = value.decode() if isinstance(value, bytes) else str(value)
         text.encode()  # a lone surrogate out of JSON is no text either

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     CONFLICTING_LABEL = "conflicting_label"
     REMOVED = "removed"
     SPLIT_CONFLICT = "split_conflict"
+    UNREADABLE_ROW = "unreadable_row"
     MISSING_PROMPT = "missing_prompt"
     EMPTY_PROMPT = "empty_prompt"
     UNREADABLE_PROMPT = "unreadable_prompt"

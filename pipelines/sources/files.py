@@ -13,6 +13,8 @@ from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
 from pipelines.dataset.storage import Storage, retry
 from pipelines.sources.source import SourceFile
 
+READ_AHEAD = 8 << 20
+
 SPLIT_NAMES = {
     TRAIN: ("train", "training"),
     VALIDATION: ("validation", "valid", "val", "dev", "validation_unique"),
@@ -82,8 +84,12 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
 
 
 @contextlib.contextmanager
-def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
+def open_file(file: SourceFile, *, read_ahead: bool = False) -> Iterator[IO[bytes]]:
     """A source file to read from; every failure inside names it.
+
+    Args:
+        file: As `list_files` found it.
+        read_ahead: For small reads one after the other; whoever reads large ranges would fetch bytes twice.
 
     Raises:
         SourceError: It is gone, has changed since `list_files`, or cannot be read.
@@ -97,7 +103,8 @@ def open_file(file: SourceFile) -> Iterator[IO[bytes]]:
                 f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
                 "run again once nothing writes to it",
             )
-        with retry(lambda: fs.open(path, "rb", cache_type="none")) as opened:  # a read-ahead would fetch bytes twice
+        cache: dict[str, Any] = {"cache_type": "readahead", "block_size": READ_AHEAD} if read_ahead else {}
+        with retry(lambda: fs.open(path, "rb", **(cache or {"cache_type": "none"}))) as opened:
             yield opened
     except (OSError, ValueError, pa.ArrowException) as error:  # pyarrow raises the last two of damaged files
         text = " ".join(str(error).split()) or type(error).__name__

@@ -6,9 +6,8 @@ what shapes its shards and rows, so a changed file is new units and an unchanged
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.pair import Reason
@@ -84,22 +83,6 @@ class SourceRow:
     """The source's own: train, validation or test."""
     pair: int = 0
     """Which of the row's pairs, where a row ranks several images."""
-
-
-class Source(Protocol):
-    """A kind of source."""
-
-    format: str
-    suffixes: tuple[str, ...]
-    """Of the files that are taken from a folder."""
-
-    def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[Unit]:
-        """The units of a file, in order; reads its footer or its text only, never an image."""
-        ...
-
-    def rows(self, unit: Unit) -> Iterator[SourceRow]:
-        """The rows of a unit, in source order; only what is needed of the file is read."""
-        ...
 
 
 def make_unit(

@@ -141,12 +141,6 @@ def test_a_missing_column_is_named_with_the_file(tmp_path: Path, missing: str) -
     assert caught.value.hint
 
 
-def test_an_image_column_that_holds_no_bytes_is_named_with_the_file(tmp_path: Path) -> None:
-    file = write_columns(tmp_path / "a.parquet", jpg_1=["url"], label_0=[1.0], label_1=[0.0])
-    with pytest.raises(SourceError, match=r"column jpg_1 of .*a\.parquet is string"):
-        units_of(file)
-
-
 @pytest.mark.parametrize(
     "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>404</html>"]
 )

@@ -1,0 +1,130 @@
+"""The bytes behind an image cell: bytes, an HF struct, a data URI, a path, a member of a tar, or an address."""
+
+import base64
+import binascii
+import posixpath
+import tarfile
+from collections.abc import Mapping
+from functools import lru_cache
+from urllib.parse import unquote
+
+from pipelines.config import SourceConfig
+from pipelines.dataset.errors import SourceError, StorageError
+from pipelines.dataset.pair import Reason
+from pipelines.dataset.storage import Storage
+from pipelines.sources.files import list_files, open_file
+from pipelines.sources.source import SourceFile
+from pipelines.sources.urls import UrlLimits, fetch_url
+
+REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "memory")
+"""File systems that an address in a cell may name; none that reads this machine's own files."""
+INDEXED_TARS = 256
+
+Place = tuple[SourceFile, int, int]
+"""A tar, and where a member's bytes lie in it."""
+
+
+class Cells:
+    """Resolves the image cells of one file.
+
+    Args:
+        config: Of the source: where paths lie, and whether addresses are followed.
+        file: That the cells are of.
+    """
+
+    def __init__(self, config: SourceConfig, file: SourceFile) -> None:
+        self._config = config
+        self._limits = UrlLimits(config.url_timeout_s, config.max_image_bytes, config.allow_private_urls)
+        self._folder = Storage(config.images or file.uri.rpartition("/")[0])
+        self._tars = config.images is not None and config.images.endswith(".tar")
+
+    def read(self, cell: object) -> bytes | Reason | None:
+        """The bytes, or why there are none; None for an empty cell.
+
+        Raises:
+            SourceError: The place where paths lie cannot be read at all.
+        """
+        if isinstance(cell, Mapping):
+            inner = cell.get("bytes")
+            if isinstance(inner, str):
+                return _base64(inner)
+            return inner if inner is not None else self.read(_text(cell.get("path")))
+        if isinstance(cell, bytes):
+            return cell if len(cell) <= self._config.max_image_bytes else Reason.IMAGE_TOO_LARGE
+        if cell is None:
+            return None
+        if not isinstance(cell, str):
+            return Reason.NOT_AN_IMAGE
+        if cell.startswith("data:"):
+            return _base64(cell.partition(",")[2])
+        return self._from_url(cell) if "://" in cell else self._from_path(cell)
+
+    def _from_url(self, url: str) -> bytes | Reason:
+        if not self._config.allow_urls:
+            return Reason.URL_NOT_ALLOWED
+        scheme = url.partition("://")[0].lower()
+        if scheme in ("http", "https"):
+            return fetch_url(url, self._limits)
+        if scheme not in REMOTE:
+            return Reason.URL_NOT_ALLOWED
+        folder, _, name = url.rpartition("/")
+        return self._from_storage(Storage(folder), name)
+
+    def _from_path(self, path: str) -> bytes | Reason:
+        name = posixpath.normpath(path)
+        root = self._folder.path().rstrip("/") + "/"
+        if self._folder.is_local and name.startswith(root):
+            name = name.removeprefix(root)
+        if name.startswith(("/", "../")) or name in ("..", ".") or "\0" in name:
+            return Reason.IMAGE_OUTSIDE
+        if self._tars:
+            assert self._config.images is not None
+            place = _members(self._config.images).get(name)
+            return Reason.MISSING_IMAGE if place is None else self._from_tar(place)
+        return self._from_storage(self._folder, name)
+
+    def _from_tar(self, place: Place) -> bytes | Reason:
+        tar, offset, length = place
+        if length > self._config.max_image_bytes:
+            return Reason.IMAGE_TOO_LARGE
+        folder, _, name = tar.uri.rpartition("/")
+        return Storage(folder).read_range(name, offset, length) if length else b""
+
+    def _from_storage(self, folder: Storage, name: str) -> bytes | Reason:
+        try:
+            if folder.size(name) > self._config.max_image_bytes:
+                return Reason.IMAGE_TOO_LARGE
+            return folder.read(name)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+                return Reason.MISSING_IMAGE
+            raise SourceError(error.message, "check the place of the images (`images:`) and the credentials") from error
+
+
+@lru_cache(4)
+def _members(pattern: str) -> dict[str, Place]:
+    """Every file in the tars of a glob by its name; the headers are read once for each process."""
+    found: dict[str, Place] = {}
+    for file in list_files(pattern, (".tar",)):
+        with open_file(file, read_ahead=True) as opened:
+            try:
+                with tarfile.open(fileobj=opened, mode="r:") as tar:
+                    found |= {
+                        posixpath.normpath(member.name): (file, member.offset_data, member.size)
+                        for member in tar
+                        if member.isfile()
+                    }
+            except tarfile.TarError as error:
+                raise ValueError(f"it is no whole tar: {error}") from error
+    return found
+
+
+def _base64(text: str) -> bytes | Reason:
+    try:
+        return base64.b64decode(unquote(text), validate=True)
+    except (binascii.Error, ValueError):
+        return Reason.NOT_AN_IMAGE
+
+
+def _text(value: object) -> object:
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value

@@ -1,0 +1,89 @@
+"""What sources say about a preference, as the probability that image 0 is preferred; never a guess.
+
+Every function takes values as they came (numbers of any type, text, bytes) and gives 0..1 or the `Reason` why not.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+
+from pipelines.dataset.pair import Reason
+
+LABEL_TOLERANCE = 1e-6
+
+
+def number(value: object) -> float | None:
+    """A number by its value, whatever its type; None if it is not one, or not finite."""
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def from_labels(label_0: object, label_1: object) -> float | Reason:
+    """From the labels of both images, which must add up to 1."""
+    if label_0 is None or label_1 is None:
+        return Reason.MISSING_LABEL
+    first, second = number(label_0), number(label_1)
+    if first is None or second is None or not (0 <= first <= 1 and 0 <= second <= 1):
+        return Reason.UNREADABLE_LABEL
+    return first if abs(first + second - 1) <= LABEL_TOLERANCE else Reason.INCONSISTENT_LABELS
+
+
+def from_label(label_0: object) -> float | Reason:
+    """From the label of image 0 alone."""
+    if label_0 is None:
+        return Reason.MISSING_LABEL
+    found = number(label_0)
+    return found if found is not None and 0 <= found <= 1 else Reason.UNREADABLE_LABEL
+
+
+def from_votes(votes_0: object, votes_1: object) -> float | Reason:
+    """The share of votes (or of weights of votes) for image 0; no votes at all is no label."""
+    if votes_0 is None or votes_1 is None:
+        return Reason.MISSING_LABEL
+    first, second = number(votes_0), number(votes_1)
+    if first is None or second is None or first < 0 or second < 0:
+        return Reason.UNREADABLE_LABEL
+    return first / (first + second) if first + second > 0 else Reason.MISSING_LABEL
+
+
+def from_ranks(ranks: object, *, count: int, best: str = "smallest") -> Iterator[tuple[int, int, float | Reason]]:
+    """Every pair of ranked images, in order, with the label of the first of the two; equal ranks are a tie.
+
+    Args:
+        ranks: One for each image.
+        count: How many images there are.
+        best: `smallest` for places, `largest` for scores.
+    """
+    found = list(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes) else []
+    for i, j in combinations(range(count), 2):
+        if len(found) != count:
+            yield i, j, Reason.MISSING_LABEL if ranks is None else Reason.UNREADABLE_LABEL
+        else:
+            yield i, j, _compare(found[i], found[j], sign=1 if best == "smallest" else -1)
+
+
+def _compare(rank_0: object, rank_1: object, *, sign: int) -> float | Reason:
+    if rank_0 is None or rank_1 is None:
+        return Reason.MISSING_LABEL
+    first, second = number(rank_0), number(rank_1)
+    if first is None or second is None:
+        return Reason.UNREADABLE_LABEL
+    return 0.5 if first == second else float(sign * first < sign * second)
+
+
+def is_false(value: object) -> bool:
+    """Whether a flag says no; a missing one does not."""
+    text = text_of(value)
+    return text is not None and text.strip().lower() in ("false", "0", "0.0", "no", "")
+
+
+def text_of(value: object) -> str | None:
+    """A value as text; what is not UTF-8 is shown as such."""
+    if value is None:
+        return None
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,278 @@
+"""Containers: a file, or a part of it, as raw records with their number. Parquet, JSON, JSON lines and tar."""
+
+import gzip
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.dataset.errors import SourceError
+from pipelines.sources.files import open_file
+from pipelines.sources.source import SourceFile, Unit
+
+ROWS_A_BATCH = 64  # about 20 MB of JPEGs in memory
+READ_BYTES = 8 << 20  # of a column at once; otherwise its whole part of a row group, often 150 MB
+MAX_RECORDS = 1000  # of a unit of JSON, whose images lie elsewhere
+FILES_PARSED = 4  # a worker reads one unit after the other, often of one file
+
+Record = dict[str, Any]
+Names = Sequence[str]
+BROKEN = "__broken__"
+"""Stands in a record that could not be read, for the reason why."""
+
+
+class Part(Protocol):
+    """Called for each part of a file that becomes a unit: where it lies, its first row, its number of rows."""
+
+    def __call__(self, part: tuple[int, int], first_row: int, num_rows: int) -> Unit:
+        """The unit."""
+        ...
+
+
+class Container(Protocol):
+    """A kind of file."""
+
+    def names(self, file: SourceFile) -> list[str] | None:
+        """Top-level names of its records, if the file says so itself."""
+        ...
+
+    def plan(
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
+    ) -> list[Unit]:
+        """The units of a file; consecutive records of one value of `group_by` stay together."""
+        ...
+
+    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """The records of a unit with their numbers in the file.
+
+        Args:
+            unit: Which.
+            names: Of a record, only these need be there.
+            images: Those of them that hold images, where text is a path or an address.
+        """
+        ...
+
+
+class Parquet:
+    """Row groups gathered until their needed columns reach `max_bytes`."""
+
+    def names(self, file: SourceFile) -> list[str]:
+        """The columns."""
+        with open_file(file) as opened:
+            return list(pq.ParquetFile(opened).schema_arrow.names)
+
+    def plan(
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
+    ) -> list[Unit]:
+        """Reads the footer only. Grouped records may lie across row groups: then the file is one unit."""
+        with open_file(file) as opened:
+            parquet = pq.ParquetFile(opened)
+            metadata = parquet.metadata
+            wanted = [i for i in range(metadata.num_columns) if parquet.schema.column(i).path.split(".")[0] in names]
+            groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+            sizes = [sum(group.column(i).total_compressed_size for i in wanted) for group in groups]
+            rows = [group.num_rows for group in groups]
+        units, start = [], 0
+        while start < len(sizes):
+            stop, size = start + 1, sizes[start]
+            while stop < len(sizes) and (group_by or size + sizes[stop] <= max_bytes):
+                size += sizes[stop]
+                stop += 1
+            if num_rows := sum(rows[start:stop]):
+                units.append(part((start, stop), sum(rows[:start]), num_rows))
+            start = stop
+        return units
+
+    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """Text comes as bytes: what is not UTF-8 spoils its own row, not the others."""
+        number = unit.first_row
+        with open_file(unit.file) as opened:
+            parquet = pq.ParquetFile(opened, buffer_size=READ_BYTES, pre_buffer=False)
+            groups = list(range(*unit.part))
+            for batch in parquet.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=list(names)):
+                schema = pa.schema([field.with_type(_as_bytes(field.type)) for field in batch.schema])
+                texts = [field.name for field in batch.schema if field.name in images and _is_text(field.type)]
+                for record in pa.Table.from_batches([batch]).cast(schema).to_pylist():
+                    for name in texts:
+                        record[name] = _as_text(record[name])
+                    yield number, record
+                    number += 1
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes for text, inside lists and structs as well."""
+    if pa.types.is_dictionary(kind):
+        return _as_bytes(kind.value_type)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([kind.field(i).with_type(_as_bytes(kind.field(i).type)) for i in range(kind.num_fields)])
+    return kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text, or lists of it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    return not pa.types.is_struct(kind) and _as_bytes(kind) != kind
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+
+
+class Json:
+    """An array of objects, or an object a line (`lines`); parsed once for each process and state of the file."""
+
+    def __init__(self, *, lines: bool) -> None:
+        self._lines = lines
+
+    def names(self, file: SourceFile) -> None:
+        """Each record has its own."""
+        return
+
+    def plan(
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
+    ) -> list[Unit]:
+        """At most `MAX_RECORDS` to a unit, more where a group asks for it."""
+        records = _parsed(file, self._lines)
+        runs = [1] * len(records)
+        if group_by is not None:
+            runs = [len(list(run)) for _, run in groupby(records, key=lambda record: str(record.get(group_by)))]
+        units, start, size = [], 0, 0
+        for run in runs:
+            if size and size + run > MAX_RECORDS:
+                units.append(part((start, start + size), start, size))
+                start, size = start + size, 0
+            size += run
+        return [*units, part((start, start + size), start, size)] if size else units
+
+    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """The records of the range."""
+        records = _parsed(unit.file, self._lines)
+        yield from ((number, dict(records[number])) for number in range(*unit.part))
+
+
+@lru_cache(FILES_PARSED)
+def _parsed(file: SourceFile, lines: bool) -> list[Record]:
+    with open_file(file) as opened:
+        data = opened.read()
+        try:
+            data = gzip.decompress(data) if file.uri.endswith(".gz") else data
+            found = [_line(line) for line in data.split(b"\n") if line.strip()] if lines else json.loads(data)
+        except (OSError, EOFError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"it is no JSON: {error}") from error
+    if not isinstance(found, list):
+        raise SourceError(
+            f"{file.uri} holds a {type(found).__name__}, not a list of records",
+            "a `.json` source is an array of objects; an object a line is `.jsonl`",
+        )
+    return [record if isinstance(record, dict) else {BROKEN: "not an object"} for record in found]
+
+
+def _line(line: bytes) -> Any:
+    """A broken line spoils its own row, not the others."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return {BROKEN: str(error)}
+
+
+class Tar:
+    """WebDataset samples: the members of a key follow each other. A unit is a whole tar; nothing is unpickled."""
+
+    def names(self, file: SourceFile) -> None:
+        """Each sample has its own."""
+        return
+
+    def plan(
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
+    ) -> list[Unit]:
+        """One unit; how many samples there are, only reading tells."""
+        return [part((0, 1), 0, 0)]
+
+    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """A sample a record: the bytes of each part by its name without its last extension, a JSON part's keys as well.
+
+        Raises:
+            SourceError: The tar is cut, which no tar reader notices at a member's border, or a key comes back.
+        """
+        with open_file(unit.file, read_ahead=True) as opened:
+            try:
+                with tarfile.open(fileobj=opened, mode="r:") as tar:
+                    yield from enumerate(_samples(tar, unit.file))
+                    opened.seek(tar.offset)
+                    if len(opened.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+                        raise tarfile.ReadError("it ends without the mark that ends a tar")
+            except tarfile.TarError as error:
+                raise ValueError(f"it is no whole tar: {error}") from error
+
+
+def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
+    key, sample, done = None, Record(), set[str]()
+    for member in tar:
+        if not member.isfile():
+            continue
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, part = name.partition(".")
+        if f"{folder}{slash}{stem}" != key:
+            if sample:
+                yield sample
+            key, sample = f"{folder}{slash}{stem}", {}
+            if key in done:
+                raise SourceError(
+                    f"{file.uri}: the members of {key} do not follow each other", "pack each sample's files together"
+                )
+            done.add(key)
+        payload = tar.extractfile(member)
+        assert payload is not None
+        sample |= _part(part, payload.read(), member.size)
+    if sample:
+        yield sample
+
+
+def _part(name: str, data: bytes, size: int) -> Record:
+    if len(data) != size:
+        raise tarfile.ReadError(f"{name} has {len(data):,} of {size:,} bytes")
+    stem, _, extension = name.rpartition(".")
+    if extension != "json":
+        return {stem or extension: data}
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        return {BROKEN: f"{name}: {error}"}
+    return found if isinstance(found, dict) else {stem or extension: found}
+
+
+CONTAINERS: dict[str, Callable[[], Container]] = {
+    ".parquet": Parquet,
+    ".jsonl": lambda: Json(lines=True),
+    ".jsonl.gz": lambda: Json(lines=True),
+    ".json": lambda: Json(lines=False),
+    ".json.gz": lambda: Json(lines=False),
+    ".tar": Tar,
+}
+"""By the end of a file's name."""
+
+
+def container_of(file: SourceFile) -> Container:
+    """The container of a file.
+
+    Raises:
+        SourceError: Its name ends in none of those that can be read.
+    """
+    for suffix, make in CONTAINERS.items():
+        if file.uri.endswith(suffix):
+            return make()
+    raise SourceError(
+        f"{file.uri} is of no kind that can be read", f"the name must end in one of {', '.join(CONTAINERS)}"
+    )
