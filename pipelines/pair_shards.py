@@ -22,6 +22,8 @@ from pipelines.sources.source import SourceRow, Unit
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
 CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
 """What makes a source row the same as it was when its file was read before."""
+RECORD = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
+"""What the JSON member of a pair says."""
 
 Row = dict[str, Any]
 Images = tuple[tuple[ImageInfo, bytes], tuple[ImageInfo, bytes]]
@@ -160,6 +162,11 @@ def read_prompt(value: object) -> str | Reason:
     return text if text.strip() else Reason.EMPTY_PROMPT
 
 
+def record_of(row: Row) -> bytes:
+    """The JSON member of a pair, for readers of the tars that do not have the table."""
+    return json.dumps({name: row[name] for name in RECORD}, ensure_ascii=False, sort_keys=True).encode()
+
+
 @dataclass
 class _UnitShards:
     """The shards of one unit: opened when needed, closed at `max_shard_bytes`, uploaded when closed."""
@@ -184,9 +191,7 @@ class _UnitShards:
         for side, (info, data) in enumerate(images):
             member = self._writer.add(f"{key}.{side}.{info.extension}", data, row[f"image_{side}_sha256"])
             row.update({f"offset_{side}": member.offset, f"length_{side}": member.length})
-        facts = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
-        record = {name: row[name] for name in facts}
-        self._writer.add(f"{key}.json", json.dumps(record, ensure_ascii=False, sort_keys=True).encode())
+        self._writer.add(f"{key}.json", record_of(row))
         if self._writer.num_bytes >= self.unit.settings.max_shard_bytes:
             self._finish(row["shard"])
 

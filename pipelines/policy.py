@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.config import IngestConfig
 from pipelines.dataset.pair import TRAIN, VALIDATION, Reason, Status, split_border, split_of
 from pipelines.dataset.table import Table
 
+UNITS_AT_ONCE = 200  # about 150,000 pairs
 EQUAL = 1e-9  # 1 - 0.4 is not 0.6
 PREFERRED_OR_NOT = pc.field("status").isin([str(Status.KEPT), str(Status.TIE)])
 
@@ -43,67 +45,86 @@ class Policy:
 
 
 def apply_policy(policy: Policy, table: Table) -> int:
-    """Bring the rows of earlier runs in line with the policy; how many rows changed.
+    """Bring the rows of earlier runs in line with the policy; how many were not.
 
     Raises:
         StorageError: The commit failed.
     """
-    if table.version is None:
-        return 0
     changed = 0
-    if _num_wrong_ties(policy, table):
-        changed += table.update(*_ties_update(policy))
-    if wrong := _wrong_splits(policy, table):
-        claimed = ", ".join(f"'{prompt}'" for prompt in sorted(wrong.claimed))
-        held_out = f"prompt_id < '{split_border(policy.validation_ratio)}'"
-        free = "source_split IS NULL AND prompt_id IS NOT NULL"
-        free += f" AND prompt_id NOT IN ({claimed})" if claimed else ""
-        split = f"CASE WHEN {held_out} THEN '{VALIDATION}' ELSE '{TRAIN}' END"
-        changed += table.update({"split": split}, f"{free} AND split <> ({split})")
+    while wrong := _wrong_rows(policy, table):
+        # Some units at a time, so that a table of any size fits into memory; a crash between them is made good later.
+        units = pc.field("unit").isin(wrong.units[:UNITS_AT_ONCE])
+        where = units & (_is_wrong_tie(policy) | wrong.split_is_wrong)
+        table.rewrite(lambda rows, wrong=wrong: _as_wanted(policy, rows, wrong), where, name="policy")  # type: ignore[misc]
+        changed += wrong.num_rows if not changed else 0
     return changed
 
 
 def is_applied(policy: Policy, table: Table) -> bool:
-    """Whether every row is as the policy has it; reads four columns."""
-    return not _num_wrong_ties(policy, table) and _wrong_splits(policy, table) is None
-
-
-def _num_wrong_ties(policy: Policy, table: Table) -> int:
-    is_tie = pc.field("status") == str(Status.TIE)
-    if policy.ties == "keep":
-        return table.count_rows(is_tie)
-    close = pc.abs(pc.field("label_0") - 0.5) < policy.tie_width
-    return table.count_rows(PREFERRED_OR_NOT & ((close & ~is_tie) | (~close & is_tie)))
-
-
-def _ties_update(policy: Policy) -> tuple[dict[str, str], str]:
-    rows = f"status IN ('{Status.KEPT}', '{Status.TIE}')"
-    if policy.ties == "keep":
-        return {"status": f"'{Status.KEPT}'", "reason": "NULL"}, f"status = '{Status.TIE}'"
-    distance = "abs(label_0 - 0.5)"
-    is_tie = f"{distance} < {policy.tie_width!r}"
-    reason = f"CASE WHEN {distance} < {EQUAL!r} THEN '{Reason.EQUAL_PREFERENCE}' ELSE '{Reason.WEAK_PREFERENCE}' END"
-    return {
-        "status": f"CASE WHEN {is_tie} THEN '{Status.TIE}' ELSE '{Status.KEPT}' END",
-        "reason": f"CASE WHEN {is_tie} THEN {reason} ELSE NULL END",
-    }, f"{rows} AND ((status = '{Status.TIE}') <> ({is_tie}))"
+    """Whether every row is as the policy has it; reads five columns."""
+    return _wrong_rows(policy, table) is None
 
 
 @dataclass(frozen=True)
-class _WrongSplits:
-    claimed: set[str]
-    """Prompts among the wrong ones that a source has in a split of its own: they stay."""
+class _Wrong:
+    """Rows that are not as the policy has them."""
+
+    num_rows: int
+    units: list[str]
+    split_is_wrong: pc.Expression
+    claimed: pa.Array
+    """Prompts whose hash says otherwise, but that a source has in a split of its own: they stay."""
 
 
-def _wrong_splits(policy: Policy, table: Table) -> _WrongSplits | None:
-    """Whether some prompt's split is not what its hash says, and which of them are right all the same."""
+def _wrong_rows(policy: Policy, table: Table) -> _Wrong | None:
+    if table.version is None:
+        return None
+    candidates = table.read(["prompt_id"], _is_wrong_split(policy))
+    prompts = pc.unique(candidates["prompt_id"])
+    claimed = pa.array([], pa.string())
+    if len(prompts):
+        own = pc.field("source_split").is_valid() & pc.field("prompt_id").isin(prompts)
+        claimed = pc.unique(table.read(["prompt_id"], own)["prompt_id"].combine_chunks())
+    split_is_wrong = _is_wrong_split(policy) & ~pc.field("prompt_id").isin(claimed)
+    wrong = table.read(["unit"], _is_wrong_tie(policy) | split_is_wrong)
+    if not wrong.num_rows:
+        return None
+    return _Wrong(wrong.num_rows, sorted(pc.unique(wrong["unit"]).to_pylist()), split_is_wrong, claimed)
+
+
+def _is_wrong_tie(policy: Policy) -> pc.Expression:
+    is_tie = pc.field("status") == str(Status.TIE)
+    if policy.ties == "keep":
+        return is_tie
+    close = pc.abs(pc.field("label_0") - 0.5) < policy.tie_width
+    return PREFERRED_OR_NOT & ((close & ~is_tie) | (~close & is_tie))
+
+
+def _is_wrong_split(policy: Policy) -> pc.Expression:
+    """Of a prompt that no source has in a split of its own, as far as the row knows."""
     held_out = pc.field("prompt_id") < split_border(policy.validation_ratio)
     is_held_out = pc.field("split") == VALIDATION
-    free = PREFERRED_OR_NOT & ~pc.field("source_split").is_valid()
-    rows = table.read(["prompt_id"], free & ((held_out & ~is_held_out) | (~held_out & is_held_out)))
-    if not rows.num_rows:
-        return None
-    wrong = pc.unique(rows["prompt_id"])
-    claims = table.read(["prompt_id"], pc.field("source_split").is_valid() & pc.field("prompt_id").isin(wrong))
-    claimed = set(pc.unique(claims["prompt_id"]).to_pylist())
-    return None if len(claimed) == len(wrong) else _WrongSplits(claimed)
+    free = pc.field("prompt_id").is_valid() & ~pc.field("source_split").is_valid()
+    return free & ((held_out & ~is_held_out) | (~held_out & is_held_out))
+
+
+def _as_wanted(policy: Policy, rows: pa.Table, wrong: _Wrong) -> pa.Table:
+    """Rows with the status, reason and split that the policy gives them."""
+    distance = pc.abs(pc.subtract(rows["label_0"], 0.5))
+    judged = pc.is_in(rows["status"], pa.array([str(Status.KEPT), str(Status.TIE)]))
+    close = pc.fill_null(pc.less(distance, policy.tie_width), False)
+    is_tie = pc.and_(close, policy.ties != "keep")
+    reason = pc.if_else(pc.less(distance, EQUAL), str(Reason.EQUAL_PREFERENCE), str(Reason.WEAK_PREFERENCE))
+    status = pc.if_else(is_tie, str(Status.TIE), str(Status.KEPT))
+    reason = pc.if_else(is_tie, reason, pa.scalar(None, pa.string()))
+    held_out = pc.less(rows["prompt_id"], split_border(policy.validation_ratio))
+    free = pc.and_(pc.is_valid(rows["prompt_id"]), pc.invert(pc.is_valid(rows["source_split"])))
+    free = pc.and_(free, pc.invert(pc.is_in(rows["prompt_id"], wrong.claimed)))
+    columns = {
+        "status": pc.if_else(judged, status, rows["status"]),
+        "reason": pc.if_else(judged, reason, rows["reason"]),
+        "split": pc.if_else(free, pc.if_else(held_out, VALIDATION, TRAIN), rows["split"]),
+    }
+    for name, values in columns.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), name, values)
+    return rows

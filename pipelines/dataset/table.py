@@ -9,11 +9,12 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -23,6 +24,8 @@ from pipelines.dataset.storage import PLACE_HINT, Storage
 
 MAX_COMMIT_RETRIES = 50  # other writers' commits that may land first
 MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at once, all but one are refused
+MAX_REVISIONS = 30  # whole changes of rows: each commit of another writer refuses one
+NAME_OF_COMMIT = "mapo"  # what `revise` adds to the log of the table
 MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on average in all
 # delta-rs deletes the log behind a checkpoint after 30 days otherwise, and pinned versions with it.
 CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
@@ -154,26 +157,103 @@ class Table:
             raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(error)}", PLACE_HINT) from error
         return Landed.YES
 
-    def update(self, updates: Mapping[str, str], where: str) -> int:
-        """Change columns of the rows that a predicate names, in one commit; how many they were.
+    def rewrite(self, change: Callable[[pa.Table], pa.Table], where: ds.Expression, *, name: str) -> int:
+        """Change rows in one commit: the units that have rows of a condition are written anew; how many rows that is.
+
+        Rows go through Arrow. delta-rs's own update and merge leave files of another string type behind, in which
+        Arrow can filter nothing.
 
         Args:
-            updates: Column to SQL expression.
-            where: SQL predicate.
+            change: From all rows of these units to what they shall be; may be called again after another's commit.
+            where: Rows that must change; none of them may be left afterwards.
+            name: What the commit is called in the table's history.
 
         Raises:
-            StorageError: The commit failed, also after `MAX_ATTEMPTS` commits of others that touched the same rows.
+            StorageError: The commit failed, also after `MAX_REVISIONS` commits of others.
         """
-        for attempt in range(MAX_ATTEMPTS):
+        assert self._pinned is None, "a pinned table is read-only"
+        for attempt in range(MAX_REVISIONS):
+            units = pc.unique(self.read(["unit"], where)["unit"]).to_pylist()
+            if not units:
+                return 0
+            assert self._table is not None
+            rows = change(self.read(None, pc.field("unit").isin(units)))
+            listed = ", ".join(f"'{unit}'" for unit in sorted(units))
+            try:
+                write_deltalake(
+                    self._table,
+                    rows.select(self.schema.names).cast(self.schema),
+                    mode="overwrite",
+                    predicate=f"unit IN ({listed})",
+                    storage_options=storage_options(self.uri),
+                    commit_properties=CommitProperties(custom_metadata={NAME_OF_COMMIT: name}, max_commit_retries=0),
+                )
+            except (DeltaError, OSError) as error:
+                refused = error
+                self._table = None  # a refused commit may leave it in an older state
+                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * min(attempt + 1, 8)))  # noqa: S311
+            else:
+                return int(rows.num_rows)
+        raise StorageError(
+            f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last: {_one_line(refused)}",
+            "other writers' commits came first each time: let the ingest end, then run the command again",
+        ) from refused
+
+    def revise(
+        self, source: pa.Table, on: str, updates: Mapping[str, str], *, name: str, delete_where: str | None = None
+    ) -> int:
+        """Change or delete the rows `t` that rows `s` of `source` point to, in one commit; how many they were.
+
+        Tried again from the newest version while other commits come first, so `on` must no longer hold for a row
+        that was changed.
+
+        Args:
+            source: Rows that say what becomes of the table's; each row of the table may match one of them at most.
+            on: SQL condition over `t` and `s`.
+            updates: Column to SQL expression.
+            name: What the commit is called in the table's history.
+            delete_where: SQL condition; rows for which it holds are deleted instead.
+
+        Raises:
+            StorageError: The commit failed, also after `MAX_REVISIONS` commits of others.
+        """
+        assert self._pinned is None, "a pinned table is read-only"
+        for attempt in range(MAX_REVISIONS):
             table = self._open()
             if table is None:
                 return 0
+            note = CommitProperties(custom_metadata={NAME_OF_COMMIT: name})
+            merge = table.merge(source, on, source_alias="s", target_alias="t", commit_properties=note)
+            if delete_where is not None:
+                merge = merge.when_matched_delete(delete_where)
             try:
-                return int(table.update(updates=dict(updates), predicate=where)["num_updated_rows"])
+                done = merge.when_matched_update(dict(updates)).execute()
             except (DeltaError, OSError) as error:
                 refused = error
-                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * 2**attempt))  # noqa: S311
-        raise StorageError(f"cannot update {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
+                self._table = None  # a refused merge may leave it in an older state
+                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * min(attempt + 1, 8)))  # noqa: S311
+            else:
+                return int(done["num_target_rows_updated"]) + int(done["num_target_rows_deleted"])
+        raise StorageError(
+            f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last: {_one_line(refused)}",
+            "other writers' commits came first each time: let the ingest end, then run the command again",
+        ) from refused
+
+    def merge_files(self) -> tuple[int, int]:
+        """Rewrite many small files of the table as few; how many there were, and are. Rows stay as they are.
+
+        Other writers go first: if one of them changes the same files meanwhile, nothing is merged.
+        """
+        assert self._pinned is None, "a pinned table is read-only"
+        before = len(self.files())
+        table = self._open()
+        if table is None or before < 2:
+            return before, before
+        try:
+            table.optimize.compact()
+        except (DeltaError, OSError):
+            self._table = None
+        return before, len(self.files())
 
     def _commit(self, unit: str, rows: pa.Table, max_retries: int = MAX_COMMIT_RETRIES) -> None:
         """Commit on top of the version in which `is_committed` did not find the unit.
@@ -208,6 +288,19 @@ class Table:
             yield from _dataset(table).to_batches(columns=columns, filter=where)
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+
+    def dataset(self) -> Any:
+        """The newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.
+
+        Raises:
+            SnapshotError: Nothing was ever committed.
+        """
+        table = self._open()
+        if table is None:
+            raise SnapshotError(
+                f"there is no table at {self.uri}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            )
+        return _dataset(table)
 
     def count_rows(self, where: ds.Expression | None = None) -> int:
         """How many rows there are; without a condition it reads the footers of the table's files only."""
