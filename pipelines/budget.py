@@ -30,7 +30,8 @@ class DropBudget:
         table = pairs_table(storage)
         self._limit = config.max_drop_ratio
         self._rows_before = table.count_rows()
-        self._dropped = table.count_rows(DROPPED) if self._rows_before else 0
+        again = pa.array({unit.file.uri for unit in units if unit.known}, pa.string())  # what they have now counts
+        self._dropped = table.count_rows(DROPPED & ~pc.field("source_uri").isin(again))
         self._planned = sum(unit.num_rows for unit in units)
         self._unknown_bytes = sum(unit.file.size for unit in units if not unit.num_rows)
         self._unknown_read_bytes = self._unknown_rows = 0

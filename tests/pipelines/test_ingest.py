@@ -25,7 +25,7 @@ from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import ingest, pending_units, plan_units, write_unit
+from pipelines.ingest import ingest, is_up_to_date, pending_units, plan_units, write_unit
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -356,3 +356,72 @@ def test_a_damaged_source_is_named_and_what_was_read_before_stays(
 def test_a_storage_that_cannot_be_written_is_named_before_the_work(photos: Path) -> None:
     with pytest.raises(StorageError, match="cannot write /proc/mapo/"):
         ingest(config_of(photos), Storage("/proc/mapo"))
+
+
+def test_of_a_file_that_grew_or_changed_only_what_is_new_is_added(tmp_path: Path, storage: Storage) -> None:
+    rows = photo_pairs(24, num_damaged=3)
+    file = write_parquet(tmp_path / "photos.parquet", rows[:16], row_group_size=4)
+    config = config_of(file, max_drop_ratio=1.0)
+    ingest(config, storage)
+    before = rows_in(storage)
+    changed = rows.copy()
+    changed[5] |= {"label_0": 1 - rows[5]["label_0"], "label_1": 1 - rows[5]["label_1"]}
+    write_parquet(file, changed, row_group_size=4)
+    assert pending_units(config, storage), "it is seen as changed"
+    ingest(config, storage)
+    found = pairs_table(storage).read().to_pylist()
+    assert len(found) == 24 + 1, "eight new rows, and the changed one as it is now"
+    assert [row for row in rows_in(storage) if row in before] == before, "what was there stays as it was"
+    (again,) = [r for r in found if r["source_row"] == 5 and r["status"] != "kept"]
+    assert (again["status"], again["reason"]) == ("duplicate", "conflicting_label")
+    file.unlink()
+    write_parquet(tmp_path / "other.parquet", photo_pairs(2, seed=9))
+    ingest(config_of(tmp_path / "other.parquet", max_drop_ratio=1.0), storage)
+    assert len(rows_in(storage)) == 25 + 2, "a vanished file changes nothing"
+
+
+def test_a_mended_file_no_longer_counts_against_the_budget(tmp_path: Path, storage: Storage) -> None:
+    rows = photo_pairs(20)
+    broken = [row | {"jpg_0": row["jpg_0"][:-200]} if i % 2 else row for i, row in enumerate(rows)]
+    file = write_parquet(tmp_path / "photos.parquet", broken)
+    with pytest.raises(DropBudgetExceeded, match=r"10 of 20 rows"):
+        ingest(config_of(file, max_drop_ratio=0.1), storage)
+    write_parquet(file, rows)
+    ingest(config_of(file, max_drop_ratio=0.1), storage)
+    assert Counter(status for status, _ in status_of(storage)) == {"kept": 20, "quarantined": 10}
+
+
+def test_a_changed_policy_is_applied_without_reading_the_sources(tmp_path: Path, storage: Storage) -> None:
+    file = write_parquet(tmp_path / "photos.parquet", photo_pairs(20, num_ties=5))
+    ingest(config_of(file), storage)
+    shards, seen = shards_in(storage), file.stat()
+    file.write_bytes(hollow(file.read_bytes()))  # whoever reads more than its footer fails
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    config = config_of(file, ties="keep", validation_ratio=0.5)
+    assert not is_up_to_date(config, storage)
+    ingest(config, storage)
+    assert is_up_to_date(config, storage)
+    assert Counter(status for status, _ in status_of(storage)) == {"kept": 20}
+    assert {row["split"] for row in rows_in(storage)} == {"train", "validation"}
+    assert shards_in(storage) == shards
+
+
+def test_a_sources_own_splits_are_followed_and_read_first(tmp_path: Path, storage: Storage) -> None:
+    shared = photo_pairs(8, seed=5, num_prompts=4)
+    write_parquet(tmp_path / "data" / "train-00000.parquet", [*photo_pairs(6), *shared[:4]])
+    write_parquet(tmp_path / "data" / "validation-00000.parquet", shared[4:])
+    write_parquet(tmp_path / "data" / "validation_unique-00000.parquet", shared[4:6])
+    ingest(config_of(tmp_path / "data", validation_ratio=0.0), storage)
+    found = pairs_table(storage).read().to_pylist()
+    held_out = {row["prompt"] for row in found if "validation" in row["source_uri"]}
+    for row in found:
+        assert row["split"] == ("validation" if row["prompt"] in held_out else "train")
+    assert Counter(row["status"] for row in found) == {"kept": 14, "duplicate": 2}
+
+
+def test_headers_alone_may_be_looked_at(tmp_path: Path, storage: Storage) -> None:
+    rows = photo_pairs(4)
+    rows[2] |= {"jpg_0": rows[2]["jpg_0"][:-300]}
+    file = write_parquet(tmp_path / "photos.parquet", rows)
+    ingest(config_of(file, image_check="header", max_drop_ratio=1.0), storage)
+    assert Counter(status for status, _ in status_of(storage)) == {"kept": 4}
