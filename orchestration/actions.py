@@ -145,6 +145,8 @@ def run_train(run: Run, key: str) -> Outcome:
 
     spec = train_spec(run)
     assert spec is not None
+    # From now on `mapo data gc` keeps what this training reads, however long it takes.
+    run.storage.write(f"{run.folder}/snapshot.json", json.dumps(asdict(spec.snapshot)).encode())
     with TrainingView(spec, run.say) as view:
         trained = train(spec, view.watch)
     for worker in trained.workers:

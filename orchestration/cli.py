@@ -5,6 +5,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
+
+from orchestration.data_commands import add_data_commands
 
 EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -71,13 +74,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(stage=stage)
     status = _configured(_command(commands, "status", "stages, progress, last metrics", _status))
     status.add_argument("--json", action="store_true", help="as JSON")
-    data = commands.add_parser("data", help="look at a data set", description="Look at a data set.")
+    data = commands.add_parser("data", help="look after a data set", description="Look after a data set.")
     views = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    show = _command(views, "show", "snapshot, rows by status, shards, bytes", _data_show)
-    show.add_argument("storage", metavar="STORAGE", help="path or fsspec URL")
-    show.add_argument("--json", action="store_true", help="as JSON")
-    verify = _command(views, "verify", "every committed byte against its digest", _data_verify)
-    verify.add_argument("storage", metavar="STORAGE", help="path or fsspec URL")
+    add_data_commands(partial(_command, views))
     return top
 
 
@@ -126,34 +125,6 @@ def _status(options: argparse.Namespace) -> None:
 
     described = describe_run(load_config(options.config, options.overrides))
     _say(_json(described) if options.json else status_text(described))
-
-
-def _data_show(options: argparse.Namespace) -> None:
-    from orchestration.dataset_view import as_text, describe_dataset
-    from pipelines.dataset.storage import Storage
-
-    described = describe_dataset(Storage(options.storage))
-    _say(_json(described) if options.json else as_text(described))
-
-
-def _data_verify(options: argparse.Namespace) -> None:
-    from pipelines.dataset.errors import ShardCorrupt
-    from pipelines.dataset.storage import Storage
-    from pipelines.verify import committed_shards, verify
-
-    storage = Storage(options.storage)
-    shards = committed_shards(storage)
-    differences = verify(storage, shards)
-    for line in differences:
-        _say(line)
-    if differences:
-        raise ShardCorrupt(
-            f"{len(differences):,} difference{'s' if len(differences) > 1 else ''} "
-            f"in the {len(shards):,} shards of {storage.url}",
-            "put these objects back from a copy; the bytes of a pair shard follow from its source file and the "
-            "settings, so that an ingest into an empty storage makes the same ones",
-        )
-    _say(f"{len(shards):,} shards, {sum(shard.num_bytes for shard in shards):,} bytes: all as committed")
 
 
 def _json(data: object) -> str:

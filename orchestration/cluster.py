@@ -27,6 +27,23 @@ def connected(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def attached() -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, unless this process is connected already; never start one."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    with _quiet_start():
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _init(config: RunConfig) -> None:
     import ray
 

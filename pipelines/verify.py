@@ -2,18 +2,18 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.dataset.errors import MapoError, SnapshotError
-from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
+from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.parallel import in_parallel
 
-READERS = 8
 BLOCK_BYTES = 8 << 20  # in memory at once for each reader
 COMMITTED = pc.field("shard").is_valid()
 
@@ -40,27 +40,31 @@ def committed_shards(storage: Storage) -> list[CommittedShard]:
             f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
         )
     found = list(_shards(pa.concat_tables([_images(pairs_table(storage), side) for side in (0, 1)])))
-    for fingerprint in _fingerprints(storage, LATENTS):
+    for fingerprint in fingerprints(storage, LATENTS):
         found += _shards(_tensors(latents_table(storage, fingerprint), "latents of pair ", "pair_key"))
-    for fingerprint in _fingerprints(storage, TEXT):
+    for fingerprint in fingerprints(storage, TEXT):
         found += _shards(_tensors(text_table(storage, fingerprint), "embedding of prompt ", "prompt_id"))
     return found
 
 
-def verify(storage: Storage, shards: Sequence[CommittedShard] | None = None) -> list[str]:
+def verify(storage: Storage, shards: Sequence[CommittedShard] | None = None, *, on_cluster: bool = False) -> list[str]:
     """What differs from what was committed, one line a difference, in the order of the shards; none if all is well.
 
     Args:
         storage: Where the data set lies.
         shards: Look at these only.
+        on_cluster: Read them on the Ray that this process is connected to, not in its own threads.
 
     Raises:
         SnapshotError: There is no data set.
     """
     wanted = committed_shards(storage) if shards is None else shards
-    with ThreadPoolExecutor(READERS) as readers:
-        found = readers.map(lambda shard: list(_differences(storage, shard)), wanted)
-        return [line for lines in found for line in lines]
+    found = in_parallel(partial(_differences_of, storage), wanted, on_cluster=on_cluster)
+    return [line for lines in found for line in lines]
+
+
+def _differences_of(storage: Storage, shard: CommittedShard) -> list[str]:
+    return list(_differences(storage, shard))
 
 
 def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
@@ -129,7 +133,3 @@ def _shards(members: pa.Table) -> Iterator[CommittedShard]:
         rows = members.slice(start, shard["count_all"])
         start += rows.num_rows
         yield CommittedShard(shard["shard"], shard["shard_bytes"], shard["shard_sha256"], rows.drop_columns(identity))
-
-
-def _fingerprints(storage: Storage, folder: str) -> list[str]:
-    return sorted({name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)})

@@ -61,3 +61,8 @@ def latents_table(storage: Storage, fingerprint: str, version: int | None = None
 def text_table(storage: Storage, fingerprint: str, version: int | None = None) -> Table:
     """The text embeddings made under one fingerprint."""
     return Table(storage, f"{TEXT}/{fingerprint}/table", TEXT_SCHEMA, version)
+
+
+def fingerprints(storage: Storage, folder: str) -> list[str]:
+    """The fingerprints below LATENTS or TEXT, sorted."""
+    return sorted({name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)})

@@ -9,7 +9,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipelines.dataset.storage import PLACE_HINT, Storage
 MAX_COMMIT_RETRIES = 50  # other writers' commits that may land first
 MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at once, all but one are refused
 MAX_REVISIONS = 30  # whole changes of rows: each commit of another writer refuses one
-NAME_OF_COMMIT = "mapo"  # what `revise` adds to the log of the table
+NAME_OF_COMMIT = "mapo"  # what `rewrite` adds to the log of the table
 MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on average in all
 # delta-rs deletes the log behind a checkpoint after 30 days otherwise, and pinned versions with it.
 CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
@@ -194,46 +194,6 @@ class Table:
                 time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * min(attempt + 1, 8)))  # noqa: S311
             else:
                 return int(rows.num_rows)
-        raise StorageError(
-            f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last: {_one_line(refused)}",
-            "other writers' commits came first each time: let the ingest end, then run the command again",
-        ) from refused
-
-    def revise(
-        self, source: pa.Table, on: str, updates: Mapping[str, str], *, name: str, delete_where: str | None = None
-    ) -> int:
-        """Change or delete the rows `t` that rows `s` of `source` point to, in one commit; how many they were.
-
-        Tried again from the newest version while other commits come first, so `on` must no longer hold for a row
-        that was changed.
-
-        Args:
-            source: Rows that say what becomes of the table's; each row of the table may match one of them at most.
-            on: SQL condition over `t` and `s`.
-            updates: Column to SQL expression.
-            name: What the commit is called in the table's history.
-            delete_where: SQL condition; rows for which it holds are deleted instead.
-
-        Raises:
-            StorageError: The commit failed, also after `MAX_REVISIONS` commits of others.
-        """
-        assert self._pinned is None, "a pinned table is read-only"
-        for attempt in range(MAX_REVISIONS):
-            table = self._open()
-            if table is None:
-                return 0
-            note = CommitProperties(custom_metadata={NAME_OF_COMMIT: name})
-            merge = table.merge(source, on, source_alias="s", target_alias="t", commit_properties=note)
-            if delete_where is not None:
-                merge = merge.when_matched_delete(delete_where)
-            try:
-                done = merge.when_matched_update(dict(updates)).execute()
-            except (DeltaError, OSError) as error:
-                refused = error
-                self._table = None  # a refused merge may leave it in an older state
-                time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * min(attempt + 1, 8)))  # noqa: S311
-            else:
-                return int(done["num_target_rows_updated"]) + int(done["num_target_rows_deleted"])
         raise StorageError(
             f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last: {_one_line(refused)}",
             "other writers' commits came first each time: let the ingest end, then run the command again",

@@ -1,0 +1,186 @@
+"""Delete what nothing points to: no version of a table that someone may still read, and not just written.
+
+Kept are the newest version of each table, every version that was the newest at some moment of the grace period, and
+every version that a run is pinned to. What is younger than the grace period stays whatever points to it: an ingest
+that runs has written shards that it has not committed.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import pyarrow.dataset as ds
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from pipelines.dataset.errors import SnapshotError, StorageError
+from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, TEXT, fingerprints
+from pipelines.dataset.storage import UNFINISHED, Storage
+from pipelines.dataset.versions import LOG, Version, files_of, versions
+
+DATASET = "dataset"
+READERS = 16
+TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # what fsspec's file systems call it
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object below the data set's folder."""
+
+    name: str
+    num_bytes: int
+    modified: float
+    """Seconds since 1970, by the storage's clock."""
+
+
+def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
+    """What may be deleted, by name.
+
+    Raises:
+        SnapshotError: There is no data set.
+        StorageError: Something that says what is needed cannot be read; then nothing is known to be garbage.
+    """
+    objects = stored_objects(storage)  # first: what is written from now on is not in it
+    newest = time.time() - grace.total_seconds()
+    pins = pinned_versions(storage)
+    needed: set[str] = set()
+    for table in tables(storage):
+        needed |= _needed(storage, table, pins.get(table, {}), datetime.fromtimestamp(newest, UTC))
+    return [each for each in objects if each.modified < newest and each.name not in needed and _is_ours(each.name)]
+
+
+def delete_garbage(storage: Storage, garbage: Iterable[StoredObject]) -> Iterator[StoredObject]:
+    """Delete one after the other; gives what was deleted. An object that was written again meanwhile stays."""
+    for each in garbage:
+        info = _info(storage, each.name)
+        if info is not None and _modified(info) == each.modified:
+            storage.delete(each.name)
+            yield each
+
+
+def tables(storage: Storage) -> list[str]:
+    """The folders of all tables.
+
+    Raises:
+        SnapshotError: There is no data set.
+    """
+    if not storage.names(f"{PAIRS}/{LOG}"):
+        raise SnapshotError(
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+        )
+    found = [f"{folder}/{name}/table" for folder in (LATENTS, TEXT) for name in fingerprints(storage, folder)]
+    return [PAIRS, *found]
+
+
+def pinned_versions(storage: Storage) -> dict[str, dict[int, list[str]]]:
+    """For each table the versions that runs are pinned to, with the names of the runs.
+
+    A training is pinned from its start (`snapshot.json`); a finished one by its record.
+
+    Raises:
+        StorageError: A record cannot be read.
+    """
+    pins: dict[str, dict[int, list[str]]] = {}
+    for name in storage.names(RUNS):
+        run, _, file = name.removeprefix(f"{RUNS}/").partition("/")
+        if file not in ("stages/train.json", "snapshot.json"):
+            continue
+        try:
+            record = json.loads(storage.read(name))
+            snapshot = record["details"]["snapshot"] if file == "stages/train.json" else record
+            found = {
+                PAIRS: snapshot["pairs_version"],
+                f"{LATENTS}/{snapshot['latents_fingerprint']}/table": snapshot["latents_version"],
+                f"{TEXT}/{snapshot['text_fingerprint']}/table": snapshot["text_version"],
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"cannot tell which versions {storage.uri(name)} needs: {error!r}", "delete the run's folder or mend it"
+            ) from error
+        for table, version in found.items():
+            runs = pins.setdefault(table, {}).setdefault(int(version), [])
+            if run not in runs:
+                runs.append(run)
+    return pins
+
+
+def _needed(storage: Storage, table: str, pins: Iterable[int], newest: datetime) -> set[str]:
+    """Files of the table's wanted versions, and the shards that their rows point to."""
+    history = versions(storage.child(table))
+    if not history:
+        return set()
+    current = history[-1].number
+    wanted = {current, *pins, *_recent(history, newest)}
+    needed: set[str] = set()
+    for number, files in files_of(history, wanted):
+        found = {f"{table}/{file}" for file in files}
+        if number == current and (missing := found - set(storage.names(table))):
+            raise StorageError(
+                f"version {number} of the table {storage.uri(table)} lacks {len(missing):,} of {len(found):,} files, "
+                f"such as {min(missing)}",
+                "put them back from a copy; until then nothing is known to be garbage",
+            )
+        needed |= found
+    present = sorted(file for file in needed if storage.exists(file))
+    return needed | _shards_in(storage, present)
+
+
+def _recent(history: list[Version], newest: datetime) -> Iterator[int]:
+    """Versions that were the newest at some moment after `newest`."""
+    for version, successor in pairwise(history):
+        if successor.time > newest:
+            yield version.number
+
+
+def _shards_in(storage: Storage, files: list[str]) -> set[str]:
+    filesystem = PyFileSystem(FSSpecHandler(storage.fs))
+
+    def shards(file: str) -> list[str]:
+        rows = ds.dataset(storage.path(file), filesystem=filesystem, format="parquet").to_table(["shard"])
+        return list(rows["shard"].drop_null().unique().to_pylist())
+
+    with ThreadPoolExecutor(READERS) as readers:
+        return {shard for found in readers.map(shards, files) for shard in found}
+
+
+def _is_ours(name: str) -> bool:
+    """Whether it is of a kind that something should point to; anything else is not for us to judge."""
+    folder, _, file = name.rpartition("/")
+    if UNFINISHED.fullmatch(file):
+        return True
+    return f"/{LOG}" not in folder and file.endswith((".tar", ".parquet"))
+
+
+def stored_objects(storage: Storage) -> list[StoredObject]:
+    """Every object below the data set's folder, unfinished ones too, by name."""
+    prefix = storage.path().rstrip("/") + "/"
+    try:
+        found: dict[str, dict[str, Any]] = storage.fs.find(storage.path(DATASET), detail=True)
+    except OSError as error:
+        raise StorageError(f"cannot list {storage.uri(DATASET)}: {error}", "check the path and credentials") from error
+    objects = [
+        StoredObject(path.removeprefix(prefix), int(info["size"] or 0), _modified(info)) for path, info in found.items()
+    ]
+    return sorted(objects, key=lambda each: each.name)
+
+
+def _info(storage: Storage, name: str) -> dict[str, Any] | None:
+    try:
+        return dict(storage.fs.info(storage.path(name)))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot look up {storage.uri(name)}: {error}", "run it again") from error
+
+
+def _modified(info: dict[str, Any]) -> float:
+    value = next((info[name] for name in TIMES if info.get(name) is not None), None)
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return float(value) if value is not None else time.time()  # of unknown age: never old enough
