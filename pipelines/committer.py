@@ -20,7 +20,7 @@ from pipelines.policy import PREFERRED_OR_NOT, Policy
 
 LABEL_TOLERANCE = 1e-6  # 1 - 0.7 is not 0.3; labels are remembered as float32
 REMOVED = -1.0  # stands where a label would
-IS_REMOVED = (pc.field("status") == str(Status.QUARANTINED)) & (pc.field("reason") == str(Reason.REMOVED))
+IS_REMOVED = pc.field("pair_key").is_valid() & (pc.field("reason") == str(Reason.REMOVED))
 COLUMNS = [
     "pair_key", "image_0_sha256", "image_1_sha256", "label_0", "status", "reason", "prompt_id", "split"
 ]  # fmt: skip
