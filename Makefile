@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench base-model clean
+.PHONY: demo test lint bench chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -17,6 +17,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What `make test` runs a short form of: every kind of kill, locally and on S3 (about half an hour on 2 cores).
+chaos: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.floors
