@@ -3,7 +3,6 @@
 import base64
 import binascii
 import posixpath
-import tarfile
 from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import unquote
@@ -13,12 +12,16 @@ from pipelines.dataset.errors import SourceError, StorageError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.sources.files import list_files, open_file
+from pipelines.sources.records import whole_tar
 from pipelines.sources.source import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "memory")
 """File systems that an address in a cell may name; none that reads this machine's own files."""
-INDEXED_TARS = 256
+SIGNATURES = ("/9j/", "iVBORw0KGgo", "UklGR")
+"""How a JPEG, a PNG and a WebP begin in base64."""
+MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
+MAX_PATH_BYTES = 1024  # of an object's key on S3 and GCS
 
 Place = tuple[SourceFile, int, int]
 """A tar, and where a member's bytes lie in it."""
@@ -47,17 +50,25 @@ class Cells:
         if isinstance(cell, Mapping):
             inner = cell.get("bytes")
             if isinstance(inner, str):
-                return _base64(inner)
-            return inner if inner is not None else self.read(_text(cell.get("path")))
+                return self._sized(_base64(inner))
+            return self.read(_text(cell.get("path")) if inner is None else inner)
         if isinstance(cell, bytes):
-            return cell if len(cell) <= self._config.max_image_bytes else Reason.IMAGE_TOO_LARGE
+            return self._sized(cell)
         if cell is None:
             return None
         if not isinstance(cell, str):
             return Reason.NOT_AN_IMAGE
         if cell.startswith("data:"):
-            return _base64(cell.partition(",")[2])
-        return self._from_url(cell) if "://" in cell else self._from_path(cell)
+            return self._sized(_base64(cell.partition(",")[2]))
+        if cell.startswith(SIGNATURES) and isinstance(found := _base64(cell), bytes):
+            return self._sized(found)
+        if "://" in cell:
+            return self._from_url(cell)
+        return self._from_path(cell)
+
+    def _sized(self, found: bytes | Reason) -> bytes | Reason:
+        too_large = isinstance(found, bytes) and len(found) > self._config.max_image_bytes
+        return Reason.IMAGE_TOO_LARGE if too_large else found
 
     def _from_url(self, url: str) -> bytes | Reason:
         if not self._config.allow_urls:
@@ -65,7 +76,7 @@ class Cells:
         scheme = url.partition("://")[0].lower()
         if scheme in ("http", "https"):
             return fetch_url(url, self._limits)
-        if scheme not in REMOTE:
+        if scheme not in REMOTE or "::" in url:  # fsspec would chain file systems
             return Reason.URL_NOT_ALLOWED
         folder, _, name = url.rpartition("/")
         return self._from_storage(Storage(folder), name)
@@ -77,10 +88,16 @@ class Cells:
             name = name.removeprefix(root)
         if name.startswith(("/", "../")) or name in ("..", ".") or "\0" in name:
             return Reason.IMAGE_OUTSIDE
+        if not _can_be_a_path(name):
+            return Reason.MISSING_IMAGE
         if self._tars:
             assert self._config.images is not None
-            place = _members(self._config.images).get(name)
-            return Reason.MISSING_IMAGE if place is None else self._from_tar(place)
+            places = _members(self._config.images).get(name, [])
+            if len(places) > 1:
+                raise SourceError(
+                    f"{name} is in {places[0][0].uri} and in {places[1][0].uri}", "give one of them as `images:`"
+                )
+            return self._from_tar(places[0]) if places else Reason.MISSING_IMAGE
         return self._from_storage(self._folder, name)
 
     def _from_tar(self, place: Place) -> bytes | Reason:
@@ -88,7 +105,10 @@ class Cells:
         if length > self._config.max_image_bytes:
             return Reason.IMAGE_TOO_LARGE
         folder, _, name = tar.uri.rpartition("/")
-        return Storage(folder).read_range(name, offset, length) if length else b""
+        try:
+            return Storage(folder).read_range(name, offset, length) if length else b""
+        except StorageError as error:
+            raise SourceError(error.message, "is the tar still there, and whole?") from error
 
     def _from_storage(self, folder: Storage, name: str) -> bytes | Reason:
         try:
@@ -102,21 +122,25 @@ class Cells:
 
 
 @lru_cache(4)
-def _members(pattern: str) -> dict[str, Place]:
+def _members(pattern: str) -> dict[str, list[Place]]:
     """Every file in the tars of a glob by its name; the headers are read once for each process."""
-    found: dict[str, Place] = {}
+    found: dict[str, list[Place]] = {}
     for file in list_files(pattern, (".tar",)):
-        with open_file(file, read_ahead=True) as opened:
-            try:
-                with tarfile.open(fileobj=opened, mode="r:") as tar:
-                    found |= {
-                        posixpath.normpath(member.name): (file, member.offset_data, member.size)
-                        for member in tar
-                        if member.isfile()
-                    }
-            except tarfile.TarError as error:
-                raise ValueError(f"it is no whole tar: {error}") from error
+        with open_file(file, read_ahead=True) as opened, whole_tar(opened) as tar:
+            for member in tar:
+                if member.isfile():
+                    place = (file, member.offset_data, member.size)
+                    found.setdefault(posixpath.normpath(member.name), []).append(place)
     return found
+
+
+def _can_be_a_path(name: str) -> bool:
+    """Whether a file could have this name: another text would fail in the file system, each in its own way."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(encoded) <= MAX_PATH_BYTES and all(len(part) <= MAX_NAME_BYTES for part in encoded.split(b"/"))
 
 
 def _base64(text: str) -> bytes | Reason:

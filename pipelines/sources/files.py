@@ -21,6 +21,7 @@ SPLIT_NAMES = {
     TEST: ("test", "testing", "test_unique"),
 }
 """How sources name their splits."""
+NUMBERED_OR_SUFFIX = re.compile(r"-\d+-of-\d+|\.")
 
 
 def split_called(name: object) -> str | None:
@@ -30,10 +31,16 @@ def split_called(name: object) -> str | None:
 
 
 def split_of_file(uri: str) -> str | None:
-    """The split that a file's name tells, or else its folder's: `test-00000-of-00003.parquet`, `val/a.parquet`."""
+    """The split that a file's name begins or ends with, or else its folder's.
+
+    `test_aes.json`, `hpdv2_test.json`, `validation-00000-of-00003.parquet`, `val/a.parquet`. A name that ends in `dev`
+    says nothing: FLUX.1-dev is a model.
+    """
     *folders, name = uri.split("/")
-    start = re.match(r"[A-Za-z_]+?(?=[-.\d]|_\d|$)", name)
-    found = split_called(start.group().rstrip("_")) if start else None
+    words = re.findall(r"[A-Za-z]+", NUMBERED_OR_SUFFIX.split(name)[0])
+    found = split_called(words[0]) if words else None
+    if found is None and words and words[-1].lower() != "dev":
+        found = split_called(words[-1])
     return found or (split_called(folders[-1]) if folders else None)
 
 

@@ -18,7 +18,7 @@ def number(value: object) -> float | None:
         value = value.decode(errors="replace")
     try:
         found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
 
@@ -86,4 +86,4 @@ def text_of(value: object) -> str | None:
     """A value as text; what is not UTF-8 is shown as such."""
     if value is None:
         return None
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return (value if isinstance(value, bytes) else str(value).encode(errors="replace")).decode(errors="replace")

@@ -1,12 +1,14 @@
 """Containers: a file, or a part of it, as raw records with their number. Parquet, JSON, JSON lines and tar."""
 
+import contextlib
 import gzip
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +43,10 @@ class Container(Protocol):
         """Top-level names of its records, if the file says so itself."""
         ...
 
+    def seen(self, file: SourceFile) -> list[str]:
+        """Names that at least one of its records has; none if only reading them tells."""
+        ...
+
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
     ) -> list[Unit]:
@@ -65,6 +71,10 @@ class Parquet:
         """The columns."""
         with open_file(file) as opened:
             return list(pq.ParquetFile(opened).schema_arrow.names)
+
+    def seen(self, file: SourceFile) -> list[str]:
+        """`names` has them all."""
+        return []
 
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
@@ -140,6 +150,10 @@ class Json:
         """Each record has its own."""
         return
 
+    def seen(self, file: SourceFile) -> list[str]:
+        """Names of all records that could be read."""
+        return sorted({name for record in _parsed(file, self._lines) if BROKEN not in record for name in record})
+
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
     ) -> list[Unit]:
@@ -147,7 +161,8 @@ class Json:
         records = _parsed(file, self._lines)
         runs = [1] * len(records)
         if group_by is not None:
-            runs = [len(list(run)) for _, run in groupby(records, key=lambda record: str(record.get(group_by)))]
+            keys = [record.get(group_by, number) for number, record in enumerate(records)]  # without one: by itself
+            runs = [len(list(run)) for _, run in groupby(keys, key=lambda key: (type(key), str(key)))]
         units, start, size = [], 0, 0
         for run in runs:
             if size and size + run > MAX_RECORDS:
@@ -169,7 +184,7 @@ def _parsed(file: SourceFile, lines: bool) -> list[Record]:
         try:
             data = gzip.decompress(data) if file.uri.endswith(".gz") else data
             found = [_line(line) for line in data.split(b"\n") if line.strip()] if lines else json.loads(data)
-        except (OSError, EOFError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, RecursionError, zlib.error) as error:
             raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(found, list):
         raise SourceError(
@@ -194,6 +209,10 @@ class Tar:
         """Each sample has its own."""
         return
 
+    def seen(self, file: SourceFile) -> list[str]:
+        """Only reading tells."""
+        return []
+
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
     ) -> list[Unit]:
@@ -204,21 +223,33 @@ class Tar:
         """A sample a record: the bytes of each part by its name without its last extension, a JSON part's keys as well.
 
         Raises:
-            SourceError: The tar is cut, which no tar reader notices at a member's border, or a key comes back.
+            SourceError: The tar is cut or damaged, or a key comes back.
         """
-        with open_file(unit.file, read_ahead=True) as opened:
-            try:
-                with tarfile.open(fileobj=opened, mode="r:") as tar:
-                    yield from enumerate(_samples(tar, unit.file))
-                    opened.seek(tar.offset)
-                    if len(opened.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-                        raise tarfile.ReadError("it ends without the mark that ends a tar")
-            except tarfile.TarError as error:
-                raise ValueError(f"it is no whole tar: {error}") from error
+        with open_file(unit.file, read_ahead=True) as opened, whole_tar(opened) as tar:
+            yield from enumerate(_samples(tar, unit.file))
+
+
+@contextlib.contextmanager
+def whole_tar(opened: IO[bytes]) -> Iterator[tarfile.TarFile]:
+    """A tar to go through to its end, which must be one.
+
+    `tarfile` takes a cut between two members, and a damaged header after the first one, for the end of the tar.
+
+    Raises:
+        ValueError: The tar is cut or damaged.
+    """
+    try:
+        with tarfile.open(fileobj=opened, mode="r:") as tar:
+            yield tar
+            opened.seek(tar.offset)
+            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a member nor the mark that ends a tar")
+    except tarfile.TarError as error:
+        raise ValueError(f"it is no whole tar: {error}") from error
 
 
 def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
-    key, sample, done = None, Record(), set[str]()
+    key, sample, parts, done = None, Record(), set[str](), set[str]()
     for member in tar:
         if not member.isfile():
             continue
@@ -227,7 +258,7 @@ def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
         if f"{folder}{slash}{stem}" != key:
             if sample:
                 yield sample
-            key, sample = f"{folder}{slash}{stem}", {}
+            key, sample, parts = f"{folder}{slash}{stem}", {}, set()
             if key in done:
                 raise SourceError(
                     f"{file.uri}: the members of {key} do not follow each other", "pack each sample's files together"
@@ -235,7 +266,14 @@ def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
             done.add(key)
         payload = tar.extractfile(member)
         assert payload is not None
-        sample |= _part(part, payload.read(), member.size)
+        found = _part(part, payload.read(), member.size)
+        if part.endswith("json"):
+            sample = found | sample  # a part of its own says it first
+            continue
+        if twice := parts & found.keys():
+            found = {BROKEN: f"{key} has {', '.join(twice)} twice"}
+        parts |= found.keys()
+        sample |= found
     if sample:
         yield sample
 

@@ -1,7 +1,7 @@
 """A kind of source as a table of names: which columns it has, and how one record becomes pairs."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -56,6 +56,8 @@ class TableSource:
         """The units of a file, in order."""
         container = container_of(file)
         columns = self._columns(config, container.names(file), file)
+        if seen := container.seen(file):
+            self._columns(config, seen, file)  # refuses a file none of whose records has a required column
         group_by = columns.get(self.group_by) if self.group_by else None
 
         def part(part: tuple[int, int], first_row: int, num_rows: int) -> Unit:
@@ -76,13 +78,14 @@ class TableSource:
                 yield SourceRow(number, Reason.UNREADABLE_ROW, None, None, Reason.MISSING_LABEL)
                 continue
             split = split_of_row(unit.source.split, record.get("split"), unit.file.uri)
+            read = _read_once(cells)
             for pair, draft in enumerate(self.drafts(record)):
                 yield SourceRow(
                     row=number,
                     pair=pair,
                     prompt=draft.prompt,
-                    image_0=cells.read(draft.image_0),
-                    image_1=cells.read(draft.image_1),
+                    image_0=read(draft.image_0),
+                    image_1=read(draft.image_1),
                     label_0=draft.label_0,
                     user_id=text_of(draft.user_id),
                     split=split,
@@ -142,6 +145,20 @@ class TableSource:
         value = record.get(self.group_by) if self.group_by and BROKEN not in record else None
         is_list = any(isinstance(record.get(f.name), list) for f in self.fields if f.is_image)
         return number if value is None or is_list else str(value)
+
+
+def _read_once(cells: Cells) -> Callable[[object], bytes | Reason | None]:
+    """Reads the cells of one record: an image that is in many of its pairs is fetched once."""
+    found: dict[str, bytes | Reason | None] = {}
+
+    def read(cell: object) -> bytes | Reason | None:
+        if not isinstance(cell, str):
+            return cells.read(cell)
+        if cell not in found:
+            found[cell] = cells.read(cell)
+        return found[cell]
+
+    return read
 
 
 def check_columns(fields: Sequence[Field], config: SourceConfig) -> None:

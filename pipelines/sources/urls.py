@@ -52,7 +52,9 @@ def fetch_url(url: str, limits: UrlLimits) -> bytes | Reason:
             return _follow(url, limits)
         except _Refused as refused:
             return refused.reason
-        except (OSError, urllib3.exceptions.HTTPError, UnicodeError):
+        except ValueError:  # an address that is none, given or redirected to
+            return Reason.UNREACHABLE_IMAGE
+        except (OSError, urllib3.exceptions.HTTPError):
             if attempt < MAX_ATTEMPTS - 1:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
     return Reason.UNREACHABLE_IMAGE
@@ -69,11 +71,8 @@ def _follow(url: str, limits: UrlLimits) -> bytes:
 
 def _get(url: str, limits: UrlLimits) -> bytes | str:
     """The body, or where else to look."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise _Refused(Reason.UNREACHABLE_IMAGE) from None
+    parts = urlsplit(url)
+    host, port = parts.hostname, parts.port
     if parts.scheme not in ("http", "https") or not host:
         raise _Refused(Reason.URL_NOT_ALLOWED)
     is_tls = parts.scheme == "https"

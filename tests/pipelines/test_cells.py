@@ -17,6 +17,7 @@ from factories import encoded, picture
 from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
+from pipelines.dataset.shard import write_shard
 from pipelines.sources import urls
 from pipelines.sources.cells import Cells
 from pipelines.sources.source import SourceFile
@@ -46,7 +47,7 @@ def test_bytes_structs_paths_and_data_uris_give_the_same_image(folder: Path) -> 
     for cell in (
         IMAGE, {"bytes": IMAGE, "path": "gone.jpg"}, {"bytes": None, "path": b"deep/a.jpg"}, {"path": "deep/a.jpg"},
         {"bytes": text}, "deep/a.jpg", "./deep/../deep/a.jpg", "with space.jpg", f"{folder}/deep/a.jpg",
-        f"data:image/jpeg;base64,{text}",
+        f"data:image/jpeg;base64,{text}", text,
     ):  # fmt: skip
         assert read(cell) == IMAGE
     assert read(None) is None
@@ -62,15 +63,26 @@ def test_bytes_structs_paths_and_data_uris_give_the_same_image(folder: Path) -> 
         ("https://example.com/a.jpg", Reason.URL_NOT_ALLOWED), ("file:///etc/passwd", Reason.URL_NOT_ALLOWED),
         (7, Reason.NOT_AN_IMAGE), ([1], Reason.NOT_AN_IMAGE), ("data:image/png;base64,@@", Reason.NOT_AN_IMAGE),
         (b"x" * 6000, Reason.IMAGE_TOO_LARGE), ({"bytes": "no base64!"}, Reason.NOT_AN_IMAGE),
+        ({"bytes": b"x" * 6000}, Reason.IMAGE_TOO_LARGE), ({"bytes": [255, 216]}, Reason.NOT_AN_IMAGE),
+        ("B" * 300, Reason.MISSING_IMAGE), ("a/" * 600 + "a.jpg", Reason.MISSING_IMAGE),
+        ("\ud800.jpg", Reason.MISSING_IMAGE),  # a lone surrogate, as JSON can hold it
     ],
-    ids=repr,
+    ids=ascii,
 )  # fmt: skip
 def test_what_gives_no_image_has_its_own_reason(folder: Path, cell: object, reason: Reason) -> None:
     assert cells(folder, max_image_bytes=5000).read(cell) is reason
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "local:///etc/passwd", "tar://a::s3://b", "zip://x", "ftp://h/a"]
+    "url",
+    [
+        "file:///etc/passwd",
+        "local:///etc/passwd",
+        "tar://a::s3://b",
+        "zip://x",
+        "ftp://h/a",
+        "s3://b::file:///etc/passwd",
+    ],
 )
 def test_an_address_never_reads_this_machines_files(folder: Path, url: str) -> None:
     assert cells(folder, allow_urls=True).read(url) is Reason.URL_NOT_ALLOWED
@@ -88,6 +100,24 @@ def test_members_of_tars_are_found_by_name(folder: Path) -> None:
     assert read("images/2.jpg") is Reason.MISSING_IMAGE
     with pytest.raises(SourceError, match=r"no file matches .*/none-\*\.tar"):
         cells(folder, images=f"{folder}/none-*.tar").read("a.jpg")
+
+
+def test_a_name_that_two_tars_have_is_an_error_and_never_a_guess(folder: Path) -> None:
+    for number in range(2):
+        write_shard(folder / f"{number}.tar", [("README", b"1"), (f"{number}.jpg", IMAGE), ("same.jpg", IMAGE)])
+    read = cells(folder, images=f"{folder}/*.tar").read
+    assert (read("0.jpg"), read("1.jpg")) == (IMAGE, IMAGE)
+    with pytest.raises(SourceError, match=r"same\.jpg is in .*/0\.tar and in .*/1\.tar"):
+        read("same.jpg")
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_image_tars_that_are_cut_or_damaged_are_named_before_an_image_is_missed(folder: Path, cut: bool) -> None:
+    members, _, _ = write_shard(folder / "a.tar", [(f"{i}.jpg", IMAGE) for i in range(3)])
+    data, header = (folder / "a.tar").read_bytes(), members[1].offset - 512
+    (folder / "a.tar").write_bytes(data[:header] if cut else data[:header] + b"\xff" * 512 + data[header + 512 :])
+    with pytest.raises(SourceError, match=r"cannot read .*a\.tar: it is no whole tar"):
+        cells(folder, images=f"{folder}/a.tar").read("0.jpg")
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -138,6 +168,9 @@ class Site(http.server.BaseHTTPRequestHandler):
     def inside(self) -> None:
         self._send(302, Location="http://169.254.169.254/latest/meta-data")
 
+    def nowhere(self) -> None:
+        self._send(302, Location="http://[::1")
+
     def files(self) -> None:
         self._send(302, Location="file:///etc/passwd")
 
@@ -175,6 +208,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("cut", Reason.UNREACHABLE_IMAGE, 4), ("stalled", Reason.UNREACHABLE_IMAGE, 4),
         ("down", Reason.UNREACHABLE_IMAGE, 4), ("large", Reason.IMAGE_TOO_LARGE, 1), ("gone", Reason.MISSING_IMAGE, 1),
         ("forbidden", Reason.UNREACHABLE_IMAGE, 1), ("loop", Reason.UNREACHABLE_IMAGE, 6),
+        ("nowhere", Reason.UNREACHABLE_IMAGE, 1),
         ("files", Reason.URL_NOT_ALLOWED, 1),
     ],
 )  # fmt: skip

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import ConfigError, SourceError
 from pipelines.dataset.pair import Reason
+from pipelines.dataset.shard import write_shard
 from pipelines.ingest import plan_units
 from pipelines.sources import SOURCES
+from pipelines.sources.cells import Cells
 from pipelines.sources.files import split_called, split_of_file
 from pipelines.sources.labels import from_labels, from_ranks, from_votes
 from pipelines.sources.source import SourceRow
@@ -232,6 +234,25 @@ def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path: Path) ->
             rows_of(tmp_path / "cut.tar", "webdataset")
 
 
+def test_a_damaged_header_is_never_taken_for_the_end_of_a_tar(tmp_path: Path) -> None:
+    members, _, _ = write_shard(tmp_path / "x.tar", [(f"{i}.{part}", IMAGES[i]) for i in range(3) for part in "ab"])
+    data = (tmp_path / "x.tar").read_bytes()
+    for member in members:
+        start = member.offset - 512
+        (tmp_path / "x.tar").write_bytes(data[:start] + b"\xff" * 512 + data[member.offset :])
+        with pytest.raises(SourceError, match=r"cannot read .*x\.tar: "):
+            rows_of(tmp_path / "x.tar", "webdataset")
+
+
+def test_a_part_that_comes_twice_is_not_chosen_from(tmp_path: Path) -> None:
+    parts = [("0.jpg", IMAGES[0]), ("1.jpg", IMAGES[1]), ("txt", b"a"), ("label_0.txt", b"1")]
+    twice = [(f"a.{name}", data) for name, data in [*parts, ("0.png", IMAGES[2])]]
+    once = [(f"b.{name}", data) for name, data in [*parts, ("json", b'{"label_0": 0, "user_id": 7}')]]
+    rows = rows_of(write_tar(tmp_path / "x.tar", twice + once), "webdataset")
+    assert [row.prompt for row in rows] == [Reason.UNREADABLE_ROW, b"a"]
+    assert (rows[1].label_0, rows[1].user_id) == (1.0, "7"), "a part of its own counts before a key of the JSON part"
+
+
 def test_members_of_a_key_that_do_not_follow_each_other_are_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.0.jpg", b"0"), ("b.0.jpg", b"0"), ("a.1.jpg", b"1")])
     with pytest.raises(SourceError, match=r"x\.tar: the members of a do not follow each other"):
@@ -253,6 +274,46 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: st
     assert caught.value.hint
 
 
+def test_a_damaged_gzip_is_named(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(json.dumps([{"prompt": f"{i * i}"} for i in range(500)]).encode()))
+    for place in range(12, len(data), 7):  # whatever zlib makes of it
+        damaged = bytearray(data)
+        damaged[place] ^= 0xFF
+        (tmp_path / "a.json.gz").write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"cannot read .*a\.json\.gz: "):
+            rows_of(tmp_path / "a.json.gz", "pairs")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_records_none_of_which_has_what_is_needed_are_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
+    file = write_json(tmp_path / name, [{"text": "a", "good": "0.jpg", "bad": "1.jpg"}] * 2)
+    with pytest.raises(SourceError, match=rf"{name} has no column prompt; it has bad, good, text"):
+        rows_of(file, "pairs")
+    assert len(rows_of(file, "pairs", columns={"prompt": "text", "chosen": "good", "rejected": "bad"})) == 2
+
+
+def test_records_of_no_group_are_cut_into_units_of_a_thousand(tmp_path: Path) -> None:
+    file = write_json(tmp_path / "a.json", [{"prompt": "a", "img_better": "0.jpg", "img_worse": "1.jpg"}] * 2500)
+    config = IngestConfig(sources=(SourceConfig(format="imagereward", path=str(file)),))
+    assert [unit.num_rows for unit in plan_units(config)] == [1000, 1000, 500]
+
+
+def test_odd_values_of_json_spoil_their_own_field_only(tmp_path: Path) -> None:
+    record = {"prompt": "a", "image_0": "0.jpg", "image_1": "1.jpg", "label_0": 10**400, "user_id": "\ud800"}
+    (row,) = rows_of(write_json(tmp_path / "a.jsonl", [record]), "jsonl")
+    assert (row.label_0, row.user_id) == (Reason.UNREADABLE_LABEL, "?")
+
+
+def test_an_image_in_many_pairs_of_a_record_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    read = Cells.read
+    monkeypatch.setattr(Cells, "read", lambda self, cell: asked.append(cell) or read(self, cell))
+    record = {"prompt": "a", "prompt_id": "1", "image": PATHS, "rank": [1, 2, 3, 4]}
+    rows = rows_of(write_json(folder / "a.json", [record]), "imagereward")
+    assert (len(rows), asked) == (6, PATHS)
+    assert {row.image_0 for row in rows} == set(IMAGES[:3])
+
+
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
     with pytest.raises(SourceError, match=r"a\.csv is of no kind that can be read"):
@@ -266,7 +327,9 @@ def test_a_file_of_no_known_kind_is_named(tmp_path: Path) -> None:
         ("file:///d/validation_unique-00000-of-00001-33ead111.parquet", "validation"), ("x/test.json", "test"),
         ("x/test_unique-00000.parquet", "test"), ("x/val/0001.parquet", "validation"), ("x/dev.jsonl", "validation"),
         ("x/train_3.json", "train"), ("x/trainers.parquet", None), ("x/photos-00000-of-00004.parquet", None),
-        ("x/testimony/a.parquet", None), ("x/Test/0.tar", "test"), ("x/latest.parquet", None),
+        ("x/testimony/a.parquet", None), ("x/test_aes.json", "test"), ("x/hpdv2_test.json", "test"),
+        ("x/pickapic_validation-00001-of-00003.parquet", "validation"),
+        ("x/flux-dev.parquet", None), ("x/Test/0.tar", "test"), ("x/latest.parquet", None),
     ],
 )  # fmt: skip
 def test_the_split_of_a_file_is_what_its_name_or_folder_says(uri: str, split: str | None) -> None:
