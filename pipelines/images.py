@@ -18,6 +18,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANIMATED = ("PNG", "WEBP")  # which frame was preferred nobody knows; an MPO's first one is the photo
 MIN_SIDE = 16  # pixels: less is a tracking pixel or a placeholder
 MAX_PIXELS = 64 * 1024 * 1024  # 8192 x 8192: more is a decompression bomb, not a preference
+MAX_WEBP_PIXELS = 16 * 1024 * 1024  # 4096 x 4096: its decoder takes 16 bytes a pixel, the others at most 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full")
                 found = _look_at_header(image)
                 if isinstance(found, Reason) or check == "header":
                     return found
-                image.draft(None, (1, 1))
+                image.draft("L", (1, 1))  # without colours, whose coefficients are read all the same
                 image.load()
                 if image.format == "PNG":
                     _check_png_chunks(data)
@@ -70,7 +71,7 @@ def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
     """What an opened image says of itself before a pixel is decoded."""
     if image.format not in EXTENSIONS:
         return Reason.UNSUPPORTED_FORMAT
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > (MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS):
         return Reason.IMAGE_TOO_LARGE
     if min(image.width, image.height) < MIN_SIDE:
         return Reason.IMAGE_TOO_SMALL

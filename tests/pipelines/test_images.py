@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,19 @@ FILES = {
     "webp": encoded(PHOTO, "WEBP"),
     "lossless webp": encoded(NOISE, "WEBP", lossless=True),
 }
+
+
+PEAK = """
+import resource
+from pipelines.images import inspect_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+print(inspect_image({data!r}))
+print(peak() - before)
+"""
 
 
 def header_only_png(width: int, height: int) -> bytes:
@@ -94,6 +108,17 @@ def test_what_follows_the_image_does_no_harm() -> None:
 )
 def test_what_cannot_be_used_has_its_own_reason(data: bytes | None, reason: Reason) -> None:
     assert inspect_image(data) is reason
+
+
+@pytest.mark.parametrize(("side", "wanted"), [(4096, ImageInfo("webp", 4096, 4096)), (4104, Reason.IMAGE_TOO_LARGE)])
+def test_a_webp_of_a_few_bytes_takes_no_more_memory_than_the_limit(
+    run_python: Callable[[str], str], side: int, wanted: object
+) -> None:
+    data = encoded(Image.new("RGB", (side, side)), "WEBP", lossless=True, method=0)
+    assert len(data) < 100
+    found, grown_kib = run_python(PEAK.format(data=data)).splitlines()
+    assert found == str(wanted)
+    assert int(grown_kib) < 300 * 1024
 
 
 @pytest.mark.parametrize("kind", FILES)
