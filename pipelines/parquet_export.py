@@ -103,9 +103,11 @@ def _write_parts(
     while group is not None:
         try:
             with pq.ParquetWriter(file, group.schema) as writer:
-                while group is not None and (names is not None or file.stat().st_size < PART_BYTES):
+                is_full = False
+                while group is not None and not is_full:
                     writer.write_table(group)
                     num_pairs += group.num_rows
+                    is_full = names is None and file.stat().st_size >= PART_BYTES
                     group = next(groups, None)
         except OSError as error:
             raise StorageError(f"cannot write {file}: {error}", "set TMPDIR to a folder with room") from error
