@@ -1,10 +1,22 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
+import difflib
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipelines.dataset.config import Config
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "pickapic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "user_id", "split"),
+    "webdataset": ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "user_id", "split"),
+    "hpd": ("prompt", "file_path", "human_preference", "rank", "path1", "path2", "choice_dist", "user_id", "split"),
+    "imagereward": ("prompt", "prompt_id", "image", "rank", "img_better", "img_worse", "user_id", "split"),
+    "rapidata": ("prompt", "image1", "image2", "votes_image1", "votes_image2", "user_id", "split"),
+    "pairs": ("prompt", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1", "user_id", "split"),
+    "jsonl": ("prompt", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1", "user_id", "split"),
+}
+"""The columns of each format by the names that `columns` maps; here, so that a wrong one is refused at once."""
 
 
 class SourceConfig(Config):
@@ -28,6 +40,16 @@ class SourceConfig(Config):
     """Seconds to connect, and to wait for more bytes."""
     max_image_bytes: int = Field(67_108_864, ge=1)
     """A larger image is quarantined."""
+
+    @model_validator(mode="after")
+    def columns_are_of_the_format(self) -> Self:
+        """`columns` names only columns that the format has: a misspelt one would leave a column unread."""
+        for name in self.columns:
+            if name not in COLUMNS[self.format]:
+                near = difflib.get_close_matches(name, COLUMNS[self.format], n=1, cutoff=0.4)
+                way_out = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(COLUMNS[self.format])}"
+                raise ValueError(f"columns.{name} is nothing that format {self.format} has; {way_out}")
+        return self
 
 
 class IngestConfig(Config):

@@ -1,13 +1,12 @@
 """A kind of source as a table of names: which columns it has, and how one record becomes pairs."""
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
 from pipelines.config import SourceConfig
-from pipelines.dataset.errors import ConfigError, SourceError
+from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.sources.cells import Cells
 from pipelines.sources.files import split_of_row
@@ -83,7 +82,7 @@ class TableSource:
                 yield SourceRow(
                     row=number,
                     pair=pair,
-                    prompt=draft.prompt,
+                    prompt=Reason.UNREADABLE_PROMPT if isinstance(draft.prompt, list | dict) else draft.prompt,
                     image_0=read(draft.image_0),
                     image_1=read(draft.image_1),
                     label_0=draft.label_0,
@@ -97,7 +96,6 @@ class TableSource:
         Raises:
             SourceError: A required one is missing.
         """
-        check_columns(self.fields, config)
         found: dict[str, str] = {}
         for field in (*self.fields, Field("split")):
             wanted = [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
@@ -159,19 +157,3 @@ def _read_once(cells: Cells) -> Callable[[object], bytes | Reason | None]:
         return found[cell]
 
     return read
-
-
-def check_columns(fields: Sequence[Field], config: SourceConfig) -> None:
-    """Refuse a column map for fields that the format does not have.
-
-    Raises:
-        ConfigError: With the nearest known name.
-    """
-    known = [field.name for field in fields] + ["split"]
-    for name in config.columns:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            raise ConfigError(
-                f"ingest.sources: columns.{name} is nothing that format {config.format} has",
-                f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}",
-            )

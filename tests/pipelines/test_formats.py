@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,15 +15,17 @@ import pytest
 from factories import encoded, photo_pairs, picture, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from pipelines.config import IngestConfig, SourceConfig
-from pipelines.dataset.errors import ConfigError, SourceError
+from pipelines.config import COLUMNS, IngestConfig, SourceConfig
+from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.shard import write_shard
+from pipelines.dataset.storage import Storage
 from pipelines.ingest import plan_units
 from pipelines.sources import SOURCES
 from pipelines.sources.cells import Cells
-from pipelines.sources.files import split_called, split_of_file
+from pipelines.sources.files import list_files, split_called, split_of_file
 from pipelines.sources.labels import from_labels, from_ranks, from_votes
 from pipelines.sources.source import SourceRow
 
@@ -207,9 +210,6 @@ def test_pairs_take_chosen_and_rejected_or_a_column_map(folder: Path) -> None:
     write_json(folder / "own.jsonl", [{"text": "b", "left": PATHS[3], "right": PATHS[0], "p": "0.25"}])
     columns = {"prompt": "text", "image_0": "left", "image_1": "right", "label_0": "p"}
     assert facts(rows_of(folder / "own.jsonl", "pairs", columns=columns)) == [(0, 0, "b", 3, 0, 0.25)]
-    with pytest.raises(ConfigError, match=r"columns\.image0 is nothing that format pairs has") as caught:
-        rows_of(folder / "own.jsonl", "pairs", columns={"image0": "left"})
-    assert caught.value.hint == "did you mean `image_0`?"
     with pytest.raises(SourceError, match=r"open\.parquet has no column nothing; it has chosen"):
         rows_of(folder / "open.parquet", "pairs", columns={"chosen": "nothing"})
 
@@ -232,6 +232,34 @@ def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path: Path) ->
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         with pytest.raises(SourceError, match=r"cannot read .*cut\.tar: "):
             rows_of(tmp_path / "cut.tar", "webdataset")
+
+
+def test_a_column_that_a_format_does_not_have_is_refused_when_the_configuration_is_read() -> None:
+    for name, source in SOURCES.items():
+        assert COLUMNS[name] == (*(field.name for field in source.fields), "split")
+    with pytest.raises(ValidationError, match=r"columns\.image0 is nothing .* pairs has; did you mean `image_0`\?"):
+        SourceConfig(format="pairs", path="x", columns={"image0": "left"})
+    with pytest.raises(ValidationError, match=r"columns\.zzz is nothing that format rapidata has; it has prompt, "):
+        SourceConfig(format="rapidata", path="x", columns={"zzz": "left"})
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], {"text": "a"}], ids=str)
+def test_a_prompt_that_is_no_text_is_not_made_into_one(tmp_path: Path, prompt: object) -> None:
+    record = {"prompt": prompt, "chosen": "0.jpg", "rejected": "1.jpg"}
+    (row,) = rows_of(write_json(tmp_path / "a.json", [record]), "pairs")
+    assert row.prompt is Reason.UNREADABLE_PROMPT
+
+
+def test_a_place_is_opened_by_the_file_system_that_its_address_names() -> None:
+    from huggingface_hub import HfFileSystem
+
+    assert isinstance(Storage("hf://datasets/somebody/something").fs, HfFileSystem)
+    fs = fsspec.filesystem("memory")
+    fs.pipe({"/formats/a.jsonl": b"{}", "/formats/deep/b.jsonl": b"{}", "/formats/c.txt": b""})
+    for path in ("memory://formats", "memory://formats/**/*.jsonl"):
+        assert [file.uri for file in list_files(path, (".jsonl",))] == [
+            "memory:///formats/a.jsonl", "memory:///formats/deep/b.jsonl"
+        ]  # fmt: skip
 
 
 def test_a_damaged_header_is_never_taken_for_the_end_of_a_tar(tmp_path: Path) -> None:
