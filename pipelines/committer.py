@@ -5,6 +5,7 @@ that was removed stays away. They hold across units, runs and writers at once: r
 the table in mind and land on top of just that version, or are judged again.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ LABEL_TOLERANCE = 1e-6  # 1 - 0.7 is not 0.3; labels are remembered as float32
 REMOVED = -1.0  # stands where a label would
 IS_REMOVED = pc.field("pair_key").is_valid() & (pc.field("reason") == str(Reason.REMOVED))
 COLUMNS = [
-    "pair_key", "image_0_sha256", "image_1_sha256", "label_0", "status", "reason", "prompt_id", "split"
+    "pair_key", "mirrored", "label_0", "status", "reason", "prompt_id", "split"
 ]  # fmt: skip
+REMEMBERED = PREFERRED_OR_NOT | IS_REMOVED
 PLACE_COLUMNS = ("shard", "shard_bytes", "shard_sha256", "offset_0", "length_0", "offset_1", "length_1")
 CONTENT_COLUMNS = (
     "prompt", "user_id", "image_0_sha256", "image_1_sha256", "width_0", "height_0", "width_1", "height_1",
@@ -64,6 +66,8 @@ class Committer:
             self._catch_up()
             judged = _Judgement(self._labels, self._splits, self._policy).of(rows)
             landed = self._table.append_on(self._version, unit, judged)
+            if landed is Landed.YES:
+                self._take_in_own(judged)
             if landed is not Landed.OUTRUN:
                 return judged
         raise StorageError(
@@ -78,7 +82,17 @@ class Committer:
         files = self._table.files()
         if self._files - files:  # rows were changed: what they said no longer holds
             self._labels, self._splits, self._files = KeyMap(), KeyMap(), frozenset()
-        batches = self._table.batches_of(files - self._files, COLUMNS, PREFERRED_OR_NOT | IS_REMOVED)
+        self._remember(self._table.batches_of(files - self._files, COLUMNS, REMEMBERED))
+        self._files, self._version = files, version
+
+    def _take_in_own(self, rows: pa.Table) -> None:
+        """What was just committed, without reading it back; if others have committed since, `_catch_up` reads it."""
+        version = self._table.version
+        if version == (0 if self._version is None else self._version + 1):
+            self._remember(rows.filter(REMEMBERED).select(COLUMNS).to_batches())
+            self._files, self._version = self._table.files(), version
+
+    def _remember(self, batches: Iterable[pa.RecordBatch]) -> None:
         parts = [_remembered(batch) for batch in batches if batch.num_rows]
         if parts:
             pairs, labels, prompts, splits = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -86,13 +100,11 @@ class Committer:
             for which in (removed, ~removed):
                 self._labels.add(pairs[which], labels[which])
             self._splits.add(prompts, splits)
-        self._files, self._version = files, version
 
 
 def _remembered(batch: pa.RecordBatch) -> tuple[Keys, Labels, Keys, Labels]:
     """Of some rows: pairs with their canonical label or REMOVED, prompts with the number of their split."""
-    first = pc.less_equal(batch["image_0_sha256"], batch["image_1_sha256"])
-    label = pc.if_else(first, batch["label_0"], pc.subtract(1.0, batch["label_0"]))
+    label = pc.if_else(batch["mirrored"], pc.subtract(1.0, batch["label_0"]), batch["label_0"])
     removed = pc.equal(batch["status"], str(Status.QUARANTINED))
     live = batch.filter(pc.invert(removed)).select(["prompt_id", "split"])
     prompts = pa.Table.from_batches([live]).group_by(["prompt_id", "split"], use_threads=False).aggregate([])
@@ -153,4 +165,4 @@ class _Judgement:
 def canonical_label(row: Row) -> float:
     """The label as seen from the image of smaller digest: the same whichever image is listed first."""
     label = float(row["label_0"])
-    return label if row["image_0_sha256"] <= row["image_1_sha256"] else 1.0 - label
+    return 1.0 - label if row["mirrored"] else label

@@ -125,6 +125,7 @@ def judge(source: SourceRow, unit: Unit) -> tuple[Row, Images | None]:
     if row["reason"] is not None:
         return row, None
     row["pair_key"] = pair_key(row["prompt"], row["image_0_sha256"], row["image_1_sha256"])
+    row["mirrored"] = row["image_0_sha256"] > row["image_1_sha256"]
     row["status"] = str(Status.KEPT)
     return row, _usable(infos, images)
 

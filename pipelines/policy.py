@@ -54,7 +54,7 @@ def apply_policy(policy: Policy, table: Table) -> int:
     while wrong := _wrong_rows(policy, table):
         # Some units at a time, so that a table of any size fits into memory; a crash between them is made good later.
         units = pc.field("unit").isin(wrong.units[:UNITS_AT_ONCE])
-        where = units & (_is_wrong_tie(policy) | wrong.split_is_wrong)
+        where = units & wrong.where
         table.rewrite(lambda rows, wrong=wrong: _as_wanted(policy, rows, wrong), where, name="policy")  # type: ignore[misc]
         changed += wrong.num_rows if not changed else 0
     return changed
@@ -71,7 +71,7 @@ class _Wrong:
 
     num_rows: int
     units: list[str]
-    split_is_wrong: pc.Expression
+    where: pc.Expression
     claimed: pa.Array
     """Prompts whose hash says otherwise, but that a source has in a split of its own: they stay."""
 
@@ -79,17 +79,18 @@ class _Wrong:
 def _wrong_rows(policy: Policy, table: Table) -> _Wrong | None:
     if table.version is None:
         return None
-    candidates = table.read(["prompt_id"], _is_wrong_split(policy))
-    prompts = pc.unique(candidates["prompt_id"])
     claimed = pa.array([], pa.string())
-    if len(prompts):
-        own = pc.field("source_split").is_valid() & pc.field("prompt_id").isin(prompts)
+    where = _is_wrong_tie(policy)
+    # Where every row has a split of its source's own, the table's statistics say so, and nothing is read.
+    candidates = table.read(["prompt_id"], _is_wrong_split(policy)) if table.may_have_null("source_split") else None
+    if candidates is not None and candidates.num_rows:
+        own = pc.field("source_split").is_valid() & pc.field("prompt_id").isin(pc.unique(candidates["prompt_id"]))
         claimed = pc.unique(table.read(["prompt_id"], own)["prompt_id"].combine_chunks())
-    split_is_wrong = _is_wrong_split(policy) & ~pc.field("prompt_id").isin(claimed)
-    wrong = table.read(["unit"], _is_wrong_tie(policy) | split_is_wrong)
+        where |= _is_wrong_split(policy) & ~pc.field("prompt_id").isin(claimed)
+    wrong = table.read(["unit"], where)
     if not wrong.num_rows:
         return None
-    return _Wrong(wrong.num_rows, sorted(pc.unique(wrong["unit"]).to_pylist()), split_is_wrong, claimed)
+    return _Wrong(wrong.num_rows, sorted(pc.unique(wrong["unit"]).to_pylist()), where, claimed)
 
 
 def _is_wrong_tie(policy: Policy) -> pc.Expression:

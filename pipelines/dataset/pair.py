@@ -71,6 +71,7 @@ PAIRS_SCHEMA = pa.schema(
         ("unit", pa.string()),
         ("image_0_sha256", pa.string()),
         ("image_1_sha256", pa.string()),
+        ("mirrored", pa.bool_()),  # image 0 has the larger digest: equal pairs are compared from the other side
         ("width_0", pa.int32()),
         ("height_0", pa.int32()),
         ("width_1", pa.int32()),

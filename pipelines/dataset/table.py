@@ -9,6 +9,7 @@ import os
 import random
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any
@@ -25,6 +26,8 @@ from pipelines.dataset.storage import PLACE_HINT, Storage
 MAX_COMMIT_RETRIES = 50  # other writers' commits that may land first
 MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at once, all but one are refused
 MAX_REVISIONS = 30  # whole changes of rows: each commit of another writer refuses one
+MARK = "mapo.commit"  # in the log, a number drawn for each commit: whose it is, when its answer was lost
+MARK_DEPTH = 100  # commits of others that may have landed on top of it meanwhile
 NAME_OF_COMMIT = "mapo"  # what `rewrite` adds to the log of the table
 MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on average in all
 # delta-rs deletes the log behind a checkpoint after 30 days otherwise, and pinned versions with it.
@@ -102,13 +105,15 @@ class Table:
 
     def is_committed(self, unit: str) -> bool:
         """Whether this unit's rows are in the table."""
-        table = self._open()
-        return table is not None and table.transaction_version(unit) is not None
+        return not self.uncommitted([unit])
 
     def uncommitted(self, units: list[str]) -> list[str]:
         """Those of `units` that are not in the table, in their order."""
         table = self._open()
-        return units if table is None else [u for u in units if table.transaction_version(u) is None]
+        try:
+            return units if table is None else [u for u in units if table.transaction_version(u) is None]
+        except (DeltaError, OSError) as error:
+            raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
 
     def append(self, unit: str, rows: pa.Table) -> bool:
         """Commit the rows of a unit, once.
@@ -121,18 +126,19 @@ class Table:
         """
         assert self._pinned is None, "a pinned table is read-only"
         rows = rows.select(self.schema.names).cast(self.schema)
+        mark = uuid.uuid4().hex
         for attempt in range(MAX_ATTEMPTS):
-            if self.is_committed(unit):  # by another writer, or by us and our own answer was lost
-                return False
+            if self.is_committed(unit):  # by another writer, or by us and the answer was lost
+                return attempt > 0 and self._is_marked(mark)
             try:
-                self._commit(unit, rows)
+                self._commit(unit, rows, mark)
             except (DeltaError, OSError) as error:
                 refused = error
                 time.sleep(random.uniform(0, MAX_FIRST_WAIT_S * 2**attempt))  # noqa: S311
             else:
                 return True
         if self.is_committed(unit):
-            return False
+            return self._is_marked(mark)
         raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
 
     def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Landed:
@@ -148,10 +154,10 @@ class Table:
         if self.version != version:
             return Landed.OUTRUN
         try:
-            self._commit(unit, rows, max_retries=0)
+            self._commit(unit, rows, mark := uuid.uuid4().hex, max_retries=0)
         except (DeltaError, OSError) as error:
-            if self.is_committed(unit):  # by another writer, or by us and our own answer was lost
-                return Landed.BEFORE
+            if self.is_committed(unit):  # by another writer, or by us and the answer was lost
+                return Landed.YES if self._is_marked(mark) else Landed.BEFORE
             if self.version != version:
                 return Landed.OUTRUN
             raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(error)}", PLACE_HINT) from error
@@ -215,7 +221,15 @@ class Table:
             self._table = None
         return before, len(self.files())
 
-    def _commit(self, unit: str, rows: pa.Table, max_retries: int = MAX_COMMIT_RETRIES) -> None:
+    def _is_marked(self, mark: str) -> bool:
+        """Whether one of the newest commits is the one with this mark, whatever its writer was told."""
+        table = self._open()
+        try:
+            return table is not None and any(commit.get(MARK) == mark for commit in table.history(MARK_DEPTH))
+        except (DeltaError, OSError) as error:
+            raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+
+    def _commit(self, unit: str, rows: pa.Table, mark: str, max_retries: int = MAX_COMMIT_RETRIES) -> None:
         """Commit on top of the version in which `is_committed` did not find the unit.
 
         delta-rs refuses a transaction only if it landed after the version that the commit starts from. So the table
@@ -229,7 +243,9 @@ class Table:
             configuration=CONFIGURATION if is_new else None,
             storage_options=storage_options(self.uri),
             commit_properties=CommitProperties(
-                app_transactions=[Transaction(unit, 1)], max_commit_retries=0 if is_new else max_retries
+                app_transactions=[Transaction(unit, 1)],
+                custom_metadata={MARK: mark},
+                max_commit_retries=0 if is_new else max_retries,
             ),
         )
 
@@ -266,6 +282,17 @@ class Table:
         """How many rows there are; without a condition it reads the footers of the table's files only."""
         table = self._open()
         return 0 if table is None else int(_dataset(table).count_rows(filter=where))
+
+    def may_have_null(self, column: str) -> bool:
+        """Whether some row may lack a value, as far as the statistics of the table's files tell."""
+        table = self._open()
+        if table is None:
+            return False
+        files = pa.table(table.get_add_actions(flatten=True))
+        name = f"null_count.{column}"
+        if name not in files.column_names or files[name].null_count:
+            return bool(files.num_rows)
+        return bool(pc.any(pc.greater(files[name], 0)).as_py())
 
     def files(self) -> frozenset[str]:
         """Names of the parquet files that make up the newest (or pinned) version."""

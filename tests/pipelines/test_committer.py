@@ -30,6 +30,7 @@ def row(prompt: str, number: int = 0, *, label: float = 1.0, split: str | None =
     found: Row = dict.fromkeys(PAIRS_SCHEMA.names)
     found.update(prompt=prompt, prompt_id=prompt_id(prompt), label_0=label, source_split=split, status="kept")
     found.update(image_0_sha256=digests[0], image_1_sha256=digests[1], pair_key=pair_key(prompt, *digests))
+    found.update(mirrored=digests[0] > digests[1])
     return found | {"unit": "u", "shard": "s.tar", "source_uri": "file", "source_row": number, "source_pair": 0}
 
 
