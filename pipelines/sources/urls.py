@@ -128,10 +128,11 @@ def _is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.split("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         found = found.ipv4_mapped or found
-        # 6to4 and NAT64 carry an IPv4 address inside.
-        if isinstance(found, ipaddress.IPv6Address) and (found.sixtofour or found in NAT64):
+        # 6to4, NAT64 and the old compatible form carry an IPv4 address inside.
+        if isinstance(found, ipaddress.IPv6Address) and (found.sixtofour or found in NAT64 or found in COMPATIBLE):
             return False
     return found.is_global and not found.is_multicast
 
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+COMPATIBLE = ipaddress.ip_network("::/96")

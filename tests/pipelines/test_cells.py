@@ -15,9 +15,11 @@ import pytest
 from factories import encoded, picture
 
 from pipelines.config import SourceConfig
+from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.shard import write_shard
+from pipelines.dataset.storage import Storage
 from pipelines.sources import urls
 from pipelines.sources.cells import Cells
 from pipelines.sources.source import SourceFile
@@ -118,6 +120,30 @@ def test_image_tars_that_are_cut_or_damaged_are_named_before_an_image_is_missed(
     (folder / "a.tar").write_bytes(data[:header] if cut else data[:header] + b"\xff" * 512 + data[header + 512 :])
     with pytest.raises(SourceError, match=r"cannot read .*a\.tar: it is no whole tar"):
         cells(folder, images=f"{folder}/a.tar").read("0.jpg")
+
+
+def test_images_on_object_storage_are_read_by_path_by_address_and_out_of_tars(
+    s3_storage: Storage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3fs import S3FileSystem
+
+    write_shard(folder / "a.tar", [("in/tar.jpg", IMAGE)])
+    s3_storage.write("deep/a b.jpg", IMAGE)
+    s3_storage.upload("a.tar", folder / "a.tar")
+    read = cells(folder, images=s3_storage.url, allow_urls=True).read
+    assert read("deep/a b.jpg") == read(f"{s3_storage.url}/deep/a b.jpg") == IMAGE
+    gone = ("gone.jpg", "deep", f"{s3_storage.url}/gone.jpg", "s3://no-such-bucket-at-all/a.jpg")
+    assert {read(cell) for cell in gone} == {Reason.MISSING_IMAGE}
+    assert read("../a.jpg") is Reason.IMAGE_OUTSIDE
+    assert cells(folder, images=f"{s3_storage.url}/*.tar").read("in/tar.jpg") == IMAGE
+    assert cells(folder, images=s3_storage.url).read(f"{s3_storage.url}/a.tar") is Reason.URL_NOT_ALLOWED
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.0)
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(SourceError, match=r"cannot look up s3://.*/gone\.jpg: .*127\.0\.0\.1:9"):
+        cells(folder, images=s3_storage.url).read("gone.jpg")
 
 
 class Site(http.server.BaseHTTPRequestHandler):
@@ -235,6 +261,18 @@ def test_a_private_address_is_not_reached_directly_or_by_a_redirect(site: str, m
     monkeypatch.setattr(urls, "checked_address", only_the_first_is_allowed)
     assert fetch_url(f"{site}/inside", limits) is Reason.URL_NOT_ALLOWED
     assert checked == ["127.0.0.1", "169.254.169.254"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "2130706433", "0x7f.1", "0.0.0.0", "10.0.0.1", "100.64.0.1", "169.254.169.254", "224.0.0.1",
+        "255.255.255.255", "[::1]", "[::]", "[::ffff:10.0.0.1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
+        "[2001:0:7f00:1::]", "[fc00::1]", "[ff02::1]", "user:word@127.0.0.1", "localhost",
+    ],
+)  # fmt: skip
+def test_no_way_to_write_a_private_address_is_followed(host: str) -> None:
+    assert fetch_url(f"http://{host}/a.jpg", UrlLimits(0.3, 1000, allow_private=False)) is Reason.URL_NOT_ALLOWED
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
