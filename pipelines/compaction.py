@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -111,14 +112,12 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
         old, new = Path(work) / "old.tar", Path(work) / "new.tar"
         _download(storage, shard, old)
         members = []
-        with tarfile.open(old, "r:") as tar, new.open("wb") as out:
+        wanted = frozenset(shard.keys)
+        with old.open("rb") as opened, new.open("wb") as out:
             writer = ShardWriter(out)
-            wanted = frozenset(shard.keys)
-            for info in tar:
-                if info.name.partition(".")[0] in wanted:
-                    payload = tar.extractfile(info)
-                    assert payload is not None
-                    members.append(writer.add(info.name, payload.read()))
+            for name, payload in _members(opened):
+                if name.partition(".")[0] in wanted:
+                    members.append(writer.add(name, payload))
             sha256 = writer.close()
         if sha256 == shard.sha256:
             return None
@@ -131,6 +130,15 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
         name = f"{folder}/{sha256[:32]}.tar"
         storage.upload(name, new)
     return Rewritten(shard, name, writer.num_bytes, sha256, tuple(members))
+
+
+def _members(opened: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and payload of every member. Not `tarfile.open`: it takes a header that it cannot read for the end."""
+    while any(header := opened.read(tarfile.BLOCKSIZE)):
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        payload = opened.read(info.size)
+        opened.seek(-info.size % tarfile.BLOCKSIZE, 1)
+        yield info.name, payload
 
 
 def _download(storage: Storage, shard: Occupied, file: Path) -> None:

@@ -169,11 +169,11 @@ def test_a_grace_period_is_a_number_and_a_unit(text: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("text", ["59m", "0s", "7", "d", "-1d", "1.5h", "1w"])
 def test_a_grace_period_that_is_none_or_too_short_exits_2(
-    storage: Storage, capsys: pytest.CaptureFixture[str], text: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         grace_period(text)
-    assert main(["data", "gc", storage.url, f"--grace={text}"]) == 2
+    assert main(["data", "gc", str(tmp_path), f"--grace={text}"]) == 2
     assert "hint: " in capsys.readouterr().err
 
 
