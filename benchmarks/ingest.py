@@ -121,7 +121,7 @@ def ray_chain(source: Path, out: Path, *, decode: bool) -> int:
         return {"__key__": row["jpg_0"][6:18].decode(), "0.jpg": row["jpg_0"], "1.jpg": row["jpg_1"], "json": label}
 
     columns = ["caption", "jpg_0", "jpg_1", "label_0"]
-    ray.data.read_parquet(str(source), columns=columns).map(sample).write_webdataset(str(out), encoder=None)
+    ray.data.read_parquet(str(source)).select_columns(columns).map(sample).write_webdataset(str(out), encoder=None)
     return sum(1 for file in out.glob("*.tar") for _ in webdataset.WebDataset(str(file), shardshuffle=False))
 
 

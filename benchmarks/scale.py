@@ -1,7 +1,7 @@
 """Planning and committing against a table of ten million rows: `python -m benchmarks.scale [--rows 10000000]`.
 
-Makes a table as ingest leaves it (random keys, 16 pairs a prompt, a file for every 10,000 rows), then, in a fresh
-process, plans one new file and commits its unit: what a driver does that goes on with a large data set.
+Makes a table as ingest leaves it (random keys, 16 pairs a prompt, small files merged), then, in a fresh process, plans
+one new file and commits its unit: what a driver does that goes on with a large data set.
 """
 
 import argparse
@@ -67,6 +67,8 @@ def make_table(storage: Storage, num_rows: int) -> None:
             storage.uri(PAIRS), pa.Table.from_arrays(arrays, schema=PAIRS_SCHEMA), mode="append",
             commit_properties=CommitProperties(app_transactions=[Transaction(f"{number:032x}", 1)]),
         )  # fmt: skip
+
+    pairs_table(storage).merge_files()  # as every ingest of many units ends
 
 
 def measure(storage: Storage, source: str) -> dict[str, float]:

@@ -29,6 +29,7 @@ from pipelines.sources.source import Unit, UnitSettings
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_units", "plan_units", "write_unit"]
 
 FOOTER_READERS = 16
+MAX_TABLE_FILES = 200  # every unit adds one to the table, and every question opens each: 2 ms apiece
 
 
 def plan_units(config: IngestConfig) -> list[Unit]:
@@ -89,6 +90,8 @@ def ingest(config: IngestConfig, storage: Storage) -> None:
             _commit_units((unit for batch in written for unit in batch.to_pylist()), units, config, storage)
         except Exception as error:
             raise unwrap(error) or error from error
+        if len(pairs_table(storage).files()) > MAX_TABLE_FILES:
+            pairs_table(storage).merge_files()
     check_drop_budget(config, storage)
 
 

@@ -279,9 +279,12 @@ class Table:
         return _dataset(table)
 
     def count_rows(self, where: ds.Expression | None = None) -> int:
-        """How many rows there are; without a condition it reads the footers of the table's files only."""
+        """How many rows there are; without a condition the table's log alone tells."""
         table = self._open()
-        return 0 if table is None else int(_dataset(table).count_rows(filter=where))
+        if table is None:
+            return 0
+        counted = pc.sum(pa.table(table.get_add_actions())["num_records"]).as_py()
+        return int(counted or 0) if where is None else int(_dataset(table).count_rows(filter=where))
 
     def may_have_null(self, column: str) -> bool:
         """Whether some row may lack a value, as far as the statistics of the table's files tell."""
