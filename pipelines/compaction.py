@@ -133,7 +133,7 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
 
 
 def _members(opened: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Name and payload of every member. Not `tarfile.open`: it takes a header that it cannot read for the end."""
+    """Name and payload of every member. Not `tarfile.open`: it may take a header that it cannot read for the end."""
     while any(header := opened.read(tarfile.BLOCKSIZE)):
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         payload = opened.read(info.size)

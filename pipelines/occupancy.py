@@ -76,10 +76,16 @@ def padded(length: int) -> int:
 
 def _by_shard(rows: pa.Table, offset: str) -> Iterator[list[dict[str, Any]]]:
     rows = rows.sort_by([("shard", "ascending"), (offset, "ascending")]).combine_chunks()
+    for start, end in runs(rows["shard"]):
+        yield rows.slice(start, end - start).to_pylist()
+
+
+def runs(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
+    """Where each run of equal values starts and ends. `group_by` does not keep the order in which groups begin."""
     start = 0
-    for shard in rows.group_by("shard", use_threads=False).aggregate([([], "count_all")]).to_pylist():
-        yield rows.slice(start, shard["count_all"]).to_pylist()
-        start += shard["count_all"]
+    for end in pc.run_end_encode(column.combine_chunks()).run_ends.to_pylist() if len(column) else ():
+        yield start, end
+        start = end
 
 
 def _occupied(rows: Sequence[dict[str, Any]], key: str, extents: list[tuple[int, int]]) -> Occupied:

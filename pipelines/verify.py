@@ -12,6 +12,7 @@ from pipelines.dataset.errors import MapoError, SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.occupancy import runs
 from pipelines.parallel import in_parallel
 
 BLOCK_BYTES = 8 << 20  # in memory at once for each reader
@@ -128,8 +129,10 @@ def _shards(members: pa.Table) -> Iterator[CommittedShard]:
     """Members gathered by shard."""
     identity = ["shard", "shard_bytes", "shard_sha256"]
     members = members.sort_by([(name, "ascending") for name in [*identity, "offset"]]).combine_chunks()
-    start = 0
-    for shard in members.group_by(identity, use_threads=False).aggregate([([], "count_all")]).to_pylist():
-        rows = members.slice(start, shard["count_all"])
-        start += rows.num_rows
-        yield CommittedShard(shard["shard"], shard["shard_bytes"], shard["shard_sha256"], rows.drop_columns(identity))
+    same = pc.binary_join_element_wise(
+        members["shard"], members["shard_bytes"].cast(pa.string()), members["shard_sha256"], " "
+    )
+    for start, end in runs(same):
+        rows = members.slice(start, end - start)
+        first = rows.slice(0, 1).to_pylist()[0]
+        yield CommittedShard(first["shard"], first["shard_bytes"], first["shard_sha256"], rows.drop_columns(identity))

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ import pytest
 import webdataset
 from encoded import write_encoded
 from factories import photo_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kept import images_in, keep_rows, rows_in
 
 from orchestration.cli import main
@@ -20,7 +23,7 @@ from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table,
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.encode import latent_units
-from pipelines.occupancy import pair_shards
+from pipelines.occupancy import pair_shards, runs
 from pipelines.removal import Condition, remove
 from pipelines.verify import verify
 
@@ -99,6 +102,14 @@ def test_pairs_that_came_before_leave_too(storage: Storage, tmp_path: Path) -> N
     assert run(storage)["pairs"].num_rewritten > 0
     assert keys_in_shards(storage) == set(images_in(storage))
     assert verify(storage) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(counts=st.lists(st.tuples(st.uuids(), st.integers(1, 5)), max_size=40, unique_by=lambda pair: pair[0]))
+def test_runs_of_a_sorted_column_are_its_groups_in_order(counts: list[tuple[object, int]]) -> None:
+    values = sorted(str(name) for name, count in counts for _ in range(count))
+    found = [values[start:end] for start, end in runs(pa.chunked_array([values], pa.string()))]
+    assert found == [list(group) for _, group in groupby(values)]
 
 
 def test_a_shard_without_live_pairs_has_no_successor(storage: Storage) -> None:
