@@ -29,7 +29,7 @@ REMEMBERED = PREFERRED_OR_NOT | IS_REMOVED
 PLACE_COLUMNS = ("shard", "shard_bytes", "shard_sha256", "offset_0", "length_0", "offset_1", "length_1")
 CONTENT_COLUMNS = (
     "prompt", "user_id", "image_0_sha256", "image_1_sha256", "width_0", "height_0", "width_1", "height_1",
-    "orientation_0", "orientation_1",
+    "orientation_0", "orientation_1", "mode_0", "mode_1",
 )  # fmt: skip
 """What a removed row no longer has."""
 SPLITS = (TRAIN, VALIDATION, TEST)

@@ -5,7 +5,7 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -30,6 +30,8 @@ class ImageInfo:
     height: int
     orientation: int = 1
     """EXIF, 1..8; 1 is upright."""
+    mode: str = field(default="RGB", compare=False)
+    """Of the pixels as stored, as Pillow calls it: RGB, L, CMYK, P, RGBA, I;16, ..."""
 
 
 def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full") -> ImageInfo | Reason:
@@ -77,7 +79,7 @@ def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
         return Reason.IMAGE_TOO_SMALL
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         return Reason.ANIMATED_IMAGE
-    return ImageInfo(EXTENSIONS[image.format], image.width, image.height, _orientation(image))
+    return ImageInfo(EXTENSIONS[image.format], image.width, image.height, _orientation(image), image.mode)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -118,7 +118,8 @@ def judge(source: SourceRow, unit: Unit) -> tuple[Row, Images | None]:
         if isinstance(data, bytes) and data:
             row[f"image_{side}_sha256"] = hashlib.sha256(data).hexdigest()
         if isinstance(info, ImageInfo):
-            row |= {f"width_{side}": info.width, f"height_{side}": info.height, f"orientation_{side}": info.orientation}
+            facts = {"width": info.width, "height": info.height, "orientation": info.orientation, "mode": info.mode}
+            row |= {f"{name}_{side}": value for name, value in facts.items()}
     if not isinstance(source.label_0, Reason):
         row["label_0"] = source.label_0
     row["reason"] = _problem(prompt, infos, source)

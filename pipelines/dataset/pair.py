@@ -78,6 +78,8 @@ PAIRS_SCHEMA = pa.schema(
         ("height_1", pa.int32()),
         ("orientation_0", pa.int8()),  # EXIF, 1..8; the bytes are as they came
         ("orientation_1", pa.int8()),
+        ("mode_0", pa.string()),  # of the pixels, as Pillow calls it
+        ("mode_1", pa.string()),
         ("shard", pa.string()),  # relative to the storage; null where no image bytes are kept
         ("shard_bytes", pa.int64()),
         ("shard_sha256", pa.string()),

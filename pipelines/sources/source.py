@@ -97,6 +97,9 @@ def make_unit(
     """A unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
     shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
     # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
-    shaping += [config.model_dump(mode="json", exclude={"path"}, exclude_defaults=True), asdict(settings)]
+    shaping += [
+        config.model_dump(mode="json", exclude={"path", "url_timeout_s"}, exclude_defaults=True),
+        asdict(settings),
+    ]
     identity = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
     return Unit(identity, config, file, part, first_row, num_rows, settings)
