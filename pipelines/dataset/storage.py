@@ -1,45 +1,60 @@
 """One storage URL, through fsspec: every byte the product reads or writes goes through here.
 
-A write is whole or absent: local files are written beside their name and renamed, objects are put in one request.
-Transient errors are retried; a short read is an error, never short data.
+A write is whole or absent: local files are written beside their name and renamed, objects are put as a whole and the
+store is asked what it holds then. Transient errors are retried; a short read is an error, never short data.
 """
 
+import contextlib
 import hashlib
 import os
+import random
 import re
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.dataset.errors import ShardCorrupt, StorageError
+from pipelines.dataset.object_store import (
+    FINAL_ERRORS,
+    ShortBytes,
+    Upload,
+    WrongBytes,
+    is_transient,
+    open_file_system,
+)
 
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 5
-FIRST_WAIT_S = 0.2  # doubled at each attempt: 0.2 + 0.4 + 0.8 + 1.6 = 3 s in all
-# Waiting does not mend these.
-FINAL_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+FIRST_WAIT_S = 0.2  # doubled at each attempt: 0.2 + 0.4 + 0.8 + 1.6 = 3 s in all, at most
+LAST_START_S = 120.0  # no attempt begins later than this after the first
+COPIED_BYTES = 1 << 22
 UNFINISHED = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.tmp")  # what `_put` writes beside a name, left by a killed writer
 PLACE_HINT = "check that the place exists, that you may use it, and that credentials are in the environment"
 
 
 def retry(action: Callable[[], T]) -> T:
-    """Run `action`, again after a transient OSError or timeout; the last error is raised as it is."""
+    """Run `action`, again after an error that `is_transient`; the last error is raised as it is.
+
+    Waits are drawn between half and all of their length, so that many clients do not come back at once.
+    """
+    started = time.monotonic()
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()
-        except FINAL_ERRORS:
-            raise
-        except (OSError, TimeoutError):
-            if attempt == MAX_ATTEMPTS - 1:
+        except Exception as error:  # each fsspec back end has its own exception tree
+            wait_s = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1)  # noqa: S311
+            late = time.monotonic() + wait_s > started + LAST_START_S
+            if attempt == MAX_ATTEMPTS - 1 or late or not is_transient(error):
                 raise
-            time.sleep(FIRST_WAIT_S * 2**attempt)
+            time.sleep(wait_s)
     raise AssertionError("unreachable")
 
 
@@ -48,10 +63,6 @@ def absolute_url(url: str) -> str:
     if "://" not in url:
         return str(Path(url).expanduser().resolve())
     return url if not url.startswith("file://") else str(Path(url.removeprefix("file://")).resolve())
-
-
-class _WrongBytes(OSError):
-    """An object gave other bytes than were asked for."""
 
 
 class Storage:
@@ -75,14 +86,12 @@ class Storage:
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         try:
-            # A remembered listing would hide what other processes wrote since.
-            fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            return open_file_system(self.url)
         except (ValueError, ImportError) as error:
             raise StorageError(
                 f"no file system for {self.url}: {error}",
                 "use a local path or an fsspec URL such as s3://bucket/folder (`pip install 'mapo[s3]'`)",
             ) from error
-        return fs, root
 
     @property
     def fs(self) -> Any:
@@ -135,7 +144,14 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """A whole object."""
-        return bytes(self._attempt("read", name, lambda: self.fs.cat_file(self.path(name))))
+
+        def get() -> bytes:
+            data = bytes(self.fs.cat_file(self.path(name)))
+            if not self.is_local and len(data) != (num_bytes := int(self.fs.size(self.path(name)))):
+                raise ShortBytes(f"{len(data)} of {num_bytes} bytes")
+            return data
+
+        return self._attempt("read", name, get)
 
     def read_range(self, name: str, offset: int, length: int, sha256: str | None = None) -> bytes:
         """Exactly `length` bytes from `offset`; with `sha256` (hex) also exactly those bytes.
@@ -147,9 +163,9 @@ class Storage:
         def get() -> bytes:
             data = bytes(self.fs.cat_file(self.path(name), start=offset, end=offset + length))
             if len(data) != length:
-                raise _WrongBytes(f"{len(data)} of {length} bytes at {offset}")
+                raise ShortBytes(f"{len(data)} of {length} bytes at {offset}")
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-                raise _WrongBytes(f"the {length} bytes at {offset} differ from their digest {sha256[:12]}")
+                raise WrongBytes(f"the {length} bytes at {offset} differ from their digest {sha256[:12]}")
             return data
 
         try:
@@ -160,8 +176,11 @@ class Storage:
             raise
 
     def _is_damaged(self, cause: BaseException | None, name: str, end: int) -> bool:
-        """Whether a failed read is the object's fault; an object store refuses a range past the end as a whole."""
-        if isinstance(cause, _WrongBytes):
+        """Whether a failed read is the object's fault and not the way's.
+
+        An object store refuses a range past the end as a whole; a short answer about a long object was cut on its way.
+        """
+        if isinstance(cause, WrongBytes) and not isinstance(cause, ShortBytes):
             return True
         if not isinstance(cause, OSError) or isinstance(cause, FINAL_ERRORS):
             return False
@@ -176,10 +195,7 @@ class Storage:
 
     def upload(self, name: str, local_file: Path) -> None:
         """Put a local file as a whole object."""
-        if self.is_local:
-            self._attempt("write", name, lambda: self._put(name, local_file))
-        else:
-            self._attempt("write", name, lambda: self.fs.put_file(str(local_file), self.path(name)))
+        self._attempt("write", name, lambda: self._put(name, local_file))
 
     def upload_folder(self, name: str, local_folder: Path) -> None:
         """Put every file of a local folder below `name`."""
@@ -191,30 +207,51 @@ class Storage:
         for found in self.names(name):
             target = local_folder / found.removeprefix(f"{name}/" if name else "")
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._attempt("read", found, lambda f=found, t=target: self.fs.get_file(self.path(f), str(t)))  # type: ignore[misc]
+            self._attempt("read", found, lambda name=found, file=target: self._get(name, file))  # type: ignore[misc]
+
+    def _get(self, name: str, local_file: Path) -> None:
+        self.fs.get_file(self.path(name), str(local_file))
+        found, num_bytes = local_file.stat().st_size, int(self.fs.size(self.path(name)))
+        if found != num_bytes:
+            raise ShortBytes(f"{found} of {num_bytes} bytes")
 
     def _put(self, name: str, content: bytes | Path) -> None:
         path = self.path(name)
         if not self.is_local:
-            assert isinstance(content, bytes)
-            self.fs.pipe_file(path, content)
-            return
+            return Upload(content).put(self.fs, path)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        in_place = isinstance(content, Path) and content.parent == target.parent and UNFINISHED.fullmatch(content.name)
+        temporary = content if isinstance(content, Path) and in_place else _beside(target)
         try:
-            with temporary.open("wb") as out:
+            with temporary.open("r+b" if in_place else "wb") as out:
                 if isinstance(content, bytes):
                     out.write(content)
-                else:
+                elif not in_place:
                     with content.open("rb") as source:
-                        while block := source.read(1 << 22):
-                            out.write(block)
+                        shutil.copyfileobj(source, out, COPIED_BYTES)
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def unfinished(self, name: str) -> Iterator[Path]:
+        """A local file in which to gather what `upload` will put under this name; gone afterwards.
+
+        In a local storage it lies beside the name, so that `upload` renames it and copies nothing.
+        """
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="mapo-unfinished-") as folder:
+                yield Path(folder) / "unfinished"
+            return
+        file = _beside(Path(self.path(name)))
+        self._attempt("write", name, lambda: file.parent.mkdir(parents=True, exist_ok=True))
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens if there is none."""
@@ -225,6 +262,11 @@ class Storage:
         probe = f".write-probe-{uuid.uuid4().hex[:8]}"
         self.write(probe, b"probe")
         self.delete(probe)
+
+
+def _beside(target: Path) -> Path:
+    """Where a file is written before it has its name."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def file_sha256(file: Path) -> str:

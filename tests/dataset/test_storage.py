@@ -1,5 +1,6 @@
 """Storage: whole or absent, exactly the bytes, and an error that says where."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -13,7 +14,10 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from aiohttp import ClientPayloadError
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from fsspec.implementations.memory import MemoryFileSystem
+from s3fs.errors import translate_boto_error
 
 from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import MapoError, ShardCorrupt, StorageError
@@ -266,7 +270,60 @@ def test_a_fault_that_stays_is_a_storage_error_after_the_last_attempt(
     assert faulty.calls[operation] == MAX_ATTEMPTS
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), FileNotFoundError("gone"), RuntimeError("of a back end")])
+def refused(code: str, status: int) -> OSError:
+    """An answer of S3 as s3fs raises it."""
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(answer, "GetObject"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        refused("SlowDown", 503),
+        refused("InternalError", 500),
+        refused("RequestTimeout", 400),
+        refused("BadDigest", 400),
+        ReadTimeoutError(endpoint_url="s3"),
+        EndpointConnectionError(endpoint_url="s3", error="refused"),
+        ClientPayloadError("not enough data"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_moment_mends_is_retried_whoever_raises_it(faulty: type[FaultyFileSystem], error: Exception) -> None:
+    storage = Storage("faulty://bucket/folder")
+    storage.write("a", b"12345")
+    faulty.error, faulty.faults["read"] = error, MAX_ATTEMPTS - 1
+    assert storage.read("a") == b"12345"
+    assert faulty.faults["read"] == 0
+
+
+def test_a_storage_that_is_slow_to_fail_is_given_up_after_two_minutes(
+    faulty: type[FaultyFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(storage_module.time, "monotonic", lambda: next(clock))
+    storage = Storage("faulty://bucket/folder")
+    storage.write("a", b"12345")
+    faulty.calls.clear()
+    faulty.faults["read"] = 1000
+    with pytest.raises(StorageError):
+        storage.read("a")
+    assert faulty.calls["read"] == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError("no"),
+        FileNotFoundError("gone"),
+        OSError(errno.ENOSPC, "no space left on device"),
+        refused("InvalidRange", 416),
+        refused("InvalidRequest", 400),
+        RuntimeError("of a back end"),
+    ],
+    ids=str,
+)
 def test_what_waiting_does_not_mend_is_not_retried(faulty: type[FaultyFileSystem], error: Exception) -> None:
     storage = Storage("faulty://bucket/folder")
     storage.write("a", b"12345")

@@ -1,0 +1,184 @@
+"""What an object store is asked for, which of its errors pass, and whether it holds what was put.
+
+Three layers try again: botocore a request, s3fs a part of a transfer, and `Storage` the whole of it once more, because
+it alone knows what must come out. The lower two get few attempts, so that all together end.
+"""
+
+import errno
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 15  # between two pieces of an answer, not for the whole of it
+REQUEST_ATTEMPTS = 3  # of botocore, which AWS_MAX_ATTEMPTS overrides
+TRANSFER_ATTEMPTS = 2  # of s3fs
+PART_BYTES = 50 << 20  # uploads of twice as much and more go in parts of this size
+MAX_PARTS = 10_000  # S3's limit
+BLOCK_BYTES = 4 << 20
+
+# Waiting does not mend these.
+FINAL_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+FINAL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG})
+# Back ends are optional, so their classes are known by name; none of these is an OSError.
+TRANSIENT_CLASSES = frozenset(
+    {
+        "botocore.exceptions.HTTPClientError",  # resets, timeouts
+        "botocore.exceptions.ConnectionError",
+        "botocore.exceptions.IncompleteReadError",
+        "botocore.exceptions.ChecksumError",  # a body that differs from the checksum it came with
+        "botocore.parsers.ResponseParserError",  # half an answer
+        "aiohttp.client_exceptions.ClientError",  # in the middle of a body
+        "gcsfs.retry.HttpError",
+    }
+)
+# Client errors by number that are the network's or the moment's fault.
+TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
+TRANSIENT_CODES = frozenset(
+    {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+)
+
+
+class WrongBytes(OSError):
+    """Other bytes came, or were stored, than were asked for."""
+
+
+class ShortBytes(WrongBytes):
+    """Fewer bytes came than were asked for; whose fault it is, the object's size says."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may go well a moment later."""
+    if isinstance(error, FINAL_ERRORS):
+        return False
+    if isinstance(error, OSError):  # s3fs translates answers into them, with the answer as their cause
+        return error.errno not in FINAL_ERRNOS and not _is_refusal(error.__cause__)
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    return bool(names & TRANSIENT_CLASSES)
+
+
+def _is_refusal(answer: BaseException | None) -> bool:
+    """Whether S3 has understood a request and will say no again."""
+    response = getattr(answer, "response", None)
+    if not isinstance(response, dict):
+        return False
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = response.get("Error", {}).get("Code")
+    return 400 <= status < 500 and status not in TRANSIENT_STATUS and code not in TRANSIENT_CODES
+
+
+def open_file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path on it, with timeouts and attempts that end.
+
+    fsspec's own configuration (`FSSPEC_S3` in the environment, as JSON) goes before ours.
+    """
+    options: dict[str, Any] = {"use_listings_cache": False}  # it would hide what other processes wrote since
+    if is_s3(url):
+        config: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+        if "AWS_MAX_ATTEMPTS" not in os.environ:
+            config["retries"] = {"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS}
+        options["config_kwargs"] = config | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    fs, path = fsspec.core.url_to_fs(url, **options)
+    if is_s3(url):
+        fs.retries = TRANSFER_ATTEMPTS
+    return fs, path
+
+
+def is_s3(url: str) -> bool:
+    """Whether the URL is of a store that speaks S3."""
+    return url.startswith(("s3://", "s3a://"))
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is to be put: bytes, or a local file."""
+
+    content: bytes | Path
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def put(self, fs: Any, path: str) -> None:
+        """Put it and make sure of it.
+
+        Raises:
+            WrongBytes: The store holds something else now.
+        """
+        options = {"chunksize": self._part_bytes} if _speaks_s3(fs) else {}
+        try:
+            if isinstance(self.content, bytes):
+                fs.pipe_file(path, self.content, **options)
+            else:
+                fs.put_file(str(self.content), path, **options)
+        except FileNotFoundError:
+            # An upload in parts that is not known any more may be one that was finished while its answer was lost.
+            if isinstance(self.content, Path) and not self.content.exists():
+                raise
+            if self.num_bytes < 2 * self._part_bytes or not fs.exists(path):
+                raise
+        self.check(fs, path)
+
+    def check(self, fs: Any, path: str) -> None:
+        """Raise WrongBytes if the store holds something else: by size, and on S3 by digest."""
+        info = fs.info(path)
+        if (found := int(info["size"])) != self.num_bytes:
+            raise WrongBytes(f"{found} of {self.num_bytes} bytes are stored")
+        if not _speaks_s3(fs) or info.get("ETag", "").strip('"') == self._etag():
+            return
+        if not _etag_is_a_key(fs, path) and not self._is_stored(fs, path):
+            raise WrongBytes(f"other {found} bytes are stored than were sent")
+
+    @property
+    def _part_bytes(self) -> int:
+        return max(PART_BYTES, math.ceil(self.num_bytes / MAX_PARTS))
+
+    def _blocks(self, num_bytes: int) -> Any:
+        """The content in blocks of a size."""
+        if isinstance(self.content, bytes):
+            for start in range(0, len(self.content), num_bytes):
+                yield self.content[start : start + num_bytes]
+            return
+        with self.content.open("rb") as opened:
+            while block := opened.read(num_bytes):
+                yield block
+
+    def _etag(self) -> str:
+        """The ETag that S3 gives: MD5, or for parts the MD5 of their MD5s and their number."""
+        if self.num_bytes < 2 * self._part_bytes:
+            whole = _md5()
+            for block in self._blocks(BLOCK_BYTES):
+                whole.update(block)
+            return str(whole.hexdigest())
+        digests = [_md5(part).digest() for part in self._blocks(self._part_bytes)]
+        return f"{_md5(b''.join(digests)).hexdigest()}-{len(digests)}"
+
+    def _is_stored(self, fs: Any, path: str) -> bool:
+        """Read it back and compare."""
+        start = 0
+        for block in self._blocks(BLOCK_BYTES):
+            if bytes(fs.cat_file(path, start=start, end=start + len(block))) != block:
+                return False
+            start += len(block)
+        return True
+
+
+def _md5(data: bytes = b"") -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _speaks_s3(fs: Any) -> bool:
+    return hasattr(fs, "call_s3")
+
+
+def _etag_is_a_key(fs: Any, path: str) -> bool:
+    """Whether S3 encrypts the object with a key of its own kind: its ETag is no digest then, by S3's documentation."""
+    bucket, key, _ = fs.split_path(path)
+    head = fs.call_s3("head_object", Bucket=bucket, Key=key)
+    return str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head
