@@ -83,7 +83,7 @@ class Plan:
     """Which requests meet a fault.
 
     Args:
-        faults: One of them is drawn for each request that can meet it.
+        faults: A request meets one that it can meet, drawn from those that happened least.
         times: How many requests, at most.
         key: Part of the key of each.
         method: Of HTTP; '' for all.
@@ -192,7 +192,8 @@ class _Server(ThreadingHTTPServer):
             if not (drawn and choices and self.left) or self.in_a_row[place] >= self.plan.max_in_a_row:
                 self.in_a_row[place] = 0
                 return None
-            fault = self.draw.choice(choices)
+            fewest = min(self.met[fault.name] for fault in choices)
+            fault = self.draw.choice([fault for fault in choices if self.met[fault.name] == fewest])
             self.left -= 1
             self.in_a_row[place] += 1
             self.met[fault.name] += 1

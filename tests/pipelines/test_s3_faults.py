@@ -256,7 +256,7 @@ def ingest_through_a_mix(
     code, said = run_ingest(folder, storage, photos, environment)
     assert code == 0, said
     found, met = contents(storage), proxy.met
-    assert len(met) >= 6, met
+    assert len(met) >= 6, met  # of nine; how many shards are put while a fault is due is a matter of chance
     proxy.follow()
     assert canaries_in(said, str(found), *everything_on(storage)) == []
     return found
