@@ -1,11 +1,10 @@
 """One unit of a source to its pair shards: every row judged by itself, its images written as they came."""
 
+import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -179,17 +178,17 @@ class _UnitShards:
     _writer: ShardWriter | None = None
 
     def __enter__(self) -> "_UnitShards":
-        self._folder = tempfile.TemporaryDirectory(prefix="mapo-shard-")
-        self._file = Path(self._folder.name) / "shard.tar"
+        self._open = contextlib.ExitStack()
         return self
 
     def add(self, row: Row, images: Images) -> None:
         """Append a pair and note in its row where it lies."""
+        row["shard"] = name = f"{SHARDS}/{self.unit.id}-{len(self.finished):05d}.tar"
         if self._writer is None:
-            self._out = self._file.open("wb")
+            self._file = self._open.enter_context(self.storage.unfinished(name))
+            self._out = self._open.enter_context(self._file.open("wb"))
             self._writer = ShardWriter(self._out)
         key = row["pair_key"]
-        row["shard"] = f"{SHARDS}/{self.unit.id}-{len(self.finished):05d}.tar"
         for side, (info, data) in enumerate(images):
             member = self._writer.add(f"{key}.{side}.{info.extension}", data, row[f"image_{side}_sha256"])
             row.update({f"offset_{side}": member.offset, f"length_{side}": member.length})
@@ -202,6 +201,7 @@ class _UnitShards:
         sha256 = self._writer.close()
         self._out.close()
         self.storage.upload(name, self._file)
+        self._open.close()
         self.finished[name] = {"shard_bytes": self._writer.num_bytes, "shard_sha256": sha256}
         self._writer = None
 
@@ -210,6 +210,4 @@ class _UnitShards:
             if self._writer is not None and error is None:
                 self._finish(f"{SHARDS}/{self.unit.id}-{len(self.finished):05d}.tar")
         finally:
-            if self._writer is not None:
-                self._out.close()
-            self._folder.cleanup()
+            self._open.close()

@@ -4,10 +4,9 @@ Bytes are a pure function of names, numbers and order: safetensors itself writes
 changes from call to call.
 """
 
+import contextlib
 import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -49,15 +48,14 @@ class UnitShard:
         self._num_members = 0
 
     def __enter__(self) -> "UnitShard":
-        self._folder = tempfile.TemporaryDirectory(prefix="mapo-shard-")
-        self._file = Path(self._folder.name) / "shard.tar"
-        self._out = self._file.open("wb")
+        self._open = contextlib.ExitStack()
+        self._file = self._open.enter_context(self._storage.unfinished(self._name))
+        self._out = self._open.enter_context(self._file.open("wb"))
         self._writer = ShardWriter(self._out)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._out.close()
-        self._folder.cleanup()
+        self._open.close()
 
     def keep(self, row: Row, key: str, data: bytes) -> None:
         """Append a member and its row."""
