@@ -4,6 +4,7 @@ Invariants: every source row becomes exactly one table row; a shard exists only 
 committed unit is never read again; the shard bytes of a unit are the same whoever writes them, whenever.
 """
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -86,8 +87,9 @@ def ingest(config: IngestConfig, storage: Storage) -> None:
         dataset.context.execution_options.preserve_order = True  # the first of two equal pairs is always the same
         try:
             # Nothing is fetched ahead: a unit is handed out, to be committed, as soon as it is written.
-            written = dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow")
-            _commit_units((unit for batch in written for unit in batch.to_pylist()), units, config, storage)
+            written: Any = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
+            with contextlib.closing(written):  # ends the execution also where this ends early
+                _commit_units((unit for batch in written for unit in batch.to_pylist()), units, config, storage)
         except Exception as error:
             raise unwrap(error) or error from error
         if len(pairs_table(storage).files()) > MAX_TABLE_FILES:

@@ -35,10 +35,10 @@ config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.arg
 victim, commits = sys.argv[3], int(sys.argv[4])
 commit, done = Table._commit, []
 
-def killed_beside_a_commit(table, unit, rows, **options):
+def killed_beside_a_commit(table, unit, *more, **options):
     if victim == "driver before a commit" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
-    commit(table, unit, rows, **options)
+    commit(table, unit, *more, **options)
     done.append(unit)
     if victim == "driver after a commit" and len(done) > commits:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -45,10 +45,10 @@ config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.arg
 options, moment, commits = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 commit, done = Table._commit, []
 
-def killed_beside_a_commit(table, unit, rows, **options):
+def killed_beside_a_commit(table, unit, *more, **options):
     if moment == "before" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
-    commit(table, unit, rows, **options)
+    commit(table, unit, *more, **options)
     done.append(unit)
     if moment == "after" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)

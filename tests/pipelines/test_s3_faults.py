@@ -250,8 +250,8 @@ def run_ingest(folder: Path, storage: Storage, photos: Path, environment: dict[s
 def ingest_through_a_mix(
     seed: int, proxy: FaultyProxy, storage: Storage, server: dict[str, str], photos: Path, folder: Path
 ) -> Any:
-    """Rows and digests after an ingest, and a reading of it, in which a third of all requests meet a fault."""
-    proxy.follow(*Fault, ratio=0.3, seed=seed, max_in_a_row=2, silent_key=f"{SHARDS}/")
+    """Rows and digests after an ingest, and a reading of it, in which a quarter of all requests meet a fault."""
+    proxy.follow(*Fault, ratio=0.25, seed=seed, max_in_a_row=2, silent_key=f"{SHARDS}/")
     environment = {**server, **CANARIES, **PATIENCE, "AWS_ENDPOINT_URL": proxy.url}
     code, said = run_ingest(folder, storage, photos, environment)
     assert code == 0, said
@@ -299,16 +299,19 @@ def test_credentials_are_in_no_message_no_log_and_no_object(
     caplog.set_level("INFO")
     storage.write("object", DATA)
     told = []
-    for fault in sorted(set(Fault) - {Fault.STALLED_DOWNLOAD, Fault.RESET_DOWNLOAD}, key=lambda fault: fault.name):
+    for fault in (Fault.SLOW_DOWN, Fault.CUT_DOWNLOAD, Fault.SHORT_DOWNLOAD):
         proxy.follow(fault)
-        told += [failure(lambda: storage.read("object")), failure(lambda: storage.write("object", DATA))]
+        told += [failure(lambda: storage.read("object"))]
+    for fault in (Fault.LOST_ANSWER, Fault.FLIPPED_UPLOAD):
+        proxy.follow(fault)
+        told += [failure(lambda: storage.write("object", DATA))]
     proxy.follow()
     nowhere = Storage("s3://no-such-bucket/x")
     told += [
         failure(nowhere.check_writable),
         failure(lambda: Table(nowhere, "table", SCHEMA).append("u", rows_of("u"))),
     ]
-    assert len([text for text in told if text]) >= 9
+    assert all(told)
     proxy.follow(Fault.LOST_ANSWER, method="PUT", key=f"{SHARDS}/")
     environment = {**s3_server, **CANARIES, **PATIENCE, "AWS_MAX_ATTEMPTS": "1", "AWS_ENDPOINT_URL": proxy.url}
     code, said = run_ingest(tmp_path, storage, photos, environment)
