@@ -4,6 +4,7 @@ import io
 import tarfile
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -166,13 +167,14 @@ def test_a_crash_leaves_old_or_new_and_the_next_run_ends_it(
 ) -> None:
     remove(storage, [Condition("user", "2")])
     before, names = images_in(storage), []
-    upload = Storage.upload
+    upload, one_at_a_time = Storage.upload, Lock()
 
     def dying_upload(self: Storage, name: str, file: Path) -> None:
-        if moment == "before the upload" or (moment == "after one upload" and names):
-            raise Crash
-        upload(self, name, file)
-        names.append(name)
+        with one_at_a_time:
+            if moment == "before the upload" or (moment == "after one upload" and names):
+                raise Crash
+            upload(self, name, file)
+            names.append(name)
 
     def dead(*_: object) -> None:
         raise Crash
