@@ -137,9 +137,14 @@ class FaultyProxy:
         """Requests by method since `follow`."""
         return self._counted()[1]
 
-    def _counted(self) -> tuple[Counter[Fault], Counter[str]]:
-        met, seen = json.loads(self._tell("GET"))
-        return Counter({Fault[name]: number for name, number in met.items()}), Counter(seen)
+    @property
+    def downloaded(self) -> Counter[str]:
+        """Bytes of each key that were answered to GETs since `follow`; of the bucket's own, '', listings."""
+        return self._counted()[2]
+
+    def _counted(self) -> tuple[Counter[Fault], Counter[str], Counter[str]]:
+        met, seen, downloaded = json.loads(self._tell("GET"))
+        return Counter({Fault[name]: number for name, number in met.items()}), Counter(seen), Counter(downloaded)
 
     def _tell(self, method: str, body: bytes = b"") -> bytes:
         connection = http.client.HTTPConnection(*self._address, timeout=30)
@@ -182,11 +187,14 @@ class _Server(ThreadingHTTPServer):
             self.in_a_row: Counter[tuple[str, str]] = Counter()
             self.met: Counter[str] = Counter()
             self.seen: Counter[str] = Counter()
+            self.downloaded: Counter[str] = Counter()
 
     def decide(self, request: Request) -> Fault | None:
         """The fault of a request, if it meets one."""
         with self.lock:
             self.seen[request.method] += 1
+            if request.method == "GET":
+                self.downloaded[request.key] += request.num_bytes
             choices, place = self.plan.choices(request), (request.method, request.key)
             drawn = self.draw.random() < self.plan.ratio
             if not (drawn and choices and self.left) or self.in_a_row[place] >= self.plan.max_in_a_row:
@@ -270,7 +278,7 @@ class _Exchange(BaseHTTPRequestHandler):
         if self.command == "POST":
             self.server.follow(pickle.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         with self.server.lock:
-            counted = json.dumps([self.server.met, self.server.seen])
+            counted = json.dumps([self.server.met, self.server.seen, self.server.downloaded])
         self._answer(200, [], counted.encode())
 
     def _slow_down(self) -> None:

@@ -91,12 +91,13 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
 
 
 @contextlib.contextmanager
-def open_file(file: SourceFile, *, read_ahead: bool = False) -> Iterator[IO[bytes]]:
+def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = False) -> Iterator[IO[bytes]]:
     """A source file to read from; every failure inside names it.
 
     Args:
         file: As `list_files` found it.
         read_ahead: For small reads one after the other; whoever reads large ranges would fetch bytes twice.
+        by_arrow: Arrow alone reads it: a local file without a copy through Python.
 
     Raises:
         SourceError: It is gone, has changed since `list_files`, or cannot be read.
@@ -110,6 +111,10 @@ def open_file(file: SourceFile, *, read_ahead: bool = False) -> Iterator[IO[byte
                 f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
                 "run again once nothing writes to it",
             )
+        if by_arrow and storage.is_local:
+            with pa.OSFile(path) as native:
+                yield native
+            return
         cache: dict[str, Any] = {"cache_type": "readahead", "block_size": READ_AHEAD} if read_ahead else {}
         with retry(lambda: fs.open(path, "rb", **(cache or {"cache_type": "none"}))) as opened:
             yield opened

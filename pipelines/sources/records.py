@@ -20,6 +20,7 @@ from pipelines.sources.source import SourceFile, Unit
 ROWS_A_BATCH = 64  # about 20 MB of JPEGs in memory
 READ_BYTES = 8 << 20  # of a column at once; otherwise its whole part of a row group, often 150 MB
 MAX_RECORDS = 1000  # of a unit of JSON, whose images lie elsewhere
+FOOTERS_KEPT = 16  # as many as are read at once
 FILES_PARSED = 4  # a worker reads one unit after the other, often of one file
 
 Record = dict[str, Any]
@@ -69,8 +70,7 @@ class Parquet:
 
     def names(self, file: SourceFile) -> list[str]:
         """The columns."""
-        with open_file(file) as opened:
-            return list(pq.ParquetFile(opened).schema_arrow.names)
+        return list(_footer(file).schema.to_arrow_schema().names)
 
     def seen(self, file: SourceFile) -> list[str]:
         """`names` has them all."""
@@ -80,13 +80,11 @@ class Parquet:
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
     ) -> list[Unit]:
         """Reads the footer only. Grouped records may lie across row groups: then the file is one unit."""
-        with open_file(file) as opened:
-            parquet = pq.ParquetFile(opened)
-            metadata = parquet.metadata
-            wanted = [i for i in range(metadata.num_columns) if parquet.schema.column(i).path.split(".")[0] in names]
-            groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
-            sizes = [sum(group.column(i).total_compressed_size for i in wanted) for group in groups]
-            rows = [group.num_rows for group in groups]
+        metadata = _footer(file)
+        wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in names]
+        groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+        sizes = [sum(group.column(i).total_compressed_size for i in wanted) for group in groups]
+        rows = [group.num_rows for group in groups]
         units, start = [], 0
         while start < len(sizes):
             stop, size = start + 1, sizes[start]
@@ -101,8 +99,8 @@ class Parquet:
     def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """Text comes as bytes: what is not UTF-8 spoils its own row, not the others."""
         number = unit.first_row
-        with open_file(unit.file) as opened:
-            parquet = pq.ParquetFile(opened, buffer_size=READ_BYTES, pre_buffer=False)
+        with open_file(unit.file, by_arrow=True) as opened:
+            parquet = pq.ParquetFile(opened, metadata=_footer(unit.file), buffer_size=READ_BYTES, pre_buffer=False)
             groups = list(range(*unit.part))
             for batch in parquet.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=list(names)):
                 schema = pa.schema([field.with_type(_as_bytes(field.type)) for field in batch.schema])
@@ -112,6 +110,13 @@ class Parquet:
                         record[name] = _as_text(record[name])
                     yield number, record
                     number += 1
+
+
+@lru_cache(FOOTERS_KEPT)
+def _footer(file: SourceFile) -> pq.FileMetaData:
+    """What a parquet file says of itself, read once for each state of the file."""
+    with open_file(file, by_arrow=True) as opened:
+        return pq.read_metadata(opened)
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:

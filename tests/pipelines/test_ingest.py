@@ -25,7 +25,16 @@ from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import ingest, is_up_to_date, pending_units, plan_units, write_unit
+from pipelines.ingest import (
+    MAX_UNITS_A_TASK,
+    in_tasks,
+    ingest,
+    is_up_to_date,
+    pending_units,
+    plan_units,
+    write_unit,
+)
+from pipelines.pair_shards import write_units
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -245,6 +254,63 @@ def test_the_result_is_the_same_whatever_the_number_of_workers(
     assert rows_in(storage) == wanted
     assert rows_in(alone) == wanted
     assert shards_in(storage) == shards_in(alone) == shards
+
+
+def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_workers(
+    tmp_path: Path, storage: Storage
+) -> None:
+    files = [tmp_path / "data" / f"{name}.parquet" for name in "abc"]
+    for number, file in enumerate(files):
+        write_parquet(file, photo_pairs(30, seed=number), row_group_size=5)
+    others = Storage(str(tmp_path / "others"))
+    with start_driver(config_of(*files), storage, num_cpus=1, include_dashboard=False) as driver:
+        assert driver.wait(120) == 0
+    with start_driver(config_of(*reversed(files)), others, num_cpus=4, include_dashboard=False) as driver:
+        assert driver.wait(120) == 0
+    assert rows_in(others) == rows_in(storage)
+    assert shards_in(others) == shards_in(storage)
+    assert len(set(shards_in(storage).values())) > 10
+
+
+@pytest.mark.parametrize(
+    ("num_units", "at_once", "wanted"),
+    [(0, 3, []), (1, 3, [1]), (5, 3, [1] * 5), (22, 3, [3, 3, 2, 2, 2, *[1] * 10]), (1300, 1500, [1] * 1300)],
+)
+def test_tasks_are_long_at_first_and_short_at_the_end(num_units: int, at_once: int, wanted: list[int]) -> None:
+    tasks = in_tasks(range(num_units), at_once)
+    assert [len(task) for task in tasks] == wanted
+    assert [unit for task in tasks for unit in task] == list(range(num_units)), "in order"
+
+
+def test_no_task_has_more_than_a_lost_worker_may_repeat() -> None:
+    assert max(len(task) for task in in_tasks(range(10_000), 3)) == MAX_UNITS_A_TASK
+
+
+def test_rows_of_a_unit_are_given_once_its_shards_are_there(photos: Path, storage: Storage) -> None:
+    units = plan_units(config_of(photos))
+    for rows in write_units(units, storage):
+        names = {name for name in rows["shard"].to_pylist() if name}
+        assert names <= set(storage.names(SHARDS))
+
+
+def test_a_failed_upload_is_an_error_and_leaves_nothing_half_written(
+    photos: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[str] = []
+    upload = Storage.upload
+
+    def failing(self: Storage, name: str, file: Path) -> None:
+        if len(uploaded) == 2:
+            raise StorageError("the disk is full", "make room")
+        uploaded.append(name)
+        upload(self, name, file)
+
+    monkeypatch.setattr(Storage, "upload", failing)
+    with pytest.raises(StorageError, match="the disk is full"):
+        list(write_units(plan_units(config_of(photos)), storage))
+    assert sorted(file.name for file in (Path(storage.path()) / SHARDS).iterdir()) == sorted(
+        name.rpartition("/")[2] for name in uploaded
+    )
 
 
 def test_killed_again_and_again_it_ends_with_the_same_rows_and_bytes(

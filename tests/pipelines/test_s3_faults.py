@@ -17,6 +17,7 @@ import yaml
 from factories import photo_pairs, write_parquet
 from s3_faults import Fault, FaultyProxy, faulty_proxy
 
+from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset import object_store
 from pipelines.dataset import storage as storage_module
@@ -24,11 +25,13 @@ from pipelines.dataset.errors import ShardCorrupt, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import MAX_ATTEMPTS, Storage
 from pipelines.dataset.table import Landed, Table
-from pipelines.ingest import ingest
+from pipelines.ingest import ingest, pending_units
+from pipelines.pair_shards import write_units
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
 DATA = hashlib.shake_256(b"faults").digest(100_000)
 MAPO = Path(sys.executable).with_name("mapo")
+FOOTER_BYTES = 64 << 10  # what Arrow reads of a parquet file's end
 PATIENCE = {
     "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1}}),  # of s3fs; a stall must end within the test
     "AWS_TIMEOUT": "2s",  # of delta-rs
@@ -329,3 +332,39 @@ def failure(action: Callable[[], object]) -> str:
     except StorageError as error:
         return repr(error) + str(error) + "".join(traceback.format_exception(error))
     return ""
+
+
+def test_of_one_new_file_among_fifty_old_ones_only_it_is_read(
+    proxy: FaultyProxy, storage: Storage, tmp_path: Path
+) -> None:
+    source, target = storage.child("source"), storage.child("target")
+    sources = (SourceConfig(format="pickapic", path=source.url),)
+    config = IngestConfig(sources=sources, max_shard_bytes=1 << 20, image_check="header")
+
+    def add_file(number: int) -> int:
+        rows = photo_pairs(2, seed=number, sizes=((1600, 1600),))
+        file = write_parquet(tmp_path / "new.parquet", rows)
+        source.upload(f"{number:02d}.parquet", file)
+        return file.stat().st_size
+
+    def bring_up_to_date() -> int:
+        units = pending_units(config, target)
+        for unit, rows in zip(units, write_units(units, target), strict=True):
+            Committer(pairs_table(target)).append(unit.id, rows)
+        return len(units)
+
+    old_bytes = sum(add_file(number) for number in range(50))
+    assert bring_up_to_date() == 50
+    shards, rows = {name: target.read(name) for name in target.names(SHARDS)}, pairs_table(target).read()
+    new_bytes = add_file(50)
+    proxy.follow()
+    assert bring_up_to_date() == 1
+    read = {key: size for key, size in proxy.downloaded.items() if key.endswith(".parquet") and "source/" in key}
+    footers = sum(size for key, size in read.items() if not key.endswith("50.parquet"))
+    assert 0 < footers <= 50 * FOOTER_BYTES < 0.2 * old_bytes, "of an old file its end, once"
+    of_new = next(size for key, size in read.items() if key.endswith("50.parquet"))
+    assert 0.9 * new_bytes < of_new < new_bytes + 2 * FOOTER_BYTES
+    assert not any(SHARDS in key for key in proxy.downloaded)
+    assert {name: target.read(name) for name in shards} == shards
+    assert len(target.names(SHARDS)) == len(shards) + 1
+    assert pairs_table(target).read().num_rows == rows.num_rows + 2 == 102
