@@ -50,9 +50,7 @@ class ShardWriter:
             data: The payload.
             sha256: Its digest (hex), if the caller has it already.
         """
-        info = tarfile.TarInfo(name)
-        info.size, info.mtime, info.mode = len(data), 0, 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self._write(_header(name, len(data)))
         offset = self.num_bytes
         self._write(data)
         self._write(b"\0" * (-len(data) % BLOCK_BYTES))
@@ -64,6 +62,33 @@ class ShardWriter:
         self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
         self._out.flush()
         return self._digest.hexdigest()
+
+
+def _header(name: str, size: int) -> bytes:
+    """What `tarfile` writes before a member; where only name and size differ, a third of its time."""
+    encoded = name.encode()
+    if len(encoded) >= 100 or size >= 8**11 or not name.isascii():
+        return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(TEMPLATE)
+    header[: len(encoded)] = encoded
+    header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % (sum(header) + 8 * ord(" "))  # the checksum counts itself as eight blanks
+    return bytes(header)
+
+
+def _tar_info(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = size, 0, 0o644
+    return info
+
+
+def _template() -> bytes:
+    header = bytearray(_tar_info("", 0).tobuf(tarfile.USTAR_FORMAT))
+    header[148:156] = bytes(8)
+    return bytes(header)
+
+
+TEMPLATE = _template()
 
 
 def write_shard(file: Path, members: list[tuple[str, bytes]]) -> tuple[list[Member], int, str]:

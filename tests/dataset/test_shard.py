@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset import storage
 from pipelines.dataset.errors import ShardCorrupt
-from pipelines.dataset.shard import BLOCK_BYTES, Member, read_shard, write_shard
+from pipelines.dataset.shard import BLOCK_BYTES, Member, ShardWriter, read_shard, write_shard
 from pipelines.dataset.storage import Storage
 
 Members = list[tuple[str, bytes]]
@@ -79,6 +79,21 @@ def test_offset_length_and_digest_point_at_the_payload(folder: Path, members: Me
 @given(members=member_lists())
 def test_the_same_members_give_the_same_bytes(folder: Path, members: Members) -> None:
     assert written(folder, members) == written(folder, members)
+
+
+@given(st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=120), st.binary(max_size=9))
+def test_headers_are_those_of_tarfile(name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode = len(data), 0, 0o644
+    out = io.BytesIO()
+    try:
+        wanted = info.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:  # too long a name
+        with pytest.raises(ValueError):
+            ShardWriter(out).add(name, data)
+        return
+    ShardWriter(out).add(name, data)
+    assert out.getvalue()[:BLOCK_BYTES] == wanted
 
 
 def test_the_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
