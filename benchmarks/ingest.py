@@ -1,4 +1,4 @@
-"""Ingest beside what people write by hand, in one run: `python -m benchmarks.ingest [--gb 2]`.
+"""Ingest beside what people write by hand, in one run: `python -m benchmarks.ingest [--gb 8]`.
 
 The same parquet of 1024 x 1024 JPEGs goes through four hands, each checked for the exact number of rows:
 
@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -37,7 +38,7 @@ from pipelines.ingest import ingest
 RESULTS = Path(__file__).parent / "results" / "ingest.json"
 SIDE, QUALITY, GRAIN = 1024, 85, 3.5  # about 170 KB each: Pick-a-Pic's mean is 168 KB
 NUM_IMAGES = 24
-ROWS_A_GROUP, ROWS_A_FILE = 100, 800
+ROWS_A_GROUP, ROWS_A_FILE = 100, 1600
 MAX_SHARD_BYTES = 1 << 28
 NUM_CPUS = 2
 
@@ -137,13 +138,16 @@ class PeakMemory:
         return self
 
     def _sample(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(0.1):
+        me, workers, number = psutil.Process(), [], 0
+        while not self._stop.wait(0.25):
             self.driver = max(self.driver, _own_bytes(me) - self._before)
-            for child in me.children(recursive=True):
+            if number % 8 == 0:  # to look for processes costs more than to look at them
+                workers = me.children(recursive=True)
+            number += 1
+            for worker in workers:
                 try:
-                    if child.name().startswith("ray::"):
-                        self.worker = max(self.worker, _own_bytes(child))
+                    if worker.name().startswith("ray::"):
+                        self.worker = max(self.worker, _own_bytes(worker))
                 except psutil.Error:
                     continue
 
@@ -158,10 +162,11 @@ def _own_bytes(process: psutil.Process) -> int:
 
 
 def main() -> None:
-    """Run everything once, in an order in which neighbours are compared."""
+    """Run everything, round after round, in an order in which neighbours are compared."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--gb", type=float, default=2.0, help="gigabytes of images")
+    arguments.add_argument("--gb", type=float, default=8.0, help="gigabytes of images")
     arguments.add_argument("--ours-only", action="store_true", help="memory and speed of ours alone")
+    arguments.add_argument("--rounds", type=int, default=2, help="the best of so many is told")
     options = arguments.parse_args()
     import ray
 
@@ -186,7 +191,7 @@ def main() -> None:
             warm(work / "out")  # workers are started and modules loaded before anything is timed
             shutil.rmtree(work / "out")
         results: dict[str, dict[str, float]] = {}
-        for what, hand in hands.items():
+        for what, hand in list(hands.items()) * options.rounds:
             if options.ours_only and not what.startswith("ours"):
                 continue
             out = work / "out"
@@ -197,11 +202,13 @@ def main() -> None:
                 seconds = time.monotonic() - started
             assert count == num_rows, f"{what}: {count} of {num_rows} rows"
             shutil.rmtree(out)
-            results[what] = {
+            result = {
                 "mb_per_s": round(num_bytes / seconds / 1e6, 1), "seconds": round(seconds, 1),
                 "driver_mb": round(memory.driver / 1e6), "worker_mb": round(memory.worker / 1e6),
             }  # fmt: skip
-            print(f"{what:<20} {results[what]}", flush=True)
+            print(f"{what:<20} {result}", flush=True)
+            if seconds < results.get(what, {}).get("seconds", math.inf):
+                results[what] = result
     ray.shutdown()
     ratios = {}
     if not options.ours_only:
