@@ -70,8 +70,11 @@ class Kill:
     @staticmethod
     def of(seed: int, num_units: int) -> "Kill":
         """The kill of a seed; five seeds after each other have every victim once."""
-        chance = random.Random(seed)
-        return Kill(VICTIMS[seed % len(VICTIMS)], chance.randrange(num_units), chance.random() * 0.02)
+        chance, victim = random.Random(seed), VICTIMS[seed % len(VICTIMS)]
+        moment, delay_s = chance.randrange(num_units), chance.random() * 0.02
+        if "commit" not in victim:
+            moment = min(moment, num_units - 4)  # with its last shards it may end before it is killed
+        return Kill(victim, moment, delay_s)
 
 
 def run_to_the_end(config: IngestConfig, storage: Storage, environment: dict[str, str]) -> None:
