@@ -241,19 +241,12 @@ def test_of_a_new_file_only_it_is_read(tmp_path: Path, storage: Storage) -> None
     assert shards.items() < shards_in(storage).items()
 
 
-def test_the_result_is_the_same_whatever_the_number_of_workers(
-    photos: Path, ingested: Storage, storage: Storage, tmp_path: Path
-) -> None:
-    alone = Storage(str(tmp_path / "alone"))
-    with start_driver(config_of(photos), alone, num_cpus=1, include_dashboard=False) as driver:
-        assert driver.wait(120) == 0
+def test_the_result_is_the_same_with_and_without_ray(photos: Path, ingested: Storage, storage: Storage) -> None:
     committer = Committer(pairs_table(storage))
     for unit in plan_units(config_of(photos)):  # without Ray
         committer.append(unit.id, write_unit(unit, storage))
-    wanted, shards = rows_in(ingested), shards_in(ingested)
-    assert rows_in(storage) == wanted
-    assert rows_in(alone) == wanted
-    assert shards_in(storage) == shards_in(alone) == shards
+    assert rows_in(storage) == rows_in(ingested)
+    assert shards_in(storage) == shards_in(ingested)
 
 
 def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_workers(
