@@ -15,7 +15,6 @@ from pipelines.dataset.pair import Reason
 from pipelines.jpeg import jpeg_skeleton
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more after it
-JPEGS = ("JPEG", "MPO")
 STARTS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)  # of these kinds of file
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANIMATED = ("PNG", "WEBP")  # which frame was preferred nobody knows; an MPO's first one is the photo
@@ -57,7 +56,7 @@ def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full")
                 found = _look_at_header(image)
                 if isinstance(found, Reason) or check == "header":
                     return found
-                if image.format in JPEGS:
+                if found.extension == "jpg":
                     _check_jpeg(data)
                 else:
                     image.load()

@@ -26,6 +26,7 @@ from pipelines.progress import Progress, quiet_ray_data
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
+from pipelines.unit_shard import from_ipc
 
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_units", "plan_units", "write_unit"]
 
@@ -135,7 +136,7 @@ def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: 
     planned = {unit.id: unit for unit in units}
     with Progress("ingest", len(units), "units") as progress:
         for unit in written:
-            rows = committer.append(unit["unit_id"], pa.ipc.open_stream(unit["rows"]).read_all())
+            rows = committer.append(unit["unit_id"], from_ipc(unit["rows"]))
             budget.add(planned[unit["unit_id"]], rows)
             progress.advance(1, rows=rows.num_rows, size=budget.stored_bytes(rows), note=budget.note())
             if budget.is_exceeded:

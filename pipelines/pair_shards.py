@@ -19,6 +19,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.images import ImageInfo, inspect_image
 from pipelines.sources import SOURCES
 from pipelines.sources.source import SourceRow, Unit
+from pipelines.unit_shard import to_ipc
 
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
 CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
@@ -46,10 +47,7 @@ class WriteShards:
         storage = Storage(str(batch["storage"][0]))
         units = [Unit.from_json(str(unit)) for unit in batch["unit"]]
         for unit, rows in zip(units, write_units(units, storage), strict=True):
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, PAIRS_SCHEMA) as out:
-                out.write_table(rows)
-            yield {"unit_id": [unit.id], "rows": [sink.getvalue().to_pybytes()]}
+            yield {"unit_id": [unit.id], "rows": [to_ipc(rows)]}
 
 
 def write_unit(unit: Unit, storage: Storage) -> pa.Table:

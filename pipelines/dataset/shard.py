@@ -72,7 +72,7 @@ def _header(name: str, size: int) -> bytes:
     header = bytearray(TEMPLATE)
     header[: len(encoded)] = encoded
     header[124:135] = b"%011o" % size
-    header[148:156] = b"%06o\0 " % (sum(header) + 8 * ord(" "))  # the checksum counts itself as eight blanks
+    header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
 
 
@@ -84,7 +84,7 @@ def _tar_info(name: str, size: int) -> tarfile.TarInfo:
 
 def _template() -> bytes:
     header = bytearray(_tar_info("", 0).tobuf(tarfile.USTAR_FORMAT))
-    header[148:156] = bytes(8)
+    header[148:156] = b" " * 8  # as what the checksum counts itself
     return bytes(header)
 
 
