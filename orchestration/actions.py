@@ -9,18 +9,18 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orchestration.dataset_view import describe_dataset, summary_line
+from orchestration.dataset_view import MAX_TOKENS, describe_dataset, describe_encoding, summary_line
 from orchestration.run import Outcome, Run
-from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.errors import ConfigError, MapoError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.model_files import read_model_index, resolve_model
 from pipelines.dataset.pair import VALIDATION
 
 if TYPE_CHECKING:
+    from pipelines.config import EncodeConfig
     from training.launch import Progress
     from training.spec import TrainSpec
 
-REPORT_VERSION = 1  # raise it when the page changes
+REPORT_VERSION = 2  # raise it when the page changes
 EXPORT_VERSION = 1
 
 
@@ -29,9 +29,11 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_model(model: str) -> None:
-    """Find a wrong base model before hours of ingest, not after."""
-    read_model_index(resolve_model(model))
+def check_model(config: EncodeConfig) -> None:
+    """Find a wrong base model, or settings that it cannot be run with, before hours of ingest and not after."""
+    from pipelines.encode_plan import check_settings
+
+    check_settings(config)
 
 
 # ingest: the table itself says which units it has
@@ -85,7 +87,7 @@ def _fingerprints(run: Run) -> tuple[str, str]:
 
 def encode_is_done(run: Run, key: str) -> bool:
     """No kept pair and no prompt is missing."""
-    from pipelines.encode import pending
+    from pipelines.encode_plan import pending
 
     assert run.config.encode
     waiting = pending(run.config.encode, run.storage)
@@ -93,15 +95,20 @@ def encode_is_done(run: Run, key: str) -> bool:
 
 
 def run_encode(run: Run, key: str) -> Outcome:
-    """Pair shards to latent and text shards."""
+    """Pair shards to latent and text shards, and a contact sheet that shows whether they are right."""
+    from orchestration.contact import write_contact_sheet
     from pipelines.encode import encode
 
-    assert run.config.encode
-    encode(run.config.encode, run.storage)
+    config = run.config.encode
+    assert config
+    speed = encode(config, run.storage)
     latents, text = _fingerprints(run)
-    num_pairs = latents_table(run.storage, latents).read(["pair_key"]).num_rows
-    num_prompts = text_table(run.storage, text).read(["prompt_id"]).num_rows - 1  # one is the null conditioning
-    return Outcome(f"{num_pairs:,} pairs, {num_prompts:,} prompts", {"latents": latents, "text": text})
+    facts = describe_encoding(run.storage, latents, text)
+    contact = write_contact_sheet(config, run.storage, run.folder)
+    summary = f"{facts['pairs']:,} pairs, {facts['prompts']:,} prompts"
+    if facts["truncated_prompts"]:
+        summary += f", {facts['truncated_prompts']:,} of them cut at {MAX_TOKENS} tokens"
+    return Outcome(summary, {"latents": latents, "text": text, "speed": speed, "contact": contact})
 
 
 # train
@@ -123,9 +130,8 @@ def train_spec(run: Run) -> TrainSpec | None:
     return TrainSpec(
         storage_url=run.storage.url,
         run=config.name,
-        model=config.encode.model,
-        vae=config.encode.vae,
-        base_digest=base_digest(config.encode.model),
+        base=config.encode.source,
+        base_digest=base_digest(config.encode.source),
         seed=config.seed,
         config=config.train,
         snapshot=Snapshot(versions[0], latents, versions[1], text, versions[2]),  # type: ignore[arg-type]
@@ -136,6 +142,15 @@ def train_key(run: Run) -> str | None:
     """All that shapes the weights."""
     spec = train_spec(run)
     return None if spec is None else spec.key
+
+
+def train_refusal(run: Run) -> MapoError | None:
+    """Which fingerprints training lacks, and what differs in those that are there; None before any ingest."""
+    from pipelines.stale import refusal
+
+    if run.config.encode is None or pairs_table(run.storage).version is None:
+        return None
+    return refusal(run.config.encode, run.storage)
 
 
 def run_train(run: Run, key: str) -> Outcome:
@@ -189,8 +204,7 @@ def run_export(run: Run, key: str) -> Outcome:
     export_model(
         run.storage,
         checkpoint=trained.details["checkpoint"],
-        model=run.config.encode.model,
-        vae=run.config.encode.vae,
+        source=run.config.encode.source,
         target=run.model,
         card=model_card(run.config, trained),
     )
@@ -241,10 +255,10 @@ def report_is_done(run: Run, key: str) -> bool:
 def run_report(run: Run, key: str) -> Outcome:
     """One self-contained page."""
     from orchestration.report import render_report
-    from orchestration.report_data import report_data, sample_images
+    from orchestration.report_data import page_images, report_data
 
     data = report_data(run.config, run.storage, run.journal, command=shlex.join(["mapo", *sys.argv[1:]]))
-    page = render_report(data, sample_images(run.storage, run.folder, data))
+    page = render_report(data, page_images(run.storage, run.folder, data))
     run.storage.write(run.report, page.encode())
     return Outcome(run.storage.uri(run.report))
 

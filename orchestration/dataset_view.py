@@ -3,13 +3,16 @@
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
-from pipelines.dataset.pair import Status
+from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+
+MAX_TOKENS = 77  # that both of SDXL's text encoders read
 
 
 def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, Any]:
@@ -43,6 +46,43 @@ def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, 
         "latents": [_encoded(latents_table(storage, f), f, "pairs") for f in _fingerprints(storage, LATENTS)],
         "text": [_encoded(text_table(storage, f), f, "prompts") for f in _fingerprints(storage, TEXT)],
     }
+
+
+def describe_encoding(storage: Storage, latents: str, text: str) -> dict[str, Any]:
+    """What is encoded under two fingerprints, and what it takes, as plain data for the report."""
+    pairs = latents_table(storage, latents).read(["status", "reason", "length"])
+    texts = text_table(storage, text).read(["prompt_id", "status", "reason", "length", "num_tokens"])
+    kept = pc.equal(pairs["status"], str(Status.KEPT))
+    texts = texts.filter(pc.not_equal(texts["prompt_id"], NULL_PROMPT_ID))
+    num_pairs, latents_bytes = pc.sum(kept).as_py() or 0, pc.sum(pairs["length"]).as_py() or 0
+    text_bytes, mean_text = pc.sum(texts["length"]).as_py() or 0, pc.mean(texts["length"]).as_py()
+    reasons = Counter([*pairs["reason"].drop_null().to_pylist(), *texts["reason"].drop_null().to_pylist()])
+    num_slots, num_images = _images(storage)
+    return {
+        "pairs": num_pairs,
+        "images": num_images,
+        "image_slots": num_slots,
+        "image_ratio": num_slots / num_images if num_images else None,
+        "prompts": texts.num_rows,
+        "truncated_prompts": pc.sum(pc.greater(texts["num_tokens"], MAX_TOKENS)).as_py() or 0,
+        "max_tokens": MAX_TOKENS,
+        "text_ratio": num_pairs / texts.num_rows if texts.num_rows else None,
+        "bytes_per_pair": {
+            "latents": latents_bytes / num_pairs if num_pairs else None,
+            "text": text_bytes / num_pairs if num_pairs else None,
+            "text_per_pair_storage": mean_text,
+        },
+        "quarantined": dict(sorted(reasons.items())),
+    }
+
+
+def _images(storage: Storage) -> tuple[int, int]:
+    """The images of all kept pairs, and how many distinct ones their shards have."""
+    rows = pairs_table(storage).read(
+        ["shard", "image_0_sha256", "image_1_sha256"], pc.field("status") == str(Status.KEPT)
+    )
+    images = [rows.select(["shard", f"image_{side}_sha256"]).rename_columns(["shard", "image"]) for side in (0, 1)]
+    return 2 * rows.num_rows, pa.concat_tables(images).group_by(["shard", "image"]).aggregate([]).num_rows
 
 
 def _shards(rows: Any) -> list[dict[str, Any]]:

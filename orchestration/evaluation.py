@@ -89,23 +89,23 @@ class SampleModel:
     """A Ray actor that samples one model. An exported model is read from its storage, never from a cache."""
 
     def __init__(self, config: RunConfig, where: Storage | None) -> None:
-        from pipelines.dataset.model_files import resolve_model, resolve_vae
         from training.engine import set_threads
         from training.evaluate import Sampler
 
         set_threads(sharers=2)
         assert config.encode is not None
+        source = config.encode.source
         with tempfile.TemporaryDirectory(prefix="mapo-model-") as work:
             if where is None:
-                folder = resolve_model(config.encode.model)
+                folder = source.folder()
             elif where.is_local:
                 folder = Path(where.path())
             else:
                 folder = Path(work)
                 where.download_folder("", folder)
-            vae = config.encode.vae
-            vae_folder = None if vae is None else str(resolve_vae(config.encode.model, vae))
-            self._sampler = Sampler(str(folder), vae_folder, config.evaluate, config.encode.resolution)
+            vae = None if source.vae is None else str(source.vae_folder())
+            variant = source.variant if where is None else None  # an export has plain weights
+            self._sampler = Sampler(str(folder), vae, config.evaluate, config.encode.resolution, variant)
 
     def sample(self, prompts: list[str], seeds: list[int]) -> list[bytes]:
         """PNG bytes of one sample for each prompt and its seed."""

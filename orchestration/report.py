@@ -14,6 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from orchestration.encoding_view import encoding_view
+
 DASH, MINUS = "\u2013", "\u2212"
 MAX_POINTS = 400  # a line; with more the page grows and the eye gains nothing
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
@@ -229,9 +231,10 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 
     Args:
         data: What the run recorded, as `tests/orchestration/test_report.py` spells it out.
-        images: The bytes of each image named in the samples; one that is absent is shown as missing.
+        images: The bytes of each image that the samples and the contact sheet of encoding name; one that is absent
+            is shown as missing.
     """
-    view = {**dict.fromkeys(("dataset", "fingerprints", "training", "evaluation", "model")), **data}
+    view = {**dict.fromkeys(("dataset", "encoding", "fingerprints", "training", "evaluation", "model")), **data}
     training, scores = view["training"], view["evaluation"]["scores"] if view["evaluation"] else []
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -239,7 +242,7 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     )  # fmt: skip
     environment.filters.update(number=number, duration=duration)
     return environment.get_template("report.html.j2").render(
-        view,
+        view | {"encoding": encoding_view(view["encoding"]) if view["encoding"] else None},
         created=datetime.fromisoformat(view["created_at"]),
         outcome=held_out(training),
         scores=[interval_plot(score) for score in scores if math.isfinite(sum(_ends(score)))],

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from orchestration.config import RunConfig
-from orchestration.dataset_view import describe_dataset, summary_line
+from orchestration.dataset_view import describe_dataset, describe_encoding, summary_line
 from orchestration.evaluation import EVALUATION
 from orchestration.journal import Journal, StageRecord, now
 from pipelines.dataset.errors import SnapshotError
@@ -20,6 +20,7 @@ def report_data(config: RunConfig, storage: Storage, journal: Journal, *, comman
     records = {name: journal.record(name) for name in STAGES_SHOWN}
     trained, exported, evaluated = (records[name] for name in ("train", "export", "evaluate"))
     snapshot = trained.details["snapshot"] if trained else {}
+    encoded = records["encode"]
     dataset = _dataset(storage, snapshot.get("pairs_version"))
     return {
         "name": config.name,
@@ -30,6 +31,7 @@ def report_data(config: RunConfig, storage: Storage, journal: Journal, *, comman
         "stages": [_stage(name, record, dataset) for name, record in records.items()],
         "dataset": dataset,
         "fingerprints": {k: snapshot[f"{k}_fingerprint"] for k in ("latents", "text")} if snapshot else None,
+        "encoding": _encoding(storage, encoded.details) if encoded else None,
         "training": _training(config, trained.details) if trained else None,
         "evaluation": evaluated.details if evaluated else None,
         "model": storage.uri(exported.details["model"]) if exported else None,
@@ -82,9 +84,20 @@ def _training(config: RunConfig, details: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def sample_images(storage: Storage, folder: str, data: dict[str, Any]) -> dict[str, bytes]:
-    """The PNG bytes of every sample on the page, by name."""
-    if data["evaluation"] is None:
-        return {}
-    names = [sample[model] for sample in data["evaluation"]["samples"] for model in ("base", "aligned")]
-    return {name: storage.read(f"{folder}/{EVALUATION}/{name}") for name in names}
+def _encoding(storage: Storage, details: dict[str, Any]) -> dict[str, Any]:
+    """What is encoded under the run's fingerprints; how fast, and how it looks, if the run did it."""
+    speed = details.get("speed") or {}
+    return {
+        **describe_encoding(storage, details["latents"], details["text"]),
+        "speed": speed if any(speed.values()) else None,
+        "contact": details.get("contact", []),
+    }
+
+
+def page_images(storage: Storage, folder: str, data: dict[str, Any]) -> dict[str, bytes]:
+    """The PNG bytes of every sample and of the contact sheet, by the names that the page has for them."""
+    samples = data["evaluation"]["samples"] if data["evaluation"] else []
+    names = {sample[model]: f"{EVALUATION}/{sample[model]}" for sample in samples for model in ("base", "aligned")}
+    contact = data["encoding"]["contact"] if data["encoding"] else []
+    names |= {image[what]: image[what] for image in contact for what in ("source", "decoded")}
+    return {name: storage.read(f"{folder}/{where}") for name, where in names.items()}

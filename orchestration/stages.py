@@ -13,7 +13,7 @@ from orchestration.cluster import connected
 from orchestration.config import RunConfig, resolved_json
 from orchestration.journal import StageRecord
 from orchestration.run import Outcome, Run, Say
-from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.errors import ConfigError, MapoError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Stage:
         is_done: Whether the storage holds its result for this key.
         execute: Do it.
         needs_ray: Whether it runs on a cluster.
+        refusal: Why there is no key, if the stage knows more than that an earlier one has not run.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     is_done: Callable[[Run, str], bool]
     execute: Callable[[Run, str], Outcome]
     needs_ray: bool
+    refusal: Callable[[Run], MapoError | None] = lambda run: None
 
 
 def recorded(name: str) -> Callable[[Run, str], bool]:
@@ -54,7 +56,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("ingest", "ingest", actions.ingest_key, actions.ingest_is_done, actions.run_ingest, True),
         Stage("encode", "encode", actions.encode_key, actions.encode_is_done, actions.run_encode, True),
-        Stage("train", "train", actions.train_key, recorded("train"), actions.run_train, True),
+        Stage("train", "train", actions.train_key, recorded("train"), actions.run_train, True, actions.train_refusal),
         Stage("export", "train", actions.export_key, actions.export_is_done, actions.run_export, False),
         Stage("evaluate", "encode", actions.evaluate_key, recorded("evaluate"), actions.run_evaluate, True),
         Stage("report", None, actions.report_key, actions.report_is_done, actions.run_report, False),
@@ -91,12 +93,12 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         return
     first = stages[position]
     if first.key(run) is None:
-        raise ConfigError(
+        raise first.refusal(run) or ConfigError(
             f"{first.name} needs the stage before it, which has not run for this configuration",
             "`mapo run` does all stages in order",
         )
     if config.encode is not None:
-        actions.check_model(config.encode.model)
+        actions.check_model(config.encode)
     prepare(run)
     if any(stage.needs_ray for stage in stages[position:]):
         with connected(config):

@@ -1,11 +1,13 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
 import difflib
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pipelines.dataset.config import Config
+from pipelines.dataset.model_files import ModelSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "pickapic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "user_id", "split"),
@@ -71,27 +73,88 @@ class IngestConfig(Config):
     """Share of rows that may be quarantined before the stage fails."""
 
 
+MIN_SIDE = 32
+VAE_FACTOR = 8
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def _range_of_workers(value: object) -> object:
+    """`2..8` as it is written, or a number."""
+    if not isinstance(value, str):
+        return value
+    match = RANGE.fullmatch(value.replace(" ", ""))
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{value!r} is no number of workers; write 4, or 2..8 for two to eight")
+    return match[0]
+
+
 class EncodeConfig(Config):
     """Pair shards to latent and text shards."""
 
     model: str = Field(min_length=1)
     """Path, fsspec URL or hub id of a diffusers SDXL pipeline."""
+    revision: str | None = Field(None, min_length=1)
+    """Branch, tag or commit of the model on the hub."""
+    variant: str | None = Field(None, pattern=r"^[\w-]+$")
+    """Which weights of the model, such as fp16; the plain ones by default."""
     vae: str | None = None
     """Another VAE than the pipeline's own, such as madebyollin/sdxl-vae-fp16-fix."""
-    resolution: int = Field(1024, ge=32)
-    """Side of a square image after resizing, in pixels; the area of every bucket."""
-    buckets: bool = True
-    """Aspect buckets; false: square centre crop."""
+    vae_dtype: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """What the VAE computes in; float16 is refused for a VAE with `force_upcast`, SDXL's own one among them."""
+    resolution: int = Field(1024, ge=MIN_SIDE)
+    """Side of a square image after resizing, in pixels; the area of every bucket of the default list."""
+    buckets: bool | tuple[tuple[int, int], ...] = True
+    """Aspect buckets: SDXL's own list, scaled (true), a list of [height, width], or the square centre crop (false)."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Type of the stored numbers; they are computed in float32."""
+    """Type of the stored numbers."""
     batch_size: int = Field(8, ge=1)
-    """Images a VAE pass, prompts a text pass."""
-    num_workers: int = Field(1, ge=1)
-    """Encoders, one GPU each (or a CPU)."""
+    """Images a VAE pass, prompts a text pass; halved by itself when memory runs out."""
+    num_workers: Annotated[int | str, BeforeValidator(_range_of_workers)] = 1
+    """Encoders, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
+    max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
+    """Share of pairs, or of prompts, that may be quarantined before the stage fails."""
+
+    @property
+    def source(self) -> ModelSource:
+        """The base model as the stages read it."""
+        return ModelSource(self.model, self.vae, self.revision, self.variant)
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The least and the most encoders."""
+        if isinstance(self.num_workers, int):
+            return self.num_workers, self.num_workers
+        low, high = self.num_workers.split("..")
+        return int(low), int(high)
+
+    @field_validator("num_workers")
+    @classmethod
+    def there_is_a_worker(cls, value: int | str) -> int | str:
+        """At least one encoder."""
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"num_workers must be at least 1, not {value}")
+        return value
+
+    @field_validator("buckets")
+    @classmethod
+    def buckets_fit_the_vae(cls, value: bool | tuple[tuple[int, int], ...]) -> bool | tuple[tuple[int, int], ...]:
+        """A list names at least one bucket, each once, with sides that every VAE of this family halves three times."""
+        if isinstance(value, bool):
+            return value
+        if not value:
+            raise ValueError("buckets is an empty list; false means one square")
+        for bucket in value:
+            if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
+                raise ValueError(
+                    f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
+                )
+        if len(set(value)) < len(value):
+            raise ValueError("buckets names a bucket twice")
+        return value
 
     @model_validator(mode="after")
     def resolution_fits_the_vae(self) -> Self:
         """Every VAE of this family halves the side at least twice and at most three times."""
-        if self.resolution % 8:
-            raise ValueError(f"resolution must be a multiple of 8, not {self.resolution}")
+        if self.resolution % VAE_FACTOR:
+            raise ValueError(f"resolution must be a multiple of {VAE_FACTOR}, not {self.resolution}")
         return self

@@ -1,10 +1,11 @@
-"""VAE and text encoders, number for number as diffusers runs them, in float32.
+"""VAE and text encoders, number for number as diffusers runs them.
 
 Letters: B images or prompts, H rows, W columns, C channels (then h, w of latents), S tokens, D and P embedding sizes.
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import read_model_index, resolve_model, resolve_vae
+from pipelines.dataset.model_files import ModelSource, read_model_index, resolve_model
 
 __all__ = ["Embedded", "LatentEncoder", "TextEncoder", "quiet_diffusers", "resolve_model", "usable_device"]
 
@@ -71,71 +72,134 @@ def _check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> No
         )
 
 
+def load_vae(source: ModelSource) -> Any:
+    """The VAE as diffusers has it (`AutoencoderKL`), in float32, on the CPU.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    quiet_diffusers()
+    from diffusers import AutoencoderKL
+
+    folder = source.vae_folder()
+    with _loading("VAE", folder):
+        loaded, info = AutoencoderKL.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, variant=source.vae_variant, output_loading_info=True
+        )
+    _check_complete("VAE", folder, info)
+    return loaded.eval().requires_grad_(False)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a pass failed because the device, or on a CPU the machine, had no memory for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A pass that runs, perhaps still on the GPU."""
+
+    _latents: Tensor
+    _seconds: Callable[[], float]
+
+    def wait(self) -> tuple[Tensor, float]:
+        """The latents (B, C, h, w; float32, on the CPU), and the seconds that the device was busy with them."""
+        seconds = self._seconds()
+        return self._latents, seconds
+
+
 class LatentEncoder:
     """Images to latents: the mean of the posterior, unscaled.
 
+    In float32 every number is diffusers' own. tf32, bfloat16 and float16 take the layout that tensor cores read
+    (channels last); tf32 means that a GPU rounds the inputs of products to 10 bits, and changes nothing else.
+
     Args:
-        model: Path, URL or hub id of an SDXL pipeline.
-        vae: Another VAE than its own.
+        source: The pipeline, or another VAE that it names.
+        dtype: What the VAE computes in: float32, tf32, bfloat16 or float16.
         device: Where it runs; by default the GPU if there is one.
 
     Raises:
         ModelError: The VAE cannot be loaded.
     """
 
-    def __init__(self, model: str, vae: str | None = None, device: torch.device | None = None) -> None:
-        quiet_diffusers()
-        from diffusers import AutoencoderKL
-
-        folder = resolve_vae(model, vae)
-        with _loading("VAE", folder):
-            loaded, info = AutoencoderKL.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        _check_complete("VAE", folder, info)
+    def __init__(self, source: ModelSource, dtype: str = "float32", device: torch.device | None = None) -> None:
+        loaded = load_vae(source)
         self.device = device or usable_device()
-        self._vae = loaded.to(self.device).eval().requires_grad_(False)
+        self._dtype: torch.dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+        self._layout = torch.contiguous_format if dtype == "float32" else torch.channels_last
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        torch.backends.cudnn.deterministic = True  # the same bytes when a unit is encoded again
+        del loaded.decoder  # nothing of it is needed, and the GPU has better use for its memory
+        self._vae = loaded.to(self.device, self._dtype, memory_format=self._layout)
 
     @torch.no_grad()
-    def __call__(self, images: NDArray[np.uint8]) -> Tensor:
-        """Encode images of one shape.
+    def launch(self, images: NDArray[np.uint8]) -> Launched:
+        """Start a pass over images of one shape; on a GPU it goes on while the caller does something else.
 
         Args:
             images: B, H, W, C; 0..255.
-
-        Returns:
-            B, C, h, w; float32, on the CPU.
         """
-        pixels_BCHW = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        scaled = 2.0 * (pixels_BCHW.to(torch.float32) / 255.0) - 1.0  # in VaeImageProcessor's order of operations
-        mean: Tensor = self._vae.encode(scaled.contiguous()).latent_dist.mean
-        return mean.cpu()
+        on_gpu = self.device.type == "cuda"
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else (None, None)
+        started = time.perf_counter()
+        if begin is not None:
+            begin.record()
+        bytes_BHWC = torch.from_numpy(images)
+        if on_gpu:
+            bytes_BHWC = bytes_BHWC.pin_memory().to(self.device, non_blocking=True)
+        pixels = bytes_BHWC.permute(0, 3, 1, 2).to(torch.float32)
+        scaled = 2.0 * (pixels / 255.0) - 1.0  # in VaeImageProcessor's order of operations
+        mean = self._vae.encode(scaled.to(self._dtype).contiguous(memory_format=self._layout)).latent_dist.mean
+        mean = mean.to(torch.float32).contiguous()
+        if end is None:
+            seconds = time.perf_counter() - started
+            return Launched(mean, lambda: seconds)
+        latents = torch.empty(mean.shape, dtype=torch.float32, pin_memory=True)
+        latents.copy_(mean, non_blocking=True)
+        end.record()
+
+        def busy_s() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1000  # type: ignore[union-attr]
+
+        return Launched(latents, busy_s)
+
+    def __call__(self, images: NDArray[np.uint8]) -> Tensor:
+        """Encode images of one shape (B, H, W, C; 0..255) to B, C, h, w; float32, on the CPU."""
+        latents, _ = self.launch(images).wait()
+        return latents
 
 
 class TextEncoder:
     """Prompts to embeddings, by `StableDiffusionXLPipeline.encode_prompt` itself.
 
+    In float32: all prompts of Pick-a-Pic are minutes of one GPU, whatever the type.
+
     Args:
-        model: Path, URL or hub id of an SDXL pipeline.
+        source: The pipeline.
         device: Where it runs; by default the GPU if there is one.
 
     Raises:
         ModelError: A text encoder or tokenizer cannot be loaded.
     """
 
-    def __init__(self, model: str, device: torch.device | None = None) -> None:
+    def __init__(self, source: ModelSource, device: torch.device | None = None) -> None:
         quiet_diffusers()
         from diffusers import StableDiffusionXLPipeline
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        folder = resolve_model(model)
+        folder = source.folder()
         read_model_index(folder)
         parts: dict[str, Any] = {"unet": None, "vae": None, "scheduler": None}
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             with _loading(name, folder):
                 parts[name], info = kind.from_pretrained(
-                    folder / name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
+                    folder / name, dtype=torch.float32, use_safetensors=True, variant=source.variant,
+                    output_loading_info=True,
+                )  # fmt: skip
             _check_complete(name, folder, info)
         with _loading("tokenizers", folder):
             pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32, **parts)

@@ -14,8 +14,6 @@ from pipelines.dataset.model_files import (
     file_digests,
     read_config,
     read_model_index,
-    resolve_model,
-    resolve_vae,
     weight_files,
 )
 from pipelines.geometry import bucket_list
@@ -55,8 +53,8 @@ def fingerprint_of(parts: dict[str, Any]) -> str:
 
 def latents_parts(config: EncodeConfig) -> dict[str, Any]:
     """What `latents_fingerprint` is the hash of."""
-    read_model_index(resolve_model(config.model))
-    folder = resolve_vae(config.model, config.vae)
+    read_model_index(config.source.folder())
+    folder = config.source.vae_folder()
     found = read_config(folder / "config.json").get("_class_name")
     if found != "AutoencoderKL":
         raise ModelError(f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to an SDXL VAE")
@@ -64,15 +62,16 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
         "kind": "latents",
         "version": LATENTS_VERSION,
         "dtype": config.dtype,
+        "vae_dtype": config.vae_dtype,
         "resolution": config.resolution,
         "buckets": [list(bucket) for bucket in bucket_list(config.resolution, config.buckets)],
-        "vae": file_digests([folder / "config.json", *weight_files(folder, "diffusion_pytorch_model")]),
+        "vae": file_digests([folder / "config.json", *config.source.vae_weights()]),
     }
 
 
 def text_parts(config: EncodeConfig) -> dict[str, Any]:
     """What `text_fingerprint` is the hash of."""
-    folder = resolve_model(config.model)
+    folder = config.source.folder()
     index = read_model_index(folder)
     parts: dict[str, Any] = {
         "kind": "text",
@@ -84,7 +83,9 @@ def text_parts(config: EncodeConfig) -> dict[str, Any]:
         kind = (index.get(name) or [None, None])[1]
         if kind != expected:
             raise ModelError(f"the {name} of {folder} is {kind}, not {expected}", "choose a base of the SDXL family")
-        parts[name] = file_digests([folder / name / "config.json", *weight_files(folder / name, "model")])
+        parts[name] = file_digests(
+            [folder / name / "config.json", *weight_files(folder / name, "model", config.variant)]
+        )
     for name in TOKENIZERS:
         files = sorted(file for file in (folder / name).glob("*") if file.is_file())
         if not files:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,14 +52,16 @@ class Placed:
     """Original height and width, crop top and left (in resized pixels), target height and width."""
 
 
-def bucket_list(resolution: int, buckets: bool) -> tuple[Bucket, ...]:
-    """The buckets of a resolution: SDXL's own list scaled, or the square alone.
+def bucket_list(resolution: int, buckets: bool | Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets of a resolution: SDXL's own list scaled, the square alone, or the ones that are given.
 
     Args:
         resolution: Side of the square bucket; the others have about its area.
-        buckets: False: only the square.
+        buckets: False: only the square. A list: these, whatever the resolution is.
     """
     square = (resolution, resolution)
+    if not isinstance(buckets, bool):
+        return tuple(sorted(buckets))
     if not buckets:
         return (square,)
     step = MAX_STEP
@@ -79,7 +82,10 @@ def _scaled(side: int, resolution: int, step: int) -> int:
 
 
 def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tuple[Bucket, ...]) -> Bucket:
-    """The bucket of a pair: nearest, in log aspect, to the geometric mean of both aspects; the first of equals.
+    """The bucket of a pair: nearest, in log aspect, to the geometric mean of both aspects.
+
+    Of buckets with equally near aspects, the one whose area is nearest to the geometric mean of both areas; of these
+    the first.
 
     Args:
         size_0: Height and width of one image.
@@ -87,8 +93,14 @@ def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tup
         buckets: From `bucket_list`.
     """
     aspect = math.log((size_0[1] * size_1[1]) / (size_0[0] * size_1[0])) / 2
-    # Rounded, so that two buckets equally far away are equal whatever the last bit of a logarithm is.
-    return min(buckets, key=lambda bucket: round(abs(math.log(bucket[1] / bucket[0]) - aspect), 9))
+    area = math.log(size_0[0] * size_0[1] * size_1[0] * size_1[1]) / 2
+
+    def distance(bucket: Bucket) -> tuple[float, float]:
+        height, width = bucket
+        # Rounded, so that two buckets equally far away are equal whatever the last bit of a logarithm is.
+        return round(abs(math.log(width / height) - aspect), 9), round(abs(math.log(height * width) - area), 9)
+
+    return min(buckets, key=distance)
 
 
 def cover(height: int, width: int, bucket: Bucket) -> Cover:

@@ -56,6 +56,13 @@ class Progress:
             line = f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}{self._volume(now)}"
             sys.stderr.write(f"{line}\n")
 
+    def say(self, line: str) -> None:
+        """Show a line beside the bar."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            sys.stderr.write(f"{line}\n")
+
     def _pace(self, now: float) -> str:
         counted = self._done - self._done_at_start
         if self._started is None or not counted:

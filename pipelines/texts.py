@@ -1,75 +1,139 @@
 """One unit of distinct prompts to one shard of text embeddings."""
 
-from collections.abc import Iterator
+import threading
+import time
 
 import pyarrow as pa
 import torch
 
 from pipelines.config import EncodeConfig
+from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.layout import TEXT, TEXT_SCHEMA
 from pipelines.dataset.pair import NULL_PROMPT_ID, Reason
 from pipelines.dataset.storage import Storage
-from pipelines.encoders import Embedded, TextEncoder
+from pipelines.effort import Effort
+from pipelines.encoders import Embedded, TextEncoder, is_out_of_memory
 from pipelines.fingerprint import text_fingerprint
-from pipelines.latents import check_same_model, use_threads
+from pipelines.image_batches import BatchSize
+from pipelines.latents import Device, check_same_model, device_name, use_threads
 from pipelines.unit_shard import UnitShard, from_ipc, pack, to_ipc
 
 
 class WriteTexts:
     """Embed the prompts of one unit and write their shard; the only place that writes text embeddings.
 
-    In:       A unit's prompts.      Out: its table rows, in the unit's order.
-    Runs as:  Ray Data actor, one GPU or CPU; one batch of embeddings in memory.
+    In:       A unit's prompts.      Out: its table rows, in the unit's order, and what it cost.
+    Runs as:  Ray Data actor, one GPU or CPU, called for several units at once: one is embedded while another is
+              written. The embeddings of two units in memory (0.3 GB each for SDXL in float16).
     Retry:    safe: name and bytes follow from the unit alone.
     Drops:    nothing: what is not finite is a quarantined row.
-    Raises:   ModelError (with the first unit: see `unwrap`), StorageError.
+    Raises:   ModelError (with the first unit: see `unwrap`), StorageError, EncodingError.
     """
 
     def __init__(self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int) -> None:
         self._config, self._storage, self._fingerprint = config, storage, fingerprint
         self._num_threads = num_threads
-        self._encoder: TextEncoder | None = None
+        self._start = threading.Lock()
+        self._writer: TextWriter | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out."""
-        if self._encoder is None:
-            check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
-            use_threads(self._num_threads)
-            self._encoder = TextEncoder(self._config.model)
+        with self._start:
+            if self._writer is None:
+                check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
+                use_threads(self._num_threads)
+                encoder = TextEncoder(self._config.source)
+                self._writer = TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
         (unit,) = batch.to_pylist()
-        rows = write_texts(
-            unit["unit_id"], from_ipc(unit["rows"]), self._config, self._storage, self._fingerprint, self._encoder
+        rows, effort = self._writer.write(unit["unit_id"], from_ipc(unit["rows"]))
+        return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)], "effort": [effort.to_json()]})
+
+
+class TextWriter:
+    """Writes units of one configuration; `write` may be called from several threads at once.
+
+    Args:
+        config: What to write.
+        storage: Where embeddings go.
+        fingerprint: Names the folder.
+        encoder: The text encoders.
+        num_threads: Of torch.
+    """
+
+    def __init__(
+        self, config: EncodeConfig, storage: Storage, fingerprint: str, encoder: TextEncoder, num_threads: int = 1
+    ) -> None:
+        self._storage, self._fingerprint, self._encoder = storage, fingerprint, encoder
+        self._dtype = getattr(torch, config.dtype)
+        self._batch_size = BatchSize(config.batch_size)
+        self._device = Device(num_threads)
+
+    def write(self, unit: str, prompts: pa.Table) -> tuple[pa.Table, Effort]:
+        """Write the shard of a unit; returns one row for every prompt, in order, and what it cost."""
+        effort = Effort()
+        named = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
+        embeddings = self._device.run(lambda: self._embed(named, effort), effort)
+        name = f"{TEXT}/{self._fingerprint}/{unit}.tar"
+        with UnitShard(self._storage, name, unit, TEXT_SCHEMA, effort) as shard:
+            with effort.measured("pack", time.thread_time):
+                for prompt_id, embedded in embeddings.items():
+                    _write_prompt(prompt_id, embedded, shard)
+            return shard.publish(), effort
+
+    def _embed(self, named: dict[str, str], effort: Effort) -> dict[str, Embedded]:
+        """Every prompt's embedding in the stored type, in order; the null conditioning is no prompt and goes alone."""
+        found: dict[str, Embedded] = {}
+        prompts = list(named.items())
+        with effort.measured("encode"):
+            if NULL_PROMPT_ID in named:
+                found[NULL_PROMPT_ID] = self._stored(self._encoder.null())
+            prompts = [(identity, prompt) for identity, prompt in prompts if identity != NULL_PROMPT_ID]
+            while prompts:
+                batch = prompts[: self._batch_size.size]
+                if (embedded := self._pass([prompt for _, prompt in batch])) is not None:
+                    found |= {identity: self._stored(each) for (identity, _), each in zip(batch, embedded, strict=True)}
+                    prompts = prompts[len(batch) :]
+        effort.batch_size, effort.device = self._batch_size.size, device_name()
+        return {identity: found[identity] for identity in named}
+
+    def _pass(self, prompts: list[str]) -> list[Embedded] | None:
+        """One pass; None if there is no memory for so many prompts."""
+        try:
+            return self._encoder(prompts)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(prompts) == 1:
+                raise EncodingError(
+                    f"there is no memory to embed even one prompt: {str(error).splitlines()[0]}",
+                    "give the encoders other machines",
+                ) from error
+        self._batch_size.halve(len(prompts))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _stored(self, embedded: Embedded) -> Embedded:
+        # Copies, for a view would hold its whole batch.
+        return Embedded(
+            embedded.prompt_embeds.to(self._dtype, copy=True).contiguous(),
+            embedded.pooled_prompt_embeds.to(self._dtype, copy=True).contiguous(),
+            embedded.num_tokens,
         )
-        return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)]})
 
 
 def write_texts(
     unit: str, prompts: pa.Table, config: EncodeConfig, storage: Storage, fingerprint: str, encoder: TextEncoder
 ) -> pa.Table:
-    """Write the shard of a unit; returns one row for every prompt, in order."""
-    dtype = getattr(torch, config.dtype)
-    with UnitShard(storage, f"{TEXT}/{fingerprint}/{unit}.tar", unit, TEXT_SCHEMA) as shard:
-        for prompt_id, embedded in _embed(prompts, config.batch_size, encoder):
-            row = {"prompt_id": prompt_id, "num_tokens": embedded.num_tokens}
-            tensors = {
-                "prompt_embeds": embedded.prompt_embeds.to(dtype, copy=True).contiguous(),
-                "pooled_prompt_embeds": embedded.pooled_prompt_embeds.to(dtype, copy=True).contiguous(),
-            }
-            if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-                shard.keep(row, prompt_id, pack(tensors))
-            else:
-                shard.quarantine(row, Reason.NON_FINITE)
-        return shard.publish()
+    """Write the shard of a single unit; returns one row for every prompt, in order."""
+    rows, _ = TextWriter(config, storage, fingerprint, encoder).write(unit, prompts)
+    return rows
 
 
-def _embed(prompts: pa.Table, batch_size: int, encoder: TextEncoder) -> Iterator[tuple[str, Embedded]]:
-    """Every prompt with its embedding, in order; the null conditioning is no prompt and goes alone."""
-    named = list(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
-    for identity, _ in named[:1]:
-        if identity == NULL_PROMPT_ID:
-            yield identity, encoder.null()
-            named = named[1:]
-    for start in range(0, len(named), batch_size):
-        part = named[start : start + batch_size]
-        identities, texts = [identity for identity, _ in part], [text for _, text in part]
-        yield from zip(identities, encoder(texts), strict=True)
+def _write_prompt(prompt_id: str, embedded: Embedded, shard: UnitShard) -> None:
+    row = {"prompt_id": prompt_id, "num_tokens": embedded.num_tokens}
+    tensors = {"prompt_embeds": embedded.prompt_embeds, "pooled_prompt_embeds": embedded.pooled_prompt_embeds}
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        shard.keep(row, prompt_id, pack(tensors))
+    else:
+        shard.quarantine(row, Reason.NON_FINITE)

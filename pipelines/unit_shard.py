@@ -14,6 +14,7 @@ import pyarrow as pa
 from pipelines.dataset.pair import Reason, Status
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
+from pipelines.effort import Effort
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +41,11 @@ class UnitShard:
         name: Its name there.
         unit: Noted in every row.
         schema: Of the table that the rows are for.
+        effort: Where the time of the upload is counted.
     """
 
-    def __init__(self, storage: Storage, name: str, unit: str, schema: pa.Schema) -> None:
-        self._storage, self._name, self._unit, self._schema = storage, name, unit, schema
+    def __init__(self, storage: Storage, name: str, unit: str, schema: pa.Schema, effort: Effort) -> None:
+        self._storage, self._name, self._unit, self._schema, self._effort = storage, name, unit, schema, effort
         self._rows: list[Row] = []
         self._num_members = 0
 
@@ -72,7 +74,8 @@ class UnitShard:
         """Close and upload the shard; returns its rows for the commit."""
         sha256 = self._writer.close()
         if self._num_members:
-            self._storage.upload(self._name, self._file)
+            with self._effort.measured("upload"):
+                self._storage.upload(self._name, self._file)
         for row in self._rows:
             if row.get("shard"):
                 row.update(shard_bytes=self._writer.num_bytes, shard_sha256=sha256)

@@ -111,16 +111,21 @@ class Sampler:
         vae: Folder of another VAE than its own, or None.
         config: How to sample.
         resolution: Side of the square samples, in pixels.
+        variant: Which of the pipeline's weights; the plain ones by default.
     """
 
-    def __init__(self, model: str, vae: str | None, config: EvaluateConfig, resolution: int) -> None:
+    def __init__(
+        self, model: str, vae: str | None, config: EvaluateConfig, resolution: int, variant: str | None = None
+    ) -> None:
         import torch
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
         on_gpu = torch.cuda.is_available()
         dtype = torch.float16 if on_gpu else torch.float32
         parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)}
-        pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype, use_safetensors=True, **parts)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            model, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts
+        )
         self._pipeline = pipeline.to("cuda" if on_gpu else "cpu")
         self._pipeline.set_progress_bar_config(disable=True)
         self._config, self._resolution = config, resolution

@@ -10,37 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.errors import ModelError, TrainingError
-from pipelines.dataset.model_files import resolve_model, resolve_vae, weight_files
+from pipelines.dataset.model_files import ModelSource, weight_files
 from pipelines.dataset.storage import Storage
 from training.checkpoint import TAG
 
 UNET, VAE = "unet", "vae"
 
 
-def export_model(storage: Storage, *, checkpoint: str, model: str, vae: str | None, target: str, card: str) -> None:
+def export_model(storage: Storage, *, checkpoint: str, source: ModelSource, target: str, card: str) -> None:
     """Write the base pipeline with the trained UNet to the folder `target` of the storage.
 
-    Everything but the UNet is the base's own files, byte for byte. The folder is complete once `model_index.json`
-    is there: it is written last, and removed first when an older export is replaced.
+    Everything but the UNet is the base's own files, byte for byte; weights of a variant have plain names here, and a
+    separate VAE takes the place of the pipeline's own. The folder is complete once `model_index.json` is there: it is
+    written last, and removed first when an older export is replaced.
 
     Args:
         storage: Where checkpoint and target lie.
         checkpoint: A training checkpoint's folder.
-        model: The base pipeline, as in `encode.model`.
-        vae: The VAE of the latents, if it is not the pipeline's own: it goes into the export.
+        source: The base pipeline, as the section `encode` names it.
         target: Where to write.
         card: The model card, Markdown.
     """
-    base = resolve_model(model)
+    base = source.folder()
     with tempfile.TemporaryDirectory(prefix="mapo-export-") as work:
         local = Path(work) / "checkpoint"
         storage.download_folder(checkpoint, local)
         exported = Path(work) / "model"
         shutil.copytree(base, exported, ignore=shutil.ignore_patterns(UNET, "README.md", ".*", "*.bin", "*.ckpt"))
-        if vae is not None:
+        parts = {VAE: "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
+        if source.variant is not None:
+            for part, stem in parts.items():
+                _give_plain_names(exported / part, stem, source.variant)
+        if source.vae is not None:
             shutil.rmtree(exported / VAE, ignore_errors=True)
-            shutil.copytree(resolve_vae(model, vae), exported / VAE)
-        _save_unet(base, local, exported / UNET)
+            shutil.copytree(source.vae_folder(), exported / VAE)
+        _save_unet(source, local, exported / UNET)
         (exported / "README.md").write_text(card)
         index = exported / "model_index.json"
         publish = Path(work) / "model_index.json"
@@ -50,7 +54,20 @@ def export_model(storage: Storage, *, checkpoint: str, model: str, vae: str | No
         storage.upload(f"{target}/model_index.json", publish)
 
 
-def _save_unet(base: Path, checkpoint: Path, target: Path) -> None:
+def _give_plain_names(part: Path, stem: str, variant: str) -> None:
+    """Let the weights of a variant be the only ones of a part, under the names that are read without a variant."""
+    kept = {file.name for file in weight_files(part, stem, variant)}
+    for file in [*part.glob("*.safetensors"), *part.glob("*.safetensors.index*.json")]:
+        if file.name not in kept:
+            file.unlink()
+    single, index = part / f"{stem}.{variant}.safetensors", part / f"{stem}.safetensors.index.{variant}.json"
+    if index.is_file():  # its shards keep their names, which it says
+        index.rename(part / f"{stem}.safetensors.index.json")
+    else:
+        single.rename(part / f"{stem}.safetensors")
+
+
+def _save_unet(source: ModelSource, checkpoint: Path, target: Path) -> None:
     """The float32 weights of a ZeRO checkpoint (any stage, all ranks) in the base UNet's stored type."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -61,7 +78,8 @@ def _save_unet(base: Path, checkpoint: Path, target: Path) -> None:
         raise TrainingError(
             f"{len(broken)} of {len(weights)} weights are not finite, {broken[0]} first", "lower `train.learning_rate`"
         )
-    first = next(file for file in weight_files(base / UNET, "diffusion_pytorch_model") if file.suffix == ".safetensors")
+    base = source.folder()
+    first = next(file for file in source.unet_weights() if file.suffix == ".safetensors")
     with safe_open(first, "pt") as stored:
         dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / UNET))

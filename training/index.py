@@ -83,10 +83,10 @@ class PairIndex:
 
 
 def load_index(storage: Storage, snapshot: Snapshot, split: str) -> PairIndex:
-    """The kept pairs of a split that have latents.
+    """The kept pairs of a split whose latents and whose prompt's embedding were kept.
 
     Raises:
-        SnapshotError: A kept pair was never encoded under the run's fingerprint.
+        SnapshotError: A kept pair, or its prompt, was never encoded under the run's fingerprints.
     """
     where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
     where &= pc.field("label_0") != PREFERRED  # a kept tie has no chosen image
@@ -95,14 +95,23 @@ def load_index(storage: Storage, snapshot: Snapshot, split: str) -> PairIndex:
     encoded = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version).read(
         ["pair_key", "status", "bucket_height", "bucket_width", "shard", "offset", "length", "sha256"]
     )
+    texts = text_table(storage, snapshot.text_fingerprint, snapshot.text_version).read(["prompt_id", "status"])
     joined = pairs.join(encoded, "pair_key", join_type="inner")
-    if missing := pairs.num_rows - joined.num_rows:
+    _check_whole(f"{split} pairs have no latents", pairs.num_rows, joined.num_rows, snapshot.latents_fingerprint)
+    joined = joined.join(texts, "prompt_id", join_type="inner", right_suffix="_of_text")
+    _check_whole(
+        f"{split} pairs have no embedding of their prompt", pairs.num_rows, joined.num_rows, snapshot.text_fingerprint
+    )
+    kept = pc.and_(*(pc.equal(joined[name], str(Status.KEPT)) for name in ("status", "status_of_text")))
+    return PairIndex(joined.filter(kept).drop_columns(["status", "status_of_text"]))
+
+
+def _check_whole(what: str, num_pairs: int, num_found: int, fingerprint: str) -> None:
+    if num_found < num_pairs:
         raise SnapshotError(
-            f"{missing:,} of {pairs.num_rows:,} {split} pairs have no latents under the fingerprint "
-            f"{snapshot.latents_fingerprint}",
-            "run `mapo encode` with this configuration; latents of another model, VAE or resolution do not count",
+            f"{num_pairs - num_found:,} of {num_pairs:,} {what} under the fingerprint {fingerprint}",
+            "run `mapo encode` with this configuration; what another model, VAE, type or geometry gave does not count",
         )
-    return PairIndex(joined.filter(pc.equal(joined["status"], str(Status.KEPT))).drop_columns(["status"]))
 
 
 def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:

@@ -35,7 +35,7 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
     held_out = load_index(spec.storage, spec.snapshot, VALIDATION)
     plan = make_plan(index, spec)
     accumulation_steps = plan.accumulation_steps(config.num_workers)
-    base = load_base(spec.model, spec.vae)
+    base = load_base(spec.base)
     engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps)
     step, history, consumed, starts = restore_checkpoint(engine, key=spec.key)
     reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot))

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import read_config, resolve_model, resolve_vae
+from pipelines.dataset.model_files import ModelSource, read_config
 from training.loader import Batch
 
 
@@ -24,22 +24,24 @@ class Base:
     scaling_factor: float
 
 
-def load_base(model: str, vae: str | None) -> Base:
+def load_base(source: ModelSource) -> Base:
     """Load the UNet and the constants of a diffusers SDXL pipeline.
 
     Raises:
         ModelError: A part is missing, or it predicts neither noise nor velocity.
     """
-    folder = resolve_model(model)
+    folder = source.folder()
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+        unet = UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", use_safetensors=True, variant=source.variant, dtype=torch.float32
+        )
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        scaling_factor = float(read_config(resolve_vae(model, vae) / "config.json")["scaling_factor"])
+        scaling_factor = float(read_config(source.vae_folder() / "config.json")["scaling_factor"])
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the UNet of {model}: {error}", "is it a whole SDXL pipeline?") from error
+        raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole SDXL pipeline?") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(
-            f"{model} predicts {scheduler.config.prediction_type}; training knows epsilon and v_prediction",
+            f"{source.model} predicts {scheduler.config.prediction_type}; training knows epsilon and v_prediction",
             "choose a base of the SDXL family",
         )
     return Base(unet, scheduler, scaling_factor)

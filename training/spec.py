@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from pipelines.dataset.layout import RUNS
-from pipelines.dataset.model_files import file_digests, read_config, resolve_model, weight_files
+from pipelines.dataset.model_files import ModelSource, file_digests, read_config
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 
@@ -21,17 +21,17 @@ class Snapshot:
     text_version: int
 
 
-def base_digest(model: str) -> str:
+def base_digest(base: ModelSource) -> str:
     """16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
 
     Raises:
         ModelError: The model is missing, incomplete or damaged.
     """
-    folder = resolve_model(model)
+    folder = base.folder()
     files = [folder / "scheduler" / "scheduler_config.json", folder / "unet" / "config.json"]
     for file in files:
         read_config(file)
-    files += weight_files(folder / "unet", "diffusion_pytorch_model")
+    files += base.unet_weights()
     return hashlib.sha256(json.dumps(file_digests(files), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -42,8 +42,7 @@ class TrainSpec:
     Args:
         storage_url: The storage of data set and runs.
         run: The run's name.
-        model: The base pipeline, as in `encode.model`.
-        vae: Another VAE than the pipeline's own, as in `encode.vae`.
+        base: The base pipeline, as the section `encode` names it.
         base_digest: Digest of the weights that training starts from.
         seed: The run's seed.
         config: The `train` section.
@@ -52,8 +51,7 @@ class TrainSpec:
 
     storage_url: str
     run: str
-    model: str
-    vae: str | None
+    base: ModelSource
     base_digest: str
     seed: int
     config: TrainConfig

@@ -8,6 +8,7 @@
         ├── ShardCorrupt       stored bytes differ from their digest
         ├── DropBudgetExceeded more rows were quarantined than the limit allows
         ├── ModelError         the base model is missing or is not an SDXL pipeline
+        ├── EncodingError      an image or a prompt cannot be encoded on this machine
         ├── SnapshotError      the data set holds nothing (or not enough) to work on
         └── TrainingError      training cannot start, or went wrong
 
@@ -57,6 +58,10 @@ class DropBudgetExceeded(JobError):
 
 class ModelError(JobError):
     """The base model is missing, incomplete or not an SDXL pipeline."""
+
+
+class EncodingError(JobError):
+    """An image or a prompt cannot be encoded on this machine."""
 
 
 class SnapshotError(JobError):

@@ -4,6 +4,7 @@ Both floors read their parts of one diffusers SDXL pipeline. Only safetensors ar
 which run code when they are opened.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -11,42 +12,111 @@ import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.storage import Storage, file_sha256
+from pipelines.dataset.object_store import Upload, WrongBytes
+from pipelines.dataset.storage import Storage, file_sha256, retry
 
 MODEL_INDEX = "model_index.json"
 PIPELINE_CLASS = "StableDiffusionXLPipeline"
 CACHE_VARIABLE = "MAPO_CACHE"
 """Environment variable: the node's folder for fetched models."""
 
-# Other forms of the same weights that a hub repository often holds as well: tens of gigabytes.
-HUB_PATTERNS = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
-HUB_IGNORED = ["*.fp16.safetensors", "*onnx*", "*openvino*", "*flax*"]
+# A repository often holds the same weights in other forms as well: tens of gigabytes. Weights of a part lie in its
+# folder; those of a VAE by itself at the top, beside single-file checkpoints, which nobody here reads.
+PLAIN_FILES = ("*.json", "*.txt")
+WEIGHTS = ("*/*{}.safetensors", "diffusion_pytorch_model*{}.safetensors")
+IGNORED = ("*onnx*", "*openvino*", "*flax*")
+VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
+"""The variants that hub repositories hold beside the plain weights; others are fetched too if they are there."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HASHERS = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
-def resolve_model(model: str, marker: str = MODEL_INDEX) -> Path:
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model by name: where it is, and which of its files count.
+
+    Args:
+        model: A folder, an fsspec URL of one, or a hub id.
+        vae: Another VAE than the pipeline's own: its own folder, or a pipeline that has one.
+        revision: Branch, tag or commit, if `model` is a hub id.
+        variant: Which weights of the pipeline, such as fp16; the plain ones by default. A separate VAE has plain ones.
+    """
+
+    model: str
+    vae: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+    def folder(self) -> Path:
+        """The local folder of the pipeline; fetched first if it is elsewhere.
+
+        Raises:
+            ModelError: There is no such pipeline, or it cannot be fetched.
+        """
+        return resolve_model(self.model, revision=self.revision, variant=self.variant)
+
+    def vae_folder(self) -> Path:
+        """The folder of the VAE: the pipeline's own, or the other one.
+
+        Raises:
+            ModelError: See `folder`.
+        """
+        if self.vae is None:
+            return self.folder() / "vae"
+        separate = Path(self.vae).expanduser()
+        if separate.is_dir() and (separate / MODEL_INDEX).is_file():
+            return resolve_model(self.vae) / "vae"
+        return resolve_model(self.vae, marker="config.json")
+
+    @property
+    def vae_variant(self) -> str | None:
+        """Which of the VAE's weights count."""
+        return self.variant if self.vae is None else None
+
+    def vae_weights(self) -> list[Path]:
+        """The weight files of the VAE; see `weight_files`."""
+        return weight_files(self.vae_folder(), "diffusion_pytorch_model", self.vae_variant)
+
+    def unet_weights(self) -> list[Path]:
+        """The weight files of the UNet; see `weight_files`."""
+        return weight_files(self.folder() / "unet", "diffusion_pytorch_model", self.variant)
+
+
+def resolve_model(
+    model: str, marker: str = MODEL_INDEX, *, revision: str | None = None, variant: str | None = None
+) -> Path:
     """The local folder of a model; fetched first if it is elsewhere.
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
         marker: The file that such a folder must hold.
+        revision: Branch, tag or commit of a hub id.
+        variant: Which weights to fetch.
 
     Raises:
         ModelError: There is no such folder, it cannot be fetched, or it lacks `marker`.
     """
+    is_folder = "://" not in model and Path(model).expanduser().exists()
+    if revision is not None and ("://" in model or is_folder):
+        raise ModelError(
+            f"{model} has no revision {revision}: only a model on the hub has revisions",
+            "remove `encode.revision`, or give a hub id as `encode.model`",
+        )
     if "://" in model:
-        folder = _fetch(model)
-    elif Path(model).expanduser().is_dir():
+        folder = _fetch(model, variant)
+    elif is_folder and Path(model).expanduser().is_dir():
         folder = Path(model).expanduser().resolve()
-    elif HUB_ID.fullmatch(model) and not Path(model).expanduser().exists():
-        folder = _fetch_from_hub(model)
+    elif HUB_ID.fullmatch(model) and not is_folder:
+        folder = _fetch_from_hub(model, revision, variant)
     else:
         raise ModelError(
             f"there is no model folder {Path(model).expanduser().absolute()}",
@@ -59,19 +129,6 @@ def resolve_model(model: str, marker: str = MODEL_INDEX) -> Path:
             f"with `{PIPELINE_CLASS}.from_single_file(...).save_pretrained(...)`",
         )
     return folder
-
-
-def resolve_vae(model: str, vae: str | None) -> Path:
-    """The folder of the VAE: the pipeline's own, or another one (its own folder, or the `vae` of a pipeline).
-
-    Raises:
-        ModelError: See `resolve_model`.
-    """
-    if vae is None:
-        return resolve_model(model) / "vae"
-    if Path(vae).expanduser().is_dir() and (Path(vae).expanduser() / MODEL_INDEX).is_file():
-        return resolve_model(vae) / "vae"
-    return resolve_model(vae, marker="config.json")
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -101,28 +158,31 @@ def read_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def weight_files(part: Path, stem: str) -> list[Path]:
+def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path]:
     """The safetensors files of one part, with its index if it is in several; each with a whole header.
 
     Args:
         part: Its folder, such as `<model>/vae`.
         stem: `model` for transformers, `diffusion_pytorch_model` for diffusers.
+        variant: Such as fp16, in names like `model.fp16.safetensors`.
 
     Raises:
         ModelError: They are missing, of another kind, or cut.
     """
-    index = part / f"{stem}.safetensors.index.json"
+    of_variant = "" if variant is None else f".{variant}"
+    index = part / f"{stem}.safetensors.index{of_variant}.json"
     if index.is_file():
         shards = sorted(set(read_config(index).get("weight_map", {}).values()))
         files = [part / name for name in shards]
     else:
-        index, files = Path(), [part / f"{stem}.safetensors"]
+        index, files = Path(), [part / f"{stem}{of_variant}.safetensors"]
     for file in files:
         if not file.is_file():
             others = sorted(found.name for found in part.glob("*") if found.suffix in (".bin", ".safetensors", ".pth"))
             raise ModelError(
                 f"{file} is missing" + (f"; the folder holds {', '.join(others)}" if others else ""),
-                "only safetensors are read: load the pipeline with diffusers and `save_pretrained` it once",
+                "only safetensors are read, of the variant `encode.variant` or the plain ones: load the pipeline with "
+                "diffusers and `save_pretrained` it once",
             )
         _check_safetensors(file)
     return [*([index] if index.name else []), *files]
@@ -161,8 +221,24 @@ def _check_safetensors(file: Path) -> None:
         )
 
 
-def _fetch(url: str) -> Path:
-    """Copy a folder from any fsspec file system into the node's cache, once for each state it is in."""
+def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
+    """What to fetch of a model, and what of that to leave: what is no weights, and the weights of one variant."""
+    if variant is not None:
+        return [*PLAIN_FILES, *(pattern.format(f".{variant}*") for pattern in WEIGHTS)], list(IGNORED)
+    others = [f"*.{other}{end}" for other in VARIANTS for end in (".safetensors", "-*.safetensors")]
+    return [*PLAIN_FILES, *(pattern.format("") for pattern in WEIGHTS)], [*IGNORED, *others]
+
+
+def _is_wanted(name: str, variant: str | None) -> bool:
+    wanted, left = _patterns(variant)
+    return any(fnmatch.fnmatch(name, each) for each in wanted) and not any(fnmatch.fnmatch(name, each) for each in left)
+
+
+def _fetch(url: str, variant: str | None) -> Path:
+    """Copy a folder from any fsspec file system into the node's cache, once for each state it is in.
+
+    The processes of a node wait for the first of them. Every file is held against what the store says of it.
+    """
     storage = Storage(url)
     if storage.is_local:
         return Path(storage.path())
@@ -170,28 +246,40 @@ def _fetch(url: str) -> Path:
         listing = storage.fs.find(storage.path(), detail=True)
     except Exception as error:  # each fsspec back end has its own exception tree
         raise ModelError(f"cannot list the model {url}: {error}", "check the URL and the credentials") from error
-    sizes = {str(path).removeprefix(storage.path() + "/"): int(info["size"]) for path, info in listing.items()}
-    if not sizes:
+    found = {str(path).removeprefix(storage.path() + "/"): info for path, info in listing.items()}
+    infos = {name: info for name, info in found.items() if _is_wanted(name, variant)}
+    if not infos:
         raise ModelError(f"there is no model at {url}", "set `encode.model` to a diffusers SDXL pipeline")
-    marks = sorted((name, sizes[name], _mark(info)) for name, info in zip(sizes, listing.values(), strict=True))
+    marks = sorted((name, int(info["size"]), _mark(info)) for name, info in infos.items())
     cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "models"
     folder = cache / hashlib.sha256(json.dumps([url, marks]).encode()).hexdigest()[:32]
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as unfinished:
-        target = Path(unfinished) / "model"
-        storage.download_folder("", target)
-        for name, size in sizes.items():
-            got = (target / name).stat().st_size if (target / name).is_file() else 0
-            if got != size:
-                raise ModelError(f"fetching {url}/{name} gave {got:,} of {size:,} bytes", "try again")
-        try:
+    with FileLock(cache / f".{folder.name}.lock"):
+        if folder.is_dir():  # another process was first
+            return folder
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as unfinished:
+            target = Path(unfinished) / "model"
+            with ThreadPoolExecutor(HASHERS) as readers:
+                list(readers.map(lambda name: _fetch_file(storage, name, target / name), infos))
             target.rename(folder)
-        except OSError:  # another process was first; the state is the same
-            if not folder.is_dir():
-                raise
     return folder
+
+
+def _fetch_file(storage: Storage, name: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def get() -> None:
+        storage.fs.get_file(storage.path(name), str(target))
+        Upload(target).check(storage.fs, storage.path(name))
+
+    try:
+        retry(get)
+    except WrongBytes as error:
+        raise ModelError(f"fetching {storage.uri(name)} gave other bytes: {error}", "try again") from error
+    except Exception as error:  # each fsspec back end has its own exception tree
+        raise ModelError(f"cannot fetch {storage.uri(name)}: {error}", "check the URL and the credentials") from error
 
 
 def _mark(info: dict[str, Any]) -> str:
@@ -199,16 +287,18 @@ def _mark(info: dict[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
 
 
-def _fetch_from_hub(identifier: str) -> Path:
+def _fetch_from_hub(identifier: str, revision: str | None, variant: str | None) -> Path:
     """A snapshot of a hub repository in the hub's own cache; from that cache alone where there is no network."""
     from huggingface_hub import snapshot_download
 
+    wanted, left = _patterns(variant)
     try:
-        return Path(snapshot_download(identifier, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        return Path(snapshot_download(identifier, revision=revision, allow_patterns=wanted, ignore_patterns=left))
     except Exception as error:  # offline, unknown, gated, out of space: the hub's tree, httpx's and OSError
         cause = str(error).strip().splitlines()
+        at = "" if revision is None else f" at revision {revision}"
         raise ModelError(
-            f"there is no folder {Path(identifier).absolute()}, and the hub gave no model {identifier}: "
+            f"there is no folder {Path(identifier).absolute()}, and the hub gave no model {identifier}{at}: "
             f"{cause[0] if cause else type(error).__name__}",
             "give a local folder, or check the name and the network (HF_HUB_OFFLINE, HF_TOKEN)",
         ) from error

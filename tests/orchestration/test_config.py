@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("train.num_worker=2", "unknown key `train.num_worker`", "did you mean `train.num_workers`?"),
         ("ingst.x=1", "unknown key `ingst`", "did you mean `ingest`?"),
         ("ingest.sources.0.pth=x", "unknown key `ingest.sources.0.pth`", "did you mean `ingest.sources.0.path`?"),
-        ("encode.zzz=1", "unknown key `encode.zzz`", "known keys of encode: model, vae"),
+        ("encode.zzz=1", "unknown key `encode.zzz`", "known keys of encode: model, revision"),
         ("train.max_steps=0", "`train.max_steps`: Input should be greater than or equal to 1 (it is 0)", ""),
         ("train.max_steps=many", "`train.max_steps`: Input should be a valid integer", ""),
         ("train.global_batch_size=100", "not a multiple of micro_batch_size x num_workers = 8 x 8 = 64", "64, 128"),

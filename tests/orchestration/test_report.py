@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from orchestration import report
+from orchestration import encoding_view, report
 from orchestration.report import render_report
 from pipelines.dataset.pair import Reason
 
 ENDS = ("low", "mean", "high")
+CONTACT = ("source", "decoded")
 PROMPTS = (
     "a cat on a sofa", "a red bicycle against a wall", "a bowl of lemons", "mountains after rain",
     '<script>alert("x")</script> & <img src=x onerror=alert(1)>', "an old harbour at dawn, " * 30, "x" * 300,
@@ -65,6 +66,7 @@ def sample_data(num_steps: int = 1200) -> dict[str, Any]:
             "reasons": {"equal_preference": 30, "repeated": 8, "truncated_image": 4, "missing_prompt": 13, "<odd>": 1},
             "splits": {"train": 560, "validation": 52},
         },
+        "encoding": _encoding(),
         "fingerprints": {"latents": "9f" * 16, "text": "77" * 16},
         "training": _training(num_steps),
         "evaluation": {
@@ -98,10 +100,35 @@ def _training(num_steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _encoding() -> dict[str, Any]:
+    shared = {"num_actors": 2, "device": "cpu", "batch_size": 8, "halved_to": None}
+    return {
+        "pairs": 612, "images": 1501, "image_slots": 1606, "prompts": 90, "truncated_prompts": 3, "max_tokens": 77,
+        "image_ratio": 1.07, "text_ratio": 6.8, "quarantined": {"non_finite": 2, "truncated_image": 1},
+        "bytes_per_pair": {"latents": 8420.0, "text": 1020.5, "text_per_pair_storage": 10205.0},
+        "speed": {
+            "latents": {**shared, "seconds": 12.3, "items": 803, "images": 1499, "images_per_s": 122.0,
+                        "items_per_s": 65.25, "busy_ratio": 0.934,
+                        "seconds_by_part": {"fetch": 1.2, "decode": 3.0, "encode": 20.1, "pack": 0.5, "upload": 0.2}},
+            "text": {**shared, "seconds": 1.6, "items": 91, "images": 0, "images_per_s": 0.0, "items_per_s": 56.9,
+                     "busy_ratio": 0.712, "num_actors": 1, "device": "NVIDIA H100 80GB HBM3", "batch_size": 64,
+                     "seconds_by_part": {"encode": 1.1, "pack": 0.3, "upload": 0.1}},
+        },
+        "contact": [
+            {"pair_key": f"c0ffee{i:02}" * 4, "prompt": prompt, "side": i % 2, "bucket": [64 + 16 * (i % 2), 64],
+             "psnr": None if i == 2 else 28.4 + i, "source": f"encode/contact-{i:03}-source.png",
+             "decoded": f"encode/contact-{i:03}-decoded.png"}
+            for i, prompt in enumerate(PROMPTS)
+        ],
+    }  # fmt: skip
+
+
 def sample_images() -> dict[str, bytes]:
     names = sample_data(6)["evaluation"]["samples"]
-    return {name: _image(sample["seed"], styled=name.startswith("aligned"))
-            for sample in names for name in (sample["base"], sample["aligned"])}  # fmt: skip
+    samples = {name: _image(sample["seed"], styled=name.startswith("aligned"))
+               for sample in names for name in (sample["base"], sample["aligned"])}  # fmt: skip
+    contact = {image[kind]: _image(100 + i) for i, image in enumerate(_encoding()["contact"]) for kind in CONTACT}
+    return samples | contact
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +168,13 @@ def test_what_a_user_wrote_is_text_and_never_markup() -> None:
     hostile = '"><script>alert(1)</script>'
     data["name"] = data["command"] = data["model"] = data["config"]["name"] = data["training"]["method"] = hostile
     data["stages"][0]["summary"] = data["evaluation"]["scores"][0]["name"] = hostile
+    data["encoding"]["speed"]["text"]["device"] = data["encoding"]["contact"][0]["pair_key"] = hostile
+    data["encoding"]["quarantined"][hostile] = 1
     parsed = _Page(render_report(data, sample_images()))
     assert "script" not in parsed.tags
-    assert parsed.tags.count("img") == 2 * 2 * len(PROMPTS)
-    assert parsed.text.count(hostile) >= 8
-    assert all(prompt in parsed.text for prompt in PROMPTS)
+    assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS)
+    assert parsed.text.count(hostile) >= 11
+    assert all(parsed.text.count(prompt) >= 3 for prompt in PROMPTS)  # two samples and one image of encoding
 
 
 def test_every_row_that_was_read_is_accounted_for(page: str) -> None:
@@ -177,13 +206,84 @@ def test_the_outcome_is_told_in_words_and_never_oversold(page: str) -> None:
     assert "was not measured on held-out pairs both before and after" in render_report(data, {})
 
 
-@pytest.mark.parametrize("missing", ["dataset", "fingerprints", "training", "evaluation", "model"])
+@pytest.mark.parametrize("missing", ["dataset", "encoding", "fingerprints", "training", "evaluation", "model"])
 def test_a_stage_that_has_not_run_is_said_to_be_missing(missing: str) -> None:
     data = sample_data(12)
     said = render_report({**data, missing: None}, {})
     del data[missing]
     assert said == render_report(data, {})
     assert "has not run" in said
+
+
+def _section(page: str, name: str) -> str:
+    (section,) = re.findall(rf'<section id="{name}".*?</section>', page, re.DOTALL)
+    return re.sub(r"\s+", " ", _Page(section).text)
+
+
+def test_the_encoding_section_tells_all_that_was_recorded(page: str) -> None:
+    text = _section(page, "encoding")
+    for fact in (
+        "Pairs 612", "Distinct images encoded for the 1,606 images of the pairs, 1.07 to each 1,501",
+        "Distinct prompts 6.80 pairs a prompt 90", "Prompts longer than 77 tokens 3.3 % of the prompts; what comes",
+        "after was cut 3", "Latents, a pair 8.4 kB",
+        "Text, a pair 90.0 % less than the 10.2 kB of a text stored with every pair 1.0 kB",
+        "Quarantined: non_finite The encoder gave numbers that are not finite. 2", "Quarantined: truncated_image An",
+        "Latents Text", "Encoded 803 pairs 91 prompts", "Images 1,499 \u2013", "Time 12.3 s 1.6 s",
+        "Images a second 122 \u2013", "Pairs a second 65.2 \u2013", "Prompts a second \u2013 56.9",
+        "Device busy 93.4 % 71.2 %", "Actors 2 1", "Device cpu NVIDIA H100 80GB HBM3", "Batch size 8 64",
+        "fetch reads images 1.2 s 4.8 %", "3.0 s 12.0 %", "encode runs the model 20.1 s 80.4 %",
+        "0.5 s 2.0 %", "0.2 s 0.8 %", "1.1 s 73.3 %", "0.3 s 20.0 %", "0.1 s 6.7 %", "not of the time: the parts run",
+        "a PSNR near 10 dB", "PSNR 28.4 dB \u00b7 64 \u00d7 64 \u00b7 image 0 of c0ffee00c0ffee00",
+        "PSNR 29.4 dB \u00b7 80 \u00d7 64 \u00b7 image 1 of c0ffee01c0ffee01", "no pixel differs \u00b7 64 \u00d7 64",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert "out of memory" not in text
+    assert page.index('id="data"') < page.index('id="encoding"') < page.index('id="workers"')
+
+
+def test_what_is_not_known_of_encoding_is_not_made_up() -> None:
+    data = sample_data(12)
+    data["encoding"].update(image_ratio=None, truncated_prompts=0, quarantined={}, contact=[])
+    data["encoding"]["bytes_per_pair"]["text"] = 20000.0  # more than with every pair: nothing to boast of
+    data["encoding"]["speed"]["latents"].update(halved_to=4)
+    data["encoding"]["speed"]["text"] = None
+    text = _section(render_report(data, {}), "encoding")
+    for fact in ("images of the pairs 1,501", "tokens 0 L", "Quarantined 0", "Text, a pair 20.0 kB", "No contact sheet",
+                 "Latents ran out of memory with 8 a pass; went on with 4."):  # fmt: skip
+        assert fact in text, fact
+    assert not re.search("prompts a second|work on text|less than|no explanation", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("speed", [None, {"latents": None, "text": None}])
+def test_a_run_that_found_everything_encoded_has_no_speed(speed: dict[str, None] | None) -> None:
+    data = sample_data(12)
+    data["encoding"]["speed"] = speed
+    text = _section(render_report(data, {}), "encoding")
+    assert "This run encoded nothing: another run of this storage had done it." in text
+    assert not re.search("a second|Device|Work on|of the work", text)
+
+
+def test_shares_of_the_work_make_a_whole(page: str) -> None:
+    (section,) = re.findall(r'<section id="encoding".*?</section>', page, re.DOTALL)
+    for bar in (bars := re.findall(r'<div class="bar".*?</div>', section)):
+        assert sum(map(float, re.findall(r"flex-grow: ([\d.e-]+)", bar))) == pytest.approx(1)
+    for kind in ("latents", "text"):
+        (table,) = re.findall(rf'aria-label="Work on {kind} by part">.*?</table>', section, re.DOTALL)
+        shown = re.findall(r"([\d.]+) %", _Page(table).text)
+        assert sum(map(float, shown)) == pytest.approx(100, abs=1)
+    assert len(bars) == 2
+    assert [part["share"] for part in encoding_view.shares({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
+    assert [part["share"] for part in encoding_view.shares({"encode": 0.0})] == [0.0]
+
+
+def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str) -> None:
+    images = sample_images()
+    for name in (names := [image[kind] for image in _encoding()["contact"] for kind in CONTACT]):
+        assert base64.b64encode(images[name]).decode() in page
+    del images[names[1]]
+    text = _section(render_report(sample_data(12), images), "encoding")
+    assert f"{names[1]} is missing" in text
+    assert text.count("is missing") == 1
 
 
 def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:

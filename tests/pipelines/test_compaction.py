@@ -23,7 +23,7 @@ from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.encode import latent_units
+from pipelines.encode_plan import latent_units
 from pipelines.occupancy import pair_shards, runs
 from pipelines.removal import Condition, remove
 from pipelines.verify import verify

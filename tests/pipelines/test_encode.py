@@ -22,11 +22,13 @@ from pipelines.committer import Committer
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
 from pipelines.dataset.errors import ConfigError, DropBudgetExceeded, ModelError, ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
+from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.encode import Pending, encode, pending
-from pipelines.encoders import LatentEncoder, TextEncoder
+from pipelines.encode import encode
+from pipelines.encode_plan import Pending, pending
+from pipelines.encoders import LatentEncoder, Launched, TextEncoder
 from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
 from pipelines.geometry import bucket_list, place_pair
 from pipelines.ingest import plan_units, write_unit
@@ -40,22 +42,22 @@ CPU = torch.device("cpu")
 class Counting:
     """A VAE that counts the images it is given."""
 
-    encoder: Callable[[Any], torch.Tensor]
+    encoder: LatentEncoder
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
-    def __call__(self, images: Any) -> torch.Tensor:
+    def launch(self, images: Any) -> Launched:
         self.shapes += [image.shape for image in images]
-        return self.encoder(images)
+        return self.encoder.launch(images)
 
 
 @pytest.fixture(scope="module")
 def vae(tiny_pipeline: Path) -> LatentEncoder:
-    return LatentEncoder(str(tiny_pipeline), device=CPU)
+    return LatentEncoder(ModelSource(str(tiny_pipeline)), device=CPU)
 
 
 @pytest.fixture(scope="module")
 def text(tiny_pipeline: Path) -> TextEncoder:
-    return TextEncoder(str(tiny_pipeline), CPU)
+    return TextEncoder(ModelSource(str(tiny_pipeline)), CPU)
 
 
 @pytest.fixture
@@ -326,14 +328,15 @@ def test_non_finite_latents_are_counted_rows_and_too_many_fail(
     ingest_here(storage, write_parquet(tmp_path / "in.parquet", photo_pairs(10)))
     seen = []
 
-    def overflowing(images: Any) -> torch.Tensor:
-        latents = vae(images)
-        if not seen:
-            latents[0, 0, 0, 0] = 1e6  # finite in float32, not in the stored float16
-        seen.append(len(images))
-        return latents
+    class Overflowing:
+        def launch(self, images: Any) -> Launched:
+            latents, seconds = vae.launch(images).wait()
+            if not seen:
+                latents[0, 0, 0, 0] = 1e6  # finite in float32, not in the stored float16
+            seen.append(len(images))
+            return Launched(latents, lambda: seconds)
 
-    encode_here(config, storage, overflowing, text)
+    encode_here(config, storage, Overflowing(), text)
     rows = latents_table(storage, latents_fingerprint(config)).read().to_pylist()
     (bad,) = [row for row in rows if row["status"] == "quarantined"]
     assert bad["reason"] == "non_finite"
@@ -372,7 +375,7 @@ def test_planning_needs_neither_ray_nor_torch(
         "import sys\n"
         "from pipelines.config import EncodeConfig\n"
         "from pipelines.dataset.storage import Storage\n"
-        "from pipelines.encode import pending\n"
+        "from pipelines.encode_plan import pending\n"
         f"todo = pending(EncodeConfig(model={config.model!r}, resolution=64), Storage({storage.url!r}))\n"
         "heavy = {'ray', 'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "print(len(todo.latents), len(todo.texts), sorted(heavy))"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import CACHE_VARIABLE, resolve_model
+from pipelines.dataset.model_files import CACHE_VARIABLE, ModelSource, resolve_model
 from pipelines.encoders import LatentEncoder, TextEncoder
 from pipelines.fingerprint import latents_fingerprint, text_fingerprint
 
@@ -41,7 +41,7 @@ def full(tiny_pipeline: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def text_encoder(tiny_pipeline: Path) -> TextEncoder:
-    return TextEncoder(str(tiny_pipeline), torch.device("cpu"))
+    return TextEncoder(ModelSource(str(tiny_pipeline)), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_tokens_are_counted_before_truncation(text_encoder: TextEncoder) -> None
 def test_the_null_conditioning_is_what_diffusers_guides_away_from(full: Any, tmp_path: Path) -> None:
     for force_zeros in (True, False):
         new_pipeline(force_zeros=force_zeros).save_pretrained(tmp_path / str(force_zeros))
-        null = TextEncoder(str(tmp_path / str(force_zeros)), torch.device("cpu")).null()
+        null = TextEncoder(ModelSource(str(tmp_path / str(force_zeros))), torch.device("cpu")).null()
         full.register_to_config(force_zeros_for_empty_prompt=force_zeros)
         _, negative, _, negative_pooled = full.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=True)
         torch.testing.assert_close(null.prompt_embeds, negative[0], rtol=0, atol=1e-6)
@@ -75,7 +75,7 @@ def test_the_null_conditioning_is_what_diffusers_guides_away_from(full: Any, tmp
 @torch.no_grad()
 def test_latents_are_the_posterior_mean_that_diffusers_gives(full: Any, tiny_pipeline: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
-    latents = LatentEncoder(str(tiny_pipeline), device=torch.device("cpu"))(pixels)
+    latents = LatentEncoder(ModelSource(str(tiny_pipeline)), device=torch.device("cpu"))(pixels)
     for image, found in zip(pixels, latents, strict=True):
         expected = full.vae.encode(full.image_processor.preprocess(Image.fromarray(image))).latent_dist.mean[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -100,7 +100,7 @@ def test_sdxls_own_tokenizers_give_diffusers_embeddings(tmp_path: Path) -> None:
         tokenizer=tokenizers[0], tokenizer_2=tokenizers[1], text_encoder=encoders[0], text_encoder_2=encoders[1]
     )
     pipeline.save_pretrained(tmp_path / "model")
-    found = TextEncoder(str(tmp_path / "model"), torch.device("cpu"))(list(PROMPTS.values()))
+    found = TextEncoder(ModelSource(str(tmp_path / "model")), torch.device("cpu"))(list(PROMPTS.values()))
     for prompt, embedded in zip(PROMPTS.values(), found, strict=True):
         embeds, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         torch.testing.assert_close(embedded.prompt_embeds, embeds[0], rtol=0, atol=1e-6)
@@ -168,7 +168,7 @@ def test_another_vae_is_another_fingerprint_and_its_own_numbers(tiny_pipeline: P
     pixels = np.zeros((1, 32, 32, 3), np.uint8)
     with torch.no_grad():
         expected = other.vae.encode(torch.full((1, 3, 32, 32), -1.0)).latent_dist.mean
-    found = LatentEncoder(str(tiny_pipeline), str(tmp_path / "vae"), torch.device("cpu"))(pixels)
+    found = LatentEncoder(ModelSource(str(tiny_pipeline), str(tmp_path / "vae")), device=torch.device("cpu"))(pixels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -225,9 +225,9 @@ def test_weights_that_lack_a_tensor_are_refused_and_never_random(tiny_pipeline: 
         del tensors[sorted(tensors)[0]]
         save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ModelError, match=r"VAE .* lack 1 tensors"):
-        LatentEncoder(str(model), device=torch.device("cpu"))
+        LatentEncoder(ModelSource(str(model)), device=torch.device("cpu"))
     with pytest.raises(ModelError, match=r"text_encoder .* lack 1 tensors"):
-        TextEncoder(str(model), torch.device("cpu"))
+        TextEncoder(ModelSource(str(model)), torch.device("cpu"))
 
 
 def test_a_hub_id_without_a_network_says_so() -> None:

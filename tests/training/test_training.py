@@ -12,6 +12,7 @@ import torch
 from encoded import write_base, write_encoded
 
 from pipelines.dataset.errors import TrainingError
+from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 from training.export import read_weights
@@ -41,7 +42,8 @@ def make_spec(folder: Path, config: TrainConfig = CONFIG, sides: tuple[int, ...]
     storage = Storage(str(folder / "storage"))
     snapshot = write_encoded(storage, folder, sides=sides)
     base = write_base(folder / "base")
-    return TrainSpec(storage.url, "test", str(base), None, base_digest(str(base)), 0, config, snapshot)
+    source = ModelSource(str(base))
+    return TrainSpec(storage.url, "test", source, base_digest(source), 0, config, snapshot)
 
 
 def weights(spec: TrainSpec, trained: Trained) -> dict[str, torch.Tensor]:
@@ -56,7 +58,7 @@ def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, Trained]:
 
 def expected_first_step(spec: TrainSpec) -> torch.Tensor:
     """Loss of the first global batch, computed in one process without Ray, accelerate or DeepSpeed."""
-    base = load_base(spec.model, spec.vae)
+    base = load_base(spec.base)
     base.unet.eval()
     index = load_index(spec.storage, spec.snapshot, "train")
     plan = make_plan(index, spec)

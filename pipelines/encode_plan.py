@@ -1,0 +1,133 @@
+"""What encode has to do: units of what is missing under the fingerprints, and whether the settings fit the model.
+
+Reads tables and the model's files; needs neither Ray nor torch.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.config import EncodeConfig
+from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.layout import latents_table, pairs_table, text_table
+from pipelines.dataset.model_files import read_config, read_model_index
+from pipelines.dataset.pair import NULL_PROMPT_ID, Status
+from pipelines.dataset.storage import Storage
+from pipelines.fingerprint import fingerprint_of, latents_parts, text_parts
+from pipelines.geometry import bucket_list
+
+PROMPTS_A_UNIT = 1024  # 0.3 GB of SDXL embeddings in float16
+
+_IMAGE_COLUMNS = [
+    "pair_key", "shard", "image_0_sha256", "image_1_sha256", "offset_0", "length_0", "offset_1", "length_1",
+    "height_0", "width_0", "orientation_0", "height_1", "width_1", "orientation_1",
+]  # fmt: skip
+_KEPT = pc.field("status") == str(Status.KEPT)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Pairs of one shard, or distinct prompts: what one actor turns into one shard, committed whole."""
+
+    id: str
+    rows: pa.Table
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What is not encoded yet under the configuration's fingerprints."""
+
+    num_kept: int
+    """Kept pairs, encoded or not."""
+    latents: list[Unit]
+    texts: list[Unit]
+    latents_parts: dict[str, Any]
+    text_parts: dict[str, Any]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything is encoded."""
+        return not self.latents and not self.texts
+
+
+def pending(config: EncodeConfig, storage: Storage) -> Pending:
+    """Plan the missing units.
+
+    Raises:
+        ModelError: The model is missing, damaged or not an SDXL pipeline.
+    """
+    of_latents, of_text = latents_parts(config), text_parts(config)
+    kept = pairs_table(storage).read([*_IMAGE_COLUMNS, "prompt_id"], _KEPT)
+    if not kept.num_rows:
+        return Pending(0, [], [], of_latents, of_text)
+    return Pending(
+        kept.num_rows,
+        latent_units(kept.select(_IMAGE_COLUMNS), storage, fingerprint_of(of_latents)),
+        text_units(kept["prompt_id"], storage, fingerprint_of(of_text)),
+        of_latents,
+        of_text,
+    )
+
+
+def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Unit]:
+    """One unit for every pair shard with pairs that have no latents: those pairs, by shard and place in it."""
+    done = latents_table(storage, fingerprint).read(["pair_key"])["pair_key"]
+    missing = kept.filter(pc.invert(pc.is_in(kept["pair_key"], pa.array(done.unique()))))
+    missing = missing.sort_by([("shard", "ascending"), ("offset_0", "ascending")]).combine_chunks()
+    units, start = [], 0
+    runs = pc.run_end_encode(missing["shard"].combine_chunks()) if missing.num_rows else None
+    for end in [] if runs is None else runs.run_ends.to_pylist():
+        rows = missing.slice(start, end - start)
+        keys = sorted(rows["pair_key"].to_pylist())
+        units.append(Unit(_unit_id("latents", fingerprint, rows["shard"][0].as_py(), *keys), rows))
+        start = end
+    return units
+
+
+def text_units(kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str) -> list[Unit]:
+    """The distinct prompts (and the null conditioning) that have no embedding, sorted, so many to a unit."""
+    wanted = pa.concat_arrays([pa.array([NULL_PROMPT_ID]), kept_prompt_ids.unique()])
+    done = text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"]
+    missing = wanted.filter(pc.invert(pc.is_in(wanted, pa.array(done.unique()))))
+    if not len(missing):
+        return []
+    found = pairs_table(storage).read(["prompt_id", "prompt"], _KEPT & pc.field("prompt_id").isin(missing))
+    prompts = dict(zip(found["prompt_id"].to_pylist(), found["prompt"].to_pylist(), strict=True))
+    identities = sorted(missing.to_pylist())
+    units = []
+    for start in range(0, len(identities), PROMPTS_A_UNIT):
+        part = identities[start : start + PROMPTS_A_UNIT]
+        rows = pa.table({"prompt_id": part, "prompt": pa.array([prompts.get(p, "") for p in part], pa.string())})
+        units.append(Unit(_unit_id("text", fingerprint, *part), rows))
+    return units
+
+
+def _unit_id(*identity: str) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def check_settings(config: EncodeConfig) -> None:
+    """Find what cannot be encoded before any work.
+
+    Raises:
+        ModelError: The model is missing or not an SDXL pipeline.
+        ConfigError: A bucket does not divide by the VAE's factor, or the VAE overflows in `vae_dtype`.
+    """
+    read_model_index(config.source.folder())
+    vae = read_config(config.source.vae_folder() / "config.json")
+    factor = 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
+    for height, width in bucket_list(config.resolution, config.buckets):
+        if height % factor or width % factor:
+            raise ConfigError(
+                f"a bucket of {height} x {width} pixels does not divide by {factor}, the factor of the VAE",
+                f"set `encode.resolution` (or every side in `encode.buckets`) to a multiple of {max(factor, 64)}",
+            )
+    if config.vae_dtype == "float16" and vae.get("force_upcast", True):
+        raise ConfigError(
+            f"the VAE of {config.vae or config.model} has `force_upcast`: it overflows in float16",
+            "set `encode.vae_dtype` to float32, tf32 or bfloat16, or `encode.vae` to madebyollin/sdxl-vae-fp16-fix",
+        )
