@@ -19,8 +19,8 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import unwrap
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.pair import Status
+from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
-from pipelines.encode import WAIT_PASSIVELY
 from pipelines.fingerprint import latents_fingerprint
 
 CONTACT = "encode"
@@ -54,7 +54,7 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
 
     chosen = choose_pairs(storage, latents_fingerprint(config))
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    decode = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env={"env_vars": WAIT_PASSIVELY})(_decode)
+    decode = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env={"env_vars": TORCH_ENVIRONMENT})(_decode)
     try:
         decoded: list[Decoded] = ray.get(decode.remote(config, storage, chosen))
     except ray.exceptions.RayError as error:

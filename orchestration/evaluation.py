@@ -7,11 +7,11 @@ from typing import Any
 
 from orchestration.config import RunConfig
 from pipelines.dataset.errors import unwrap
+from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.progress import Progress
 
 EVALUATION = "evaluation"
-WAIT_PASSIVELY = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch threads that spin while they wait starve each other
 
 
 def evaluate(config: RunConfig, storage: Storage, *, folder: str, version: int) -> dict[str, Any]:
@@ -65,7 +65,9 @@ def draw_samples(
     import ray
 
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": WAIT_PASSIVELY})(SampleModel)
+    actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": TORCH_ENVIRONMENT})(
+        SampleModel
+    )
     size = config.evaluate.batch_size
     starts = range(0, len(prompts), size)
     try:

@@ -14,12 +14,12 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.dataset.errors import MapoError, TrainingError, unwrap
+from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from training.spec import TrainSpec
 
 POLL_S = 1.0
 KEPT_CHECKPOINTS = 2
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}  # torch threads that spin while they wait starve each other
 START_TIMEOUT_S = "1800"  # of a worker group: the first start compiles an op and loads the model
 
 Progress = dict[str, Any]
@@ -70,7 +70,7 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=spec.config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": TORCH_ENVIRONMENT},
         ),
     )
     with _Watcher(spec, watch):
