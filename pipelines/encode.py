@@ -5,7 +5,6 @@ a distinct prompt is embedded once, a distinct image of a shard once; the bytes 
 """
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.effort import PARTS, Effort
 from pipelines.encode_plan import Pending, Unit, check_settings, pending
-from pipelines.fingerprint import fingerprint_of
+from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.progress import Progress, quiet_ray_data
 from pipelines.unit_shard import from_ipc, to_ipc
 
@@ -98,7 +97,7 @@ class _Stage:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""
         speed = None
         if self.units:
-            self._note_parts()
+            note_parts(self.storage, self.folder.rsplit("/", 1)[0], self.parts)
             num_planned, num_done, num_dropped, effort = sum(unit.rows.num_rows for unit in self.units), 0, 0, Effort()
             started = time.monotonic()
             with Progress(f"encode {self.kind}", num_planned, f"{self.item}s") as progress:
@@ -138,12 +137,6 @@ class _Stage:
             "halved_to": effort.batch_size if effort.batch_size < self.config.batch_size else None,
             "seconds_by_part": {part: round(effort.seconds[part], 3) for part in PARTS if effort.seconds[part]},
         }
-
-    def _note_parts(self) -> None:
-        """What the fingerprint is made of, for people, beside the table."""
-        name = f"{self.folder}/fingerprint.json"
-        if not self.storage.exists(name):
-            self.storage.write(name, json.dumps(self.parts, indent=2, sort_keys=True).encode() + b"\n")
 
     def _encoded(self) -> Iterator[tuple[str, pa.Table, Effort]]:
         """The rows of every unit as it is done, and its cost, from a pool of actors."""

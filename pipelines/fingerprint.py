@@ -16,6 +16,7 @@ from pipelines.dataset.model_files import (
     read_model_index,
     weight_files,
 )
+from pipelines.dataset.storage import Storage
 from pipelines.geometry import bucket_list
 
 LATENTS_VERSION = 1  # raise it when the same images, model and settings would give other latents
@@ -26,6 +27,7 @@ TEXT_PARTS = {
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+NOTE = "fingerprint.json"
 
 
 def latents_fingerprint(config: EncodeConfig) -> str:
@@ -49,6 +51,25 @@ def text_fingerprint(config: EncodeConfig) -> str:
 def fingerprint_of(parts: dict[str, Any]) -> str:
     """A hash of the canonical JSON of `parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def note_parts(storage: Storage, folder: str, parts: dict[str, Any]) -> None:
+    """Write what the fingerprint is made of beside its table, for people and for `stale`.
+
+    Args:
+        storage: Where it goes.
+        folder: LATENTS or TEXT.
+        parts: Hashed by `fingerprint_of`.
+    """
+    name = f"{folder}/{fingerprint_of(parts)}/{NOTE}"
+    if not storage.exists(name):
+        storage.write(name, json.dumps(parts, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def noted_parts(storage: Storage, folder: str, fingerprint: str) -> dict[str, Any]:
+    """What `note_parts` wrote; empty if nobody did."""
+    name = f"{folder}/{fingerprint}/{NOTE}"
+    return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
 
 
 def latents_parts(config: EncodeConfig) -> dict[str, Any]:

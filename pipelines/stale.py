@@ -1,6 +1,5 @@
 """Why training cannot start on what is encoded: what is missing, and how what is there differs."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import Unit, pending
-from pipelines.fingerprint import fingerprint_of
+from pipelines.fingerprint import fingerprint_of, noted_parts
 
 MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12
@@ -51,15 +50,10 @@ def _missing(
     total = f"{num_missing:,} {items}" if not num_there else f"{num_missing:,} of {num_missing + num_there:,} {items}"
     yield f"{total} have no {what} under the fingerprint {name}"
     others = [other for other in fingerprints(storage, folder) if other != name]
-    described = [(list(differences(_parts_of(storage, folder, other), parts)), other) for other in others]
+    described = [(list(differences(noted_parts(storage, folder, other), parts)), other) for other in others]
     for found, other in sorted(described, key=lambda each: (len(each[0]), each[1]))[:MAX_OTHERS]:
         count = table_of(storage, other).count_rows()
         yield f"  {other} ({count:,} {items}) is not the same: {'; '.join(found) or 'nobody noted how it was made'}"
-
-
-def _parts_of(storage: Storage, folder: str, fingerprint: str) -> dict[str, Any]:
-    name = f"{folder}/{fingerprint}/fingerprint.json"
-    return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
 
 
 def differences(then: dict[str, Any], now: dict[str, Any], inside: str = "") -> Iterator[str]:

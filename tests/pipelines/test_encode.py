@@ -5,7 +5,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
+from encode_steps import Counting, encode_here, files_of, ingest_here
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
-from pipelines.committer import Committer
-from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
+from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError, DropBudgetExceeded, ModelError, ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
@@ -27,27 +26,14 @@ from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
 from pipelines.encode import encode
-from pipelines.encode_plan import Pending, pending
+from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, Launched, TextEncoder
 from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
 from pipelines.geometry import bucket_list, place_pair
-from pipelines.ingest import plan_units, write_unit
 from pipelines.latents import write_latents
 from pipelines.texts import write_texts
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Counting:
-    """A VAE that counts the images it is given."""
-
-    encoder: LatentEncoder
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-
-    def launch(self, images: Any) -> Launched:
-        self.shapes += [image.shape for image in images]
-        return self.encoder.launch(images)
 
 
 @pytest.fixture(scope="module")
@@ -68,34 +54,6 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture
 def config(tiny_pipeline: Path) -> EncodeConfig:
     return EncodeConfig(model=str(tiny_pipeline), resolution=64, batch_size=4)
-
-
-def ingest_here(storage: Storage, *files: Path) -> None:
-    """Ingest without Ray: the same units, shards and commits."""
-    table = pairs_table(storage)
-    sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
-    units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources))}
-    for identity in table.uncommitted(list(units)):
-        Committer(table).append(identity, write_unit(units[identity], storage))
-
-
-def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: TextEncoder) -> Pending:
-    """Encode without Ray: the same units, shards and commits."""
-    todo = pending(config, storage)
-    name = fingerprint_of(todo.text_parts)
-    for unit in todo.texts:
-        rows = write_texts(unit.id, unit.rows, config, storage, name, text)
-        text_table(storage, name).append(unit.id, rows)
-    name = fingerprint_of(todo.latents_parts)
-    for unit in todo.latents:
-        rows = write_latents(unit.id, unit.rows, config, storage, name, vae)
-        latents_table(storage, name).append(unit.id, rows)
-    return todo
-
-
-def files_of(storage: Storage) -> dict[str, int]:
-    root = Path(storage.path())
-    return {str(file.relative_to(root)): file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
 
 
 def rows_by_key(table: pa.Table, key: str) -> dict[str, Row]:
