@@ -1,7 +1,7 @@
-"""An ingest that is killed at a seeded point and started again; for tests/pipelines/test_crash.py.
+"""A stage that is killed at a seeded point and started again; for the crash matrices of ingest and encode.
 
-Each run has a Ray of its own. Killed is the driver, a worker or the raylet, at a commit or when so many shards are
-there, whole or half written.
+Each run has a Ray of its own. Killed is the driver, a worker, an actor or a node, at a commit or when so many shards
+are there, whole or half written.
 """
 
 import os
@@ -16,26 +16,29 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.config import IngestConfig
-from pipelines.dataset.layout import SHARDS
 from pipelines.dataset.storage import Storage
 
 DEADLINE_S = 120
-VICTIMS = ("driver before a commit", "driver after a commit", "driver", "worker", "raylet")
+INGEST_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "worker", "raylet")
+ENCODE_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "actor", "node")
+SURVIVED = ("worker", "actor", "node")
+"""Their loss is made good by Ray; all else ends the run."""
 
-DRIVER = """
-import os, signal, sys
+COMMITS = """
+import logging, os, signal, sys
 import ray
-from pipelines.config import IngestConfig
+from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.encode import encode
 from pipelines.ingest import ingest
 
-config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
-victim, commits = sys.argv[3], int(sys.argv[4])
+victim, commits, watched = sys.argv[3], int(sys.argv[4]), sys.argv[5]
 commit, done = Table._commit, []
 
 def killed_beside_a_commit(table, unit, *more, **options):
+    if not watched in table.uri:
+        return commit(table, unit, *more, **options)
     if victim == "driver before a commit" and len(done) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
     commit(table, unit, *more, **options)
@@ -44,6 +47,11 @@ def killed_beside_a_commit(table, unit, *more, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Table._commit = killed_beside_a_commit
+"""
+INGEST = (
+    COMMITS
+    + """
+config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
 ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          object_store_memory=100 << 20)
 print("ready", flush=True)
@@ -51,6 +59,36 @@ ingest(config, storage)
 ray.shutdown()
 os._exit(0)
 """
+)
+ENCODE = (
+    COMMITS
+    + """
+from ray.cluster_utils import Cluster
+
+config, storage = EncodeConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
+quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3,
+         "health_check_initial_delay_ms": 0}
+cluster = Cluster(initialize_head=True, head_node_args={
+    "num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": quick})
+for _ in range(2):  # one may be lost
+    cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+print("ready", flush=True)
+encode(config, storage)
+os._exit(0)
+"""
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs: a driver's code, its configuration as JSON, and the folder of the shards that it writes."""
+
+    code: str
+    config: str
+    folder: str
+    table: str
+    """The end of the URI of the table whose commits count."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +96,7 @@ class Kill:
     """What is killed, and when.
 
     Args:
-        victim: One of `VICTIMS`.
+        victim: What is killed.
         moment: Commits that are done, or shards that are there.
         delay_s: After that moment.
     """
@@ -68,27 +106,27 @@ class Kill:
     delay_s: float
 
     @staticmethod
-    def of(seed: int, num_units: int) -> "Kill":
-        """The kill of a seed; five seeds after each other have every victim once."""
-        chance, victim = random.Random(seed), VICTIMS[seed % len(VICTIMS)]
+    def of(seed: int, num_units: int, victims: tuple[str, ...]) -> "Kill":
+        """The kill of a seed; as many seeds after each other as there are victims have each of them once."""
+        chance, victim = random.Random(seed), victims[seed % len(victims)]
         moment, delay_s = chance.randrange(num_units), chance.random() * 0.02
         if "commit" not in victim:
             moment = min(moment, num_units - 4)  # with its last shards it may end before it is killed
         return Kill(victim, moment, delay_s)
 
 
-def run_to_the_end(config: IngestConfig, storage: Storage, environment: dict[str, str]) -> None:
-    """An ingest that nobody disturbs."""
-    with _Driver(config, storage, Kill("nobody", 0, 0.0), environment) as driver:
+def run_to_the_end(job: Job, storage: Storage, environment: dict[str, str]) -> None:
+    """A run that nobody disturbs."""
+    with _Driver(job, storage, Kill("nobody", 0, 0.0), environment) as driver:
         assert driver.process.wait(DEADLINE_S) == 0
 
 
-def run_killed(config: IngestConfig, storage: Storage, kill: Kill, environment: dict[str, str]) -> int:
-    """An ingest that is killed; its exit code: a lost worker is made good by Ray, all else ends it."""
-    with _Driver(config, storage, kill, environment) as driver:
-        if kill.victim in ("driver", "worker", "raylet"):
-            folder = Path(storage.path()) / SHARDS if storage.is_local else None
-            count = (lambda: len(list(folder.glob("*")))) if folder else (lambda: len(storage.names(SHARDS)))
+def run_killed(job: Job, storage: Storage, kill: Kill, environment: dict[str, str]) -> int:
+    """A run that is killed, or loses a part of itself; its exit code."""
+    with _Driver(job, storage, kill, environment) as driver:
+        if "commit" not in kill.victim:
+            folder = Path(storage.path()) / job.folder if storage.is_local else None
+            count = (lambda: len(list(folder.glob("*.tar*")))) if folder else (lambda: len(storage.names(job.folder)))
             driver.wait_until(lambda: count() > kill.moment)
             time.sleep(kill.delay_s)
             driver.kill(kill.victim)
@@ -98,10 +136,10 @@ def run_killed(config: IngestConfig, storage: Storage, kill: Kill, environment: 
 class _Driver:
     """A driver with the Ray that it started; all of it is gone afterwards."""
 
-    def __init__(self, config: IngestConfig, storage: Storage, kill: Kill, environment: dict[str, str]) -> None:
-        arguments = [config.model_dump_json(), storage.url, kill.victim, str(kill.moment)]
+    def __init__(self, job: Job, storage: Storage, kill: Kill, environment: dict[str, str]) -> None:
+        arguments = [job.config, storage.url, kill.victim, str(kill.moment), job.table]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, *arguments],
+            [sys.executable, "-c", job.code, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -124,9 +162,11 @@ class _Driver:
             if victim == "driver":
                 self.process.kill()
                 return
-            named = {each.pid: " ".join(each.cmdline()[:1]) for each in family}
-            wanted = "raylet" if victim == "raylet" else "ray::"
-            for pid in [pid for pid, name in named.items() if wanted in name.rsplit("/", 1)[-1]][:1]:
+            family.sort(key=psutil.Process.create_time)
+            names = {each.pid: " ".join(each.cmdline()[:1]).rsplit("/", 1)[-1] for each in family}
+            wanted = {"worker": "ray::", "actor": "ray::MapWorker"}.get(victim, "raylet")
+            found = [pid for pid, name in names.items() if wanted in name]
+            for pid in found[-1:] if victim == "node" else found[:1]:  # the first node is the head
                 os.kill(pid, signal.SIGKILL)
         except (psutil.NoSuchProcess, ProcessLookupError):
             pass

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import VICTIMS, Kill, run_killed, run_to_the_end
+from crash import INGEST, INGEST_VICTIMS, SURVIVED, Job, Kill, run_killed, run_to_the_end
 from factories import photo_pairs, write_parquet
 
 from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
-from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.layout import PAIRS, SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.ingest import plan_units, write_unit
 from pipelines.policy import Policy
@@ -47,12 +47,13 @@ def undisturbed(config: IngestConfig, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def check(config: IngestConfig, storage: Storage, seed: int, wanted: Any, environment: dict[str, str]) -> None:
-    kill = Kill.of(seed, len(plan_units(config)))
-    code = run_killed(config, storage, kill, environment)
-    assert code != 0 or kill.victim == "worker", f"{kill} did not end it"
+    kill = Kill.of(seed, len(plan_units(config)), INGEST_VICTIMS)
+    job = Job(INGEST, config.model_dump_json(), SHARDS, PAIRS)
+    code = run_killed(job, storage, kill, environment)
+    assert code != 0 or kill.victim in SURVIVED, f"{kill} did not end it"
     if pairs_table(storage).version is not None:
         assert verify(storage) == [], "what is committed is whole, at any moment"
-    run_to_the_end(config, storage, environment)
+    run_to_the_end(job, storage, environment)
     assert contents(storage) == wanted, kill
 
 
@@ -78,4 +79,4 @@ def test_crash_matrix_on_s3(
 
 
 def test_every_victim_is_in_the_matrix() -> None:
-    assert {Kill.of(seed, 10).victim for seed in SEEDS[:5]} == set(VICTIMS)
+    assert {Kill.of(seed, 10, INGEST_VICTIMS).victim for seed in SEEDS[:5]} == set(INGEST_VICTIMS)
