@@ -107,6 +107,61 @@ def test_sdxls_own_tokenizers_give_diffusers_embeddings(tmp_path: Path) -> None:
         torch.testing.assert_close(embedded.pooled_prompt_embeds, pooled[0], rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not REAL_TOKENIZERS.is_dir(), reason="SDXL's own configurations are not here")
+def test_a_vae_of_full_size_gives_diffusers_latents(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(REAL_TOKENIZERS / "vae")).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    found = LatentEncoder(ModelSource("unused/model", str(tmp_path / "vae")), device=torch.device("cpu"))(pixels)
+    # As the official training scripts have it: the processor alone leaves the channels last, which costs 4e-6 here.
+    images = VaeImageProcessor().preprocess(Image.fromarray(pixels[0])).contiguous()
+    torch.testing.assert_close(found, vae.encode(images).latent_dist.mean, rtol=0, atol=1e-6)
+    assert found.shape == (1, 4, 8, 12)
+
+
+@torch.no_grad()
+@pytest.mark.slow  # 3.3 GB of weights
+@pytest.mark.skipif(not REAL_TOKENIZERS.is_dir(), reason="SDXL's own configurations are not here")
+def test_text_encoders_of_full_size_give_diffusers_embeddings(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(0)
+    pipeline = new_pipeline()
+    parts: dict[str, Any] = {}
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        parts[name] = kind(CLIPTextConfig.from_pretrained(REAL_TOKENIZERS / name)).eval()
+    for name in ("tokenizer", "tokenizer_2"):
+        parts[name] = CLIPTokenizer.from_pretrained(REAL_TOKENIZERS / name)
+    pipeline.register_modules(**parts)
+    pipeline.save_pretrained(tmp_path / "model")
+    found = TextEncoder(ModelSource(str(tmp_path / "model")), torch.device("cpu"))(list(PROMPTS.values()))
+    for prompt, embedded in zip(PROMPTS.values(), found, strict=True):
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        torch.testing.assert_close(embedded.prompt_embeds, embeds[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(embedded.pooled_prompt_embeds, pooled[0], rtol=1e-6, atol=1e-6)
+        assert embedded.prompt_embeds.shape == (77, 2048)
+        assert embedded.pooled_prompt_embeds.shape == (1280,)
+    by_name = dict(zip(PROMPTS, found, strict=True))
+    counts = [by_name[name].num_tokens for name in ("no token", "one token", "75 tokens", "76 tokens")]
+    assert counts == [2, 3, 77, 78]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("tf32", 1e-4), ("bfloat16", 0.05), ("float16", 0.01)])
+def test_what_the_vae_computes_in_bounds_its_error(dtype: str, error: float, tiny_pipeline: Path) -> None:
+    source, cpu = ModelSource(str(tiny_pipeline)), torch.device("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    exact, found = LatentEncoder(source, device=cpu)(pixels), LatentEncoder(source, dtype, cpu)(pixels)
+    assert found.dtype == torch.float32
+    difference = (found - exact).abs().max()
+    assert difference <= error * exact.abs().max()
+    assert (difference > 0) == (dtype in ("bfloat16", "float16")) or dtype == "tf32"
+
+
 def copied(model: Path, target: Path) -> Path:
     shutil.copytree(model, target)
     return target
