@@ -31,6 +31,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # not one that happens to run on this machine
         num_cpus=6,
         include_dashboard=False,
         log_to_driver=False,
