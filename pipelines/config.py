@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.dataset.config import Config
 from pipelines.dataset.model_files import ModelSource
@@ -78,14 +78,34 @@ VAE_FACTOR = 8
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def _range_of_workers(value: object) -> object:
-    """`2..8` as it is written, or a number."""
-    if not isinstance(value, str):
+def _workers(value: object) -> object:
+    """A number, or `2..8` as it is written."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
-    match = RANGE.fullmatch(value.replace(" ", ""))
+    match = RANGE.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"{value!r} is no number of workers; write 4, or 2..8 for two to eight")
+        raise ValueError("write a number of workers, such as 4, or a range, such as 2..8")
     return match[0]
+
+
+def _buckets(value: object) -> object:
+    """True, false, or a list of [height, width]."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            "write true, false (one square) or a list of [height, width], such as [[512, 512], [448, 576]]"
+        )
+    for bucket in value:
+        if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
+            raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")
+        if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
+            raise ValueError(
+                f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
+            )
+    if len({tuple(bucket) for bucket in value}) < len(value):
+        raise ValueError("a bucket is in the list twice")
+    return value
 
 
 class EncodeConfig(Config):
@@ -103,13 +123,13 @@ class EncodeConfig(Config):
     """What the VAE computes in; float16 is refused for a VAE with `force_upcast`, SDXL's own one among them."""
     resolution: int = Field(1024, ge=MIN_SIDE)
     """Side of a square image after resizing, in pixels; the area of every bucket of the default list."""
-    buckets: bool | tuple[tuple[int, int], ...] = True
+    buckets: Annotated[bool | tuple[tuple[int, int], ...], BeforeValidator(_buckets)] = True
     """Aspect buckets: SDXL's own list, scaled (true), a list of [height, width], or the square centre crop (false)."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of the stored numbers."""
     batch_size: int = Field(8, ge=1)
     """Images a VAE pass, prompts a text pass; halved by itself when memory runs out."""
-    num_workers: Annotated[int | str, BeforeValidator(_range_of_workers)] = 1
+    num_workers: Annotated[int | str, BeforeValidator(_workers)] = 1
     """Encoders, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of pairs, or of prompts, that may be quarantined before the stage fails."""
@@ -126,31 +146,6 @@ class EncodeConfig(Config):
             return self.num_workers, self.num_workers
         low, high = self.num_workers.split("..")
         return int(low), int(high)
-
-    @field_validator("num_workers")
-    @classmethod
-    def there_is_a_worker(cls, value: int | str) -> int | str:
-        """At least one encoder."""
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"num_workers must be at least 1, not {value}")
-        return value
-
-    @field_validator("buckets")
-    @classmethod
-    def buckets_fit_the_vae(cls, value: bool | tuple[tuple[int, int], ...]) -> bool | tuple[tuple[int, int], ...]:
-        """A list names at least one bucket, each once, with sides that every VAE of this family halves three times."""
-        if isinstance(value, bool):
-            return value
-        if not value:
-            raise ValueError("buckets is an empty list; false means one square")
-        for bucket in value:
-            if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
-                raise ValueError(
-                    f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
-                )
-        if len(set(value)) < len(value):
-            raise ValueError("buckets names a bucket twice")
-        return value
 
     @model_validator(mode="after")
     def resolution_fits_the_vae(self) -> Self:

@@ -83,6 +83,14 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("ingest.sources.0.format=parquet", "`ingest.sources.0.format`: Input should be 'pickapic'", ""),
         ("ingest.sources=[]", "`ingest.sources`", ""),
         ("encode.resolution=1001", "resolution must be a multiple of 8, not 1001", ""),
+        ("encode.buckets=5", "write true, false (one square) or a list of [height, width]", ""),
+        ("encode.buckets=[]", "write true, false (one square) or a list of [height, width]", ""),
+        ("encode.buckets=[64, 64]", "a bucket is [height, width] in whole pixels, not 64", ""),
+        ("encode.buckets=[[64, 60]]", "multiples of 8 from 32 pixels on, not [64, 60]", ""),
+        ("encode.buckets=[[64, 64], [64, 64]]", "a bucket is in the list twice", ""),
+        ("encode.num_workers=8..2", "write a number of workers, such as 4, or a range, such as 2..8", ""),
+        ("encode.num_workers=0", "write a number of workers", ""),
+        ("encode.vae_dtype=fp8", "Input should be 'float32', 'tf32', 'bfloat16' or 'float16'", ""),
         ("name=a/b", "'a/b' cannot name a folder", ""),
         ("name=..", "'..' cannot name a folder", ""),
         ("seed=-1", "`seed`", ""),
@@ -117,6 +125,16 @@ def test_overrides_are_typed_like_yaml_and_reach_into_lists() -> None:
     assert config.train.learning_rate == 1e-5
     assert config.ingest.sources[0].path == "other/*"
     assert config.encode.vae == "v"
+
+
+def test_workers_are_a_number_or_a_range_and_buckets_a_list() -> None:
+    encode = parse_config(CONTRACT, ["encode.num_workers=2..8", "encode.buckets=[[64, 64], [48, 80]]"]).encode
+    assert encode is not None
+    assert encode.worker_range == (2, 8)
+    assert encode.buckets == ((64, 64), (48, 80))
+    default = parse_config(CONTRACT).encode
+    assert default is not None
+    assert default.worker_range == (1, 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "name: [", "just words"])
