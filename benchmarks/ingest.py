@@ -171,7 +171,9 @@ def main() -> None:
     import ray
 
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
     with tempfile.TemporaryDirectory(prefix="mapo-bench-", dir=Path.cwd()) as name:
         work = Path(name)
         num_rows, num_bytes = write_source(work / "source", int(options.gb * 1e9))

@@ -116,6 +116,7 @@ def run_encode(run: Run, key: str) -> Outcome:
 
 def train_spec(run: Run) -> TrainSpec | None:
     """The run pinned to the newest snapshot; None while something is not encoded."""
+    from pipelines.encode_plan import located
     from training.spec import Snapshot, TrainSpec, base_digest
 
     config = run.config
@@ -127,11 +128,12 @@ def train_spec(run: Run) -> TrainSpec | None:
     versions = [pairs_table(run.storage).version, latents_table(run.storage, latents).version]
     versions.append(text_table(run.storage, text).version)
     assert None not in versions
+    base = located(config.encode).source
     return TrainSpec(
         storage_url=run.storage.url,
         run=config.name,
-        base=config.encode.source,
-        base_digest=base_digest(config.encode.source),
+        base=base,
+        base_digest=base_digest(base),
         seed=config.seed,
         config=config.train,
         snapshot=Snapshot(versions[0], latents, versions[1], text, versions[2]),  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.pair import Status
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
+from pipelines.encode_plan import located
 from pipelines.fingerprint import latents_fingerprint
 
 CONTACT = "encode"
@@ -56,7 +57,7 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     decode = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env={"env_vars": TORCH_ENVIRONMENT})(_decode)
     try:
-        decoded: list[Decoded] = ray.get(decode.remote(config, storage, chosen))
+        decoded: list[Decoded] = ray.get(decode.remote(located(config), storage, chosen))
     except ray.exceptions.RayError as error:
         raise unwrap(error) or error from error
     sheet = []

@@ -9,6 +9,7 @@ from orchestration.config import RunConfig
 from pipelines.dataset.errors import unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
+from pipelines.encode_plan import located
 from pipelines.progress import Progress
 
 EVALUATION = "evaluation"
@@ -64,10 +65,11 @@ def draw_samples(
     """
     import ray
 
-    on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, runtime_env={"env_vars": TORCH_ENVIRONMENT})(
-        SampleModel
-    )
+    assert config.encode is not None
+    config = config.model_copy(update={"encode": located(config.encode)})
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    environment = {"env_vars": TORCH_ENVIRONMENT}
+    actor = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env=environment)(SampleModel)
     size = config.evaluate.batch_size
     starts = range(0, len(prompts), size)
     try:

@@ -93,9 +93,7 @@ def _buckets(value: object) -> object:
     if isinstance(value, bool):
         return value
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(
-            "write true, false (one square) or a list of [height, width], such as [[64, 64], [48, 80]]"
-        )
+        raise ValueError("write true, false (one square) or a list of [height, width], such as [[64, 64], [48, 80]]")
     for bucket in value:
         if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
             raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")

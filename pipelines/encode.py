@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.effort import PARTS, Effort
-from pipelines.encode_plan import Pending, Unit, check_settings, pending
+from pipelines.encode_plan import Pending, Unit, check_settings, located, pending
 from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.progress import Progress, quiet_ray_data
 from pipelines.unit_shard import from_ipc, to_ipc
@@ -35,7 +34,7 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
     """Bring latents and text embeddings up to date with the kept pairs. Needs a running Ray.
 
     Returns:
-        For `text` and `latents` what was done and how fast, see `Speed`; None where nothing was missing.
+        For `text` and `latents` what was done and how fast, as plain data; None where nothing was missing.
 
     Raises:
         ModelError: The model is missing, damaged or not an SDXL pipeline.
@@ -44,7 +43,7 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
         EncodingError: There is no memory for even one image.
     """
-    config = _located(config)
+    config = located(config)
     todo = pending(config, storage)
     if not todo.num_kept:
         raise SnapshotError(
@@ -55,16 +54,6 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
     if not todo.is_empty:
         storage.check_writable()
     return {stage.kind: stage.run() for stage in _stages(config, storage, todo)}
-
-
-def _located(config: EncodeConfig) -> EncodeConfig:
-    """Local folders as absolute paths: workers have another working directory."""
-
-    def absolute(model: str | None) -> str | None:
-        folder = None if model is None else Path(model).expanduser()
-        return str(folder.resolve()) if folder is not None and folder.is_dir() else model
-
-    return config.model_copy(update={"model": absolute(config.model), "vae": absolute(config.vae)})
 
 
 def _stages(config: EncodeConfig, storage: Storage, todo: Pending) -> Iterator["_Stage"]:
@@ -98,7 +87,9 @@ class _Stage:
         speed = None
         if self.units:
             note_parts(self.storage, self.folder.rsplit("/", 1)[0], self.parts)
-            num_planned, num_done, num_dropped, effort = sum(unit.rows.num_rows for unit in self.units), 0, 0, Effort()
+            num_done, num_dropped, effort = 0, 0, Effort()
+            num_planned = sum(unit.rows.num_rows for unit in self.units)
+            max_dropped = self._max_dropped(num_planned)
             started = time.monotonic()
             with Progress(f"encode {self.kind}", num_planned, f"{self.item}s") as progress:
                 for unit, rows, its_effort in self._encoded():
@@ -108,12 +99,17 @@ class _Stage:
                     effort.add(its_effort)
                     num_done += rows.num_rows
                     progress.advance(rows.num_rows)
-                    num_dropped += rows["status"].to_pylist().count(str(Status.QUARANTINED))
-                    if num_dropped > self.config.max_drop_ratio * num_planned:
-                        break  # more than the limit already, whatever the rest holds
+                    num_dropped += _count_dropped(rows)
+                    if num_dropped > max_dropped:
+                        break  # more than the limit, whatever the rest holds
             speed = self._speed(num_done, time.monotonic() - started, effort)
         self._check_dropped()
         return speed
+
+    def _max_dropped(self, num_planned: int) -> float:
+        """How many of the planned rows may be quarantined, beside those of earlier runs."""
+        rows = self.table.read(["status"])
+        return self.config.max_drop_ratio * float(rows.num_rows + num_planned) - _count_dropped(rows)
 
     def _less_memory(self, effort: Effort) -> str:
         return (
@@ -196,6 +192,10 @@ class _Stage:
             "set `encode.dtype` to bfloat16 or float32, or `encode.vae` to another VAE; "
             "raise `encode.max_drop_ratio` to accept them",
         )
+
+
+def _count_dropped(rows: pa.Table) -> int:
+    return int(pc.sum(pc.equal(rows["status"], str(Status.QUARANTINED))).as_py() or 0)
 
 
 @dataclass(frozen=True)

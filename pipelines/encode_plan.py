@@ -6,6 +6,7 @@ Reads tables and the model's files; needs neither Ray nor torch.
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -108,6 +109,16 @@ def text_units(kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: 
 
 def _unit_id(*identity: str) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+def located(config: EncodeConfig) -> EncodeConfig:
+    """Local folders as absolute paths: workers have another working directory."""
+
+    def absolute(model: str | None) -> str | None:
+        folder = None if model is None else Path(model).expanduser()
+        return str(folder.resolve()) if folder is not None and folder.is_dir() else model
+
+    return config.model_copy(update={"model": absolute(config.model), "vae": absolute(config.vae)})
 
 
 def check_settings(config: EncodeConfig) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.committer import Committer
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
@@ -43,11 +43,11 @@ class CountingTexts:
         return self.encoder.null()
 
 
-def ingest_here(storage: Storage, *files: Path) -> None:
+def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "header"] = "full") -> None:
     """Ingest without Ray: the same units, shards and commits."""
     table = pairs_table(storage)
     sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
-    units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources))}
+    units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources, image_check=image_check))}
     for identity in table.uncommitted(list(units)):
         Committer(table).append(identity, write_unit(units[identity], storage))
 

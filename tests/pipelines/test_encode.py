@@ -19,7 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from pipelines.config import EncodeConfig
-from pipelines.dataset.errors import ConfigError, DropBudgetExceeded, ModelError, ShardCorrupt, SnapshotError
+from pipelines.dataset.errors import (
+    ConfigError,
+    DropBudgetExceeded,
+    ModelError,
+    ShardCorrupt,
+    SnapshotError,
+)
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
@@ -305,6 +311,23 @@ def test_non_finite_latents_are_counted_rows_and_too_many_fail(
     with pytest.raises(DropBudgetExceeded, match=r"1 of 10 pairs \(10.0 %|1 of 10 pairs \(10.0%") as caught:
         encode(config, storage)
     assert "encode.dtype" in str(caught.value.hint)
+
+
+def test_a_bad_round_stops_early_and_does_not_hide_among_the_good_rows_of_before(
+    ray_cluster: None, tmp_path: Path, storage: Storage, config: EncodeConfig, vae: Any, text: TextEncoder
+) -> None:
+    ingest_here(storage, write_parquet(tmp_path / "old.parquet", photo_pairs(40, num_prompts=1)))
+    encode_here(config, storage, vae, text)
+    for number in range(4):
+        rows = [row | {"jpg_0": row["jpg_0"][:-200]} for row in photo_pairs(2, seed=number + 1, num_prompts=1)]
+        ingest_here(storage, write_parquet(tmp_path / f"{number}.parquet", rows), image_check="header")
+    with pytest.raises(DropBudgetExceeded, match=r"dropped (4|6|8) of (44|46|48) pairs") as caught:
+        encode(config, storage)
+    assert "truncated_image" in caught.value.message
+    assert "encode.max_drop_ratio" in str(caught.value.hint)
+    encode(config.model_copy(update={"max_drop_ratio": 1.0}), storage)
+    statuses = latents_table(storage, latents_fingerprint(config)).read()["status"].to_pylist()
+    assert Counter(statuses) == {"kept": 40, "quarantined": 8}
 
 
 def test_a_unit_whose_images_cannot_be_decoded_has_rows_and_no_shard(

@@ -19,7 +19,7 @@ from orchestration.dataset_view import describe_encoding
 from orchestration.stages import run_stages
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
-from pipelines.dataset.layout import latents_table, pairs_table, text_table
+from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
@@ -27,6 +27,7 @@ from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, TextEncoder
 from pipelines.fingerprint import latents_fingerprint, text_fingerprint
 from pipelines.stale import refusal
+from pipelines.verify import verify
 from training.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -231,3 +232,19 @@ def test_two_fingerprints_live_side_by_side(
         assert Counter(statuses) == {"kept": 3}
     heights = latents_table(storage, latents_fingerprint(other)).read()["bucket_height"].to_pylist()
     assert set(heights) == {32}
+
+
+def test_an_object_store_holds_the_tars_that_a_folder_holds(
+    tmp_path: Path, storage: Storage, s3_storage: Storage, config: EncodeConfig, vae: LatentEncoder, text: TextEncoder
+) -> None:
+    file = write_parquet(tmp_path / "in.parquet", photo_pairs(6, num_prompts=2))
+    tars = []
+    for place in (storage, s3_storage):
+        ingest_here(place, file)
+        encode_here(config, place, vae, text)
+        assert pending(config, place).is_empty
+        assert verify(place) == []
+        names = [name for folder in (LATENTS, TEXT) for name in place.names(folder) if name.endswith(".tar")]
+        tars.append({name: place.read(name) for name in names})
+    assert len(tars[0]) == 2
+    assert tars[0] == tars[1]
