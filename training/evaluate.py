@@ -122,7 +122,9 @@ class Sampler:
 
         on_gpu = torch.cuda.is_available()
         dtype = torch.float16 if on_gpu else torch.float32
-        parts = {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)}
+        parts = (
+            {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, use_safetensors=True)}
+        )
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             model, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts
         )

@@ -46,7 +46,7 @@ class ModelSource:
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
-        vae: Another VAE than the pipeline's own: its own folder, or a pipeline that has one.
+        vae: Another VAE than the pipeline's own: its own folder, URL or hub id, or a local pipeline that has one.
         revision: Branch, tag or commit, if `model` is a hub id.
         variant: Which weights of the pipeline, such as fp16; the plain ones by default. A separate VAE has plain ones.
     """
