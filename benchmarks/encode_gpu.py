@@ -1,17 +1,17 @@
 """SDXL's encoders at full size on one GPU: check them, measure them, print tables; random weights, real JPEGs.
 
-On this machine, for the host that `device` lends (Python 3.12, torch and transformers of its own, no network). The
-bundle tool leaves out `annotated-types`, which pydantic imports and the host lacks; `typing-extensions` is for a host
-whose own is too old for pydantic. Ray, and so part a of the bundle, is not needed: nothing here imports it.
+Made for the host that `device` lends: Python 3.12 with its own torch and transformers, no network. Here, first:
 
-    EXTRA="annotated-types typing-extensions" ../shared/tools/offline-gpu-bundle     # 3 minutes, 40 MB in .gpu/b
+    EXTRA="annotated-types typing-extensions" ../shared/tools/offline-gpu-bundle     # 3 minutes; 40 MB in .gpu/b
 
-Then two calls of `run`, the second within 30 s of the end of the first, or the machine starts anew. Each brings part b
-(with part a it would pass the 64 MiB of a call; a project that needs both brings `.gpu/a` in a call before):
+The tool by itself leaves out `annotated-types`, without which pydantic, and so `pipelines.config`, cannot be imported;
+`typing-extensions` is for a host whose own is too old. Nothing here imports Ray, so that part a stays here; what needs
+it brings `carry=[".gpu/a"]` and `. .gpu/a/activate` in a call before: both parts pass the 64 MiB of one. Then, each
+within 30 s of the one before, or the machine starts anew:
 
     run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests:$PYTHONPATH && python3
         -m benchmarks.encode_gpu --only environment peak check ours text --results $OUT/encode_gpu.json')
-    # copy files_at/encode_gpu.json to benchmarks/results/ here, so that the second call adds to it
+    cp <files_at>/encode_gpu.json benchmarks/results/     # here; the next call adds to it
     run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests:$PYTHONPATH && python3
         -m benchmarks.encode_gpu --only environment peak steps profile; cp benchmarks/results/encode_gpu.json $OUT')
 
@@ -22,6 +22,7 @@ Goals: ours at 0.9 of the bare loop of the same settings or more; that loop's be
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,40 +39,21 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from benchmarks.gpu_peak import (
-    PRODUCT_WAYS,
-    SMALL_VAE_CONFIG,
-    VAE_CONFIG,
-    BareLoop,
-    Row,
-    Steps,
-    at_most,
-    attention_rows,
-    flop_an_image,
-    matrix_peak,
-    profile,
-    settle,
-)  # fmt: skip
+from benchmarks import gpu_peak
+from benchmarks.gpu_peak import Row, at_most, settle
 from pipelines.config import EncodeConfig
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
-from pipelines.encoders import LatentEncoder, TextEncoder
+from pipelines.encoders import LatentEncoder, TextEncoder, quiet_diffusers
 from pipelines.geometry import open_image
 from pipelines.latents import LatentWriter
 from pipelines.texts import TextWriter
 
 RESULTS = Path(__file__).parent / "results" / "encode_gpu.json"
 UNITS_AT_ONCE, NUM_UNITS = 3, 4  # as `pipelines.encode` calls an actor
-TEXT_ENCODERS: tuple[dict[str, Any], ...] = (
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-     "hidden_act": "quick_gelu", "projection_dim": 768},
-    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-     "hidden_act": "gelu", "projection_dim": 1280},
-)  # fmt: skip
-"""SDXL's: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
 
 
 @dataclass
@@ -84,16 +66,16 @@ class Bench:
     deadline: float
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     failed: list[str] = field(default_factory=list)
-    peak: float = 0.0
-    steps: Steps | None = None
+    peak: float = 0.0  # TFLOP/s of bfloat16 products
+    best: tuple[gpu_peak.Way, float, gpu_peak.BareLoop] | None = None
 
     def __post_init__(self) -> None:
         self.side, self.on_gpu = (64 if self.small else 1024), self.device.type == "cuda"
-        self.vae_config = SMALL_VAE_CONFIG if self.small else VAE_CONFIG
+        self.vae_config = gpu_peak.SMALL_VAE_CONFIG if self.small else gpu_peak.VAE_CONFIG
         self.photos, self.storage = photos(self.side, 4 if self.small else 24), Storage(str(self.work / "storage"))
         self.pixels = np.stack([np.asarray(open_image(photo)) for photo in self.photos])
         self.source = write_model(self.work / "model", self.vae_config, None)
-        self.flop = flop_an_image(self.vae_config, self.side)
+        self.flop = gpu_peak.flop_an_image(self.vae_config, self.side)
         self.seconds = 0.2 if self.small else 2.0  # of timing, for each way
 
     def left(self) -> float:
@@ -106,9 +88,9 @@ class Bench:
             self.failed.append(what)
         return "ok" if passed else "FAILED"
 
-    def bare(self, way: Any, batch_size: int) -> BareLoop:
+    def bare(self, way: Any, batch_size: int) -> gpu_peak.BareLoop:
         """A bare loop over the photos."""
-        return BareLoop(str(self.source.vae_folder()), way, self.device, self.pixels, batch_size)
+        return gpu_peak.BareLoop(str(self.source.vae_folder()), way, self.device, self.pixels, batch_size)
 
     def config(self, **settings: Any) -> EncodeConfig:
         """The product's configuration: squares of this side."""
@@ -130,6 +112,7 @@ def photos(side: int, count: int) -> list[bytes]:
 
 def write_model(folder: Path, vae_config: Row, text_device: torch.device | None) -> ModelSource:
     """A pipeline of random weights: this VAE; SDXL's text encoders if a device is given, else tiny ones."""
+    quiet_diffusers()
     from diffusers import AutoencoderKL
     from factories import new_pipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -138,36 +121,34 @@ def write_model(folder: Path, vae_config: Row, text_device: torch.device | None)
     torch.manual_seed(0)
     pipeline.register_modules(vae=AutoencoderKL(**vae_config))
     if text_device is not None:
-        for name, kind, sizes in zip(
-            ("text_encoder", "text_encoder_2"), (CLIPTextModel, CLIPTextModelWithProjection), TEXT_ENCODERS, strict=True
-        ):
-            tokenizer = pipeline.tokenizer if name == "text_encoder" else pipeline.tokenizer_2
+        for end, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+            tokenizer, sizes = getattr(pipeline, f"tokenizer{end}"), gpu_peak.TEXT_ENCODERS[f"text_encoder{end}"]
             marks = {each: getattr(tokenizer, each) for each in ("bos_token_id", "eos_token_id", "pad_token_id")}
             with text_device:
-                pipeline.register_modules(**{name: kind(CLIPTextConfig(vocab_size=49_408, **sizes, **marks))})
+                encoder = kind(CLIPTextConfig(vocab_size=49_408, **sizes, **marks))
+            pipeline.register_modules(**{f"text_encoder{end}": encoder})
     pipeline.save_pretrained(folder)
     return ModelSource(str(folder))
 
 
 def write_unit(bench: Bench, name: str, num_pairs: int) -> pa.Table:
     """A shard of pairs of distinct JPEGs, as ingest would have written it; its rows, as encode plans them."""
-    members, rows, side = [], [], bench.side
-    for index in range(num_pairs):
-        row: Row = {"pair_key": f"{name}-{index:06d}", "shard": f"pairs/{name}.tar"}
-        for number in (0, 1):
-            photo, comment = bench.photos[(2 * index + number) % len(bench.photos)], f"{row['pair_key']} {number}"
-            data = photo[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment.encode() + photo[2:]
-            members.append((f"{row['pair_key']}.{number}.jpg", data))
-            row |= {f"image_{number}_sha256": hashlib.sha256(data).hexdigest(), f"orientation_{number}": 1}
-            row |= {f"height_{number}": side, f"width_{number}": side}
-        rows.append(row)
+    members = []
+    for index in range(2 * num_pairs):
+        photo, comment = bench.photos[index % len(bench.photos)], f"{name} {index}".encode()
+        data = photo[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + photo[2:]
+        members.append((f"{name}-{index // 2:06d}.{index % 2}.jpg", data))
     file = Path(bench.storage.path(f"pairs/{name}.tar"))
     file.parent.mkdir(parents=True, exist_ok=True)
     written, _, _ = write_shard(file, members)
-    for index, row in enumerate(rows):
-        for number in (0, 1):
-            member = written[2 * index + number]
-            row |= {f"offset_{number}": member.offset, f"length_{number}": member.length}
+    rows = []
+    for index in range(num_pairs):
+        row: Row = {"pair_key": f"{name}-{index:06d}", "shard": f"pairs/{name}.tar"}
+        for side, member in enumerate(written[2 * index : 2 * index + 2]):
+            row |= {f"image_{side}_sha256": member.sha256, f"offset_{side}": member.offset}
+            row |= {f"length_{side}": member.length, f"orientation_{side}": 1}
+            row |= {f"height_{side}": bench.side, f"width_{side}": bench.side}
+        rows.append(row)
     return pa.Table.from_pylist(rows)
 
 
@@ -183,18 +164,16 @@ def environment(bench: Bench) -> list[Row]:
         free, total = torch.cuda.mem_get_info()
         found |= {"device": torch.cuda.get_device_name(), "free GB": round(free / 1e9, 1), "GB": round(total / 1e9, 1)}
         asked = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
-            found |= dict(zip(asked.split(","), answer.splitlines()[0].split(", "), strict=True))
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-            found["nvidia-smi"] = str(error)[:60]
+        if command := shutil.which("nvidia-smi"):
+            query = [command, f"--query-gpu={asked}", "--format=csv,noheader"]
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+            found |= dict(zip(asked.split(","), answer.strip().split(", "), strict=False))
     return [{"what": what, "found": value} for what, value in found.items()]
 
 
 def peak(bench: Bench) -> list[Row]:
     """The ceilings: products by type and a copy; and what an image costs."""
-    rows = matrix_peak(256 if bench.small else 8192, bench.device)
+    rows = gpu_peak.matrix_peak(256 if bench.small else 8192, bench.device)
     bench.peak = next(row["TFLOP/s"] for row in rows if row["what"].startswith("bfloat16"))
     for of, tera in bench.flop.items():
         rows.append({"what": f"one image of {bench.side}: {of}", "TFLOP": round(tera, 6)})
@@ -211,7 +190,7 @@ def check(bench: Bench) -> list[Row]:
         worst, bad = float((found - expected).abs().max()), int((~torch.isfinite(found)).sum())
         noise = float((found - expected).square().mean().sqrt())
         ratio = 20 * np.log10(float(expected.max() - expected.min()) / noise) if noise else np.inf
-        row = {"vae_dtype": dtype, "max error": f"{worst:.2e}", "PSNR dB": round(ratio, 1), "non-finite": bad}
+        row = {"vae_dtype": dtype, "max error": f"{worst:.2e}", "PSNR dB": f"{ratio:.1f}", "non-finite": bad}
         if dtype == "float32":
             row["to 1e-4"] = bench.verify("float32 to 1e-4 of the CPU's", worst <= 1e-4)
         if dtype != "float16":  # the configuration refuses it for this VAE
@@ -250,38 +229,39 @@ def halving(bench: Bench) -> Row:
 def ours(bench: Bench) -> list[Row]:
     """`LatentWriter` over units of JPEGs on the local disk beside bare loops of the same settings, by `vae_dtype`."""
     rows = []
-    for dtype, way in PRODUCT_WAYS.items():
-        loop = bench.bare(way, bench.batch_size)
-        bare = loop.measure(bench.seconds)["images/s"]
-        del loop
+    for dtype, way in gpu_peak.PRODUCT_WAYS.items():
+        bare = bench.bare(way, bench.batch_size).measure(bench.seconds)["images/s"]
         encoder = LatentEncoder(bench.source, dtype)
         fed = through_encoder(bench, encoder)
-        num_pairs = 4 if bench.small else {"float32": 32, "tf32": 64}.get(dtype, 128)
-        units = {f"{dtype}-{n}": write_unit(bench, f"{dtype}-{n}", num_pairs) for n in range(NUM_UNITS)}
-        warm = write_unit(bench, f"{dtype}-warm", bench.batch_size)
-        LatentWriter(bench.config(vae_dtype=dtype), bench.storage, "warm", encoder).write(f"{dtype}-warm", warm)
-        writer, effort = LatentWriter(bench.config(vae_dtype=dtype), bench.storage, "ours", encoder), Effort()
-        started = time.perf_counter()
-        with ThreadPoolExecutor(UNITS_AT_ONCE) as calls:
-            done = list(calls.map(lambda name: writer.write(name, units[name]), units))  # noqa: B023
-        seconds = time.perf_counter() - started
-        for _, cost in done:
-            effort.add(cost)
-        num_kept = sum(kept(each) for each, _ in done)
-        bench.verify(f"ours, {dtype}: every pair kept", num_kept == NUM_UNITS * num_pairs)
-        count = effort.num_images
-        row: Row = {
-            "vae_dtype": dtype,
-            "batch": effort.batch_size,
-            "images": count,
-            "ours/s": round(count / seconds, 2),
-        }
-        row |= {"bare/s": bare, "ours / bare": round(count / seconds / bare, 3), "encoder, fed/s": fed}
-        row |= {"busy": round(effort.busy_ratio, 3)}
+        effort, seconds = written_units(bench, encoder, dtype)
+        count, rate = effort.num_images, effort.num_images / seconds
+        row: Row = {"vae_dtype": dtype, "batch": effort.batch_size, "images": count, "ours/s": round(rate, 2)}
+        row |= {"bare/s": bare, "ours / bare": round(rate / bare, 3), "encoder, fed/s": fed}
+        row["busy"] = round(effort.busy_ratio, 3)
         row |= {f"{part} ms": round(1000 * spent / count, 2) for part, spent in effort.seconds.items()}
-        tera = count / seconds * bench.flop["all"]
-        rows.append(row | ({"of bf16 peak": round(tera / bench.peak, 3)} if bench.peak else {}))
+        if bench.peak:
+            row["of bf16 peak"] = round(rate * bench.flop["all"] / bench.peak, 3)
+        rows.append(row)
     return rows
+
+
+def written_units(bench: Bench, encoder: LatentEncoder, dtype: str) -> tuple[Effort, float]:
+    """Several units at once, as an actor is called, after a small one that does not count; their cost, and seconds."""
+    num_pairs = 4 if bench.small else {"float32": 32, "tf32": 64}.get(dtype, 128)
+    units = {f"{dtype}-{n}": write_unit(bench, f"{dtype}-{n}", num_pairs) for n in range(NUM_UNITS)}
+    config, effort = bench.config(vae_dtype=dtype), Effort()
+    warm = write_unit(bench, f"{dtype}-warm", bench.batch_size)
+    LatentWriter(config, bench.storage, "warm", encoder).write(f"{dtype}-warm", warm)
+    writer = LatentWriter(config, bench.storage, "ours", encoder)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(UNITS_AT_ONCE) as calls:
+        done = list(calls.map(writer.write, units.keys(), units.values()))
+    seconds = time.perf_counter() - started
+    for _, cost in done:
+        effort.add(cost)
+    num_kept = sum(kept(rows) for rows, _ in done)
+    bench.verify(f"ours, {dtype}: every pair kept", num_kept == NUM_UNITS * num_pairs)
+    return effort, seconds
 
 
 def through_encoder(bench: Bench, encoder: LatentEncoder) -> float:
@@ -301,7 +281,7 @@ def text(bench: Bench) -> list[Row]:
     """`TextWriter` by batch size, in float32 as the product runs it."""
     settle(bench.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the process's, of sections before
-    source = write_model(bench.work / "text", SMALL_VAE_CONFIG, None if bench.small else bench.device)
+    source = write_model(bench.work / "text", gpu_peak.SMALL_VAE_CONFIG, None if bench.small else bench.device)
     encoder, num_prompts = TextEncoder(source), 64 if bench.small else 1024
     prompts = [f"a photo of red dog {number} on the hill at night" for number in range(num_prompts)]
     identities = [hashlib.sha256(prompt.encode()).hexdigest()[:32] for prompt in prompts]
@@ -323,43 +303,36 @@ def steps(bench: Bench) -> list[Row]:
     """What each step brings the bare loop; its batch sizes; and the attention by itself."""
     if not bench.peak:
         peak(bench)
-    bench.steps = Steps(bench.bare, bench.flop["all"], bench.peak, bench.seconds, lambda: bench.left() - 30)
-    rows = []
+    found = gpu_peak.Steps(bench.bare, bench.flop["all"], bench.peak, bench.seconds, lambda: bench.left() - 30)
     tokens, size = (bench.side // 8) ** 2, bench.vae_config["block_out_channels"][-1]
-    tables = (
-        attention_rows(min(bench.batch_size, 4), tokens, size, bench.device),
-        bench.steps.batches("batches, the product's bfloat16", PRODUCT_WAYS["bfloat16"], (1, 2, 4, 8, 16)),
-        bench.steps.ladder(bench.batch_size),
-    )
-    for table in tables:
-        for row in table:
-            rows.append(row)
-            print(f"  {row}", flush=True)  # a call that is cut short has shown this much
-    assert bench.steps.best is not None, "no way ran"
-    way = bench.steps.best[0]
-    for row in bench.steps.batches("batches, the best way", way, (16, 4, 2, 1)):
+    rows = gpu_peak.attention_rows(min(bench.batch_size, 4), tokens, size, bench.device)
+    for row in found.ladder(bench.batch_size):
         rows.append(row)
+        print(f"  {row}", flush=True)  # a call that is cut short has shown this much
+    rows += found.batches(gpu_peak.PRODUCT_WAYS["bfloat16"], (1, 2, 4, 8, 16))
+    assert found.best is not None, "no way ran"
+    bench.best = found.best
+    rows += found.batches(found.best[0], (16, 4, 2, 1))
+    bench.best = found.best
     return rows
 
 
-def where(bench: Bench) -> list[Row]:
-    """The kernels of the best bare loop, and of the product's way."""
-    best = bench.steps.best if bench.steps else None
-    loops = {"the product's bfloat16": bench.bare(PRODUCT_WAYS["bfloat16"], bench.batch_size)}
+def profile(bench: Bench) -> list[Row]:
+    """The kernels of the product's fastest way, and of the best bare loop."""
+    way = gpu_peak.PRODUCT_WAYS["bfloat16"]
+    loops = {f"the product's {way.text}": bench.bare(way, bench.batch_size)}
+    if bench.best is not None:
+        loops[f"the best, {bench.best[0].text}"] = bench.best[2]
     rows = []
-    if best is not None:
-        loops[f"the best: {best[0]}"] = best[2]
     for name, loop in loops.items():
-        found = profile(loop, bench.flop, bench.peak or 1.0)
-        rows += [{"loop": name[:22], **row} for row in found["top"]]
-        rows.append({"limit": f"{name}: {found['limit']}"})
+        found = gpu_peak.profile(loop, bench.flop, bench.peak or 1.0)
+        rows += [{"limit": f"{name}, batches of {loop.batch_size}: {found['limit']}"}, *found["top"]]
     return rows
 
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
-    "environment": environment, "peak": peak, "check": check, "ours": ours, "text": text, "steps": steps,
-    "profile": where,
-}  # fmt: skip
+    section.__name__: section for section in (environment, peak, check, ours, text, steps, profile)
+}
 
 
 def show(rows: list[Row]) -> None:
@@ -368,6 +341,7 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         if len(row) == 1:
             print(*row.values())
+            columns = []
             continue
         wanted = list(row)
         if not set(wanted) & set(columns[:1]):
@@ -377,12 +351,16 @@ def show(rows: list[Row]) -> None:
         print("  ".join(f"{row.get(name, '')!s:<{widths[name]}}" for name in columns).rstrip())
 
 
-def save(file: Path, conditions: Row, section: str, rows: list[Row]) -> None:
+def save(file: Path, bench: Bench, section: str, rows: list[Row]) -> None:
     """Put a section into the file; those of another device are dropped."""
+    conditions = {
+        "device": torch.cuda.get_device_name() if bench.on_gpu else "cpu", "torch": torch.__version__,
+        "side": bench.side, "batch": bench.batch_size, "weights": "random, seed 0", "vae": bench.vae_config,
+        "text_encoders": gpu_peak.TEXT_ENCODERS, "TFLOP an image": bench.flop,
+    }  # fmt: skip
     before = json.loads(file.read_text()) if file.is_file() else {}
-    if before.get("conditions", {}).get("device") != conditions["device"]:
-        before = {}
-    results = before.get("results", {}) | {section: rows}
+    same = before.get("conditions", {}).get("device") == conditions["device"]
+    results = (before["results"] if same else {}) | {section: rows}
     file.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
 
 
@@ -396,14 +374,10 @@ def main() -> None:
     arguments.add_argument("--results", type=Path, default=RESULTS)
     options = arguments.parse_args()
     deadline = time.monotonic() + options.budget_s
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # a rehearsal: two threads on busy cores wait for each other
     with tempfile.TemporaryDirectory(prefix="mapo-bench-") as work:
         bench = Bench(Path(work), options.small, options.batch, deadline)
-        name = torch.cuda.get_device_name() if bench.on_gpu else "cpu"
-        conditions = {
-            "device": name, "torch": torch.__version__, "side": bench.side, "batch": bench.batch_size,
-            "vae": bench.vae_config, "text_encoders": TEXT_ENCODERS, "weights": "random, seed 0",
-            "TFLOP an image": bench.flop,
-        }  # fmt: skip
         for section in (each for each in SECTIONS if each in options.only):
             started = time.monotonic()
             print(f"\n== {section} ({bench.left():.0f} s left)", flush=True)
@@ -417,7 +391,7 @@ def main() -> None:
             show(rows)
             print(f"-- {section}: {time.monotonic() - started:.1f} s", flush=True)
             if bench.on_gpu and not bench.small:
-                save(options.results, conditions, section, rows)
+                save(options.results, bench, section, rows)
     print("\nFAILED: " + "; ".join(bench.failed) if bench.failed else "\nall checks passed")
     raise SystemExit(bool(bench.failed))
 

@@ -30,6 +30,17 @@ VAE_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 """SDXL's VAE, as its config.json has it."""
 SMALL_VAE_CONFIG = VAE_CONFIG | {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 64}
+TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "text_encoder": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_act": "quick_gelu", "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+        "hidden_act": "gelu", "projection_dim": 1280,
+    },
+}  # fmt: skip
+"""SDXL's: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14."""
 
 MAX_STEP_S, MAX_AUTOTUNE_S = 75.0, 170.0  # a way's compilation included; the rest of a call is for the others
 WORTH = 0.99  # a step that costs more than this is not built upon
@@ -57,6 +68,14 @@ class Way:
     """Attention as two matrix products and a softmax, instead of `scaled_dot_product_attention`."""
     mode: str = ""
     """Of torch.compile; empty means no compilation."""
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        switches = ("channels_last", "deterministic", "benchmark", "products")
+        words = [name.replace("_", " ") for name in switches if getattr(self, name)]
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        return ", ".join([dtype, *words, *([f"compile {self.mode}"] if self.mode else [])])
 
 
 LADDER: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -158,8 +177,11 @@ def flop_an_image(config: Row, side: int) -> dict[str, float]:
 class ProductAttention:
     """A processor of diffusers' `Attention` for the VAE's one head: softmax(q k / sqrt(D)) v in the model's type."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        """B, C, h, w to the same."""
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None = None, attention_mask: None = None,
+        temb: None = None,
+    ) -> Tensor:  # fmt: skip
+        """B, C, h, w to the same; the other arguments are diffusers'."""
         batch, channels, height, width = hidden_states.shape
         tokens_BNC = hidden_states.reshape(batch, channels, height * width).transpose(1, 2)
         tokens_BNC = attn.group_norm(tokens_BNC.transpose(1, 2)).transpose(1, 2)
@@ -174,7 +196,7 @@ class BareLoop:
 
     Args:
         folder: Of the VAE.
-        way: How it runs; also sets torch's switches, which are the process's.
+        way: How it runs.
         device: Where.
         pixels_BHWC: Distinct images, 0..255; batches take them in turn.
         batch_size: Images a pass.
@@ -187,8 +209,8 @@ class BareLoop:
 
         torch._dynamo.config.recompile_limit = 64  # each loop compiles the same function for a module of its own
         settle(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way.tf32
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = way.deterministic, way.benchmark
+        self._way, self.batch_size, self.device = way, batch_size, device
+        self.switch()
         layout = torch.channels_last if way.channels_last else torch.contiguous_format
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval().requires_grad_(False)
         del vae.decoder
@@ -197,12 +219,17 @@ class BareLoop:
             self._vae.encoder.mid_block.attentions[0].set_processor(ProductAttention())
         if way.mode:
             self._vae.encoder = torch.compile(self._vae.encoder, mode=way.mode, dynamic=False)
-        self.batch_size, self.device = batch_size, device
         self._batches = []
         for start in range(2):
             chosen = [pixels_BHWC[(start * batch_size + n) % len(pixels_BHWC)] for n in range(batch_size)]
             pixels = torch.from_numpy(np.stack(chosen)).to(device).permute(0, 3, 1, 2).to(torch.float32)
             self._batches.append((2.0 * (pixels / 255.0) - 1.0).to(way.dtype).contiguous(memory_format=layout))
+
+    def switch(self) -> None:
+        """Set torch's switches, which are the process's, to this way."""
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self._way.tf32
+        torch.backends.cudnn.deterministic = self._way.deterministic
+        torch.backends.cudnn.benchmark = self._way.benchmark
 
     @torch.no_grad()
     def run(self, number: int) -> Tensor:
@@ -211,10 +238,12 @@ class BareLoop:
 
     def measure(self, seconds: float) -> Row:
         """Images a second, and the memory it took."""
+        for number in range(3):  # compiles, and lets cuDNN try what it has; that memory is not the loop's
+            self.run(number)
+        settle(self.device)
         images_per_s = self.batch_size / seconds_a_run(self.run, self.device, seconds)
-        bad = int((~torch.isfinite(self.run(0))).sum())
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
-        return {"images/s": round(images_per_s, 2), "peak memory GB": round(memory, 2), "non-finite": bad}
+        return {"images/s": round(images_per_s, 2), "memory GB": round(memory, 2)}
 
 
 def attention_rows(batch: int, tokens: int, size: int, device: torch.device) -> list[Row]:
@@ -242,9 +271,9 @@ def attention_rows(batch: int, tokens: int, size: int, device: torch.device) -> 
         except Exception as error:  # a backend that refuses this shape, or has no memory for it
             rows.append({"attention": name, "note": first_line(error)})
             continue
-        tera = 4 * batch * tokens**2 * size / 1e12
-        rows.append({"attention": name, "ms an image": round(1000 * seconds / batch, 3), "TFLOP/s": tera / seconds})
-    return [row | ({"TFLOP/s": round(row["TFLOP/s"], 2)} if "TFLOP/s" in row else {}) for row in rows]
+        rate = round(4 * batch * tokens**2 * size / 1e12 / seconds, 2)
+        rows.append({"attention": name, "ms an image": round(1000 * seconds / batch, 3), "TFLOP/s": rate})
+    return rows
 
 
 def first_line(error: BaseException) -> str:
@@ -253,7 +282,7 @@ def first_line(error: BaseException) -> str:
 
 
 class Steps:
-    """The bare loop step by step; remembers the fastest way and its loop.
+    """The bare loop step by step, each against the latents of the first; remembers the fastest way and its loop.
 
     Args:
         make: A bare loop of a way and a batch size.
@@ -268,6 +297,7 @@ class Steps:
         left: Callable[[], float],
     ) -> None:  # fmt: skip
         self._make, self._tera_flop, self._peak, self._seconds, self._left = make, tera_flop, peak, seconds, left
+        self._first_CHW: Tensor | None = None
         self.best: tuple[Way, float, BareLoop] | None = None
 
     def row(self, name: str, way: Way, batch_size: int) -> Row:
@@ -275,19 +305,21 @@ class Steps:
         limit = min(MAX_AUTOTUNE_S if "autotune" in way.mode else MAX_STEP_S, self._left())
         started = time.monotonic()
         row: Row = {"step": name, "batch": batch_size}
-        if limit < 5:
-            return row | {"note": "no time left"}
+        if limit < 5 or (way.mode and not torch.cuda.is_available()):
+            return row | {"note": "no time left" if limit < 5 else "needs a GPU"}
         try:
             with at_most(limit):
                 loop = self._make(way, batch_size)
                 row |= loop.measure(self._seconds)
+                image_CHW = loop.run(0)[0].float()  # the same image whatever the batch is
         except Exception as error:  # out of memory or time, or a compiler that fails: a row of the table all the same
             return row | {"note": first_line(error)}
-        rate = row["images/s"]
+        self._first_CHW = image_CHW if self._first_CHW is None else self._first_CHW
+        rate, error = row["images/s"], float((image_CHW - self._first_CHW).abs().max())
         if self.best is None or rate > self.best[1]:
             self.best = (way, rate, loop)
         tera = rate * self._tera_flop
-        row |= {"TFLOP/s": round(tera, 3), "of peak": round(tera / self._peak, 3)}
+        row |= {"TFLOP/s": round(tera, 3), "of peak": round(tera / self._peak, 3), "error": f"{error:.1e}"}
         return row | {"took s": round(time.monotonic() - started, 1)}
 
     def ladder(self, batch_size: int) -> Iterator[Row]:
@@ -307,10 +339,11 @@ class Steps:
         for name, way in ways.items():
             yield self.row(name, way, batch_size)
 
-    def batches(self, name: str, way: Way, sizes: Sequence[int]) -> Iterator[Row]:
-        """One way by batch size."""
+    def batches(self, way: Way, sizes: Sequence[int]) -> Iterator[Row]:
+        """One way by batch size; tuned kernels would be tuned for each, so compiled ones are taken."""
+        way = replace(way, mode="default") if way.mode else way
         for size in sizes:
-            yield self.row(name, way, size)
+            yield self.row(f"batches: {way.text}", way, size)
 
 
 def category(kernel: str) -> str:
@@ -324,6 +357,7 @@ def profile(loop: BareLoop, tera_flop: dict[str, float], peak: float, num_passes
     from torch.profiler import ProfilerActivity
 
     on_gpu = loop.device.type == "cuda"
+    loop.switch()
     loop.run(0)
     settle(loop.device)
     wall_s = seconds_a_run(loop.run, loop.device, 0.5, warm=1) * num_passes

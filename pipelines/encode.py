@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.attempts import MAX_ATTEMPTS, new_attempts
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import DropBudgetExceeded, SnapshotError, unwrap
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
@@ -41,7 +42,7 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
         ConfigError: The model cannot be run with these settings.
         SnapshotError: There is no kept pair.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
-        EncodingError: There is no memory for even one image.
+        EncodingError: There is no memory for even one image, or actors die of a unit again and again.
     """
     config = located(config)
     todo = pending(config, storage)
@@ -154,7 +155,13 @@ class _Stage:
                 max_tasks_in_flight_per_actor=at_once,  # more would wait for this actor while another is free
                 enable_true_multi_threading=True,
             ),
-            fn_constructor_args=(self.config, self.storage, self.folder.rsplit("/", 1)[1], pool.num_threads),
+            fn_constructor_args=(
+                self.config,
+                self.storage,
+                self.folder.rsplit("/", 1)[1],
+                pool.num_threads,
+                new_attempts(MAX_ATTEMPTS),
+            ),
             **pool.resources,
         )
         try:

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
 from pipelines.ahead import Ahead
+from pipelines.attempts import begin
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import LATENTS, LATENTS_SCHEMA
@@ -41,22 +42,26 @@ class WriteLatents:
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
     """
 
-    def __init__(self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int) -> None:
+    def __init__(
+        self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any
+    ) -> None:
         self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._num_threads = num_threads
+        self._num_threads, self._attempts = num_threads, attempts
         self._start = threading.Lock()
         self._writer: LatentWriter | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out."""
+        (unit,) = batch.to_pylist()
+        pairs = from_ipc(unit["rows"])
+        begin(self._attempts, unit["unit_id"], f"the pairs of {pairs['shard'][0]}")
         with self._start:
             if self._writer is None:
                 check_same_model(self._fingerprint, latents_fingerprint(self._config), self._config.model)
                 use_threads(self._num_threads)
                 encoder = LatentEncoder(self._config.source, self._config.vae_dtype)
                 self._writer = LatentWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
-        (unit,) = batch.to_pylist()
-        rows, effort = self._writer.write(unit["unit_id"], from_ipc(unit["rows"]))
+        rows, effort = self._writer.write(unit["unit_id"], pairs)
         return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)], "effort": [effort.to_json()]})
 
 

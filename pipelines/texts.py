@@ -2,10 +2,12 @@
 
 import threading
 import time
+from typing import Any
 
 import pyarrow as pa
 import torch
 
+from pipelines.attempts import begin
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.layout import TEXT, TEXT_SCHEMA
@@ -30,22 +32,26 @@ class WriteTexts:
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, EncodingError.
     """
 
-    def __init__(self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int) -> None:
+    def __init__(
+        self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any
+    ) -> None:
         self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._num_threads = num_threads
+        self._num_threads, self._attempts = num_threads, attempts
         self._start = threading.Lock()
         self._writer: TextWriter | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One unit in, one out."""
+        (unit,) = batch.to_pylist()
+        prompts = from_ipc(unit["rows"])
+        begin(self._attempts, unit["unit_id"], f"{prompts.num_rows:,} prompts")
         with self._start:
             if self._writer is None:
                 check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
                 use_threads(self._num_threads)
                 encoder = TextEncoder(self._config.source)
                 self._writer = TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
-        (unit,) = batch.to_pylist()
-        rows, effort = self._writer.write(unit["unit_id"], from_ipc(unit["rows"]))
+        rows, effort = self._writer.write(unit["unit_id"], prompts)
         return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)], "effort": [effort.to_json()]})
 
 

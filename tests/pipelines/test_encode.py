@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,12 @@ from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
+import pipelines.encode
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import (
     ConfigError,
     DropBudgetExceeded,
+    EncodingError,
     ModelError,
     ShardCorrupt,
     SnapshotError,
@@ -36,7 +40,7 @@ from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, Launched, TextEncoder
 from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
 from pipelines.geometry import bucket_list, place_pair
-from pipelines.latents import write_latents
+from pipelines.latents import LatentWriter, WriteLatents, write_latents
 from pipelines.texts import write_texts
 
 CPU = torch.device("cpu")
@@ -118,6 +122,30 @@ def test_an_error_in_an_actor_arrives_as_our_own(
     assert "Ray" not in str(caught.value)
     assert caught.value.hint == "`mapo data verify` lists what is damaged"
     assert latents_table(storage, latents_fingerprint(config)).version is None
+
+
+def test_a_unit_that_kills_its_actors_is_given_up_and_named(
+    ray_cluster: None, tmp_path: Path, storage: Storage, config: EncodeConfig, vae: Any, text: TextEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Killed(WriteLatents):
+        """At its first unit the process is gone, as by the killer of what takes too much memory."""
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            LatentWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    ingest_here(storage, write_parquet(tmp_path / "in.parquet", photo_pairs(1)))
+    todo = pending(config, storage)
+    (unit,) = todo.texts
+    name = text_fingerprint(config)
+    text_table(storage, name).append(unit.id, write_texts(unit.id, unit.rows, config, storage, name, text))
+    monkeypatch.setattr(pipelines.encode, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(pipelines.encode._Stage, "_actor", lambda stage: Killed)
+    with pytest.raises(EncodingError, match=r"2 actors died while they encoded the pairs of dataset/shards/") as caught:
+        encode(config, storage)
+    assert todo.latents[0].id in caught.value.message
+    assert "encode.batch_size" in str(caught.value.hint)
 
 
 def test_only_new_pairs_and_new_prompts_are_encoded(
