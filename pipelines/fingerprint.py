@@ -19,7 +19,7 @@ from pipelines.dataset.model_files import (
 from pipelines.dataset.storage import Storage
 from pipelines.geometry import bucket_list
 
-LATENTS_VERSION = 1  # raise it when the same images, model and settings would give other latents
+LATENTS_VERSION = 2  # raise it when the same images, model and settings would give other latents
 TEXT_VERSION = 1  # the same for prompts
 
 TEXT_PARTS = {

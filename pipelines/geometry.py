@@ -104,17 +104,17 @@ def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tup
 
 
 def cover(height: int, width: int, bucket: Bucket) -> Cover:
-    """Scale an image until it just covers the bucket; the bucket is its centre. At most half a pixel is stretched."""
+    """Scale an image until it just covers the bucket; the bucket is its centre. Less than a pixel is stretched.
+
+    For a square, sizes and offsets are those of the official training scripts: `torchvision.transforms.Resize`, which
+    cuts fractions of a pixel off, and `CenterCrop`, which rounds halves to even.
+    """
     bucket_height, bucket_width = bucket
     if bucket_width * height >= bucket_height * width:  # the image is narrower than the bucket: its width decides
-        resized = max(bucket_height, _rounded(height * bucket_width, width)), bucket_width
+        resized = max(bucket_height, height * bucket_width // width), bucket_width
     else:
-        resized = bucket_height, max(bucket_width, _rounded(width * bucket_height, height))
-    return Cover(*resized, (resized[0] - bucket_height) // 2, (resized[1] - bucket_width) // 2)
-
-
-def _rounded(numerator: int, denominator: int) -> int:
-    return (2 * numerator + denominator) // (2 * denominator)
+        resized = bucket_height, max(bucket_width, width * bucket_height // height)
+    return Cover(*resized, round((resized[0] - bucket_height) / 2), round((resized[1] - bucket_width) / 2))
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -139,7 +139,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def place(image: Image.Image, bucket: Bucket) -> Placed:
-    """Resize (antialiased) to cover the bucket and crop its centre, in one pass.
+    """Resize to cover the bucket (bilinear, antialiased: as the official scripts) and crop its centre, in one pass.
 
     Only the part of the image that lies in the bucket is resampled, so that a very long image costs no memory.
     """
@@ -152,7 +152,7 @@ def place(image: Image.Image, bucket: Bucket) -> Placed:
         min(width, (covering.left + bucket_width) * width / covering.width),
         min(height, (covering.top + bucket_height) * height / covering.height),
     )
-    resized = image.resize((bucket_width, bucket_height), Image.Resampling.LANCZOS, box=box)
+    resized = image.resize((bucket_width, bucket_height), Image.Resampling.BILINEAR, box=box)
     time_ids = (height, width, covering.top, covering.left, bucket_height, bucket_width)
     return Placed(np.array(resized, dtype=np.uint8), time_ids)
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from factories import encoded, picture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,12 +88,30 @@ def test_nothing_is_stretched_by_a_pixel_and_the_crop_is_inside(
 def test_placing_is_pillows_resize_and_then_a_crop(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     image = picture(np.random.default_rng(1), *size)
     covering = cover(*size, bucket)
-    whole = image.resize((covering.width, covering.height), Image.Resampling.LANCZOS)
+    whole = image.resize((covering.width, covering.height), Image.Resampling.BILINEAR)
     cropped = whole.crop((covering.left, covering.top, covering.left + bucket[1], covering.top + bucket[0]))
     placed = place(image, bucket)
     assert placed.pixels.shape == (*bucket, 3)
     assert np.abs(placed.pixels.astype(int) - np.asarray(cropped).astype(int)).max() <= 2  # two passes, each rounded
     assert placed.time_ids == (*size, covering.top, covering.left, *bucket)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 151), (151, 100), (97, 64), (200, 333), (40, 61), (1000, 1503)])
+def test_a_square_is_the_official_scripts_centre_crop(size: tuple[int, int]) -> None:
+    """utils.py of mapo-t2i/mapo: torchvision's Resize (bilinear, antialiased) of a tensor, then CenterCrop."""
+    side, (height, width) = 64, size
+    image = picture(np.random.default_rng(2), *size)
+    short, long = min(size), max(size)
+    resized = (side, int(side * long / short)) if height <= width else (int(side * long / short), side)
+    pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    whole = torch.nn.functional.interpolate(pixels_CHW[None], resized, mode="bilinear", antialias=True)[0]
+    top = max(0, round((resized[0] - side) / 2.0))
+    left = max(0, round((resized[1] - side) / 2.0))
+    expected_HWC = whole[:, top : top + side, left : left + side].permute(1, 2, 0) * 255
+    (bucket,) = bucket_list(side, False)
+    placed = place(image, bucket)
+    assert placed.time_ids == (height, width, top, left, side, side)
+    assert np.abs(placed.pixels - expected_HWC.numpy()).max() <= 1.5  # ours are whole numbers, rounded twice
 
 
 def test_a_very_long_image_takes_no_more_memory_than_its_bucket() -> None:
