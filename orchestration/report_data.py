@@ -20,7 +20,6 @@ def report_data(config: RunConfig, storage: Storage, journal: Journal, *, comman
     records = {name: journal.record(name) for name in STAGES_SHOWN}
     trained, exported, evaluated = (records[name] for name in ("train", "export", "evaluate"))
     snapshot = trained.details["snapshot"] if trained else {}
-    encoded = records["encode"]
     dataset = _dataset(storage, snapshot.get("pairs_version"))
     return {
         "name": config.name,
@@ -31,7 +30,7 @@ def report_data(config: RunConfig, storage: Storage, journal: Journal, *, comman
         "stages": [_stage(name, record, dataset) for name, record in records.items()],
         "dataset": dataset,
         "fingerprints": {k: snapshot[f"{k}_fingerprint"] for k in ("latents", "text")} if snapshot else None,
-        "encoding": _encoding(storage, encoded.details) if encoded else None,
+        "encoding": _encoding(storage, snapshot, records["encode"]),
         "training": _training(config, trained.details) if trained else None,
         "evaluation": evaluated.details if evaluated else None,
         "model": storage.uri(exported.details["model"]) if exported else None,
@@ -84,13 +83,19 @@ def _training(config: RunConfig, details: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _encoding(storage: Storage, details: dict[str, Any]) -> dict[str, Any]:
-    """What is encoded under the run's fingerprints; how fast, and how it looks, if the run did it."""
-    speed = details.get("speed") or {}
+def _encoding(storage: Storage, snapshot: dict[str, Any], record: StageRecord | None) -> dict[str, Any] | None:
+    """What is encoded under the fingerprints that were trained on; how fast, and how it looks, if this run did it."""
+    details = record.details if record else {}
+    latents = snapshot.get("latents_fingerprint") or details.get("latents")
+    text = snapshot.get("text_fingerprint") or details.get("text")
+    if latents is None or text is None:
+        return None
+    is_ours = (details.get("latents"), details.get("text")) == (latents, text)
+    speed = details.get("speed", {}) if is_ours else {}
     return {
-        **describe_encoding(storage, details["latents"], details["text"]),
+        **describe_encoding(storage, latents, text),
         "speed": speed if any(speed.values()) else None,
-        "contact": details.get("contact", []),
+        "contact": details.get("contact", []) if is_ours else [],
     }
 
 

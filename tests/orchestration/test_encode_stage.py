@@ -16,7 +16,7 @@ from orchestration.config import RunConfig
 from orchestration.contact import choose_pairs, psnr, write_contact_sheet
 from orchestration.journal import Journal
 from orchestration.report import render_report
-from orchestration.report_data import page_images, report_data
+from orchestration.report_data import _encoding, page_images, report_data
 from orchestration.stages import run_stages
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, latents_table
@@ -24,7 +24,7 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from pipelines.encode import encode
 from pipelines.encoders import LatentEncoder, Launched, TextEncoder
-from pipelines.fingerprint import latents_fingerprint
+from pipelines.fingerprint import latents_fingerprint, text_fingerprint
 
 BASE = Path(orchestration.demo.__file__).parent / "base_model"  # its VAE has learned from photos
 
@@ -128,3 +128,20 @@ def test_equal_images_have_no_finite_ratio() -> None:
     image = np.full((4, 4, 3), 7, np.uint8)
     assert psnr(image, image) == math.inf
     assert psnr(np.zeros_like(image), np.full_like(image, 255)) == 0.0
+
+
+def test_a_run_on_what_another_one_encoded_shows_what_is_there(tmp_path: Path, tiny_pipeline: Path) -> None:
+    storage, source = Storage(str(tmp_path / "storage")), ModelSource(str(tiny_pipeline))
+    ingest_here(storage, write_parquet(tmp_path / "in.parquet", photo_pairs(3, num_prompts=1)))
+    encode, cpu = EncodeConfig(model=source.model, resolution=64), torch.device("cpu")
+    encode_here(encode, storage, LatentEncoder(source, device=cpu), TextEncoder(source, cpu))
+    config = RunConfig(name="second", storage=storage.url, encode=encode)
+    assert report_data(config, storage, Journal(storage, "second"), command="mapo run")["encoding"] is None
+    journal = Journal(storage, "second")
+    snapshot = {"pairs_version": 0, "latents_version": 0, "text_version": 0}
+    snapshot |= {"latents_fingerprint": latents_fingerprint(encode), "text_fingerprint": text_fingerprint(encode)}
+    old = {"latents": "old", "text": "old", "speed": {"latents": {"seconds": 1.0}}}
+    journal.finish("encode", key="k", summary="s", seconds=1.0, details=old)
+    found = _encoding(storage, snapshot, journal.record("encode"))
+    assert found is not None
+    assert (found["pairs"], found["prompts"], found["speed"], found["contact"]) == (3, 1, None, [])
