@@ -63,7 +63,7 @@ def killed_beside_a_commit(table, unit, *more, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Table._commit = killed_beside_a_commit
-ray.init(log_to_driver=False, logging_level="ERROR", **options)
+ray.init(**{"address": "local", **options}, log_to_driver=False, logging_level="ERROR")
 print("ready", flush=True)
 ingest(config, storage)
 """
