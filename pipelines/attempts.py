@@ -51,6 +51,6 @@ def begin(attempts: Any, unit: str, what: str) -> None:
 
     if (failed := ray.get(attempts.begin.remote(unit))) is not None:
         raise EncodingError(
-            f"{failed} actors died while they encoded {what} (unit {unit})",
+            f"actors died {failed} times while they encoded {what} (unit {unit})",
             "did they run out of memory? lower `encode.batch_size`, or give the nodes more; what is encoded stays",
         )

@@ -154,10 +154,16 @@ def device_name() -> str:
 
 
 def write_latents(
-    unit: str, pairs: pa.Table, config: EncodeConfig, storage: Storage, fingerprint: str, encoder: Encoder
+    unit: str,
+    pairs: pa.Table,
+    config: EncodeConfig,
+    storage: Storage,
+    fingerprint: str,
+    encoder: Encoder,
+    num_threads: int = 1,
 ) -> pa.Table:
     """Write the shard of a single unit; returns one row for every pair, in order."""
-    rows, _ = LatentWriter(config, storage, fingerprint, encoder).write(unit, pairs)
+    rows, _ = LatentWriter(config, storage, fingerprint, encoder, num_threads).write(unit, pairs)
     return rows
 
 

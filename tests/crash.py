@@ -19,6 +19,7 @@ import psutil
 from pipelines.dataset.storage import Storage
 
 DEADLINE_S = 120
+NUM_NODES, CPUS_A_NODE = 2, 2  # beside the head
 INGEST_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "worker", "raylet")
 ENCODE_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "actor", "node")
 SURVIVED = ("worker", "actor", "node")
@@ -62,6 +63,7 @@ os._exit(0)
 )
 ENCODE = (
     COMMITS
+    + f"nodes = {[CPUS_A_NODE] * NUM_NODES}"
     + """
 from ray.cluster_utils import Cluster
 
@@ -70,8 +72,8 @@ quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_
          "health_check_initial_delay_ms": 0}
 cluster = Cluster(initialize_head=True, head_node_args={
     "num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": quick})
-for _ in range(2):  # one may be lost
-    cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+for num_cpus in nodes:  # one may be lost
+    cluster.add_node(num_cpus=num_cpus, object_store_memory=100 << 20)
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 print("ready", flush=True)
 encode(config, storage)

@@ -52,7 +52,7 @@ def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "he
         Committer(table).append(identity, write_unit(units[identity], storage))
 
 
-def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: Any) -> Pending:
+def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: Any, num_threads: int = 1) -> Pending:
     """Encode without Ray: the same units, shards and commits."""
     todo = pending(config, storage)
     for folder, parts in ((LATENTS, todo.latents_parts), (TEXT, todo.text_parts)):
@@ -63,7 +63,7 @@ def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: Any) -> 
         text_table(storage, name).append(unit.id, rows)
     name = fingerprint_of(todo.latents_parts)
     for unit in todo.latents:
-        rows = write_latents(unit.id, unit.rows, config, storage, name, vae)
+        rows = write_latents(unit.id, unit.rows, config, storage, name, vae, num_threads)
         latents_table(storage, name).append(unit.id, rows)
     return todo
 

@@ -140,9 +140,11 @@ def test_a_unit_that_kills_its_actors_is_given_up_and_named(
     (unit,) = todo.texts
     name = text_fingerprint(config)
     text_table(storage, name).append(unit.id, write_texts(unit.id, unit.rows, config, storage, name, text))
-    monkeypatch.setattr(pipelines.encode, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(pipelines.encode, "MAX_ATTEMPTS", 1)
     monkeypatch.setattr(pipelines.encode._Stage, "_actor", lambda stage: Killed)
-    with pytest.raises(EncodingError, match=r"2 actors died while they encoded the pairs of dataset/shards/") as caught:
+    with pytest.raises(
+        EncodingError, match=r"actors died 1 times while they encoded the pairs of dataset/shards/"
+    ) as caught:
         encode(config, storage)
     assert todo.latents[0].id in caught.value.message
     assert "encode.batch_size" in str(caught.value.hint)
@@ -353,9 +355,7 @@ def test_a_bad_round_stops_early_and_does_not_hide_among_the_good_rows_of_before
         encode(config, storage)
     assert "truncated_image" in caught.value.message
     assert "encode.max_drop_ratio" in str(caught.value.hint)
-    encode(config.model_copy(update={"max_drop_ratio": 1.0}), storage)
-    statuses = latents_table(storage, latents_fingerprint(config)).read()["status"].to_pylist()
-    assert Counter(statuses) == {"kept": 40, "quarantined": 8}
+    assert pending(config, storage).latents, "what was not encoded is told apart from what was dropped"
 
 
 def test_a_unit_whose_images_cannot_be_decoded_has_rows_and_no_shard(

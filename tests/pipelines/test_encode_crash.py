@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash import ENCODE, ENCODE_VICTIMS, SURVIVED, Job, Kill, run_killed, run_to_the_end
-from encode_steps import ingest_here
+import torch
+from crash import CPUS_A_NODE, ENCODE, ENCODE_VICTIMS, NUM_NODES, SURVIVED, Job, Kill, run_killed, run_to_the_end
+from encode_steps import encode_here, ingest_here
 from factories import photo_pairs, write_parquet
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import pending
+from pipelines.encoders import LatentEncoder, TextEncoder
 from pipelines.fingerprint import latents_fingerprint, text_fingerprint
 from pipelines.verify import verify
 
@@ -54,9 +55,12 @@ def contents(config: EncodeConfig, storage: Storage) -> tuple[list[Any], dict[st
 
 @pytest.fixture(scope="module")
 def undisturbed(config: EncodeConfig, ingested: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same in one process, without Ray; with as many threads as an actor has, for bits depend on them."""
     storage = Storage(str(shutil.copytree(ingested, tmp_path_factory.mktemp("undisturbed") / "storage")))
-    run_to_the_end(job_of(config), storage, {})
-    assert pending(config, storage).is_empty
+    before = torch.get_num_threads()
+    num_threads = CPUS_A_NODE * NUM_NODES // config.worker_range[1]
+    encode_here(config, storage, LatentEncoder(config.source), TextEncoder(config.source), num_threads)
+    torch.set_num_threads(before)
     return contents(config, storage)
 
 
