@@ -147,7 +147,10 @@ class _Driver:
 
     def __enter__(self) -> "_Driver":
         assert self.process.stdout
-        assert self.process.stdout.readline() == b"ready\n"
+        self._family: list[psutil.Process] = []
+        if self.process.stdout.readline() != b"ready\n":
+            self.__exit__()
+            raise AssertionError("the driver did not start")
         self._family = psutil.Process(self.process.pid).children(recursive=True)
         return self
 
