@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.dataset.errors import SnapshotError
-from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
+from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
@@ -43,8 +43,8 @@ def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, 
         "prompts": len(pc.unique(kept["prompt_id"])),
         "shards": shards,
         "bytes": sum(shard["bytes"] for shard in shards),
-        "latents": [_encoded(latents_table(storage, f), f, "pairs") for f in _fingerprints(storage, LATENTS)],
-        "text": [_encoded(text_table(storage, f), f, "prompts") for f in _fingerprints(storage, TEXT)],
+        "latents": [_encoded(latents_table(storage, f), f, "pairs") for f in fingerprints(storage, LATENTS)],
+        "text": [_encoded(text_table(storage, f), f, "prompts") for f in fingerprints(storage, TEXT)],
     }
 
 
@@ -93,11 +93,6 @@ def _shards(rows: Any) -> list[dict[str, Any]]:
         for row in grouped.to_pylist()
     ]
     return sorted(found, key=lambda shard: str(shard["path"]))
-
-
-def _fingerprints(storage: Storage, folder: str) -> list[str]:
-    names = {name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)}
-    return sorted(names)
 
 
 def _encoded(table: Table, fingerprint: str, what: str) -> dict[str, Any]:

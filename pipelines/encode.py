@@ -59,15 +59,10 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
 
 def _stages(config: EncodeConfig, storage: Storage, todo: Pending) -> Iterator["_Stage"]:
     """Text first: it is short, and a wrong text encoder should show before hours of images. Torch is loaded late."""
-    name = fingerprint_of(todo.text_parts)
-    yield _Stage(
-        "text", "prompt", todo.texts, text_table(storage, name), f"{TEXT}/{name}", todo.text_parts, config, storage
-    )
-    name = fingerprint_of(todo.latents_parts)
-    yield _Stage(
-        "latents", "pair", todo.latents, latents_table(storage, name), f"{LATENTS}/{name}", todo.latents_parts,
-        config, storage,
-    )  # fmt: skip
+    table = text_table(storage, fingerprint_of(todo.text_parts))
+    yield _Stage("text", "prompt", todo.texts, table, TEXT, todo.text_parts, config, storage)
+    table = latents_table(storage, fingerprint_of(todo.latents_parts))
+    yield _Stage("latents", "pair", todo.latents, table, LATENTS, todo.latents_parts, config, storage)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class _Stage:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""
         speed = None
         if self.units:
-            note_parts(self.storage, self.folder.rsplit("/", 1)[0], self.parts)
+            note_parts(self.storage, self.folder, self.parts)
             num_done, num_dropped, effort = 0, 0, Effort()
             num_planned = sum(unit.rows.num_rows for unit in self.units)
             max_dropped = self._max_dropped(num_planned)
@@ -158,7 +153,7 @@ class _Stage:
             fn_constructor_args=(
                 self.config,
                 self.storage,
-                self.folder.rsplit("/", 1)[1],
+                fingerprint_of(self.parts),
                 pool.num_threads,
                 new_attempts(MAX_ATTEMPTS),
             ),

@@ -79,6 +79,7 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
     found = read_config(folder / "config.json").get("_class_name")
     if found != "AutoencoderKL":
         raise ModelError(f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to an SDXL VAE")
+    weights = weight_files(folder, "diffusion_pytorch_model", config.source.vae_variant)
     return {
         "kind": "latents",
         "version": LATENTS_VERSION,
@@ -86,7 +87,7 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
         "vae_dtype": config.vae_dtype,
         "resolution": config.resolution,
         "buckets": [list(bucket) for bucket in bucket_list(config.resolution, config.buckets)],
-        "vae": file_digests([folder / "config.json", *config.source.vae_weights()]),
+        "vae": file_digests([folder / "config.json", *weights]),
     }
 
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
-from pipelines.encoders import Launched, is_out_of_memory
+from pipelines.encoders import Launched
 from pipelines.geometry import Bucket, Placed, choose_bucket, open_image, place
+from pipelines.unit_actor import BatchSize
 
 Pair = dict[str, Any]
 """A kept row of the pairs table: its key, its shard, and where both images lie in it."""
@@ -117,17 +117,6 @@ def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
     return files
 
 
-class BatchSize:
-    """How many images a pass may hold; halved when memory runs out, for good."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def halve(self, failed: int) -> None:
-        """After a pass of `failed` images that did not fit."""
-        self.size = max(1, min(self.size, failed // 2))
-
-
 class Batches:
     """Gathers the images of a unit by bucket, and encodes whenever a bucket has a batch.
 
@@ -172,28 +161,17 @@ class Batches:
 
     def _launch(self, images: list[tuple[ImageKey, Placed]]) -> bool:
         """Start a pass and take in the one before it; False if there is no memory for so many images."""
-        try:
-            launched = self._encoder.launch(np.stack([image.pixels for _, image in images]))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(images) == 1:
-                height, width = images[0][0][1]
-                raise EncodingError(
-                    f"there is no memory to encode even one image of {height} x {width} pixels: "
-                    f"{str(error).splitlines()[0]}",
-                    "lower `encode.resolution`, set `encode.vae_dtype` to bfloat16, or take larger machines",
-                ) from error
-        else:
-            self._collect()
-            self._running.append((images, launched))
-            return True
-        # Here the failed pass is forgotten, with what it held.
+        height, width = images[0][0][1]
+        launched = self._batch_size.attempt(
+            lambda: self._encoder.launch(np.stack([image.pixels for _, image in images])),
+            len(images),
+            f"encode even one image of {height} x {width} pixels",
+            "lower `encode.resolution`, set `encode.vae_dtype` to bfloat16, or take larger machines",
+        )
         self._collect()
-        self._batch_size.halve(len(images))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return False
+        if launched is not None:
+            self._running.append((images, launched))
+        return launched is not None
 
     def _collect(self) -> None:
         for images, launched in self._running:

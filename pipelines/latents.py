@@ -1,20 +1,14 @@
 """One unit of pairs to one latent shard. While it is encoded, the next unit is read and the last one is written."""
 
 import json
-import os
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
 
 from pipelines.ahead import Ahead
-from pipelines.attempts import begin
 from pipelines.config import EncodeConfig
-from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import LATENTS, LATENTS_SCHEMA
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
@@ -22,16 +16,16 @@ from pipelines.effort import Effort
 from pipelines.encoders import LatentEncoder
 from pipelines.fingerprint import latents_fingerprint
 from pipelines.geometry import Placed, bucket_list
-from pipelines.image_batches import Batches, BatchSize, Encoder, ImageKey, Latents, Planned, load, plan_pairs
-from pipelines.unit_shard import UnitShard, from_ipc, pack, to_ipc
+from pipelines.image_batches import Batches, Encoder, ImageKey, Latents, Planned, load, plan_pairs
+from pipelines.unit_actor import BatchSize, Device, UnitActor, check_same_model
+from pipelines.unit_shard import UnitShard, pack
 
 READERS = 8  # reads from a storage wait; two would feed a GPU with JPEGs of 1024 x 1024 from a local disk
 
 Loaded = Ahead[Planned, list[tuple[ImageKey, Placed | Reason]]]
-T = TypeVar("T")
 
 
-class WriteLatents:
+class WriteLatents(UnitActor):
     """Encode the pairs of a unit and write their shard; the only place that writes latents.
 
     In:       A unit's pairs.        Out: its table rows, in the unit's order, and what it cost.
@@ -42,62 +36,13 @@ class WriteLatents:
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
     """
 
-    def __init__(
-        self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any
-    ) -> None:
-        self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._num_threads, self._attempts = num_threads, attempts
-        self._start = threading.Lock()
-        self._writer: LatentWriter | None = None
+    def _named(self, rows: pa.Table) -> str:
+        return f"the pairs of {rows['shard'][0]}"
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One unit in, one out."""
-        (unit,) = batch.to_pylist()
-        pairs = from_ipc(unit["rows"])
-        begin(self._attempts, unit["unit_id"], f"the pairs of {pairs['shard'][0]}")
-        with self._start:
-            if self._writer is None:
-                check_same_model(self._fingerprint, latents_fingerprint(self._config), self._config.model)
-                use_threads(self._num_threads)
-                encoder = LatentEncoder(self._config.source, self._config.vae_dtype)
-                self._writer = LatentWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
-        rows, effort = self._writer.write(unit["unit_id"], pairs)
-        return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)], "effort": [effort.to_json()]})
-
-
-def check_same_model(planned: str, found: str, model: str) -> None:
-    """A node that holds other files under the same name must not mix its numbers in."""
-    if planned != found:
-        raise ModelError(
-            f"this node's {model} has the fingerprint {found}, the driver's has {planned}",
-            "put the same model on every node, or name it by a URL that all of them reach",
-        )
-
-
-def use_threads(num_threads: int) -> None:
-    """Torch's threads in an actor: Ray allows one for each CPU it gave, and may count CPUs that are not there."""
-    torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
-
-
-class Device:
-    """The one thread that an actor encodes in, unit after unit; knows how long the device had nothing to do."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._thread = ThreadPoolExecutor(1, "device", initializer=lambda: use_threads(num_threads))
-        self._free_since: float | None = None
-
-    def run(self, encode: Callable[[], T], effort: Effort) -> T:
-        """Run `encode` when its turn comes; what it does not count as encoding is idle."""
-
-        def timed() -> T:
-            started, busy = time.perf_counter(), effort.seconds["encode"]
-            waited = 0.0 if self._free_since is None else started - self._free_since
-            result = encode()
-            self._free_since = time.perf_counter()
-            effort.idle_s += max(0.0, waited + (self._free_since - started) - (effort.seconds["encode"] - busy))
-            return result
-
-        return self._thread.submit(timed).result()
+    def _new_writer(self) -> "LatentWriter":
+        check_same_model(self._fingerprint, latents_fingerprint(self._config), self._config.model)
+        encoder = LatentEncoder(self._config.source, self._config.vae_dtype)
+        return LatentWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
 
 
 class LatentWriter:
@@ -122,10 +67,10 @@ class LatentWriter:
         self._readers = ThreadPoolExecutor(READERS, "reader")
         self._device = Device(num_threads)
 
-    def write(self, unit: str, pairs: pa.Table) -> tuple[pa.Table, Effort]:
+    def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
         """Write the shard of a unit; returns one row for every pair, in order, and what it cost."""
-        effort = Effort(num_slots=2 * pairs.num_rows)
-        planned = plan_pairs(pairs.to_pylist(), self._buckets)
+        effort = Effort(num_slots=2 * rows.num_rows)
+        planned = plan_pairs(rows.to_pylist(), self._buckets)
         loaded: Loaded = Ahead(lambda pair: load(pair, self._storage, effort), planned, self._readers, self._num_ahead)
         try:
             latents = self._device.run(lambda: self._encode(loaded, effort), effort)
@@ -144,27 +89,8 @@ class LatentWriter:
             for key, image in images:
                 batches.add(key, image)
         latents = batches.finish()
-        effort.batch_size, effort.device = self._batch_size.size, device_name()
+        effort.batch_size = self._batch_size.size
         return latents
-
-
-def device_name() -> str:
-    """`cpu`, or what the GPU is called."""
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
-
-
-def write_latents(
-    unit: str,
-    pairs: pa.Table,
-    config: EncodeConfig,
-    storage: Storage,
-    fingerprint: str,
-    encoder: Encoder,
-    num_threads: int = 1,
-) -> pa.Table:
-    """Write the shard of a single unit; returns one row for every pair, in order."""
-    rows, _ = LatentWriter(config, storage, fingerprint, encoder, num_threads).write(unit, pairs)
-    return rows
 
 
 def _write_pair(planned: Planned, latents: dict[ImageKey, Latents | Reason], shard: UnitShard) -> None:

@@ -1,27 +1,22 @@
 """One unit of distinct prompts to one shard of text embeddings."""
 
-import threading
 import time
-from typing import Any
 
 import pyarrow as pa
 import torch
 
-from pipelines.attempts import begin
 from pipelines.config import EncodeConfig
-from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.layout import TEXT, TEXT_SCHEMA
 from pipelines.dataset.pair import NULL_PROMPT_ID, Reason
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
-from pipelines.encoders import Embedded, TextEncoder, is_out_of_memory
+from pipelines.encoders import Embedded, TextEncoder
 from pipelines.fingerprint import text_fingerprint
-from pipelines.image_batches import BatchSize
-from pipelines.latents import Device, check_same_model, device_name, use_threads
-from pipelines.unit_shard import UnitShard, from_ipc, pack, to_ipc
+from pipelines.unit_actor import BatchSize, Device, UnitActor, check_same_model
+from pipelines.unit_shard import UnitShard, pack
 
 
-class WriteTexts:
+class WriteTexts(UnitActor):
     """Embed the prompts of one unit and write their shard; the only place that writes text embeddings.
 
     In:       A unit's prompts.      Out: its table rows, in the unit's order, and what it cost.
@@ -32,27 +27,13 @@ class WriteTexts:
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, EncodingError.
     """
 
-    def __init__(
-        self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any
-    ) -> None:
-        self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._num_threads, self._attempts = num_threads, attempts
-        self._start = threading.Lock()
-        self._writer: TextWriter | None = None
+    def _named(self, rows: pa.Table) -> str:
+        return f"{rows.num_rows:,} prompts"
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One unit in, one out."""
-        (unit,) = batch.to_pylist()
-        prompts = from_ipc(unit["rows"])
-        begin(self._attempts, unit["unit_id"], f"{prompts.num_rows:,} prompts")
-        with self._start:
-            if self._writer is None:
-                check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
-                use_threads(self._num_threads)
-                encoder = TextEncoder(self._config.source)
-                self._writer = TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
-        rows, effort = self._writer.write(unit["unit_id"], prompts)
-        return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(rows)], "effort": [effort.to_json()]})
+    def _new_writer(self) -> "TextWriter":
+        check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
+        encoder = TextEncoder(self._config.source)
+        return TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
 
 
 class TextWriter:
@@ -74,10 +55,10 @@ class TextWriter:
         self._batch_size = BatchSize(config.batch_size)
         self._device = Device(num_threads)
 
-    def write(self, unit: str, prompts: pa.Table) -> tuple[pa.Table, Effort]:
+    def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
         """Write the shard of a unit; returns one row for every prompt, in order, and what it cost."""
         effort = Effort()
-        named = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
+        named = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
         embeddings = self._device.run(lambda: self._embed(named, effort), effort)
         name = f"{TEXT}/{self._fingerprint}/{unit}.tar"
         with UnitShard(self._storage, name, unit, TEXT_SCHEMA, effort) as shard:
@@ -89,35 +70,23 @@ class TextWriter:
     def _embed(self, named: dict[str, str], effort: Effort) -> dict[str, Embedded]:
         """Every prompt's embedding in the stored type, in order; the null conditioning is no prompt and goes alone."""
         found: dict[str, Embedded] = {}
-        prompts = list(named.items())
         with effort.measured("encode"):
             if NULL_PROMPT_ID in named:
                 found[NULL_PROMPT_ID] = self._stored(self._encoder.null())
-            prompts = [(identity, prompt) for identity, prompt in prompts if identity != NULL_PROMPT_ID]
+            prompts = [(identity, prompt) for identity, prompt in named.items() if identity != NULL_PROMPT_ID]
             while prompts:
                 batch = prompts[: self._batch_size.size]
                 if (embedded := self._pass([prompt for _, prompt in batch])) is not None:
                     found |= {identity: self._stored(each) for (identity, _), each in zip(batch, embedded, strict=True)}
                     prompts = prompts[len(batch) :]
-        effort.batch_size, effort.device = self._batch_size.size, device_name()
+        effort.batch_size = self._batch_size.size
         return {identity: found[identity] for identity in named}
 
     def _pass(self, prompts: list[str]) -> list[Embedded] | None:
         """One pass; None if there is no memory for so many prompts."""
-        try:
-            return self._encoder(prompts)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(prompts) == 1:
-                raise EncodingError(
-                    f"there is no memory to embed even one prompt: {str(error).splitlines()[0]}",
-                    "give the encoders other machines",
-                ) from error
-        self._batch_size.halve(len(prompts))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
+        return self._batch_size.attempt(
+            lambda: self._encoder(prompts), len(prompts), "embed even one prompt", "give the encoders other machines"
+        )
 
     def _stored(self, embedded: Embedded) -> Embedded:
         # Copies, for a view would hold its whole batch.
@@ -126,14 +95,6 @@ class TextWriter:
             embedded.pooled_prompt_embeds.to(self._dtype, copy=True).contiguous(),
             embedded.num_tokens,
         )
-
-
-def write_texts(
-    unit: str, prompts: pa.Table, config: EncodeConfig, storage: Storage, fingerprint: str, encoder: TextEncoder
-) -> pa.Table:
-    """Write the shard of a single unit; returns one row for every prompt, in order."""
-    rows, _ = TextWriter(config, storage, fingerprint, encoder).write(unit, prompts)
-    return rows
 
 
 def _write_prompt(prompt_id: str, embedded: Embedded, shard: UnitShard) -> None:

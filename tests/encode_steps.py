@@ -12,8 +12,8 @@ from pipelines.encode_plan import Pending, pending
 from pipelines.encoders import Embedded, LatentEncoder, Launched, TextEncoder
 from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.ingest import plan_units, write_unit
-from pipelines.latents import write_latents
-from pipelines.texts import write_texts
+from pipelines.latents import LatentWriter
+from pipelines.texts import TextWriter
 
 
 @dataclass
@@ -41,6 +41,18 @@ class CountingTexts:
 
     def null(self) -> Embedded:
         return self.encoder.null()
+
+
+def write_latents(
+    unit: str, rows: Any, config: EncodeConfig, storage: Storage, fingerprint: str, vae: Any, num_threads: int = 1
+) -> Any:
+    """The rows of a single unit of pairs, whose shard is written."""
+    return LatentWriter(config, storage, fingerprint, vae, num_threads).write(unit, rows)[0]
+
+
+def write_texts(unit: str, rows: Any, config: EncodeConfig, storage: Storage, fingerprint: str, text: Any) -> Any:
+    """The rows of a single unit of prompts, whose shard is written."""
+    return TextWriter(config, storage, fingerprint, text).write(unit, rows)[0]
 
 
 def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "header"] = "full") -> None:

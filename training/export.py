@@ -44,7 +44,7 @@ def export_model(storage: Storage, *, checkpoint: str, source: ModelSource, targ
         if source.vae is not None:
             shutil.rmtree(exported / VAE, ignore_errors=True)
             shutil.copytree(source.vae_folder(), exported / VAE)
-        _save_unet(source, local, exported / UNET)
+        _save_unet(base / UNET, source.variant, local, exported / UNET)
         (exported / "README.md").write_text(card)
         index = exported / "model_index.json"
         publish = Path(work) / "model_index.json"
@@ -67,7 +67,7 @@ def _give_plain_names(part: Path, stem: str, variant: str) -> None:
         single.rename(part / f"{stem}.safetensors")
 
 
-def _save_unet(source: ModelSource, checkpoint: Path, target: Path) -> None:
+def _save_unet(base: Path, variant: str | None, checkpoint: Path, target: Path) -> None:
     """The float32 weights of a ZeRO checkpoint (any stage, all ranks) in the base UNet's stored type."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -78,11 +78,11 @@ def _save_unet(source: ModelSource, checkpoint: Path, target: Path) -> None:
         raise TrainingError(
             f"{len(broken)} of {len(weights)} weights are not finite, {broken[0]} first", "lower `train.learning_rate`"
         )
-    base = source.folder()
-    first = next(file for file in source.unet_weights() if file.suffix == ".safetensors")
+    files = weight_files(base, "diffusion_pytorch_model", variant)
+    first = next(file for file in files if file.suffix == ".safetensors")
     with safe_open(first, "pt") as stored:
         dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / UNET))
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base))
     unet.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     unet.save_pretrained(target, safe_serialization=True)
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from pipelines.dataset.layout import RUNS
-from pipelines.dataset.model_files import ModelSource, file_digests, read_config
+from pipelines.dataset.model_files import ModelSource, file_digests, read_config, weight_files
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 
@@ -31,7 +31,7 @@ def base_digest(base: ModelSource) -> str:
     files = [folder / "scheduler" / "scheduler_config.json", folder / "unet" / "config.json"]
     for file in files:
         read_config(file)
-    files += base.unet_weights()
+    files += weight_files(folder / "unet", "diffusion_pytorch_model", base.variant)
     return hashlib.sha256(json.dumps(file_digests(files), sort_keys=True).encode()).hexdigest()[:16]
 
 

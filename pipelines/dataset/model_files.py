@@ -82,14 +82,6 @@ class ModelSource:
         """Which of the VAE's weights count."""
         return self.variant if self.vae is None else None
 
-    def vae_weights(self) -> list[Path]:
-        """The weight files of the VAE; see `weight_files`."""
-        return weight_files(self.vae_folder(), "diffusion_pytorch_model", self.vae_variant)
-
-    def unet_weights(self) -> list[Path]:
-        """The weight files of the UNet; see `weight_files`."""
-        return weight_files(self.folder() / "unet", "diffusion_pytorch_model", self.variant)
-
 
 def resolve_model(
     model: str, marker: str = MODEL_INDEX, *, revision: str | None = None, variant: str | None = None

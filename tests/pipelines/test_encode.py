@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
-from encode_steps import Counting, encode_here, files_of, ingest_here
+from encode_steps import Counting, encode_here, files_of, ingest_here, write_latents, write_texts
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
@@ -31,7 +31,6 @@ from pipelines.dataset.errors import (
     SnapshotError,
 )
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
-from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
@@ -40,30 +39,9 @@ from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, Launched, TextEncoder
 from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
 from pipelines.geometry import bucket_list, place_pair
-from pipelines.latents import LatentWriter, WriteLatents, write_latents
-from pipelines.texts import write_texts
+from pipelines.latents import LatentWriter, WriteLatents
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_pipeline: Path) -> LatentEncoder:
-    return LatentEncoder(ModelSource(str(tiny_pipeline)), device=CPU)
-
-
-@pytest.fixture(scope="module")
-def text(tiny_pipeline: Path) -> TextEncoder:
-    return TextEncoder(ModelSource(str(tiny_pipeline)), CPU)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"))
-
-
-@pytest.fixture
-def config(tiny_pipeline: Path) -> EncodeConfig:
-    return EncodeConfig(model=str(tiny_pipeline), resolution=64, batch_size=4)
 
 
 def rows_by_key(table: pa.Table, key: str) -> dict[str, Row]:

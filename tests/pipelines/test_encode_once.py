@@ -34,26 +34,6 @@ CPU = torch.device("cpu")
 PAIRS_A_PROMPT = 16  # Pick-a-Pic v2: 851,293 pairs, 58,960 prompts
 
 
-@pytest.fixture(scope="module")
-def vae(tiny_pipeline: Path) -> LatentEncoder:
-    return LatentEncoder(ModelSource(str(tiny_pipeline)), device=CPU)
-
-
-@pytest.fixture(scope="module")
-def text(tiny_pipeline: Path) -> TextEncoder:
-    return TextEncoder(ModelSource(str(tiny_pipeline)), CPU)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"))
-
-
-@pytest.fixture
-def config(tiny_pipeline: Path) -> EncodeConfig:
-    return EncodeConfig(model=str(tiny_pipeline), resolution=64, batch_size=4)
-
-
 def test_of_one_new_shard_among_twenty_only_it_is_encoded(
     tmp_path: Path, storage: Storage, config: EncodeConfig, vae: LatentEncoder, text: TextEncoder
 ) -> None:

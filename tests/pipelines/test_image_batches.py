@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encode_steps import Counting, ingest_here
+from encode_steps import Counting, ingest_here, write_latents
 from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image
 
@@ -19,27 +19,17 @@ from pipelines.ahead import Ahead
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import EncodingError, ShardCorrupt
 from pipelines.dataset.layout import pairs_table
-from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
 from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, Launched
 from pipelines.geometry import bucket_list, place_pair
-from pipelines.image_batches import Batches, BatchSize, load, plan_pairs
-from pipelines.latents import LatentWriter, write_latents
+from pipelines.image_batches import Batches, load, plan_pairs
+from pipelines.latents import LatentWriter
+from pipelines.unit_actor import BatchSize
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def vae(tiny_pipeline: Path) -> LatentEncoder:
-    return LatentEncoder(ModelSource(str(tiny_pipeline)), device=CPU)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "storage"))
 
 
 @pytest.fixture
@@ -116,7 +106,8 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.effort import Effort
 from pipelines.encoders import LatentEncoder
 from pipelines.geometry import Placed
-from pipelines.image_batches import Batches, BatchSize
+from pipelines.image_batches import Batches
+from pipelines.unit_actor import BatchSize
 
 torch.set_num_threads(1)
 vae = LatentEncoder(ModelSource({str(tiny_pipeline)!r}), device=torch.device("cpu"))
