@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
-from training.config import EvaluateConfig, TrainConfig
+from training.config import EvaluateConfig, ExportConfig, TrainConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -35,6 +35,8 @@ class RunConfig(Config):
     """Pair shards to latent and text shards."""
     train: TrainConfig | None = None
     """MaPO on DeepSpeed ZeRO."""
+    export: ExportConfig = ExportConfig()
+    """A checkpoint becomes a diffusers model."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Samples and scores, base against aligned."""
 

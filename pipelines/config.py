@@ -1,12 +1,11 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
 import difflib
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.dataset.config import Config
+from pipelines.dataset.config import Config, WorkerCount, worker_range
 from pipelines.dataset.model_files import ModelSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -75,19 +74,6 @@ class IngestConfig(Config):
 
 MIN_SIDE = 32
 VAE_FACTOR = 8
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
-
-def _workers(value: object) -> object:
-    """A number, or `2..8` as it is written."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    match = RANGE.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError("write a number of workers, such as 4, or a range, such as 2..8")
-    return match[0]
-
-
 def _buckets(value: object) -> object:
     """True, false, or a list of [height, width]."""
     if isinstance(value, bool):
@@ -127,7 +113,7 @@ class EncodeConfig(Config):
     """Type of the stored numbers."""
     batch_size: int = Field(8, ge=1)
     """Images a VAE pass, prompts a text pass; halved by itself when memory runs out."""
-    num_workers: Annotated[int | str, BeforeValidator(_workers)] = 1
+    num_workers: WorkerCount = 1
     """Encoders, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of pairs, or of prompts, that may be quarantined before the stage fails."""
@@ -140,10 +126,7 @@ class EncodeConfig(Config):
     @property
     def worker_range(self) -> tuple[int, int]:
         """The least and the most encoders."""
-        if isinstance(self.num_workers, int):
-            return self.num_workers, self.num_workers
-        low, high = self.num_workers.split("..")
-        return int(low), int(high)
+        return worker_range(self.num_workers)
 
     @model_validator(mode="after")
     def resolution_fits_the_vae(self) -> Self:

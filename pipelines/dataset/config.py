@@ -1,9 +1,36 @@
 """The base of every configuration section: frozen, typed, and strict about its keys."""
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class Config(BaseModel):
     """A configuration section. Unknown keys are errors; a default lives on its field and nowhere else."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def _workers(value: object) -> object:
+    """A number, or `2..8` as it is written."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    match = RANGE.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError("write a number of workers, such as 4, or a range, such as 2..8")
+    return match[0]
+
+
+WorkerCount = Annotated[int | str, BeforeValidator(_workers)]
+"""A number of workers, or `2..8`: as many of that as there is room for."""
+
+
+def worker_range(workers: int | str) -> tuple[int, int]:
+    """The least and the most workers of a `WorkerCount`."""
+    if isinstance(workers, int):
+        return workers, workers
+    low, high = workers.split("..")
+    return int(low), int(high)
