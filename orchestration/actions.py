@@ -17,11 +17,12 @@ from pipelines.dataset.pair import VALIDATION
 
 if TYPE_CHECKING:
     from pipelines.config import EncodeConfig
+    from training.config import TrainConfig
     from training.launch import Progress
     from training.spec import TrainSpec
 
 REPORT_VERSION = 2  # raise it when the page changes
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 
 
 def digest(*parts: Any) -> str:
@@ -34,6 +35,13 @@ def check_model(config: EncodeConfig) -> None:
     from pipelines.encode_plan import check_settings
 
     check_settings(config)
+
+
+def check_training(config: TrainConfig) -> None:
+    """Find what training could not be tracked with before anything starts."""
+    from training.trackers import check_trackers
+
+    check_trackers(config.trackers)
 
 
 # ingest: the table itself says which units it has
@@ -171,6 +179,7 @@ def run_train(run: Run, key: str) -> Outcome:
             f"train     rank {worker['rank']} of world size {worker['world_size']}: trained on "
             f"{worker['num_pairs']:,} pairs, digest of their keys {worker['digest']}"
         )
+    run.say(f"train     all ranks: digest of the pairs of every step {trained.digest}")
     first, last = trained.history["validations"][:1], trained.history["validations"][-1:]
     summary = f"{trained.steps:,} steps of {spec.config.method}"
     if first and last:
@@ -184,31 +193,45 @@ def run_train(run: Run, key: str) -> Outcome:
 
 
 def export_key(run: Run) -> str | None:
-    """The trained weights."""
+    """The trained weights, and what is to be written of them."""
     trained = run.journal.record("train")
-    return None if trained is None else digest(EXPORT_VERSION, trained.key, trained.details["checkpoint"])
+    if trained is None:
+        return None
+    config = run.config.export.model_dump(mode="json")
+    return digest(EXPORT_VERSION, trained.key, trained.details[_checkpoint(run)], config)
+
+
+def _checkpoint(run: Run) -> str:
+    return "checkpoint" if run.config.export.checkpoint == "last" else "best_checkpoint"
 
 
 def export_is_done(run: Run, key: str) -> bool:
     """The record is of these weights and the folder is complete."""
+    from training.export import marker
+
     record = run.journal.record("export")
-    return record is not None and record.key == key and run.storage.exists(f"{run.model}/model_index.json")
+    is_complete = run.storage.exists(f"{run.model}/{marker(run.config.export)}")
+    return record is not None and record.key == key and is_complete
 
 
 def run_export(run: Run, key: str) -> Outcome:
-    """The last checkpoint as a diffusers pipeline."""
+    """A checkpoint as a diffusers model."""
     from orchestration.card import model_card
     from training.export import export_model
 
     trained = run.journal.record("train")
     assert trained is not None
     assert run.config.encode is not None
+    assert run.config.train is not None
+    checkpoint = trained.details[_checkpoint(run)]
     export_model(
         run.storage,
-        checkpoint=trained.details["checkpoint"],
+        checkpoint=checkpoint,
         source=run.config.encode.source,
         target=run.model,
-        card=model_card(run.config, trained),
+        card=model_card(run.config, trained, checkpoint),
+        config=run.config.export,
+        lora=run.config.train.lora,
     )
     return Outcome(run.storage.uri(run.model), {"model": run.model})
 

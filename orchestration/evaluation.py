@@ -1,5 +1,6 @@
 """The evaluate stage: samples of both models on the cluster, scores on the driver."""
 
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from orchestration.config import RunConfig
 from pipelines.dataset.errors import unwrap
+from pipelines.dataset.model_files import MODEL_INDEX
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import located
@@ -99,17 +101,19 @@ class SampleModel:
         set_threads(sharers=2)
         assert config.encode is not None
         source = config.encode.source
+        vae = None if source.vae is None else str(source.vae_folder())
+        sampler = functools.partial(Sampler, vae=vae, config=config.evaluate, resolution=config.encode.resolution)
         with tempfile.TemporaryDirectory(prefix="mapo-model-") as work:
             if where is None:
-                folder = source.folder()
-            elif where.is_local:
-                folder = Path(where.path())
-            else:
-                folder = Path(work)
+                self._sampler = sampler(str(source.folder()), variant=source.variant)
+                return
+            folder = Path(where.path()) if where.is_local else Path(work)
+            if not where.is_local:
                 where.download_folder("", folder)
-            vae = None if source.vae is None else str(source.vae_folder())
-            variant = source.variant if where is None else None  # an export has plain weights
-            self._sampler = Sampler(str(folder), vae, config.evaluate, config.encode.resolution, variant)
+            if (folder / MODEL_INDEX).is_file():  # an export has plain weights
+                self._sampler = sampler(str(folder))
+            else:  # of the UNet alone
+                self._sampler = sampler(str(source.folder()), variant=source.variant, unet=str(folder / "unet"))
 
     def sample(self, prompts: list[str], seeds: list[int]) -> list[bytes]:
         """PNG bytes of one sample for each prompt and its seed."""

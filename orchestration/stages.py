@@ -99,6 +99,8 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         )
     if config.encode is not None:
         actions.check_model(config.encode)
+    if config.train is not None:
+        actions.check_training(config.train)
     prepare(run)
     if any(stage.needs_ray for stage in stages[position:]):
         with connected(config):

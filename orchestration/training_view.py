@@ -19,6 +19,7 @@ class TrainingView:
         self._say = say
         self._bar = Bar("train", spec.config.max_steps, "steps")
         self._starts, self._step = 0, 0
+        self._num_notes = 0
 
     def __enter__(self) -> TrainingView:
         self._bar.__enter__()
@@ -37,6 +38,12 @@ class TrainingView:
                 place = f"pid {worker['pid']} on {worker['node']}, {worker['device']}, {worker['backend']}"
                 engine = f"DeepSpeed ZeRO stage {worker['zero_stage']}"
                 self._say(f"train     rank {worker['rank']} of world size {worker['world_size']}: {engine}, {place}")
+            parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress["start_up_s"].items())
+            self._say(f"train     started: {parts}")
+            self._num_notes = 0
+        for note in progress["notes"][self._num_notes :]:
+            self._say(f"train     note: {note}")
+        self._num_notes = len(progress["notes"])
         step = int(progress["step"])
         if step > self._step:
             self._bar.advance(step - self._step)

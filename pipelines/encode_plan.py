@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.model_files import read_config, read_model_index
+from pipelines.dataset.model_files import SDXL, read_config, read_family
 from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.fingerprint import fingerprint_of, latents_parts, text_parts
@@ -59,7 +59,7 @@ def pending(config: EncodeConfig, storage: Storage) -> Pending:
     """Plan the missing units.
 
     Raises:
-        ModelError: The model is missing, damaged or not an SDXL pipeline.
+        ModelError: The model is missing, damaged or of another family.
     """
     of_latents, of_text = latents_parts(config), text_parts(config)
     kept = pairs_table(storage).read([*_IMAGE_COLUMNS, "prompt_id"], _KEPT)
@@ -125,10 +125,10 @@ def check_settings(config: EncodeConfig) -> None:
     """Find what cannot be encoded before any work.
 
     Raises:
-        ModelError: The model is missing or not an SDXL pipeline.
+        ModelError: The model is missing or of another family.
         ConfigError: A bucket does not divide by the VAE's factor, or the VAE overflows in `vae_dtype`.
     """
-    read_model_index(config.source.folder())
+    family = read_family(config.source.folder())
     vae = read_config(config.source.vae_folder() / "config.json")
     factor = 2 ** (len(vae.get("block_out_channels") or [0]) - 1)
     for height, width in bucket_list(config.resolution, config.buckets):
@@ -138,7 +138,8 @@ def check_settings(config: EncodeConfig) -> None:
                 f"set `encode.resolution` (or every side in `encode.buckets`) to a multiple of {max(factor, 64)}",
             )
     if config.vae_dtype == "float16" and vae.get("force_upcast", True):
+        other = ", or `encode.vae` to madebyollin/sdxl-vae-fp16-fix" if family is SDXL else ""
         raise ConfigError(
-            f"the VAE of {config.vae or config.model} has `force_upcast`: it overflows in float16",
-            "set `encode.vae_dtype` to float32, tf32 or bfloat16, or `encode.vae` to madebyollin/sdxl-vae-fp16-fix",
+            f"the VAE of {config.vae or config.model} has `force_upcast`, as by default: it overflows in float16",
+            f"set `encode.vae_dtype` to float32, tf32 or bfloat16{other}",
         )

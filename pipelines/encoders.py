@@ -6,7 +6,7 @@ Letters: B images or prompts, H rows, W columns, C channels (then h, w of latent
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import ModelSource, read_model_index, resolve_model
+from pipelines.dataset.model_files import ModelSource, read_family, resolve_model
 
 __all__ = ["Embedded", "LatentEncoder", "TextEncoder", "quiet_diffusers", "resolve_model", "usable_device"]
 
-WAY_OUT = "is it a whole SDXL pipeline? load it once with diffusers and `save_pretrained` it again"
+WAY_OUT = "is it a whole pipeline? load it once with diffusers and `save_pretrained` it again"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,21 @@ class Embedded:
 
     prompt_embeds: Tensor
     """S, D."""
-    pooled_prompt_embeds: Tensor
-    """P."""
+    pooled_prompt_embeds: Tensor | None
+    """P; None of a family whose UNet takes none."""
     num_tokens: int
     """Of the longer tokenizer, with both end marks, before truncation."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by the names under which it is stored."""
+        found = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Embedded":
+        """The same prompt with every tensor changed."""
+        pooled = None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds)
+        return Embedded(change(self.prompt_embeds), pooled, self.num_tokens)
 
 
 def usable_device() -> torch.device:
@@ -174,7 +185,7 @@ class LatentEncoder:
 
 
 class TextEncoder:
-    """Prompts to embeddings, by `StableDiffusionXLPipeline.encode_prompt` itself.
+    """Prompts to embeddings, by `encode_prompt` of the pipeline's own class.
 
     In float32: all prompts of Pick-a-Pic are minutes of one GPU, whatever the type.
 
@@ -188,43 +199,45 @@ class TextEncoder:
 
     def __init__(self, source: ModelSource, device: torch.device | None = None) -> None:
         quiet_diffusers()
-        from diffusers import StableDiffusionXLPipeline
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        import diffusers
+        import transformers
 
         folder = source.folder()
-        read_model_index(folder)
-        parts: dict[str, Any] = {"unet": None, "vae": None, "scheduler": None}
-        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        family = read_family(folder)
+        parts: dict[str, Any] = dict.fromkeys(family.not_for_text)
+        for name, kind in family.text_encoders.items():
             with _loading(name, folder):
-                parts[name], info = kind.from_pretrained(
+                parts[name], info = getattr(transformers, kind).from_pretrained(
                     folder / name, dtype=torch.float32, use_safetensors=True, variant=source.variant,
                     output_loading_info=True,
                 )  # fmt: skip
             _check_complete(name, folder, info)
         with _loading("tokenizers", folder):
-            pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+            pipeline_class = getattr(diffusers, family.pipeline_class)
+            pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
         self.device = device or usable_device()
-        self._pipeline = pipeline.to(self.device)
-        for name in ("text_encoder", "text_encoder_2"):
+        self._pipeline, self._family = pipeline.to(self.device), family
+        for name in family.text_encoders:
             getattr(self._pipeline, name).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[Embedded]:
         """Embed prompts in one pass, in their order."""
-        embeds_BSD, _, pooled_BP, _ = self._pipeline.encode_prompt(
+        embeds_BSD, _, *pooled = self._pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        pooled_BP = pooled[0].cpu() if self._family.has_pooled else [None] * len(prompts)
         counts = self._num_tokens(prompts)
-        return [Embedded(*found) for found in zip(embeds_BSD.cpu(), pooled_BP.cpu(), counts, strict=True)]
+        return [Embedded(*found) for found in zip(embeds_BSD.cpu(), pooled_BP, counts, strict=True)]
 
     def null(self) -> Embedded:
-        """What a dropped prompt becomes: zeros or the embedding of "", as the pipeline's configuration says."""
+        """What a dropped prompt becomes: the embedding of "", or zeros if the pipeline's configuration says so."""
         (empty,) = self([""])
-        if not self._pipeline.config.force_zeros_for_empty_prompt:
+        if not self._pipeline.config.get("force_zeros_for_empty_prompt", False):
             return empty
-        return Embedded(torch.zeros_like(empty.prompt_embeds), torch.zeros_like(empty.pooled_prompt_embeds), 0)
+        return replace(empty.map(torch.zeros_like), num_tokens=0)
 
     def _num_tokens(self, prompts: list[str]) -> list[int]:
-        tokenizers = (self._pipeline.tokenizer, self._pipeline.tokenizer_2)
+        tokenizers = [getattr(self._pipeline, name) for name in self._family.tokenizers]
         lengths = [[len(ids) for ids in tokenizer(prompts).input_ids] for tokenizer in tokenizers]
-        return [max(both) for both in zip(*lengths, strict=True)]
+        return [max(each) for each in zip(*lengths, strict=True)]

@@ -11,6 +11,9 @@ from typing import Any
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import (
+    CHOOSE_A_BASE,
+    FAMILIES,
+    SDXL,
     file_digests,
     read_config,
     read_model_index,
@@ -22,11 +25,6 @@ from pipelines.geometry import bucket_list
 LATENTS_VERSION = 2  # raise it when the same images, model and settings would give other latents
 TEXT_VERSION = 1  # the same for prompts
 
-TEXT_PARTS = {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 NOTE = "fingerprint.json"
 
 
@@ -78,7 +76,9 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
     folder = config.source.vae_folder()
     found = read_config(folder / "config.json").get("_class_name")
     if found != "AutoencoderKL":
-        raise ModelError(f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to an SDXL VAE")
+        raise ModelError(
+            f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to a VAE of the base's own family"
+        )
     weights = weight_files(folder, "diffusion_pytorch_model", config.source.vae_variant)
     return {
         "kind": "latents",
@@ -92,23 +92,23 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
 
 
 def text_parts(config: EncodeConfig) -> dict[str, Any]:
-    """What `text_fingerprint` is the hash of."""
+    """What `text_fingerprint` is the hash of. SDXL is the family where none is named: its embeddings came first."""
     folder = config.source.folder()
     index = read_model_index(folder)
-    parts: dict[str, Any] = {
-        "kind": "text",
-        "version": TEXT_VERSION,
-        "dtype": config.dtype,
-        "force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", True)),
-    }
-    for name, expected in TEXT_PARTS.items():
+    family = FAMILIES[index["_class_name"]]
+    parts: dict[str, Any] = {"kind": "text", "version": TEXT_VERSION, "dtype": config.dtype}
+    if family is SDXL:
+        parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    else:
+        parts["pipeline"] = family.pipeline_class
+    for name, expected in family.text_encoders.items():
         kind = (index.get(name) or [None, None])[1]
         if kind != expected:
-            raise ModelError(f"the {name} of {folder} is {kind}, not {expected}", "choose a base of the SDXL family")
+            raise ModelError(f"the {name} of {folder} is {kind}, not {expected}", CHOOSE_A_BASE)
         parts[name] = file_digests(
             [folder / name / "config.json", *weight_files(folder / name, "model", config.variant)]
         )
-    for name in TOKENIZERS:
+    for name in family.tokenizers:
         files = sorted(file for file in (folder / name).glob("*") if file.is_file())
         if not files:
             raise ModelError(f"{folder / name} is missing", "the model folder is incomplete; fetch it again")

@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, text_table
+from pipelines.dataset.model_files import SDXL
 from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import Unit, pending
 from pipelines.fingerprint import fingerprint_of, noted_parts
@@ -13,6 +14,8 @@ from pipelines.fingerprint import fingerprint_of, noted_parts
 MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12
 MISSING = "nothing"
+UNSAID = {"pipeline": SDXL.pipeline_class}
+"""What a part is where a fingerprint is made without it."""
 
 
 def refusal(config: EncodeConfig, storage: Storage) -> SnapshotError | None:
@@ -22,7 +25,7 @@ def refusal(config: EncodeConfig, storage: Storage) -> SnapshotError | None:
         None if nothing is missing.
 
     Raises:
-        ModelError: The model is missing, damaged or not an SDXL pipeline.
+        ModelError: The model is missing, damaged or of another family.
     """
     todo = pending(config, storage)
     if not todo.num_kept:
@@ -61,7 +64,7 @@ def differences(then: dict[str, Any], now: dict[str, Any], inside: str = "") -> 
     if not then and not inside:
         return
     for key in sorted({*then, *now}):
-        before, after = then.get(key, MISSING), now.get(key, MISSING)
+        before, after = (parts.get(key, UNSAID.get(key, MISSING)) for parts in (then, now))
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{inside}{key}/")
         elif before != after:
@@ -71,6 +74,8 @@ def differences(then: dict[str, Any], now: dict[str, Any], inside: str = "") -> 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"{len(value)} buckets" if len(value) != 1 else f"the bucket {value[0]}"
+    if isinstance(value, dict):
+        return f"{len(value)} files"
     if isinstance(value, str) and len(value) == 64:  # a digest
         return f"{value[:DIGEST_LENGTH]}…"
     return str(value)

@@ -90,17 +90,12 @@ class TextWriter:
 
     def _stored(self, embedded: Embedded) -> Embedded:
         # Copies, for a view would hold its whole batch.
-        return Embedded(
-            embedded.prompt_embeds.to(self._dtype, copy=True).contiguous(),
-            embedded.pooled_prompt_embeds.to(self._dtype, copy=True).contiguous(),
-            embedded.num_tokens,
-        )
+        return embedded.map(lambda tensor: tensor.to(self._dtype, copy=True).contiguous())
 
 
 def _write_prompt(prompt_id: str, embedded: Embedded, shard: UnitShard) -> None:
     row = {"prompt_id": prompt_id, "num_tokens": embedded.num_tokens}
-    tensors = {"prompt_embeds": embedded.prompt_embeds, "pooled_prompt_embeds": embedded.pooled_prompt_embeds}
-    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        shard.keep(row, prompt_id, pack(tensors))
+    if all(bool(torch.isfinite(tensor).all()) for tensor in embedded.tensors.values()):
+        shard.keep(row, prompt_id, pack(embedded.tensors))
     else:
         shard.quarantine(row, Reason.NON_FINITE)

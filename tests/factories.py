@@ -1,4 +1,4 @@
-"""Small things that tests are made with: preference parquet and a random SDXL pipeline; the same every time."""
+"""Small things that tests are made with: preference parquet and random pipelines; the same every time."""
 
 import io
 import json
@@ -144,4 +144,38 @@ def new_pipeline(*, force_zeros: bool = True, seed: int = 0) -> Any:
         vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
         text_encoder=CLIPTextModel(configs[0]), text_encoder_2=CLIPTextModelWithProjection(configs[1]),
         force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    )  # fmt: skip
+
+
+def new_sd15_pipeline(*, seed: int = 0) -> Any:
+    """Stable Diffusion 1.5's architecture with about 0.1 million random weights: one text encoder, nothing pooled."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    tokenizer = new_tokenizer("<|endoftext|>")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=3,
+            num_attention_heads=2, hidden_act="quick_gelu", bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+        cross_attention_dim=32,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        latent_channels=4, sample_size=64, block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, scaling_factor=0.18215,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

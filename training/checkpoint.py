@@ -1,69 +1,257 @@
-"""Checkpoints through Ray Train: every rank writes its part, Ray commits when all have.
+"""Checkpoints while training goes on: every rank writes its part in the background, rank 0 commits when all have.
 
-A checkpoint holds DeepSpeed's own files (`deepspeed/`), `state.json` (step, history, what it belongs to) and one
-`rank-NNNNN.json` a rank (what it consumed). Order, noise and timesteps are pure functions of the step: no other
-state is needed.
+A save copies the rank's fragments to memory, which is all that a step waits for. What a killed run left without a
+manifest is never read, and removed later; each start of the workers writes to folders of its own, so that two starts
+can never mix their files. See training/checkpoint_format.py for the files.
 """
 
+import contextlib
+import hashlib
 import json
-import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import ray.train
+import safetensors.numpy
+import torch
+from torch import Tensor
 
-from pipelines.dataset.errors import TrainingError
-from training.engine import Engine
-from training.loader import Consumed
-from training.metrics import History
+from pipelines.dataset.errors import MapoError, ShardCorrupt, TrainingError
+from pipelines.dataset.storage import Storage
+from training.checkpoint_format import MANIFEST, STATE, Entry, Manifest, Reader, best_of, committed, rank_names
+from training.ema import EMA, ShardedEma
+from training.zero import KINDS, Fragment, ZeroState
 
-TAG = "deepspeed"
-STATE = "state.json"
-
-
-def save_checkpoint(engine: Engine, *, key: str, step: int, history: History, consumed: Consumed, starts: int) -> None:
-    """Write this rank's part and report it; collective. `step` is the number of finished steps."""
-    with tempfile.TemporaryDirectory(prefix="mapo-checkpoint-") as folder:
-        engine.unet.save_checkpoint(folder, tag=TAG)
-        rank_file = Path(folder) / f"rank-{engine.rank:05d}.json"
-        rank_file.write_text(json.dumps(asdict(consumed) | engine.identity()))
-        if engine.rank == 0:
-            state = {
-                "key": key,
-                "step": step,
-                "starts": starts,
-                "world_size": engine.world_size,
-                "zero_stage": engine.config.zero_stage,
-                "history": history.to_dict(),
-            }
-            (Path(folder) / STATE).write_text(json.dumps(state))
-        ray.train.report({"step": step, **history.last()}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+POLL_S = 0.1
+Parts = Mapping[tuple[str, Fragment], Tensor]
 
 
-def restore_checkpoint(engine: Engine, *, key: str) -> tuple[int, History, Consumed, int]:
-    """Load the run's last checkpoint if there is one; collective.
+class Checkpointer:
+    """One rank's side of a run's checkpoints.
+
+    Args:
+        storage: Where they go.
+        folder: Of all checkpoints of this training.
+        rank: This rank.
+        world_size: All ranks.
+        zero_stage: As it is noted in the manifest.
+        attempt: Names this start of the workers; the same on all ranks, and never used before.
+        keep: How many of the newest are kept.
+        keep_best: Keep the one with the least validation loss too.
+        timeout_s: How long rank 0 waits for the others' parts.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        *,
+        rank: int,
+        world_size: int,
+        zero_stage: int,
+        attempt: str,
+        keep: int,
+        keep_best: bool,
+        timeout_s: float,
+    ) -> None:
+        self._storage, self._folder, self._attempt = storage, folder, attempt
+        self._rank, self._world_size, self._zero_stage = rank, world_size, zero_stage
+        self._keep, self._keep_best, self._timeout_s = keep, keep_best, timeout_s
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._stopped = threading.Event()
+        self.last_step: int | None = None
+
+    def save(self, step: int, parts: Parts, *, account: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Start to write a checkpoint after `step` finished steps; waits for the one before.
+
+        Args:
+            step: Finished steps; a second save of the same step does nothing.
+            parts: This rank's fragments by kind; copied before this returns.
+            account: What this rank is and consumed.
+            state: What all ranks share; rank 0 writes it. `validation_loss` of it goes into the manifest.
+
+        Raises:
+            TrainingError: The checkpoint before could not be written.
+        """
+        if step == self.last_step:
+            return
+        self.wait()
+        self.last_step = step
+        copied = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in parts.items()}
+        folder = f"{self._folder}/step-{step:08d}-{self._attempt}"
+        work = (folder, step, copied, json.dumps(account), json.dumps(state), state.get("validation_loss"))
+        self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            TrainingError: It could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise TrainingError(
+                f"rank {self._rank} could not write the checkpoint of step {self.last_step}: {error}",
+                "the run goes on from the checkpoint before it; check the storage",
+            ) from error
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Wait at the end of a run; after an error only see to it that nothing waits for other ranks."""
+        try:
+            yield
+            self.wait()
+        finally:
+            self._stopped.set()
+
+    def _write(
+        self, folder: str, step: int, parts: Parts, account: str, state: str, validation_loss: float | None
+    ) -> None:
+        try:
+            write_rank(self._storage, folder, self._rank, parts, account=json.loads(account))
+            if self._rank == 0:
+                self._commit(folder, step, state.encode(), validation_loss)
+        except BaseException as error:  # raised again in the training thread
+            self._error = error
+
+    def _commit(self, folder: str, step: int, state: bytes, validation_loss: float | None) -> None:
+        indices = self._wait_for_all(folder)
+        self._storage.write(f"{folder}/{STATE}", state)
+        contents = {**indices, STATE: state}
+        sizes = {name: len(data) for name, data in contents.items()}
+        for index, data in indices.items():
+            sizes[index.replace(".json", ".safetensors")] = json.loads(data)["num_bytes"]
+        manifest = Manifest(
+            folder=folder,
+            step=step,
+            world_size=self._world_size,
+            zero_stage=self._zero_stage,
+            validation_loss=validation_loss,
+            sha256={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+            sizes=sizes,
+        )
+        self._storage.write(f"{folder}/{MANIFEST}", manifest.to_json())
+        remove_old(self._storage, self._folder, keep=self._keep, keep_best=self._keep_best, attempt=self._attempt)
+
+    def _wait_for_all(self, folder: str) -> dict[str, bytes]:
+        """The index file of every rank; each is written after the rank's tensors."""
+        deadline = time.monotonic() + self._timeout_s
+        names = {f"{folder}/{rank_names(rank)[1]}" for rank in range(self._world_size)}
+        while missing := names - set(self._storage.names(folder)):
+            if self._stopped.wait(POLL_S) or time.monotonic() > deadline:
+                raise TrainingError(f"{len(missing)} of {self._world_size} ranks did not write their part of {folder}")
+        return {name.rsplit("/", 1)[-1]: self._storage.read(name) for name in sorted(names)}
+
+
+def write_rank(storage: Storage, folder: str, rank: int, parts: Parts, *, account: Mapping[str, Any]) -> None:
+    """One rank's tensors, then the index that says where they lie."""
+    file, index = rank_names(rank)
+    arrays = {f"{kind}/{fragment.name}": tensor.numpy() for (kind, fragment), tensor in parts.items()}
+    with storage.unfinished(f"{folder}/{file}") as local:
+        safetensors.numpy.save_file(arrays, local)
+        num_bytes = local.stat().st_size
+        with local.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        storage.upload(f"{folder}/{file}", local)
+    entries = []
+    for kind, fragment in parts:
+        name = f"{kind}/{fragment.name}"
+        offset = 8 + length + header[name]["data_offsets"][0]
+        digest = hashlib.sha256(arrays[name].data).hexdigest()
+        entries.append(asdict(Entry(kind=kind, **asdict(fragment), offset=offset, sha256=digest)))
+    described = {**account, "num_bytes": num_bytes, "entries": entries}
+    storage.write(f"{folder}/{index}", json.dumps(described).encode())
+
+
+def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, attempt: str) -> None:
+    """Remove all checkpoints but the newest and the best, and what other starts left unfinished; manifests go first."""
+    found = committed(storage, folder)
+    kept = {manifest.folder for manifest in found[-keep:]}
+    best = best_of(found)
+    if keep_best and best is not None:
+        kept.add(best.folder)
+    names = storage.names(folder)
+    folders = {
+        name.removeprefix(f"{folder}/").partition("/")[0] for name in names if name.count("/") > folder.count("/") + 1
+    }
+    for each in sorted(folders):
+        path = f"{folder}/{each}"
+        is_unfinished_now = each.endswith(attempt) and f"{path}/{MANIFEST}" not in names
+        if path not in kept and not is_unfinished_now:
+            storage.delete(f"{path}/{MANIFEST}")
+            for name in names:
+                if name.startswith(f"{path}/"):
+                    storage.delete(name)
+
+
+def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
+    """This rank's fragments of all kinds, as they are now."""
+    parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
+    if ema is not None:
+        parts |= {(EMA, fragment): average for fragment, average in ema.fragments().items()}
+    return parts
+
+
+def restore(
+    storage: Storage, folder: str, state: ZeroState, ema: ShardedEma | None, *, note: Callable[[str], None]
+) -> Reader | None:
+    """Load the newest checkpoint that is whole; collective.
+
+    Args:
+        storage: Where they are.
+        folder: Of all checkpoints of this training.
+        state: Of this rank's engine.
+        ema: Its average, if the run keeps one.
+        note: Told of each damaged checkpoint that was passed over.
 
     Returns:
-        Finished steps, history, what this rank consumed, and how often workers were started before.
+        The reader of the checkpoint; None if there is none to go on from.
 
     Raises:
-        TrainingError: The checkpoint is of another training or another number of workers.
+        MapoError: The storage does not answer.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0, History(), Consumed(), 0
-    with checkpoint.as_directory() as folder:
-        state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text())
-        if state["key"] != key or state["world_size"] != engine.world_size:
-            raise TrainingError(
-                f"the checkpoint {checkpoint.path} is of training {state['key']} with {state['world_size']} workers; "
-                f"this is {key} with {engine.world_size}",
-                "use another run `name` to start afresh",
-            )
-        loaded, _ = engine.unet.load_checkpoint(folder, tag=TAG)
-        if loaded is None:
-            raise TrainingError(f"DeepSpeed could not load {checkpoint.path}", "remove this checkpoint and run again")
-        account = json.loads((Path(folder) / f"rank-{engine.rank:05d}.json").read_text())
-    consumed = Consumed(account["num_pairs"], account["digest"])
-    return state["step"], History.from_dict(state["history"]), consumed, state["starts"]
+    listed: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        listed[0] = committed(storage, folder)
+    torch.distributed.broadcast_object_list(listed, src=0)
+    for manifest in reversed(listed[0]):
+        reader, problem = _load(storage, manifest, state, ema)
+        problems: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+        if (error := next((each for each in problems if each is not None), None)) is None:
+            assert reader is not None
+            tensors, saved = reader
+            state.load(tensors, num_steps=saved.state["num_adam_steps"], loss_scale=saved.state["loss_scale"])
+            if ema is not None:
+                ema.load(tensors[EMA])
+            return saved
+        if not isinstance(error, ShardCorrupt):
+            raise error
+        note(f"not resumed from {manifest.name}: {error.message}")
+    return None
+
+
+def _load(
+    storage: Storage, manifest: Manifest, state: ZeroState, ema: ShardedEma | None
+) -> tuple[tuple[dict[str, dict[str, Tensor]], Reader] | None, MapoError | None]:
+    """This rank's fragments, or what is wrong with them."""
+    kinds = [*KINDS, *([EMA] if ema is not None else [])]
+    fragments = state.fragments
+    try:
+        reader = Reader(storage, manifest)
+        wanted = [(kind, part.name, part.start, part.numel) for kind in kinds for part in fragments]
+        arrays = reader.read(wanted)
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+        for (kind, name, *_), array in zip(wanted, arrays, strict=True):
+            tensors[kind][name] = torch.from_numpy(array)
+        return (tensors, reader), None
+    except MapoError as error:
+        return None, error

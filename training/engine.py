@@ -1,5 +1,6 @@
 """accelerate and DeepSpeed set-up inside a Ray Train worker. See docs/concepts/training.md for each choice."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -13,10 +14,11 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
+from pipelines.dataset.errors import ConfigError
 from training.config import TrainConfig
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's default of 5e8 costs 2-3 GB a GPU; "auto" needs a hidden_size
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Engine:
         return int(self.accelerator.num_processes)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks for all."""
+        return self.rank == 0
+
+    @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         device: torch.device = self.accelerator.device
@@ -47,22 +54,23 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """What the UNet computes in; autocast is off under DeepSpeed, so the caller casts."""
-        return DTYPES[self.config.precision]
+        return dtype_of(self.config)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of this rank in an optimizer step."""
+        return int(self.unet.gradient_accumulation_steps())
 
     def set_learning_rate(self, rate: float) -> None:
         """The schedule is ours: accelerate would step a scheduler once for each process."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks; collective."""
-        reduced: torch.Tensor = self.accelerator.reduce(values.to(self.device), reduction="mean")
-        return reduced.cpu()
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks; collective."""
-        reduced: torch.Tensor = self.accelerator.reduce(values.to(self.device), reduction="sum")
-        return reduced.cpu()
+        """The sum over ranks, on the CPU; collective."""
+        summed = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu()
 
     def identity(self) -> dict[str, Any]:
         """What this worker is, as the engine itself reports it; for the log and the report."""
@@ -76,6 +84,11 @@ class Engine:
             "engine": type(self.unet).__name__,
             "zero_stage": int(self.unet.zero_optimization_stage()),
         }
+
+
+def dtype_of(config: TrainConfig) -> torch.dtype:
+    """What the UNet computes in."""
+    return DTYPES[config.precision]
 
 
 def set_threads(sharers: int) -> None:
@@ -97,38 +110,93 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration. Integers wherever "auto" would ask the model for a hidden size."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,
+    }
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
         "steps_per_print": 10**9,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
-            "contiguous_gradients": True,
-            "overlap_comm": on_gpu,
-        },
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": config.optimizer != "adamw",
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW computes the same on every machine and needs no compiler
     }
     if config.precision == "bf16":
         settings["bf16"] = {"enabled": True}
+    if config.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
+    if config.precision != "fp32" and accumulation_steps > 1:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # 16-bit sums of many micro-batches lose small gradients
     if config.zero_stage == 3:
-        settings["zero_optimization"] |= {
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "stage3_param_persistence_threshold": 100_000,
-        }
+        zero |= {"stage3_prefetch_bucket_size": BUCKET_ELEMENTS, "stage3_param_persistence_threshold": 100_000}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": config.offload, "pin_memory": on_gpu}
+        if config.offload == "nvme":
+            zero["offload_optimizer"]["nvme_path"] = config.offload_path
     return settings
 
 
-def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int) -> Engine:
+def check_machine(config: TrainConfig, *, on_gpu: bool) -> None:
+    """Refuse by name what this machine cannot do, before a model is loaded.
+
+    Raises:
+        ConfigError: fp16 without a GPU that has it, 8-bit states without bitsandbytes, NVMe without libaio.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError("train.precision fp16: this machine's processors have no fp16", "use bf16, or GPUs")
+    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer adamw_8bit needs bitsandbytes, which is not installed", "pip install 'mapo[gpu]'"
+        )
+    if config.offload == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError(
+                "train.offload nvme: DeepSpeed cannot build its asynchronous I/O here", "apt install libaio-dev"
+            )
+
+
+def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
+    """AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
+    trained = [weight for weight in unet.parameters() if weight.requires_grad]
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trained, **settings)
+    return torch.optim.AdamW(trained, **settings, fused=on_gpu and config.offload == "none")
+
+
+def set_gradient_checkpointing(unet: Any, wanted: bool | str) -> None:
+    """Recompute in the backward pass: everything, the convolutional blocks alone, or the transformers alone."""
+    if not wanted:
+        return
+    unet.enable_gradient_checkpointing()
+    if wanted is True:
+        return
+    for module in unet.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            is_transformer = type(module).__name__ == "Transformer2DModel"
+            module.gradient_checkpointing = is_transformer == (wanted == "transformers")
+
+
+def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> Engine:
     """Wrap a float32 UNet into DeepSpeed ZeRO; collective.
 
     The back end is named to accelerate: without it every CPU rank believes that it is rank 0.
     """
-    on_gpu = ray.train.torch.get_device().type == "cuda"
     quiet_libraries()
     # DeepSpeed builds an op with ninja, which lies beside this interpreter and need not be on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    check_machine(config, on_gpu=on_gpu)
     plugin = DeepSpeedPlugin(
         hf_ds_config=deepspeed_config(config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
     )
@@ -136,13 +204,11 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int) -> 
         deepspeed_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo")],
     )
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    set_gradient_checkpointing(unet, config.gradient_checkpointing)
+    if config.compile:
+        unet.compile_repeated_blocks()
     unet.train()
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=on_gpu
-    )
-    prepared, wrapped = accelerator.prepare(unet, optimizer)
+    prepared, wrapped = accelerator.prepare(unet, build_optimizer(unet, config, on_gpu=on_gpu))
     return Engine(accelerator, prepared, wrapped, config)
 
 

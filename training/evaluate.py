@@ -7,6 +7,7 @@ import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 
 from pipelines.dataset.errors import ConfigError, SnapshotError
 from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.model_files import STABLE_DIFFUSION, read_family
 from pipelines.dataset.pair import TRAIN, VALIDATION, Status
 from pipelines.dataset.storage import Storage
 from training.config import EvaluateConfig
@@ -78,6 +80,7 @@ def load_references(storage: Storage, version: int) -> References:
     """
     for split in (VALIDATION, TRAIN):
         where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
+        where &= pc.field("label_0") != PREFERRED  # a kept tie has no chosen image
         rows = pairs_table(storage, version).read(None, where).sort_by("pair_key").slice(0, MAX_REFERENCES).to_pylist()
         if rows:
             images = [[_stored_image(storage, row, side) for side in (0, 1)] for row in rows]
@@ -107,26 +110,38 @@ class Sampler:
     """Draws samples from one pipeline; a sample's noise follows from its own seed, whatever the batch.
 
     Args:
-        model: Folder of a diffusers SDXL pipeline.
+        model: Folder of a diffusers pipeline; its `model_index.json` says of which class.
         vae: Folder of another VAE than its own, or None.
         config: How to sample.
         resolution: Side of the square samples, in pixels.
         variant: Which of the pipeline's weights; the plain ones by default.
+        unet: Folder of a UNet that takes the place of the pipeline's own, or None.
     """
 
     def __init__(
-        self, model: str, vae: str | None, config: EvaluateConfig, resolution: int, variant: str | None = None
+        self,
+        model: str,
+        vae: str | None,
+        config: EvaluateConfig,
+        resolution: int,
+        variant: str | None = None,
+        unet: str | None = None,
     ) -> None:
+        import diffusers
         import torch
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+        family = read_family(Path(model))
         on_gpu = torch.cuda.is_available()
         dtype = torch.float16 if on_gpu else torch.float32
-        parts = (
-            {} if vae is None else {"vae": AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, use_safetensors=True)}
-        )
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model, torch_dtype=dtype, use_safetensors=True, variant=variant, **parts
+        parts: dict[str, Any] = {}
+        if family is STABLE_DIFFUSION:  # a checker paints samples black, and scores would be the checker's
+            parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        if unet is not None:
+            parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(unet, dtype=dtype, use_safetensors=True)
+        if vae is not None:
+            parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)
+        pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
+            model, dtype=dtype, use_safetensors=True, variant=variant, **parts
         )
         self._pipeline = pipeline.to("cuda" if on_gpu else "cpu")
         self._pipeline.set_progress_bar_config(disable=True)

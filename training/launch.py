@@ -16,11 +16,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.dataset.errors import MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
+from training.account import Consumed
+from training.checkpoint_format import Manifest, Reader, best_of, committed
 from training.spec import TrainSpec
 
 POLL_S = 1.0
-KEPT_CHECKPOINTS = 2
-START_TIMEOUT_S = "1800"  # of a worker group: the first start compiles an op and loads the model
 
 Progress = dict[str, Any]
 
@@ -31,16 +31,20 @@ class Trained:
 
     Args:
         checkpoint: Folder of the last checkpoint, relative to the storage.
+        best_checkpoint: The one with the least validation loss; the last one if nothing is held out.
         steps: Finished optimizer steps.
         history: Numbers by step and by validation.
         workers: What each rank was and consumed.
+        digest: Of all pairs in the order of steps and slots; the same on any number of workers.
         starts: How often workers were started; more than 1 after a failure.
     """
 
     checkpoint: str
+    best_checkpoint: str
     steps: int
     history: dict[str, Any]
     workers: list[dict[str, Any]]
+    digest: str
     starts: int
 
 
@@ -57,75 +61,83 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
         TrainingError: The cluster is too small, or the workers failed too often.
     """
     use_gpu = check_cluster(spec)
-    quiet_ray_train()
+    quiet_ray_train(spec)
+    least, most = spec.config.worker_range
     storage_path, filesystem = _ray_storage(spec)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=spec.config.num_workers, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.config.collective_timeout_s),
+        scaling_config=ray.train.ScalingConfig(num_workers=least if least == most else (least, most), use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=spec.key,
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=spec.config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
-            worker_runtime_env={"env_vars": TORCH_ENVIRONMENT},
+            worker_runtime_env={"env_vars": {**TORCH_ENVIRONMENT, **spec.config.environment}},
         ),
     )
     with _Watcher(spec, watch):
         try:
-            result = trainer.fit()
+            trainer.fit()
         except Exception as error:
             raise _as_ours(error, spec) from error
-    assert result.checkpoint is not None
-    name = result.checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
-    return read_checkpoint(spec.storage, f"{spec.checkpoints}/{name}")
+    manifests = committed(spec.storage, spec.checkpoints)
+    if not manifests or manifests[-1].step < spec.config.max_steps:
+        raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")
+    return read_checkpoint(spec.storage, manifests)
 
 
 def _work(work: dict[str, TrainSpec]) -> None:
-    """On each worker. The loop is imported there: driver and controller need neither diffusers nor DeepSpeed."""
-    from training.loop import train_worker
+    """On each worker. What trains is imported there: driver and controller need neither diffusers nor DeepSpeed."""
+    from training.worker import train_worker
 
     train_worker(work)
 
 
-def read_checkpoint(storage: Storage, folder: str) -> Trained:
-    """What a checkpoint says about the run that wrote it."""
-    state = json.loads(storage.read(f"{folder}/state.json"))
-    ranks = [json.loads(storage.read(f"{folder}/rank-{rank:05d}.json")) for rank in range(state["world_size"])]
-    return Trained(folder, state["step"], state["history"], ranks, state["starts"])
+def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
+    """What the newest of a run's checkpoints says about it."""
+    reader, best = Reader(storage, manifests[-1]), best_of(manifests)
+    return Trained(
+        checkpoint=manifests[-1].folder,
+        best_checkpoint=best.folder if best else manifests[-1].folder,
+        steps=manifests[-1].step,
+        history=reader.state["history"],
+        workers=reader.ranks,
+        digest=Consumed.sum(reader.ranks).digest,
+        starts=reader.state["starts"],
+    )
 
 
 def check_cluster(spec: TrainSpec) -> bool:
     """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever."""
-    resources, wanted = ray.cluster_resources(), spec.config.num_workers
+    resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     if gpus >= wanted:
         return True
     if gpus:
         raise TrainingError(
-            f"train.num_workers is {wanted}, but the cluster has {gpus} GPUs",
+            f"train.num_workers is {spec.config.num_workers}, but the cluster has {gpus} GPUs",
             f"set `-o train.num_workers={gpus}`, or add GPU nodes",
         )
     if cpus < wanted + 1:
         raise TrainingError(
-            f"train.num_workers is {wanted}, but the cluster has {cpus} CPUs and no GPU",
+            f"train.num_workers is {spec.config.num_workers}, but the cluster has {cpus} CPUs and no GPU",
             "start Ray with more CPUs (`ray start --head --num-cpus N`) or lower `train.num_workers`",
         )
     return False
 
 
-def quiet_ray_train() -> None:
+def quiet_ray_train(spec: TrainSpec) -> None:
     """Ray Train's own lines go to its log files; ours say what matters."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.config.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
 def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
-    """Where Ray Train keeps checkpoints: through our own file system unless it is a plain folder."""
+    """Where Ray Train keeps its own notes: through our own file system unless it is a plain folder."""
     storage = spec.storage
-    parent = f"{spec.folder}/checkpoints"
+    parent = f"{spec.folder}/ray_train"
     if storage.is_local:
         return storage.path(parent), None
     return storage.path(parent), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(storage.fs))

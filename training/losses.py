@@ -5,17 +5,59 @@ a pair. In float32 the margin T * (phi(a) - phi(b)) would be off by about 1e-4 a
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.methods import check_parameters
+from training.methods import METHODS, NEEDS_REFERENCE, check_parameters
 
 Number = float | int  # the tests' run-time checks (beartype) do not take 8 for a float
-PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""(mse_chosen, mse_rejected) -> loss, each one value a pair."""
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """The denoising errors of a batch of pairs: float32, one value a pair each.
+
+    Raises:
+        ValueError: The shapes differ or are not 1-D, or a tensor is not float32.
+    """
+
+    chosen: Tensor
+    """Of the preferred image, mean over C, H, W."""
+    rejected: Tensor
+    """Of the other image, with the same noise and timestep."""
+    ref_chosen: Tensor | None = None
+    """The frozen reference's on the preferred image; None for methods without one."""
+    ref_rejected: Tensor | None = None
+    """The same for the other image."""
+
+    def __post_init__(self) -> None:
+        _check_pairs(**{name: error for name, error in vars(self).items() if error is not None})
+
+    def swapped(self) -> "PairErrors":
+        """The same pairs with the other image preferred."""
+        return PairErrors(self.rejected, self.chosen, self.ref_rejected, self.ref_chosen)
+
+    def where(self, is_kept: Tensor, other: "PairErrors") -> "PairErrors":
+        """These errors where `is_kept`, those of `other` elsewhere."""
+
+        def choose(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
+            return None if mine is None or others is None else torch.where(is_kept, mine, others)
+
+        return PairErrors(
+            torch.where(is_kept, self.chosen, other.chosen),
+            torch.where(is_kept, self.rejected, other.rejected),
+            choose(self.ref_chosen, other.ref_chosen),
+            choose(self.ref_rejected, other.ref_rejected),
+        )
+
+
+PairLoss = Callable[[PairErrors, Tensor], Tensor]
+"""(errors, preference) -> loss, one value a pair. preference: probability that `chosen` is preferred, float32
+in [0.5, 1]."""
 
 
 def mapo_loss(
@@ -109,15 +151,87 @@ def dpo_loss(
 
     Source: DiffusionDPO, train.py. A model that equals its reference gives exactly ln 2.
     """
-    _check_pairs(
-        mse_chosen=mse_chosen,
-        mse_rejected=mse_rejected,
-        ref_mse_chosen=ref_mse_chosen,
-        ref_mse_rejected=ref_mse_rejected,
-    )
-    policy = mse_chosen.double() - mse_rejected.double()
-    reference = ref_mse_chosen.double() - ref_mse_rejected.double()
-    return (-logsigmoid(-0.5 * beta * (policy - reference))).float()
+    gain = _gain(mse_chosen, mse_rejected, ref_mse_chosen, ref_mse_rejected)
+    return (-logsigmoid(0.5 * beta * gain)).float()
+
+
+def ipo_loss(
+    mse_chosen: Float[Tensor, " pair"],
+    mse_rejected: Float[Tensor, " pair"],
+    ref_mse_chosen: Float[Tensor, " pair"],
+    ref_mse_rejected: Float[Tensor, " pair"],
+    *,
+    beta: Number,
+) -> Float[Tensor, " pair"]:
+    """Per-pair IPO loss: a regression that pulls the gain over the reference to a target, and no further.
+
+    loss = (z - 1 / (2 * beta))^2
+    z = (ref_mse_chosen - ref_mse_rejected) - (mse_chosen - mse_rejected)
+
+    Args:
+        mse_chosen: Denoising error of the preferred image, mean over C, H, W; float32, >= 0.
+        mse_rejected: The same for the other image, with the same noise and timestep.
+        ref_mse_chosen: Error of the reference model on the preferred image; no gradient expected.
+        ref_mse_rejected: The same for the other image.
+        beta: Strength of the pull towards the reference, > 0. The target is in units of the errors: 2e-4 for 2500.
+
+    Raises:
+        ValueError: The shapes differ or are not 1-D, an input is not float32, or beta is not positive.
+
+    Source: arXiv 2310.12036, eq. 17, with diffusers' z (train_diffusion_dpo.py). A model that equals its
+    reference gives exactly 1 / (4 * beta^2).
+    """
+    if not beta > 0:
+        raise ValueError(f"ipo_loss divides by beta, which is {beta}. Use beta > 0.")
+    gain = _gain(mse_chosen, mse_rejected, ref_mse_chosen, ref_mse_rejected)
+    return (gain - 0.5 / beta).square().float()
+
+
+def simpo_loss(
+    mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number, gamma: Number
+) -> Float[Tensor, " pair"]:
+    """Per-pair SimPO loss: the margin alone, with neither a reference nor a fine-tuning term.
+
+    loss = -logsigmoid(beta * (mse_rejected - mse_chosen) - gamma)
+
+    Args:
+        mse_chosen: Denoising error of the preferred image, mean over C, H, W; float32, >= 0.
+        mse_rejected: The same for the other image, with the same noise and timestep.
+        beta: Scale of the margin: a pair counts less than half once mse_rejected leads by gamma / beta.
+        gamma: Lead that the chosen image should have, in units of 1 / beta; 0 asks for any lead.
+
+    Raises:
+        ValueError: The shapes differ or are not 1-D, or an input is not float32.
+
+    Source: arXiv 2405.14734, eq. 6, with -mse for the mean log-probability. Equal errors give exactly
+    log(1 + e^gamma), a lead of gamma / beta gives ln 2.
+    """
+    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    return (-logsigmoid(beta * (mse_rejected.double() - mse_chosen.double()) - gamma)).float()
+
+
+def orpo_loss(
+    mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
+) -> Float[Tensor, " pair"]:
+    """Per-pair ORPO loss: fine-tuning on the chosen image plus a margin of bare errors.
+
+    loss = mse_chosen - beta * logsigmoid(mse_rejected - mse_chosen)
+    diffusers' example has mse_chosen - mse_rejected inside, which rewards a larger error of the chosen image.
+
+    Args:
+        mse_chosen: Denoising error of the preferred image, mean over C, H, W; float32, >= 0.
+        mse_rejected: The same for the other image, with the same noise and timestep.
+        beta: Weight of the margin; 0 is plain fine-tuning on the chosen image.
+
+    Raises:
+        ValueError: The shapes differ or are not 1-D, or an input is not float32.
+
+    Source: diffusers, train_diffusion_orpo_sdxl_lora.py, with the sign of arXiv 2403.07691. Equal errors give
+    exactly mse_chosen + beta * ln 2.
+    """
+    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    chosen, rejected = mse_chosen.double(), mse_rejected.double()
+    return (chosen - beta * logsigmoid(rejected - chosen)).float()
 
 
 def log_phi(x: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
@@ -136,38 +250,68 @@ def log_phi(x: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
     return torch.where(is_small, -small / 2 - tail, closed)
 
 
-def _mapo(parameters: Mapping[str, float], num_train_timesteps: int) -> PairLoss:
-    beta, snr = parameters["beta"], parameters["snr"]
-    return lambda mse_chosen, mse_rejected: mapo_loss(
-        mse_chosen, mse_rejected, beta=beta, snr=snr, num_train_timesteps=num_train_timesteps
-    )
-
-
-def _mapo_paper(parameters: Mapping[str, float], num_train_timesteps: int) -> PairLoss:
-    beta = parameters["beta"]
-    return lambda mse_chosen, mse_rejected: mapo_paper_loss(mse_chosen, mse_rejected, beta=beta)
-
-
-def _sft(parameters: Mapping[str, float], num_train_timesteps: int) -> PairLoss:
-    return lambda mse_chosen, mse_rejected: sft_loss(mse_chosen)
-
-
-LOSSES: Mapping[str, Callable[[Mapping[str, float], int], PairLoss]] = {
-    "mapo": _mapo,
-    "mapo_paper": _mapo_paper,
-    "sft": _sft,
+LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    "mapo": lambda e, t, beta, snr: mapo_loss(e.chosen, e.rejected, beta=beta, snr=snr, num_train_timesteps=t),
+    "mapo_paper": lambda e, t, beta: mapo_paper_loss(e.chosen, e.rejected, beta=beta),
+    "sft": lambda e, t: sft_loss(e.chosen),
+    "dpo": lambda e, t, beta: dpo_loss(e.chosen, e.rejected, e.ref_chosen, e.ref_rejected, beta=beta),
+    "ipo": lambda e, t, beta: ipo_loss(e.chosen, e.rejected, e.ref_chosen, e.ref_rejected, beta=beta),
+    "simpo": lambda e, t, beta, gamma: simpo_loss(e.chosen, e.rejected, beta=beta, gamma=gamma),
+    "orpo": lambda e, t, beta: orpo_loss(e.chosen, e.rejected, beta=beta),
 }
-"""Method name -> (all its parameters, T) -> the loss of a pair; the same names as METHODS."""
+"""Method name -> (errors e, T t, **parameters) -> the loss of that order; names and parameters are those of METHODS."""
 
 
 def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timesteps: int) -> PairLoss:
-    """The loss a run asks for, as a function of the two errors alone.
+    """The loss a run asks for, with soft labels: both orders of a pair, weighed by their probability.
+
+    loss = p * L(errors) + (1 - p) * L(errors.swapped());  p = 1 gives exactly L(errors), whatever the other is.
+
+    Args:
+        method: `train.method`, a key of METHODS.
+        parameters: `train.loss`, any subset of the method's parameters.
+        num_train_timesteps: T, the length of the noise schedule (1000 for SDXL).
+
+    Returns:
+        (errors, preference) -> loss. `preference` may be on the CPU while the errors are on a GPU: its range is
+        checked where it is, and there without waiting for the device. The function raises ValueError if a method
+        of NEEDS_REFERENCE gets no reference errors, or if preference is not one float32 in [0.5, 1] a pair.
 
     Raises:
         ConfigError: The method or a parameter is unknown, or a value is out of range.
     """
     complete = check_parameters(method, parameters)  # first, so that an unknown method has its message
-    return LOSSES[method](complete, num_train_timesteps)
+
+    def in_order(errors: PairErrors) -> Tensor:
+        return LOSSES[method](errors, num_train_timesteps, **complete)
+
+    def weighed(errors: PairErrors, preference: Tensor) -> Tensor:
+        if method in NEEDS_REFERENCE:
+            _check_reference(method, errors)
+        _check_preference(preference, errors.chosen.shape)
+        weight = preference.to(errors.chosen.device).double()
+        is_certain = weight == 1
+        first = in_order(errors)
+        second = in_order(errors.where(is_certain, errors.swapped()))  # 0 * (an infinite gradient) would be NaN
+        both = weight * first.double() + (1 - weight) * second.double()
+        return torch.where(is_certain, first, both.float())
+
+    return weighed
+
+
+def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_mse_rejected: Tensor) -> Tensor:
+    """z = (ref_mse_chosen - ref_mse_rejected) - (mse_chosen - mse_rejected) in float64.
+
+    Subtracted image by image: near its reference, where training is, both differences are exact.
+    """
+    _check_pairs(
+        mse_chosen=mse_chosen,
+        mse_rejected=mse_rejected,
+        ref_mse_chosen=ref_mse_chosen,
+        ref_mse_rejected=ref_mse_rejected,
+    )
+    of_chosen = ref_mse_chosen.double() - mse_chosen.double()
+    return of_chosen - (ref_mse_rejected.double() - mse_rejected.double())
 
 
 def _check_pairs(**errors: Tensor) -> None:
@@ -189,4 +333,31 @@ def _check_pairs(**errors: Tensor) -> None:
         raise ValueError(
             f"The number of pairs differs: {counts}. Give both images of each pair; "
             "`chunk(2)` splits a batch of chosen then rejected images."
+        )
+
+
+def _check_reference(method: str, errors: PairErrors) -> None:
+    """Without a reference there is nothing to compare with; 0 would be a perfect model."""
+    absent = [name for name in ("ref_chosen", "ref_rejected") if getattr(errors, name) is None]
+    if absent:
+        others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
+        raise ValueError(
+            f"{method} compares with a frozen reference model, but {' and '.join(absent)} of the errors is None. "
+            f"Give its errors with the same noise and timesteps, or use a method that needs none: {others}."
+        )
+
+
+def _check_preference(preference: Tensor, shape: torch.Size) -> None:
+    """The larger share is the chosen image's: below 0.5 the two images are in the wrong order."""
+    if preference.dtype != torch.float32 or preference.shape != shape:
+        raise ValueError(
+            f"preference is {preference.dtype} of shape {tuple(preference.shape)}, not torch.float32 of shape "
+            f"{tuple(shape)}. Give the probability of each pair's label; `torch.ones_like(errors.chosen)` if certain."
+        )
+    is_wrong = ~((preference >= 0.5) & (preference <= 1))  # NaN is wrong too
+    if is_wrong.any():
+        index = int(is_wrong.nonzero()[0])
+        raise ValueError(
+            f"preference of pair {index} is {preference[index].item():g}, not in [0.5, 1]: it is the probability that "
+            "`chosen` is preferred. Call the image that is preferred with less than 0.5 `rejected`."
         )

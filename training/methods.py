@@ -15,11 +15,19 @@ METHODS: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "mapo": MappingProxyType({"beta": 0.1, "snr": 0.5}),  # as the released code
         "mapo_paper": MappingProxyType({"beta": 8.0}),  # as the paper's general alignment
         "sft": MappingProxyType({}),
+        "dpo": MappingProxyType({"beta": 5000.0}),  # as Diffusion-DPO trained SDXL; 2000 for SD 1.5
+        "ipo": MappingProxyType({"beta": 2500.0}),  # half of dpo's: the same pull to the reference
+        "simpo": MappingProxyType({"beta": 100.0, "gamma": 1.0}),  # none is published: see docs/concepts/losses.md
+        "orpo": MappingProxyType({"beta": 0.1}),  # as diffusers' example and the paper
     }
 )
 """Method name -> its parameters with their defaults: the only place where these are written."""
 
-_DIVISORS = frozenset({("mapo_paper", "beta")})  # parameters a loss divides by: 0 is refused
+NEEDS_REFERENCE: frozenset[str] = frozenset({"dpo", "ipo"})
+"""Methods that compare with a frozen reference model: one more forward pass a step, and its weights in memory."""
+
+_POSITIVE = frozenset({("mapo_paper", "beta"), ("ipo", "beta"), ("dpo", "beta"), ("simpo", "beta")})
+# Parameters for which 0 is refused: the first two losses divide by it, the last two would have no gradient.
 
 
 def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, float]:
@@ -31,7 +39,8 @@ def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, 
 
     Raises:
         ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0
-            (> 0 for the beta of mapo_paper, which is divided by).
+            (> 0 for the beta of mapo_paper and ipo, which is divided by, and of dpo and simpo, which
+            learn nothing without it).
     """
     if method not in METHODS:
         raise ConfigError(
@@ -47,11 +56,11 @@ def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, 
 
 
 def _check_value(method: str, name: str, value: object) -> None:
-    is_divisor = (method, name) in _DIVISORS
-    lowest = math.ulp(0.0) if is_divisor else 0.0
+    is_positive = (method, name) in _POSITIVE
+    lowest = math.ulp(0.0) if is_positive else 0.0
     if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < math.inf:
         return
-    allowed = "> 0" if is_divisor else ">= 0"
+    allowed = "> 0" if is_positive else ">= 0"
     raise ConfigError(
         f"train.loss.{name} of {method} is {value!r}; it must be a finite number {allowed}.",
         hint=f"leave it out for the default, {METHODS[method][name]:g}.",

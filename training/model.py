@@ -1,18 +1,34 @@
-"""The UNet that learns, and the denoising errors that its loss is made of.
+"""The UNet that learns, the reference that it may need, and the denoising errors that losses are made of.
 
 Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
 """
 
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import ModelSource, read_config
+from pipelines.dataset.errors import ConfigError, ModelError
+from pipelines.dataset.model_files import CHOOSE_A_BASE, ModelSource, read_config
+from training.config import LoraConfig, TrainConfig
 from training.loader import Batch
+from training.losses import PairErrors
+
+ADAPTER = "default"
+SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +39,19 @@ class Base:
     scheduler: Any
     scaling_factor: float
 
+    @property
+    def has_time_ids(self) -> bool:
+        """Whether the UNet is conditioned on sizes and pooled embeddings, as SDXL's is and SD 1.5's is not."""
+        return str(self.unet.config.addition_embed_type) == "text_time"
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the length of the noise schedule."""
+        return int(self.scheduler.config.num_train_timesteps)
+
 
 def load_base(source: ModelSource) -> Base:
-    """Load the UNet and the constants of a diffusers SDXL pipeline.
+    """Load the UNet and the constants of a diffusers pipeline.
 
     Raises:
         ModelError: A part is missing, or it predicts neither noise nor velocity.
@@ -36,53 +62,142 @@ def load_base(source: ModelSource) -> Base:
             folder, subfolder="unet", use_safetensors=True, variant=source.variant, dtype=torch.float32
         )
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        scaling_factor = float(read_config(source.vae_folder() / "config.json")["scaling_factor"])
+        scaling_factor = float(read_config(source.vae_folder() / "config.json").get("scaling_factor", SD_SCALING_FACTOR))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole SDXL pipeline?") from error
+        raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole pipeline?") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(
             f"{source.model} predicts {scheduler.config.prediction_type}; training knows epsilon and v_prediction",
-            "choose a base of the SDXL family",
+            CHOOSE_A_BASE,
         )
     return Base(unet, scheduler, scaling_factor)
 
 
-def denoising_errors(
-    unet: Any, base: Base, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor, *, device: torch.device, dtype: Any
-) -> tuple[Tensor, Tensor]:
-    """The error of the UNet's prediction for both images of each pair, with the same noise and timestep.
+def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
+    """Freeze the UNet and give it trainable adapters that change nothing yet; the same ones on every rank.
+
+    Raises:
+        ConfigError: No layer has one of the targets' names.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    unet.requires_grad_(False)
+    alpha: Any = config.rank if config.alpha is None else config.alpha
+    wanted = PeftConfig(
+        r=config.rank, lora_alpha=alpha, target_modules=list(config.targets), init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            unet.add_adapter(wanted, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise ConfigError(
+                f"train.lora.targets: {str(error).splitlines()[0]}",
+                "leave `targets` out for the attention projections: to_q, to_k, to_v, to_out.0",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base model that DPO and IPO compare with: the adapters switched off, or a frozen copy."""
+
+    unet: Any
+    context: Context
+
+    @staticmethod
+    def of_adapters(unet: Any) -> "Reference":
+        """The UNet under the adapters; costs no memory."""
+
+        @contextlib.contextmanager
+        def without_adapters() -> Iterator[None]:
+            unet.module.disable_adapters()
+            try:
+                yield
+            finally:
+                unet.module.enable_adapters()
+
+        return Reference(unet, without_adapters)
+
+    @staticmethod
+    def copy_of(unet: Any, device: torch.device, dtype: torch.dtype) -> "Reference":
+        """A copy of the weights as they are now; call it before the UNet is wrapped."""
+        copied = copy.deepcopy(unet).requires_grad_(False).eval()
+        copied.disable_gradient_checkpointing()
+        return Reference(copied.to(device, dtype), contextlib.nullcontext)
+
+
+def attention_context(name: str) -> Context:
+    """A context in which scaled dot product attention uses one back end; `auto` leaves the choice to torch."""
+    return contextlib.nullcontext if name == "auto" else lambda: sdpa_kernel(ATTENTION[name])
+
+
+class Denoiser:
+    """Computes the errors of both images of each pair, with the same noise and timestep.
 
     Args:
-        unet: The UNet, or the engine around it.
+        unet: The engine around the UNet.
+        reference: For methods that need one.
         base: Noise schedule and latents' scale.
-        batch: Pairs of one shape, on the CPU.
-        noise_BCHW: Standard normal, float32; shared by the two images of a pair.
-        timesteps_B: int64 in [0, T); shared by the two images of a pair.
+        config: Attention back end and memory layout.
         device: Where the UNet is.
-        dtype: What the UNet computes in.
-
-    Returns:
-        mse_chosen, mse_rejected: mean over C, H, W of (prediction - target)^2; float32, one value a pair.
+        dtype: What it computes in; autocast is off under DeepSpeed.
     """
-    latents = torch.cat([batch.chosen_BCHW, batch.rejected_BCHW]).to(device, torch.float32) * base.scaling_factor
-    noise = torch.cat([noise_BCHW, noise_BCHW]).to(device)
-    timesteps = torch.cat([timesteps_B, timesteps_B]).to(device)
-    noisy = base.scheduler.add_noise(latents, noise, timesteps)
-    if base.scheduler.config.prediction_type == "epsilon":
-        target = noise
-    else:
-        target = base.scheduler.get_velocity(latents, noise, timesteps)
-    time_ids = torch.cat([batch.chosen_time_ids_B6, batch.rejected_time_ids_B6])
-    prediction = unet(
-        noisy.to(dtype),
-        timesteps,
-        encoder_hidden_states=torch.cat([batch.prompt_embeds_BSD] * 2).to(device, dtype),
-        added_cond_kwargs={
-            "text_embeds": torch.cat([batch.pooled_BP] * 2).to(device, dtype),
-            "time_ids": time_ids.to(device),  # float32: bf16 cannot tell 1023 from 1024
-        },
-        return_dict=False,
-    )[0]
-    errors = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-    chosen, rejected = errors.chunk(2)
-    return chosen, rejected
+
+    def __init__(
+        self,
+        unet: Any,
+        reference: Reference | None,
+        base: Base,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.base = base
+        self._unet, self._reference = unet, reference
+        self._device, self._dtype = device, dtype
+        self._attention = attention_context(config.attention)
+        self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
+
+    def errors(self, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor) -> PairErrors:
+        """Errors of the UNet and, without a gradient, of the reference.
+
+        Args:
+            batch: Pairs of one shape, on the CPU.
+            noise_BCHW: Standard normal, float32; shared by the two images of a pair.
+            timesteps_B: int64 in [0, T); shared by the two images of a pair.
+
+        Returns:
+            Mean over C, H, W of (prediction - target)^2; float32, one value a pair.
+        """
+        device, dtype, scheduler = self._device, self._dtype, self.base.scheduler
+        latents = torch.cat([batch.chosen_BCHW, batch.rejected_BCHW]).to(device, torch.float32, non_blocking=True)
+        latents = latents * self.base.scaling_factor
+        noise = noise_BCHW.to(device, non_blocking=True).repeat(2, 1, 1, 1)
+        timesteps = timesteps_B.to(device, non_blocking=True).repeat(2)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        is_epsilon = scheduler.config.prediction_type == "epsilon"
+        target = noise if is_epsilon else scheduler.get_velocity(latents, noise, timesteps)
+        inputs = {
+            "sample": noisy.to(dtype, memory_format=self._layout),
+            "timestep": timesteps,
+            "encoder_hidden_states": batch.prompt_embeds_BSD.to(device, dtype, non_blocking=True).repeat(2, 1, 1),
+        }
+        if self.base.has_time_ids:
+            assert batch.pooled_BP is not None
+            time_ids = torch.cat([batch.chosen_time_ids_B6, batch.rejected_time_ids_B6])
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": batch.pooled_BP.to(device, dtype, non_blocking=True).repeat(2, 1),
+                "time_ids": time_ids.to(device, non_blocking=True),  # float32: bf16 cannot tell 1023 from 1024
+            }
+        if self._reference is None:
+            return PairErrors(*self._predict(self._unet, inputs, target))
+        with torch.no_grad(), self._reference.context():
+            reference = self._predict(self._reference.unet, inputs, target)
+        return PairErrors(*self._predict(self._unet, inputs, target), *reference)
+
+    def _predict(self, unet: Any, inputs: dict[str, Any], target: Tensor) -> tuple[Tensor, ...]:
+        with self._attention():
+            prediction = unet(**inputs, return_dict=False)[0]
+        errors: Tensor = (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        return errors.chunk(2)

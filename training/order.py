@@ -2,8 +2,8 @@
 
 A *group* is `micro_batch_size` pairs of one aspect bucket, so that a micro-batch has one shape. A
 global batch is G = global_batch_size / micro_batch_size groups, one a *slot*; a rank takes every
-world_size-th slot. So the batches are the same on any number of workers, and to resume is to ask
-for the next step.
+world_size-th slot. So the batches are the same on any number of workers up to G, whether or not it
+divides G, and to resume is to ask for the next step.
 
 Each bucket is an endless sequence of positions: n pairs in a fresh order each epoch, epoch after
 epoch. It is cut into groups without regard to where an epoch ends, so that no pair is ever dropped
@@ -109,31 +109,36 @@ class Plan:
                 return Group(bucket=bucket, elements=elements, epoch=epoch)
         raise AssertionError(f"group {dealt} of {sum(counts)} belongs to no bucket")
 
-    def slots_of(self, rank: int, world_size: int) -> range:
-        """The slots a rank takes in each step, in accumulation order.
+    def slots_of(self, rank: int, world_size: int) -> list[tuple[int, float]]:
+        """The slots a rank takes in each step, in accumulation order, each with the weight of its mean loss.
+
+        Every rank has as many: ZeRO speaks in each backward pass. Where the slots cannot be shared evenly, some ranks
+        have their last slot once more, with weight 0. Weights are such that the mean over the ranks of a rank's mean
+        over its slots is the mean over the global batch; 1 where the slots are shared evenly.
 
         Raises:
-            ConfigError: The slots cannot be shared evenly among the ranks.
+            ConfigError: There are fewer slots than ranks.
         """
-        self.accumulation_steps(world_size)
+        turns = self.accumulation_steps(world_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"No rank {rank}: ranks are 0 to {world_size - 1}.")
-        return range(rank, self.num_slots, world_size)
+        slots = range(rank, self.num_slots, world_size)
+        weight = turns * world_size / self.num_slots
+        return [(slot, weight) for slot in slots] + [(slots[-1], 0.0)] * (turns - len(slots))
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank adds up before the optimizer step.
 
         Raises:
-            ConfigError: The slots cannot be shared evenly among the ranks.
+            ConfigError: There are fewer slots than ranks.
         """
-        if world_size < 1 or self.num_slots % world_size:
-            fitting = [str(n) for n in range(1, self.num_slots + 1) if self.num_slots % n == 0]
+        if not 1 <= world_size <= self.num_slots:
             raise ConfigError(
                 f"A global batch of {self.global_batch_size} pairs is {self.num_slots} micro-batches of "
-                f"{self.micro_batch_size}, which {world_size} workers cannot share evenly.",
-                hint=f"set train.num_workers to one of {', '.join(fitting)}, or change train.global_batch_size.",
+                f"{self.micro_batch_size}: too few for {world_size} workers.",
+                hint=f"set train.num_workers to {self.num_slots} at most, or train.micro_batch_size lower.",
             )
-        return self.num_slots // world_size
+        return -(-self.num_slots // world_size)
 
     def epoch_of(self, step: int) -> int:
         """The epoch that the first group of a step belongs to; later groups may be in the next."""

@@ -9,6 +9,16 @@ from pipelines.dataset.model_files import ModelSource, file_digests, read_config
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 
+UNSHAPING = (
+    "loss", "max_failures", "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every",
+    "max_validation_pairs", "sample_every", "num_samples", "trackers", "trouble", "read_ahead", "cache_dir",
+    "max_cache_bytes", "start_timeout_s", "collective_timeout_s", "environment", "peak_tflops",
+    # These change the weights by rounding alone: a run may go on with others.
+    "num_workers", "zero_stage", "offload", "offload_path", "gradient_checkpointing", "attention", "channels_last",
+    "compile",
+)  # fmt: skip
+"""Keys of `train` that do not tell one training from another."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -70,9 +80,8 @@ class TrainSpec:
     @property
     def key(self) -> str:
         """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
-        without = {"loss", "max_failures", "checkpoint_every", "validate_every", "max_validation_pairs"}
         shaping = {
-            "config": self.config.model_dump(mode="json", exclude=without),
+            "config": self.config.model_dump(mode="json", exclude=set(UNSHAPING)),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
             "seed": self.seed,
             "base": self.base_digest,

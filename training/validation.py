@@ -1,6 +1,6 @@
 """Held-out validation with fixed noise and timesteps: two validations differ by the weights alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,21 +9,66 @@ from torch import Tensor
 from training.engine import Engine
 from training.index import PairIndex, PairRecord
 from training.loader import PairLoader, PairReader
-from training.metrics import PAIR_METRICS, pair_metrics
-from training.model import Base, denoising_errors
+from training.losses import PairLoss
+from training.metrics import NUM_SUMS, means_of, pair_sums
+from training.model import Denoiser
 from training.order import validation_seed
+from training.spec import TrainSpec
 
 NUM_TIMESTEPS = 4  # the middle of each quarter of the schedule
 
-PairLoss = Callable[[Tensor, Tensor], Tensor]
 Groups = list[tuple[float, list[PairRecord]]]
 
 
+class Validation:
+    """The held-out pairs of a run, measured as often as one likes.
+
+    Args:
+        held_out: Pairs of the validation split; none gives no metrics.
+        reader: Reads them.
+        spec: The run; its seed fixes noise and timesteps.
+        engine: The weights that are measured.
+        denoiser: Computes their errors.
+    """
+
+    def __init__(
+        self, held_out: PairIndex, reader: PairReader, spec: TrainSpec, engine: Engine, denoiser: Denoiser
+    ) -> None:
+        config = spec.config
+        self._groups = validation_groups(
+            held_out, config.micro_batch_size, config.max_validation_pairs, engine.world_size
+        )
+        self._reader, self._spec, self._engine, self._denoiser = reader, spec, engine, denoiser
+
+    def measure(self, loss_of: PairLoss) -> dict[str, float]:
+        """Mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
+
+        Implicit accuracy is the share of (pair, timestep) draws whose chosen error is the smaller one; `num_pairs`
+        counts each pair once.
+        """
+        if not self._groups:
+            return {}
+        engine, length = self._engine, self._denoiser.base.num_train_timesteps
+        mine = self._groups[engine.rank :: engine.world_size]
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=engine.device)
+        engine.unet.eval()
+        with torch.no_grad():
+            for weight, batch in PairLoader(self._reader, mine):
+                preference = batch.preference_B.to(engine.device)
+                for noise, timesteps in _draws(batch.records, batch.chosen_BCHW.shape[1:], length, self._spec.seed):
+                    errors = self._denoiser.errors(batch, noise, timesteps)
+                    losses = loss_of(errors, preference)
+                    sums += weight * pair_sums(losses, errors, preference, timesteps.to(engine.device), length)
+        engine.unet.train()
+        metrics = means_of(engine.sum(sums))
+        return metrics | {"num_pairs": metrics["num_pairs"] / NUM_TIMESTEPS}
+
+
 def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, world_size: int) -> Groups:
-    """The held-out pairs in micro-batches of one shape, each with its weight.
+    """The held-out pairs in micro-batches of one shape, each with weight 1.
 
     Every rank runs the same number of micro-batches (ZeRO-3 gathers weights in each): the list is filled up to a
-    multiple of `world_size` with repeats of weight 0. A short micro-batch weighs as many pairs as it has.
+    multiple of `world_size` with repeats of weight 0.
     """
     groups: Groups = []
     left = max_pairs
@@ -31,42 +76,15 @@ def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, w
         elements = range(min(size, left))
         left -= len(elements)
         for start in range(0, len(elements), micro_batch_size):
-            records = [index.pair(bucket, element) for element in elements[start : start + micro_batch_size]]
-            groups.append((float(len(records)), records))
+            groups.append((1.0, [index.pair(bucket, each) for each in elements[start : start + micro_batch_size]]))
     while groups and len(groups) % world_size:
         groups.append((0.0, groups[-1][1]))
     return groups
 
 
-def validate(
-    engine: Engine, base: Base, reader: PairReader, groups: Groups, pair_loss: PairLoss, *, seed: int
-) -> dict[str, float]:
-    """Mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
-
-    Implicit accuracy is the share of (pair, timestep) draws whose chosen error is the smaller one.
-    """
-    mine = groups[engine.rank :: engine.world_size]
-    sums = torch.zeros(len(PAIR_METRICS) + 1)
-    engine.unet.eval()
-    with torch.no_grad():
-        for weight, batch in PairLoader(reader, mine):
-            for noise, timesteps in _draws(batch.records, batch.chosen_BCHW.shape[1:], base, seed):
-                chosen, rejected = denoising_errors(
-                    engine.unet, base, batch, noise, timesteps, device=engine.device, dtype=engine.dtype
-                )
-                metrics = pair_metrics(pair_loss(chosen, rejected), chosen, rejected).cpu()
-                sums += weight * torch.cat([metrics, torch.ones(1)])
-    engine.unet.train()
-    totals = engine.sum(sums)
-    count = float(totals[-1])
-    means = dict(zip(PAIR_METRICS, (totals[:-1] / max(count, 1.0)).tolist(), strict=True))
-    return means | {"num_pairs": count / NUM_TIMESTEPS}
-
-
-def _draws(records: list[PairRecord], shape: Any, base: Base, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _draws(records: list[PairRecord], shape: Any, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """NUM_TIMESTEPS times the noise (B, C, H, W) and timesteps (B,) of a micro-batch, each pair's own."""
     generators = [torch.Generator().manual_seed(validation_seed(seed, record.pair_key)) for record in records]
-    length = base.scheduler.config.num_train_timesteps
     for quarter in range(NUM_TIMESTEPS):
         noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
         yield noise, torch.full((len(records),), length * (2 * quarter + 1) // (2 * NUM_TIMESTEPS))

@@ -1,7 +1,7 @@
 """A base model as a folder of files: found, fetched and checked, without loading a tensor.
 
-Both floors read their parts of one diffusers SDXL pipeline. Only safetensors are accepted: other weights are pickles,
-which run code when they are opened.
+Both floors read their parts of one diffusers pipeline, of one of the FAMILIES. Only safetensors are accepted: other
+weights are pickles, which run code when they are opened.
 """
 
 import fnmatch
@@ -24,7 +24,6 @@ from pipelines.dataset.object_store import Upload, WrongBytes
 from pipelines.dataset.storage import Storage, file_sha256, retry
 
 MODEL_INDEX = "model_index.json"
-PIPELINE_CLASS = "StableDiffusionXLPipeline"
 CACHE_VARIABLE = "MAPO_CACHE"
 """Environment variable: the node's folder for fetched models."""
 
@@ -38,6 +37,42 @@ VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HASHERS = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of base model: what the product has to know of it that is not in its files."""
+
+    pipeline_class: str
+    """Of diffusers; what `model_index.json` says."""
+    title: str
+    text_encoders: dict[str, str]
+    """Part -> its class of transformers."""
+    tokenizers: tuple[str, ...]
+    not_for_text: tuple[str, ...]
+    """Parts that embedding a prompt does without."""
+    has_pooled: bool
+    """Whether a prompt also has one vector as a whole, which the UNet takes together with the time ids."""
+
+
+SDXL = Family(
+    "StableDiffusionXLPipeline",
+    "SDXL",
+    {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    ("tokenizer", "tokenizer_2"),
+    ("unet", "vae", "scheduler"),
+    has_pooled=True,
+)
+STABLE_DIFFUSION = Family(
+    "StableDiffusionPipeline",
+    "Stable Diffusion 1.x and 2.x",
+    {"text_encoder": "CLIPTextModel"},
+    ("tokenizer",),
+    ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder"),
+    has_pooled=False,
+)
+FAMILIES = {family.pipeline_class: family for family in (SDXL, STABLE_DIFFUSION)}
+CHOOSE_A_BASE = f"choose a base of {' or of '.join(family.title for family in FAMILIES.values())}"
 
 
 @dataclass(frozen=True)
@@ -112,27 +147,36 @@ def resolve_model(
     else:
         raise ModelError(
             f"there is no model folder {Path(model).expanduser().absolute()}",
-            "set `encode.model` to the folder, fsspec URL or hub id of a diffusers SDXL pipeline",
+            "set `encode.model` to the folder, fsspec URL or hub id of a pipeline that diffusers saved",
         )
     if not (folder / marker).is_file():
         raise ModelError(
             f"{model} has no {marker}",
             "a diffusers folder is what `save_pretrained` writes; a single .safetensors checkpoint is turned into one "
-            f"with `{PIPELINE_CLASS}.from_single_file(...).save_pretrained(...)`",
+            f"with `{SDXL.pipeline_class}.from_single_file(...).save_pretrained(...)`, or that of its own family",
         )
     return folder
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of an SDXL pipeline.
+    """`model_index.json` of a pipeline of one of the families.
 
     Raises:
         ModelError: It is something else.
     """
     index = read_config(folder / MODEL_INDEX)
-    if (found := index.get("_class_name")) != PIPELINE_CLASS:
-        raise ModelError(f"{folder} is a {found}, not a {PIPELINE_CLASS}", "choose a base of the SDXL family")
+    if (found := str(index.get("_class_name"))) not in FAMILIES:
+        raise ModelError(f"{folder} is a {found}, not a {' or a '.join(FAMILIES)}", CHOOSE_A_BASE)
     return index
+
+
+def read_family(folder: Path) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        ModelError: It is of none of them.
+    """
+    return FAMILIES[read_model_index(folder)["_class_name"]]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -241,7 +285,7 @@ def _fetch(url: str, variant: str | None) -> Path:
     found = {str(path).removeprefix(storage.path() + "/"): info for path, info in listing.items()}
     infos = {name: info for name, info in found.items() if _is_wanted(name, variant)}
     if not infos:
-        raise ModelError(f"there is no model at {url}", "set `encode.model` to a diffusers SDXL pipeline")
+        raise ModelError(f"there is no model at {url}", "set `encode.model` to the folder of a diffusers pipeline")
     marks = sorted((name, int(info["size"]), _mark(info)) for name, info in infos.items())
     cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "models"
     folder = cache / hashlib.sha256(json.dumps([url, marks]).encode()).hexdigest()[:32]

@@ -165,11 +165,25 @@ def test_a_group_is_m_pairs_of_one_bucket(sizes: list[int], m: int, seed: int, s
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_any_world_size_sees_the_same_global_batches(world_size: int) -> None:
     plan = Plan([100, 7, 33], micro_batch_size=4, global_batch_size=48, seed=9)
-    slots = [list(plan.slots_of(rank, world_size)) for rank in range(world_size)]
+    slots = [[slot for slot, _ in plan.slots_of(rank, world_size)] for rank in range(world_size)]
     assert {len(of_rank) for of_rank in slots} == {plan.accumulation_steps(world_size)}
     assert sorted(slot for of_rank in slots for slot in of_rank) == list(range(12))
     in_order = [of_rank[turn] for turn in range(plan.accumulation_steps(world_size)) for of_rank in slots]
     assert in_order == list(range(12))  # slot = turn * world_size + rank
+
+
+@pytest.mark.parametrize("world_size", range(1, 13))
+def test_the_mean_over_ranks_of_means_over_turns_is_the_mean_over_the_global_batch(world_size: int) -> None:
+    plan = Plan([100], micro_batch_size=4, global_batch_size=48, seed=9)
+    turns, shares = plan.accumulation_steps(world_size), [plan.slots_of(r, world_size) for r in range(world_size)]
+    assert {len(share) for share in shares} == {turns}, "ranks with fewer backward passes would hang"
+    counts = [0.0] * 12
+    for share in shares:
+        for slot, weight in share:
+            counts[slot] += weight / turns / world_size
+    assert counts == pytest.approx([1 / 12] * 12)
+    if 12 % world_size == 0:
+        assert {weight for share in shares for _, weight in share} == {1.0}
 
 
 def test_a_plan_restored_at_any_step_goes_on_as_the_one_that_never_stopped() -> None:
@@ -269,12 +283,13 @@ def test_sizes_that_cannot_be_planned_are_refused(
     assert hint in (refused.value.hint or "")
 
 
-@pytest.mark.parametrize("world_size", [0, 5, 24])
-def test_a_world_size_that_does_not_fit_is_told_which_do(world_size: int) -> None:
+@pytest.mark.parametrize("world_size", [0, 13, 24])
+def test_more_workers_than_micro_batches_are_told_how_many_fit(world_size: int) -> None:
     plan = Plan([100], micro_batch_size=4, global_batch_size=48, seed=0)
-    with pytest.raises(ConfigError, match=f"48 pairs is 12 micro-batches of 4, which {world_size} workers") as refused:
+    message = f"48 pairs is 12 micro-batches of 4: too few for {world_size} workers"
+    with pytest.raises(ConfigError, match=message) as refused:
         plan.slots_of(0, world_size)
-    assert "one of 1, 2, 3, 4, 6, 12," in (refused.value.hint or "")
+    assert "to 12 at most" in (refused.value.hint or "")
 
 
 def test_a_slot_or_rank_that_does_not_exist_is_refused() -> None:

@@ -1,0 +1,139 @@
+"""What the ranks of the engine's tests do: real steps of the real loop's parts, on synthetic pairs."""
+
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from training.checkpoint import gather_parts, restore
+from training.config import TrainConfig
+from training.ema import ShardedEma
+from training.engine import Engine, build_engine
+from training.loader import Batch
+from training.losses import pair_loss
+from training.methods import NEEDS_REFERENCE
+from training.model import Base, Denoiser, Reference, add_lora, load_base
+from training.zero import ZeroState
+
+PAIRS = 8  # of a global batch
+
+
+def global_batch(step: int) -> tuple[Batch, Tensor, Tensor]:
+    """PAIRS pairs with noise and timesteps; the same everywhere."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    batch = Batch(
+        records=[],
+        chosen_BCHW=1 + 0.1 * torch.randn(PAIRS, 4, 8, 8, generator=draw),
+        rejected_BCHW=-1 + 0.1 * torch.randn(PAIRS, 4, 8, 8, generator=draw),
+        chosen_time_ids_B6=torch.full((PAIRS, 6), 64.0),
+        rejected_time_ids_B6=torch.full((PAIRS, 6), 64.0),
+        prompt_embeds_BSD=torch.randn(PAIRS, 77, 32, generator=draw),
+        pooled_BP=torch.randn(PAIRS, 16, generator=draw),
+        preference_B=torch.ones(PAIRS),
+    )
+    noise = torch.randn(PAIRS, 4, 8, 8, generator=draw)
+    return batch, noise, torch.randint(0, 1000, (PAIRS,), generator=draw)
+
+
+def part_of(step: int, low: int, high: int) -> tuple[Batch, Tensor, Tensor]:
+    """Pairs `low` to `high` of a global batch."""
+    batch, noise, timesteps = global_batch(step)
+    cut = {name: value[low:high] for name, value in vars(batch).items()}
+    return Batch(**cut), noise[low:high], timesteps[low:high]
+
+
+def make(config: TrainConfig, base_folder: str, accumulation_steps: int) -> tuple[Engine, Denoiser, Base]:
+    from pipelines.dataset.model_files import ModelSource
+
+    if torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=False)
+    base = load_base(ModelSource(base_folder))
+    if config.lora:
+        add_lora(base.unet, config.lora, seed=0)
+    needs = config.method in NEEDS_REFERENCE
+    frozen = Reference.copy_of(base.unet, torch.device("cpu"), torch.float32) if needs and not config.lora else None
+    engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps, on_gpu=False)
+    reference = (frozen or Reference.of_adapters(engine.unet)) if needs else None
+    denoiser = Denoiser(engine.unet, reference, base, config, device=engine.device, dtype=engine.dtype)
+    return engine, denoiser, base
+
+
+def train_step(engine: Engine, denoiser: Denoiser, config: TrainConfig, step: int) -> float:
+    """One optimizer step; the mean loss over the global batch."""
+    loss_of = pair_loss(config.method, config.loss, num_train_timesteps=1000)
+    engine.set_learning_rate(config.learning_rate)
+    total = torch.zeros(1, dtype=torch.float64)
+    for turn in range(engine.accumulation_steps):
+        slot = turn * engine.world_size + engine.rank
+        low = slot * config.micro_batch_size
+        batch, noise, timesteps = part_of(step, low, low + config.micro_batch_size)
+        with engine.accelerator.accumulate(engine.unet):
+            losses = loss_of(denoiser.errors(batch, noise, timesteps), batch.preference_B)
+            engine.accelerator.backward(losses.mean())
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        total += losses.detach().double().sum()
+    return float(engine.sum(total)) / PAIRS
+
+
+def losses_of_configs(configs: list[TrainConfig], base_folder: str, num_steps: int) -> list[list[float]]:
+    """The curve of each configuration, one after another in the same processes."""
+    curves = []
+    for config in configs:
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else config.worker_range[0]
+        accumulation_steps = PAIRS // config.micro_batch_size // ranks
+        engine, denoiser, _ = make(config, base_folder, accumulation_steps)
+        curves.append([train_step(engine, denoiser, config, step) for step in range(num_steps)])
+    return curves
+
+
+def plain_adamw(config: TrainConfig, base_folder: str, num_steps: int) -> list[float]:
+    """The same by hand: one process, torch's AdamW, the whole global batch at once."""
+    from pipelines.dataset.model_files import ModelSource
+
+    base = load_base(ModelSource(base_folder))
+    base.unet.train()
+    optimizer = torch.optim.AdamW(base.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    denoiser = Denoiser(base.unet, None, base, config, device=torch.device("cpu"), dtype=torch.float32)
+    loss_of = pair_loss(config.method, config.loss, num_train_timesteps=1000)
+    curve = []
+    for step in range(num_steps):
+        batch, noise, timesteps = global_batch(step)
+        loss = loss_of(denoiser.errors(batch, noise, timesteps), batch.preference_B).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(base.unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    return curve
+
+
+def save_after(config: TrainConfig, base_folder: str, storage_url: str, num_steps: int, then: int) -> dict[str, Any]:
+    """Train, write a checkpoint as the ranks do, train on; the curve after it."""
+    from pipelines.dataset.storage import Storage
+    from training.checkpoint import Checkpointer
+
+    ranks = config.worker_range[0]
+    engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // ranks)
+    state = ZeroState(engine.unet)
+    ema = ShardedEma(state, config.ema.decay) if config.ema else None
+    storage = Storage(storage_url)
+    restored = restore(storage, "checkpoints", state, ema, note=lambda text: None)
+    first = 0 if restored is None else restored.state["step"]
+    curve = []
+    for step in range(first, num_steps + then):
+        if step == num_steps:
+            checkpointer = Checkpointer(
+                storage, "checkpoints", rank=engine.rank, world_size=engine.world_size, zero_stage=config.zero_stage,
+                attempt="0123abcd", keep=10, keep_best=False, timeout_s=60,
+            )  # fmt: skip
+            shared = {"step": step, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
+            with checkpointer.closing():
+                checkpointer.save(step, gather_parts(state, ema), account=engine.identity(), state=shared)
+            torch.distributed.barrier()
+        curve.append(train_step(engine, denoiser, config, step))
+        if ema:
+            ema.update()
+    averages = {f.name: (f.start, f.shape, a.clone()) for f, a in ema.fragments().items()} if ema else {}
+    return {"first": first, "curve": curve, "ema": averages}

@@ -1,0 +1,154 @@
+"""One worker, from the pinned snapshot to a loop that is ready to step; Ray Train runs it on every rank."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import torch
+
+from pipelines.dataset.errors import SnapshotError
+from pipelines.dataset.pair import TRAIN, VALIDATION
+from training.account import Consumed
+from training.checkpoint import Checkpointer, restore
+from training.ema import ShardedEma
+from training.engine import Engine, build_engine, dtype_of, set_threads
+from training.index import PairIndex, PairRecord, load_index, load_texts
+from training.loader import PairLoader, PairReader
+from training.loop import Loop, run
+from training.losses import pair_loss
+from training.methods import NEEDS_REFERENCE
+from training.metrics import History
+from training.model import Base, Denoiser, Reference, add_lora, load_base
+from training.order import Plan
+from training.shard_cache import ShardCache
+from training.spec import TrainSpec
+from training.validation import Validation
+from training.workers import Progress, StartUp, gather_workers
+from training.zero import ZeroState
+
+Turn = tuple[int, int, float]
+"""step, slot, weight of the slot's mean loss."""
+
+
+def train_worker(work: Mapping[str, TrainSpec]) -> None:
+    """Train on this rank from the last checkpoint to `max_steps`."""
+    spec, start_up = work["spec"], StartUp()
+    config, context = spec.config, ray.train.get_context()
+    on_gpu = ray.train.torch.get_device().type == "cuda"
+    set_threads(context.get_local_world_size())
+    with start_up.part("index"):
+        index = load_index(spec.storage, spec.snapshot, TRAIN, labels=config.labels)
+        held_out = load_index(spec.storage, spec.snapshot, VALIDATION, labels=config.labels)
+        plan = make_plan(index, spec)
+    with start_up.part("model"):
+        base = load_base(spec.base)
+    with start_up.part("engine"):
+        engine, denoiser = build(
+            base, spec, accumulation_steps=plan.accumulation_steps(context.get_world_size()), on_gpu=on_gpu
+        )
+    state = ZeroState(engine.unet)
+    ema = ShardedEma(state, config.ema.decay) if config.ema else None
+    notes: list[str] = []
+    with start_up.part("restore"):
+        restored = restore(spec.storage, spec.checkpoints, state, ema, note=notes.append)
+    attempt = agree_on_attempt(spec, engine)
+    step, history, consumed = 0, History(), Consumed()
+    if restored is not None:
+        step, history = restored.state["step"], History.from_dict(restored.state["history"])
+        consumed = Consumed.sum(restored.ranks[engine.rank :: engine.world_size])
+    reader = make_reader(spec)
+    progress = Progress(spec, starts=attempt.number, workers=gather_workers(engine), start_up=start_up, notes=notes)
+    loop = Loop(
+        spec=spec,
+        engine=engine,
+        denoiser=denoiser,
+        state=state,
+        ema=ema,
+        loss_of=pair_loss(config.method, config.loss, num_train_timesteps=base.num_train_timesteps),
+        loader=PairLoader(reader, turns(plan, index, engine, first_step=step), read_ahead=config.read_ahead),
+        reader=reader,
+        validation=Validation(held_out, reader, spec, engine, denoiser),
+        checkpointer=Checkpointer(
+            spec.storage,
+            spec.checkpoints,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            zero_stage=config.zero_stage,
+            attempt=attempt.name,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            timeout_s=config.collective_timeout_s,
+        ),
+        progress=progress,
+        history=history,
+        consumed=consumed,
+    )
+    run(loop, first_step=step)
+
+
+def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool) -> tuple[Engine, Denoiser]:
+    """The engine around the UNet, and what computes errors with it; collective."""
+    config, reference = spec.config, None
+    needs_reference = config.method in NEEDS_REFERENCE
+    if config.lora is not None:
+        add_lora(base.unet, config.lora, seed=spec.seed)
+    frozen = None
+    if needs_reference and config.lora is None:
+        device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
+        frozen = Reference.copy_of(base.unet, device, dtype_of(config))
+    engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
+    if needs_reference:
+        reference = frozen or Reference.of_adapters(engine.unet)
+    return engine, Denoiser(engine.unet, reference, base, config, device=engine.device, dtype=engine.dtype)
+
+
+def make_plan(index: PairIndex, spec: TrainSpec) -> Plan:
+    """The order of the pairs; an empty snapshot is an error with a way out."""
+    if not len(index):
+        raise SnapshotError(
+            f"{spec.storage_url} has no pair to train on", "`mapo data show` says what was kept and what was not"
+        )
+    config = spec.config
+    return Plan(index.bucket_sizes, config.micro_batch_size, config.global_batch_size, spec.seed)
+
+
+def turns(plan: Plan, index: PairIndex, engine: Engine, *, first_step: int) -> Iterator[tuple[Turn, list[PairRecord]]]:
+    """This rank's micro-batches from `first_step` to the end, in the order in which they are trained on."""
+    shares = plan.slots_of(engine.rank, engine.world_size)
+    for step in range(first_step, engine.config.max_steps):
+        for slot, weight in shares:
+            group = plan.group(step, slot)
+            yield (step, slot, weight), [index.pair(group.bucket, int(element)) for element in group.elements]
+
+
+def make_reader(spec: TrainSpec) -> PairReader:
+    """Reads pairs, through the node's shard cache if there is one."""
+    cache = None
+    if spec.config.cache_dir is not None:
+        cache = ShardCache(spec.storage, spec.config.cache_dir, max_bytes=spec.config.max_cache_bytes)
+    return PairReader(spec.storage, load_texts(spec.storage, spec.snapshot), cache=cache)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of all workers: its number from 1, and a name that no other has."""
+
+    number: int
+    name: str
+
+
+def agree_on_attempt(spec: TrainSpec, engine: Engine) -> Attempt:
+    """Count this start on the storage and name it; collective."""
+    agreed: list[Any] = [None]
+    if engine.is_first:
+        file = f"{spec.checkpoints}/starts.json"
+        before = json.loads(spec.storage.read(file))["starts"] if spec.storage.exists(file) else 0
+        spec.storage.write(file, json.dumps({"starts": before + 1, "last": time.time()}).encode())
+        agreed[0] = Attempt(before + 1, uuid.uuid4().hex[:8])
+    torch.distributed.broadcast_object_list(agreed, src=0)
+    attempt: Attempt = agreed[0]
+    return attempt
