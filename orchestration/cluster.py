@@ -52,7 +52,7 @@ def _init(config: RunConfig) -> None:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         workers = max(
-            config.train.num_workers if config.train else 1, config.encode.worker_range[0] if config.encode else 1
+            config.train.worker_range[0] if config.train else 1, config.encode.worker_range[0] if config.encode else 1
         )
         ray.init(
             address="local",  # not a cluster that happens to have been started on this machine, or once was

@@ -24,14 +24,6 @@ from training.methods import METHODS
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
-REFUSED = {
-    "train.offload": "Anything but `none` is refused by this version.",
-    "train.lora": "Anything but null is refused by this version.",
-    "train.ema": "Anything but null is refused by this version.",
-    "train.precision": "`fp16` is refused by this version.",
-}
-"""Keys with values that the type allows and the validators refuse."""
-
 CONFIGURATION_HEAD = """# Configuration
 
 One YAML file describes a run. Unknown keys are errors, and so are values out of range; nothing is ignored. The resolved
@@ -45,7 +37,8 @@ mapo run photos.yaml -o train.max_steps=100 -o ingest.sources.0.path=/data/more/
 ```
 
 Which sections a command needs: `ingest` needs `ingest`; `encode` and `evaluate` need `encode`; `train` needs `encode`
-and `train`; `export` needs `encode` and `train`; `run` needs all three. `evaluate` has defaults for everything.
+and `train`; `export` needs `encode` and `train`; `run` needs all three. `export` and `evaluate` have defaults for
+everything.
 
 `storage` and the paths of sources may be relative to the folder in which the command runs; a model is best named by an
 absolute path, a URL or a hub id. A Ray job runs in a folder of its own: give it absolute paths or URLs only.
@@ -134,7 +127,7 @@ def _section(model: type[BaseModel], path: str) -> list[str]:
         section = _model_in(field.annotation)
         if section is not None:
             inner += _section(section, f"{key}[]" if _is_list(field.annotation) else key)
-        meaning = " ".join([field.description or "", REFUSED.get(key, "")]).strip()
+        meaning = " ".join((field.description or "").split())
         rows.append((f"`{name}`", _type(field, section, key), _default(field, section), meaning))
     text = f"{title}\n\n{inspect.getdoc(model)}\n\n" + _table(("key", "type", "default", "meaning"), rows)
     if rules := _rules(model):
@@ -188,8 +181,10 @@ def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
     if isinstance(field.default, BaseModel):
         return "its defaults"
     value: Any = field.default
-    plain = {None: "null", True: "true", False: "false", (): "[]"}
-    shown = plain[value] if value is None or isinstance(value, bool | tuple) else str(value)
+    plain = {None: "null", True: "true", False: "false"}
+    shown = plain[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        shown = f"[{', '.join(str(each) for each in value)}]"
     return f"`{shown}`"
 
 

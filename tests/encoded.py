@@ -19,19 +19,40 @@ TOKENS, EMBEDDING, POOLED = 77, 32, 16
 
 
 def write_encoded(
-    storage: Storage, work: Path, *, num_train: int = 24, num_validation: int = 6, sides: tuple[int, ...] = (8,)
+    storage: Storage,
+    work: Path,
+    *,
+    num_train: int = 24,
+    num_validation: int = 6,
+    sides: tuple[int, ...] = (8,),
+    labels: tuple[float, ...] = (0.0, 1.0),
+    dtype: torch.dtype = torch.float16,
+    pooled: bool = True,
+    num_shards: int = 1,
 ) -> Snapshot:
-    """Pairs whose chosen latents are near +1 and rejected near -1, in square buckets of these latent sides."""
+    """Pairs whose chosen latents are near +1 and rejected near -1, image 0 being chosen in a tie.
+
+    Args:
+        storage: Where tables and shards go.
+        work: A local folder for what is not there yet.
+        num_train: Training pairs.
+        num_validation: Held-out pairs.
+        sides: Of the latents: square buckets, which pairs have in turn.
+        labels: The pairs have these in turn.
+        dtype: What everything is stored in.
+        pooled: Whether prompts have a pooled embedding; those of SD 1.5 have none.
+        num_shards: Of the latents; a pair's is its number modulo this.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts = [f"prompt {i}" for i in range(4)]
     pairs, members = [], []
     for i in range(num_train + num_validation):
         digests = [hashlib.sha256(f"{i}/{side}".encode()).hexdigest() for side in (0, 1)]
-        prompt, label = prompts[i % len(prompts)], float(i % 2)
+        prompt, label = prompts[i % len(prompts)], labels[i % len(labels)]
         key, size = pair_key(prompt, *digests), sides[i % len(sides)]
-        signs = (1.0, -1.0) if label else (-1.0, 1.0)
+        signs = (1.0, -1.0) if label >= 0.5 else (-1.0, 1.0)
         tensors = {
-            f"latents_{side}": (sign + 0.1 * torch.randn(4, size, size, generator=generator)).half()
+            f"latents_{side}": (sign + 0.1 * torch.randn(4, size, size, generator=generator)).to(dtype)
             for side, sign in enumerate(signs)
         }
         time_ids = json.dumps([8 * size, 8 * size, 0, 0, 8 * size, 8 * size])
@@ -44,27 +65,29 @@ def write_encoded(
         pairs.append(row)
     pairs_table(storage).append("unit", pa.Table.from_pylist(pairs, PAIRS_SCHEMA))
     sizes = [row["width_0"] for row in pairs]
-    _commit(storage, work, latents_table(storage, LATENTS), f"dataset/latents/{LATENTS}/unit.tar", members, sizes)
+    table = latents_table(storage, LATENTS)
+    for number in range(num_shards):
+        mine, unit = slice(number, None, num_shards), f"unit-{number}" if number else "unit"
+        _commit(storage, work, table, f"dataset/latents/{LATENTS}/{unit}.tar", unit, members[mine], sizes[mine])
     texts = []
     for identity in [NULL_PROMPT_ID, *map(prompt_id, prompts)]:
         scale = 0.0 if identity == NULL_PROMPT_ID else 1.0
-        tensors = {
-            "prompt_embeds": (scale * torch.randn(TOKENS, EMBEDDING, generator=generator)).half(),
-            "pooled_prompt_embeds": (scale * torch.randn(POOLED, generator=generator)).half(),
-        }
+        tensors = {"prompt_embeds": (scale * torch.randn(TOKENS, EMBEDDING, generator=generator)).to(dtype)}
+        if pooled:
+            tensors["pooled_prompt_embeds"] = (scale * torch.randn(POOLED, generator=generator)).to(dtype)
         texts.append((f"{identity}.safetensors", safetensors.torch.save(tensors)))
-    _commit(storage, work, text_table(storage, TEXT), f"dataset/text/{TEXT}/unit.tar", texts, None)
-    return Snapshot(0, LATENTS, 0, TEXT, 0)
+    _commit(storage, work, text_table(storage, TEXT), f"dataset/text/{TEXT}/unit.tar", "unit", texts, None)
+    return Snapshot(0, LATENTS, num_shards - 1, TEXT, 0)
 
 
-def _commit(storage, work, table, shard, members, sizes):
+def _commit(storage, work, table, shard, unit, members, sizes):
     file = work / "shard.tar"
     written, num_bytes, sha256 = write_shard(file, members)
     storage.upload(shard, file)
     rows = []
     for position, member in enumerate(written):
         row = dict.fromkeys(table.schema.names)
-        row.update(status="kept", unit="unit", shard=shard, shard_bytes=num_bytes, shard_sha256=sha256)
+        row.update(status="kept", unit=unit, shard=shard, shard_bytes=num_bytes, shard_sha256=sha256)
         row.update(offset=member.offset, length=member.length, sha256=member.sha256)
         key = member.name.split(".")[0]
         if sizes is None:
@@ -73,7 +96,7 @@ def _commit(storage, work, table, shard, members, sizes):
             row.update(pair_key=key, bucket_height=sizes[position], bucket_width=sizes[position])
         rows.append(row)
     schema = TEXT_SCHEMA if sizes is None else LATENTS_SCHEMA
-    table.append("unit", pa.Table.from_pylist(rows, schema))
+    table.append(unit, pa.Table.from_pylist(rows, schema))
 
 
 def write_base(folder: Path) -> Path:

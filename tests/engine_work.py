@@ -6,11 +6,13 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from training.checkpoint import gather_parts, restore
+from pipelines.dataset.model_files import ModelSource
+from pipelines.dataset.storage import Storage
+from training.batch import Batch
+from training.checkpoint import Checkpointer, gather_parts, restore
 from training.config import TrainConfig
 from training.ema import ShardedEma
 from training.engine import Engine, build_engine
-from training.loader import Batch
 from training.losses import pair_loss
 from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora, load_base
@@ -44,8 +46,6 @@ def part_of(step: int, low: int, high: int) -> tuple[Batch, Tensor, Tensor]:
 
 
 def make(config: TrainConfig, base_folder: str, accumulation_steps: int) -> tuple[Engine, Denoiser, Base]:
-    from pipelines.dataset.model_files import ModelSource
-
     if torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=False)
     base = load_base(ModelSource(base_folder))
@@ -90,8 +90,6 @@ def losses_of_configs(configs: list[TrainConfig], base_folder: str, num_steps: i
 
 def plain_adamw(config: TrainConfig, base_folder: str, num_steps: int) -> list[float]:
     """The same by hand: one process, torch's AdamW, the whole global batch at once."""
-    from pipelines.dataset.model_files import ModelSource
-
     base = load_base(ModelSource(base_folder))
     base.unet.train()
     optimizer = torch.optim.AdamW(base.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -109,31 +107,25 @@ def plain_adamw(config: TrainConfig, base_folder: str, num_steps: int) -> list[f
     return curve
 
 
-def save_after(config: TrainConfig, base_folder: str, storage_url: str, num_steps: int, then: int) -> dict[str, Any]:
-    """Train, write a checkpoint as the ranks do, train on; the curve after it."""
-    from pipelines.dataset.storage import Storage
-    from training.checkpoint import Checkpointer
-
-    ranks = config.worker_range[0]
-    engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // ranks)
+def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_steps: int) -> dict[str, Any]:
+    """Go on from the newest checkpoint to `num_steps`, and write one as the ranks of a run do."""
+    storage = Storage(storage_url)
+    engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // config.worker_range[0])
     state = ZeroState(engine.unet)
     ema = ShardedEma(state, config.ema.decay) if config.ema else None
-    storage = Storage(storage_url)
     restored = restore(storage, "checkpoints", state, ema, note=lambda text: None)
     first = 0 if restored is None else restored.state["step"]
     curve = []
-    for step in range(first, num_steps + then):
-        if step == num_steps:
-            checkpointer = Checkpointer(
-                storage, "checkpoints", rank=engine.rank, world_size=engine.world_size, zero_stage=config.zero_stage,
-                attempt="0123abcd", keep=10, keep_best=False, timeout_s=60,
-            )  # fmt: skip
-            shared = {"step": step, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
-            with checkpointer.closing():
-                checkpointer.save(step, gather_parts(state, ema), account=engine.identity(), state=shared)
-            torch.distributed.barrier()
+    for step in range(first, num_steps):
         curve.append(train_step(engine, denoiser, config, step))
         if ema:
             ema.update()
-    averages = {f.name: (f.start, f.shape, a.clone()) for f, a in ema.fragments().items()} if ema else {}
-    return {"first": first, "curve": curve, "ema": averages}
+    checkpointer = Checkpointer(
+        storage, "checkpoints", rank=engine.rank, world_size=engine.world_size, zero_stage=config.zero_stage,
+        attempt=f"{num_steps:08d}", keep=10, keep_best=False, timeout_s=60,
+    )  # fmt: skip
+    shared = {"step": num_steps, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
+    with checkpointer.closing():
+        checkpointer.save(num_steps, gather_parts(state, ema), account=engine.identity(), state=shared)
+    torch.distributed.barrier()
+    return {"first": first, "curve": curve}

@@ -1,7 +1,8 @@
 """The pinned index of a run: which pairs there are, in a fixed order, and where their bytes lie."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +15,22 @@ from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from training.spec import Snapshot
 
-PREFERRED = 0.5  # image_0 is chosen where label_0 is above
+PREFERRED = 0.5  # image_0 is chosen where label_0 is this or above
+
+Labels = Literal["soft", "hard"]
+PLACE = ["shard", "offset", "length", "sha256", "shard_bytes", "shard_sha256"]
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where one safetensors member lies."""
+    """Where one safetensors member lies; what its whole shard is, for who keeps shards (0 and "" if unknown)."""
 
     shard: str
     offset: int
     length: int
     sha256: str
+    shard_bytes: int = 0
+    shard_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,61 +45,92 @@ class PairRecord:
 
     @property
     def chosen(self) -> int:
-        """0 or 1: which image is preferred."""
-        return 0 if self.label_0 > PREFERRED else 1
+        """0 or 1: which image is preferred; image 0 of a tie."""
+        return 0 if self.label_0 >= PREFERRED else 1
+
+    @property
+    def preference(self) -> float:
+        """The probability that the chosen image is preferred: 0.5 for a tie, 1 where all agree."""
+        return max(self.label_0, 1.0 - self.label_0)
 
 
 class PairIndex:
     """All usable pairs of one split, grouped by aspect bucket, ordered by key within a bucket.
 
-    The order follows from the pairs alone: not from the number of shards, workers or commits.
+    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair is looked up in
+    constant time: numbers lie in numpy, text in Arrow, repeated text once.
     """
 
     def __init__(self, rows: pa.Table) -> None:
         """Take the joined rows of pairs and latents."""
-        self._rows = rows.sort_by(
+        rows = rows.sort_by(
             [("bucket_height", "ascending"), ("bucket_width", "ascending"), ("pair_key", "ascending")]
         ).combine_chunks()
-        heights = self._rows["bucket_height"].to_numpy()
-        widths = self._rows["bucket_width"].to_numpy()
-        shapes = np.stack([heights, widths], axis=1)
-        buckets, starts = np.unique(shapes, axis=0, return_index=True) if len(shapes) else (shapes, np.empty(0, int))
-        self.buckets: list[tuple[int, int]] = [(int(h), int(w)) for h, w in buckets]
-        self._starts: NDArray[np.int64] = np.append(starts, len(shapes)).astype(np.int64)
+        shapes = np.stack([rows[name].to_numpy() for name in ("bucket_height", "bucket_width")], axis=1)
+        changes = np.flatnonzero(np.any(np.diff(shapes, axis=0) != 0, axis=1)) + 1
+        starts = np.concatenate([np.zeros(min(len(shapes), 1), np.int64), changes])
+        self.buckets: list[tuple[int, int]] = [(int(height), int(width)) for height, width in shapes[starts]]
+        self._starts: list[int] = [*starts.tolist(), len(shapes)]
+        numbers = ("label_0", "source_row", "offset", "length", "shard_bytes")
+        self._numbers: dict[str, NDArray[Any]] = {name: rows[name].to_numpy() for name in numbers}
+        texts = ("pair_key", "prompt_id", "sha256")
+        self._texts: dict[str, pa.Array] = {name: _whole(rows[name]) for name in texts}
+        repeated = ("shard", "shard_sha256", "source_uri")
+        self._repeated = {name: _codes(rows[name]) for name in repeated}
 
     def __len__(self) -> int:
-        return int(self._rows.num_rows)
+        return self._starts[-1]
 
     @property
     def bucket_sizes(self) -> list[int]:
         """Pairs in each bucket."""
-        return [int(n) for n in np.diff(self._starts)]
+        return [int(size) for size in np.diff(self._starts)]
 
     def pair(self, bucket: int, element: int) -> PairRecord:
         """The pair number `element` of a bucket."""
-        position = int(self._starts[bucket]) + element
-        row: dict[str, Any] = {name: self._rows[name][position].as_py() for name in self._rows.column_names}
+        row = self._starts[bucket] + element
+        number = {name: column[row].item() for name, column in self._numbers.items()}
+        text = {name: column[row].as_py() for name, column in self._texts.items()}
+        text |= {name: values[codes[row]] for name, (values, codes) in self._repeated.items()}
         return PairRecord(
-            pair_key=row["pair_key"],
-            prompt_id=row["prompt_id"],
-            label_0=row["label_0"],
-            latents=Location(row["shard"], row["offset"], row["length"], row["sha256"]),
-            origin=f"{row['source_uri']} row {row['source_row']}",
+            pair_key=text["pair_key"],
+            prompt_id=text["prompt_id"],
+            label_0=number["label_0"],
+            latents=Location(*((number | text)[name] for name in PLACE)),
+            origin=f"{text['source_uri']} row {number['source_row']}",
         )
 
 
-def load_index(storage: Storage, snapshot: Snapshot, split: str) -> PairIndex:
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column without chunks, in which an element is found at once."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
+    """Distinct values, and which of them each row has."""
+    encoded = _whole(column.dictionary_encode())
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+
+def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labels = "soft") -> PairIndex:
     """The kept pairs of a split whose latents and whose prompt's embedding were kept.
+
+    Args:
+        storage: Of the data set.
+        snapshot: The pinned versions.
+        split: train, validation or test.
+        labels: soft takes labels as they are; hard rounds them to 0 and 1 and leaves kept ties out.
 
     Raises:
         SnapshotError: A kept pair, or its prompt, was never encoded under the run's fingerprints.
     """
     where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
-    where &= pc.field("label_0") != PREFERRED  # a kept tie has no chosen image
+    if labels == "hard":
+        where &= pc.field("label_0") != PREFERRED
     columns = ["pair_key", "prompt_id", "label_0", "source_uri", "source_row"]
     pairs = pairs_table(storage, snapshot.pairs_version).read(columns, where)
     encoded = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version).read(
-        ["pair_key", "status", "bucket_height", "bucket_width", "shard", "offset", "length", "sha256"]
+        ["pair_key", "status", "bucket_height", "bucket_width", *PLACE]
     )
     texts = text_table(storage, snapshot.text_fingerprint, snapshot.text_version).read(["prompt_id", "status"])
     joined = pairs.join(encoded, "pair_key", join_type="inner")
@@ -103,7 +140,11 @@ def load_index(storage: Storage, snapshot: Snapshot, split: str) -> PairIndex:
         f"{split} pairs have no embedding of their prompt", pairs.num_rows, joined.num_rows, snapshot.text_fingerprint
     )
     kept = pc.and_(*(pc.equal(joined[name], str(Status.KEPT)) for name in ("status", "status_of_text")))
-    return PairIndex(joined.filter(kept).drop_columns(["status", "status_of_text"]))
+    rows = joined.filter(kept).drop_columns(["status", "status_of_text"])
+    if labels == "hard":
+        rounded = pc.greater(rows["label_0"], PREFERRED).cast(pa.float64())
+        rows = rows.set_column(rows.column_names.index("label_0"), "label_0", rounded)
+    return PairIndex(rows)
 
 
 def _check_whole(what: str, num_pairs: int, num_found: int, fingerprint: str) -> None:
@@ -121,11 +162,9 @@ def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:
         SnapshotError: The null conditioning is missing.
     """
     table = text_table(storage, snapshot.text_fingerprint, snapshot.text_version)
-    rows = table.read(["prompt_id", "shard", "offset", "length", "sha256"], pc.field("status") == str(Status.KEPT))
-    texts = {
-        prompt: Location(*where)
-        for prompt, *where in zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True)
-    }
+    rows = table.read(["prompt_id", *PLACE], pc.field("status") == str(Status.KEPT))
+    columns: list[Sequence[Any]] = [rows[name].to_pylist() for name in rows.column_names]
+    texts = {prompt: Location(*place) for prompt, *place in zip(*columns, strict=True)}
     if NULL_PROMPT_ID not in texts:
         raise SnapshotError(
             f"the text embeddings under {snapshot.text_fingerprint} lack the null conditioning", "run `mapo encode`"

@@ -77,11 +77,14 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
             worker_runtime_env={"env_vars": {**TORCH_ENVIRONMENT, **spec.config.environment}},
         ),
     )
+    spec.storage.delete(spec.stop_file)
     with _Watcher(spec, watch):
         try:
             trainer.fit()
         except Exception as error:
             raise _as_ours(error, spec) from error
+    if spec.storage.exists(spec.stop_file):
+        raise TrainingError(*json.loads(spec.storage.read(spec.stop_file)))
     manifests = committed(spec.storage, spec.checkpoints)
     if not manifests or manifests[-1].step < spec.config.max_steps:
         raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")

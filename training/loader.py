@@ -1,142 +1,137 @@
-"""Pairs as tensors: ranged reads ahead of the step.
+"""Micro-batches ahead of the step, in order: threads read pairs by range, and no rank waits for another's data."""
 
-Every sample is checked against its digest and knows its origin. No rank waits for another's data; memory is
-bounded by the groups in flight. Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
-"""
-
-import functools
 import hashlib
-import json
+import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import safetensors.torch
-import torch
-from torch import Tensor
+from training.batch import Batch, BatchRows
+from training.index import PairRecord
+from training.reader import PairReader
 
-from pipelines.dataset.errors import MapoError, ShardCorrupt
-from pipelines.dataset.pair import NULL_PROMPT_ID
-from pipelines.dataset.storage import Storage
-from training.index import Location, PairRecord
+__all__ = ["Batch", "Consumed", "PairLoader", "PairReader"]
 
 NUM_READERS = 16  # requests in flight; a pair is 256 KiB at 1024 x 1024
-GROUPS_AHEAD = 8
-TEXTS_CACHED = 4096  # 311 KiB each for SDXL: 1.3 GB at most
+READ_AHEAD = 8
 
 Tag = TypeVar("Tag")
-
-
-@dataclass(frozen=True)
-class PairTensors:
-    """One pair, label applied; stored types."""
-
-    record: PairRecord
-    chosen_CHW: Tensor
-    rejected_CHW: Tensor
-    chosen_time_ids: list[int]  # original h, w, crop top, left, target h, w
-    rejected_time_ids: list[int]
-    prompt_embeds_SD: Tensor
-    pooled_P: Tensor
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: pairs of one shape, on the CPU, in stored types."""
-
-    records: list[PairRecord]
-    chosen_BCHW: Tensor
-    rejected_BCHW: Tensor
-    chosen_time_ids_B6: Tensor  # float32
-    rejected_time_ids_B6: Tensor
-    prompt_embeds_BSD: Tensor
-    pooled_BP: Tensor
-
-
-class PairReader:
-    """Reads single pairs and prompts by range, in threads; prompts are cached."""
-
-    def __init__(self, storage: Storage, texts: dict[str, Location]) -> None:
-        self._storage = storage
-        self._texts = texts
-        self.text = functools.lru_cache(TEXTS_CACHED)(self._read_text)
-
-    def _tensors(self, where: Location) -> tuple[dict[str, Tensor], dict[str, str]]:
-        data = self._storage.read_range(where.shard, where.offset, where.length, where.sha256)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return safetensors.torch.load(data), header.get("__metadata__", {})
-
-    def _read_text(self, prompt_id: str) -> tuple[Tensor, Tensor]:
-        tensors, _ = self._tensors(self._texts[prompt_id])
-        return tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]
-
-    @property
-    def null_conditioning(self) -> tuple[Tensor, Tensor]:
-        """What a dropped prompt becomes: embeddings (S, D) and pooled (P,)."""
-        return self.text(NULL_PROMPT_ID)
-
-    def pair(self, record: PairRecord) -> PairTensors:
-        """One pair with its prompt; an error names the pair, its shard and its source row."""
-        try:
-            tensors, metadata = self._tensors(record.latents)
-            text = self.text(record.prompt_id)
-        except (MapoError, KeyError, ValueError) as error:
-            raise ShardCorrupt(
-                f"cannot read pair {record.pair_key} ({record.latents.shard} at {record.latents.offset}, "
-                f"from {record.origin}): {getattr(error, 'message', error)}",
-                "`mapo data verify` lists what is damaged; `mapo encode` makes what is missing",
-            ) from error
-        chosen, rejected = record.chosen, 1 - record.chosen
-        return PairTensors(
-            record=record,
-            chosen_CHW=tensors[f"latents_{chosen}"],
-            rejected_CHW=tensors[f"latents_{rejected}"],
-            chosen_time_ids=json.loads(metadata[f"time_ids_{chosen}"]),
-            rejected_time_ids=json.loads(metadata[f"time_ids_{rejected}"]),
-            prompt_embeds_SD=text[0],
-            pooled_P=text[1],
-        )
 
 
 class PairLoader(Generic[Tag]):
     """Batches of given groups of pairs, in order, read ahead.
 
+    Memory is that of `read_ahead` batches, the one that is given out, and what each thread holds.
+
     Args:
         reader: Reads one pair.
         groups: What to load: a tag of the caller's, and the pairs of one shape.
+        read_ahead: Groups that are read ahead of the one that is given out.
     """
 
-    def __init__(self, reader: PairReader, groups: Iterable[tuple[Tag, Sequence[PairRecord]]]) -> None:
+    waited_s: float
+    """Seconds that the consumer has spent in `next`."""
+
+    def __init__(
+        self,
+        reader: PairReader,
+        groups: Iterable[tuple[Tag, Sequence[PairRecord]]],
+        *,
+        read_ahead: int = READ_AHEAD,
+    ) -> None:
+        self.waited_s = 0.0
         self._reader = reader
         self._groups = groups
+        self._read_ahead = read_ahead
 
     def __iter__(self) -> Iterator[tuple[Tag, Batch]]:
-        ahead: deque[tuple[Tag, list[Future[PairTensors]]]] = deque()
-        pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="pair-reader")
+        ahead: deque[_Group[Tag]] = deque()
+        readers: _Readers[Tag] = _Readers(self._reader)
+        entered = time.monotonic()
         try:
             for tag, records in self._groups:
-                ahead.append((tag, [pool.submit(self._reader.pair, record) for record in records]))
-                if len(ahead) > GROUPS_AHEAD:
-                    yield _collate(*ahead.popleft())
+                ahead.append(readers.start(_Group(tag, records)))
+                if len(ahead) > self._read_ahead:
+                    yield self._result(ahead, entered)
+                    entered = time.monotonic()
             while ahead:
-                yield _collate(*ahead.popleft())
+                yield self._result(ahead, entered)
+                entered = time.monotonic()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            readers.stop()
+
+    def _result(self, ahead: "deque[_Group[Tag]]", entered: float) -> tuple[Tag, Batch]:
+        """The oldest group; nothing of it is held here while the consumer has it."""
+        group = ahead.popleft()
+        try:
+            return group.tag, group.wait()
+        finally:
+            self.waited_s += time.monotonic() - entered
 
 
-def _collate(tag: Tag, futures: list[Future[PairTensors]]) -> tuple[Tag, Batch]:
-    pairs = [future.result() for future in futures]
-    return tag, Batch(
-        records=[pair.record for pair in pairs],
-        chosen_BCHW=torch.stack([pair.chosen_CHW for pair in pairs]),
-        rejected_BCHW=torch.stack([pair.rejected_CHW for pair in pairs]),
-        chosen_time_ids_B6=torch.tensor([pair.chosen_time_ids for pair in pairs], dtype=torch.float32),
-        rejected_time_ids_B6=torch.tensor([pair.rejected_time_ids for pair in pairs], dtype=torch.float32),
-        prompt_embeds_BSD=torch.stack([pair.prompt_embeds_SD for pair in pairs]),
-        pooled_BP=torch.stack([pair.pooled_P for pair in pairs]),
-    )
+class _Group(Generic[Tag]):
+    """A micro-batch in the making, and how many of its pairs are still to come."""
+
+    def __init__(self, tag: Tag, records: Sequence[PairRecord]) -> None:
+        self.tag = tag
+        self.rows = BatchRows(records)
+        self._left = len(self.rows.records)
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._errors: dict[int, Exception] = {}
+
+    def read(self, reader: PairReader, row: int) -> None:
+        """Read one pair; an error waits for the consumer."""
+        try:
+            reader.fill(self.rows, row)
+        except Exception as error:
+            self._errors[row] = error
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+
+    def wait(self) -> Batch:
+        """The batch, once it is whole; of several errors the first pair's."""
+        self._done.wait()
+        if self._errors:
+            raise self._errors[min(self._errors)]
+        return self.rows.finish()
+
+
+class _Readers(Generic[Tag]):
+    """Threads that read pairs in the order in which they are wanted.
+
+    One queue entry a pair costs a microsecond; a future of an executor costs thirty.
+    """
+
+    def __init__(self, reader: PairReader) -> None:
+        self._reader = reader
+        self._wanted: queue.SimpleQueue[tuple[_Group[Tag], int] | None] = queue.SimpleQueue()
+        self._stopped = False
+        for number in range(NUM_READERS):
+            threading.Thread(target=self._work, name=f"pair-reader-{number}", daemon=True).start()
+
+    def start(self, group: _Group[Tag]) -> _Group[Tag]:
+        """Have the pairs of a group read."""
+        for row in range(len(group.rows.records)):
+            self._wanted.put((group, row))
+        return group
+
+    def stop(self) -> None:
+        """Begin nothing more; what is being read ends by itself."""
+        self._stopped = True
+        for _ in range(NUM_READERS):
+            self._wanted.put(None)
+
+    def _work(self) -> None:
+        while (wanted := self._wanted.get()) is not None and not self._stopped:
+            group, row = wanted
+            group.read(self._reader, row)
+            del wanted, group  # or an idle thread would keep its last batch
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipelines.dataset.errors import TrainingError
 from training.account import Consumed
 from training.checkpoint import Checkpointer, gather_parts
 from training.ema import ShardedEma
@@ -44,11 +45,15 @@ class Loop:
     consumed: Consumed
 
 
-def run(loop: Loop, *, first_step: int) -> None:
-    """Train from `first_step` finished steps to `max_steps`."""
+def run(loop: Loop, *, first_step: int) -> TrainingError | None:
+    """Train from `first_step` finished steps to `max_steps`.
+
+    Returns:
+        Why the run was stopped before, on every rank alike; None if it was not.
+    """
     config, history, step = loop.spec.config, loop.history, first_step
-    batches = iter(loop.loader)
-    watch, notice = Watch(config.trouble, history.steps), Notice()
+    batches, notice = iter(loop.loader), Notice()
+    watch = Watch(config.trouble, history.steps, learns_preference=config.method != "sft")
     speed = Speed(loop.spec, loop.engine, dict(loop.denoiser.base.unet.config))
     with loop.progress.writer(enabled=loop.engine.is_first, history=history) as show, loop.checkpointer.closing():
         if step == 0:
@@ -59,7 +64,10 @@ def run(loop: Loop, *, first_step: int) -> None:
             step += 1
             metrics = step_metrics(loop, sums, speed, step=step)
             history.steps.append(metrics)
-            loop.progress.warn(watch.see(metrics), step=step)
+            try:
+                loop.progress.warn(watch.see(metrics), step=step)
+            except TrainingError as stop:  # a decision of all ranks, which another start would only repeat
+                return stop
             is_last = step == config.max_steps
             if step % config.validate_every == 0 or is_last:
                 validate(loop, step)
@@ -68,6 +76,7 @@ def run(loop: Loop, *, first_step: int) -> None:
                 checkpoint(loop, step)
             if notice.is_new:
                 loop.checkpointer.wait()  # the node may be gone at any moment
+    return None
 
 
 def optimizer_step(loop: Loop, step: int, batches: Any, speed: Speed) -> Tensor:
@@ -83,14 +92,13 @@ def optimizer_step(loop: Loop, step: int, batches: Any, speed: Speed) -> Tensor:
         noise, timesteps, batch = draw(batch, loop, step=step, slot=slot)
         with engine.accelerator.accumulate(engine.unet):
             errors = loop.denoiser.errors(batch, noise, timesteps)
-            preference = batch.preference_B.to(engine.device)
-            losses = loop.loss_of(errors, preference)
+            losses = loop.loss_of(errors, batch.preference_B)
             engine.accelerator.backward(weight * losses.mean())
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         if weight:
             sums += pair_sums(
-                losses.detach(), errors, preference, timesteps.to(engine.device), loop.denoiser.base.num_train_timesteps
+                losses.detach(), errors, batch.preference_B, timesteps, loop.denoiser.base.num_train_timesteps
             )
             speed.count(batch)
             loop.consumed.add(step, slot, (record.pair_key for record in batch.records))
@@ -127,7 +135,9 @@ def draw_with(
         return noise, timesteps, batch
     null_SD, null_P = reader.null_conditioning
     embeds = torch.where(dropped[:, None, None], null_SD, batch.prompt_embeds_BSD)
-    pooled = None if null_P is None else torch.where(dropped[:, None], null_P, batch.pooled_BP)
+    pooled = batch.pooled_BP
+    if null_P is not None and pooled is not None:
+        pooled = torch.where(dropped[:, None], null_P, pooled)
     return noise, timesteps, replace(batch, prompt_embeds_BSD=embeds, pooled_BP=pooled)
 
 

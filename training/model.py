@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import CHOOSE_A_BASE, ModelSource, read_config
@@ -23,10 +22,10 @@ from training.losses import PairErrors
 ADAPTER = "default"
 SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
 ATTENTION = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
+    "flash": torch.backends.cuda.enable_flash_sdp,  # for every device, in spite of the module's name
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
 }
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -62,7 +61,9 @@ def load_base(source: ModelSource) -> Base:
             folder, subfolder="unet", use_safetensors=True, variant=source.variant, dtype=torch.float32
         )
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        scaling_factor = float(read_config(source.vae_folder() / "config.json").get("scaling_factor", SD_SCALING_FACTOR))
+        scaling_factor = float(
+            read_config(source.vae_folder() / "config.json").get("scaling_factor", SD_SCALING_FACTOR)
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole pipeline?") from error
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -126,9 +127,13 @@ class Reference:
         return Reference(copied.to(device, dtype), contextlib.nullcontext)
 
 
-def attention_context(name: str) -> Context:
-    """A context in which scaled dot product attention uses one back end; `auto` leaves the choice to torch."""
-    return contextlib.nullcontext if name == "auto" else lambda: sdpa_kernel(ATTENTION[name])
+def set_attention(name: str) -> None:
+    """Let scaled dot product attention use one back end in this process; `auto` leaves the choice to torch.
+
+    A context around the forward pass would not do: gradient checkpointing attends again in the backward pass.
+    """
+    for backend, switch in ATTENTION.items():
+        switch(name in ("auto", backend))
 
 
 class Denoiser:
@@ -156,7 +161,7 @@ class Denoiser:
         self.base = base
         self._unet, self._reference = unet, reference
         self._device, self._dtype = device, dtype
-        self._attention = attention_context(config.attention)
+        set_attention(config.attention)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def errors(self, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor) -> PairErrors:
@@ -197,7 +202,6 @@ class Denoiser:
         return PairErrors(*self._predict(self._unet, inputs, target), *reference)
 
     def _predict(self, unet: Any, inputs: dict[str, Any], target: Tensor) -> tuple[Tensor, ...]:
-        with self._attention():
-            prediction = unet(**inputs, return_dict=False)[0]
+        prediction = unet(**inputs, return_dict=False)[0]
         errors: Tensor = (prediction.float() - target).square().mean(dim=(1, 2, 3))
         return errors.chunk(2)

@@ -93,3 +93,8 @@ class TrainSpec:
     def checkpoints(self) -> str:
         """The folder of this training's checkpoints; its last part is the key."""
         return f"{self.folder}/checkpoints/{self.key}"
+
+    @property
+    def stop_file(self) -> str:
+        """Where the workers say why they stopped a run that went wrong."""
+        return f"{self.checkpoints}/stopped.json"

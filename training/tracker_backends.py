@@ -119,8 +119,9 @@ class Wandb:
 
     def flush(self) -> None:
         """A process of wandb's own sends what is online."""
-        if self._run.offline:
-            self._of.storage.upload_folder(self._of.folder, self._local)
+        if self._run.offline:  # wandb names its folder by the second alone
+            part = f"{self._of.folder}/wandb/from-step-{self._of.start}"
+            self._of.storage.upload_folder(part, self._local / "wandb")
 
     def close(self, *, failed: bool) -> None:
         """wandb marks a run with an exit code as failed."""

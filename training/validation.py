@@ -54,11 +54,10 @@ class Validation:
         engine.unet.eval()
         with torch.no_grad():
             for weight, batch in PairLoader(self._reader, mine):
-                preference = batch.preference_B.to(engine.device)
                 for noise, timesteps in _draws(batch.records, batch.chosen_BCHW.shape[1:], length, self._spec.seed):
                     errors = self._denoiser.errors(batch, noise, timesteps)
-                    losses = loss_of(errors, preference)
-                    sums += weight * pair_sums(losses, errors, preference, timesteps.to(engine.device), length)
+                    losses = loss_of(errors, batch.preference_B)
+                    sums += weight * pair_sums(losses, errors, batch.preference_B, timesteps, length)
         engine.unet.train()
         metrics = means_of(engine.sum(sums))
         return metrics | {"num_pairs": metrics["num_pairs"] / NUM_TIMESTEPS}

@@ -87,7 +87,9 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
         history=history,
         consumed=consumed,
     )
-    run(loop, first_step=step)
+    stop = run(loop, first_step=step)
+    if stop is not None and engine.is_first:
+        spec.storage.write(spec.stop_file, json.dumps([stop.message, stop.hint]).encode())
 
 
 def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool) -> tuple[Engine, Denoiser]:

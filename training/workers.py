@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.engine import Engine
-from training.flops import Flops, pair_flops, peak_flops
+from training.flops import Flops, pair_flops, peak_flops, utilization
 from training.loader import Batch
 from training.methods import NEEDS_REFERENCE
 from training.metrics import History, MetricsWriter
@@ -115,7 +115,7 @@ class Speed:
             "memory_bytes": memory,
         }
         if self._peak is not None:
-            numbers |= {"mfu": model / seconds / self._peak, "hfu": hardware / seconds / self._peak}
+            numbers |= utilization(Flops(model, hardware), seconds=seconds, num_devices=1, peak=self._peak)
         return numbers
 
 
@@ -137,7 +137,7 @@ class Progress:
         self._spec, self._workers, self._start_up, self._notes = spec, workers, start_up, notes
         self._began = time.time()
 
-    def _state(self, history: History) -> dict[str, Any]:
+    def _state(self, history: History, tracker_warnings: Sequence[str] = ()) -> dict[str, Any]:
         return {
             "key": self._spec.key,
             "step": history.steps[-1]["step"] if history.steps else 0,
@@ -146,7 +146,7 @@ class Progress:
             "started_at": self._began,
             "start_up_s": self._start_up.parts,
             "workers": self._workers,
-            "notes": self._notes,
+            "notes": [*self._notes, *tracker_warnings],
             "last": history.last(),
         }
 
@@ -175,7 +175,7 @@ class Progress:
 
             def show(history: History) -> None:
                 nonlocal seen_validations
-                state = self._state(history)
+                state = self._state(history, out.warnings)
                 out.step(history.steps[-1], state)
                 for metrics in history.validations[seen_validations:]:
                     out.validation(metrics)

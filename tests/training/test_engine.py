@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from encoded import write_base
-from engine_work import PAIRS, losses_of_configs, plain_adamw, save_after
+from engine_work import PAIRS, losses_of_configs, plain_adamw, train_and_save
 from ranks import on_ranks
 
+from pipelines.dataset.storage import Storage
+from training.checkpoint_format import committed
 from training.config import TrainConfig
+from training.export import read_weights
 
 CONFIG = TrainConfig(
     num_workers=2,
@@ -33,7 +36,7 @@ def base(tmp_path_factory) -> str:
 
 def test_every_stage_and_every_accumulation_gives_the_curve_of_plain_adamw(base) -> None:
     expected = plain_adamw(CONFIG, base, 20)
-    assert expected[-1] < expected[0] / 2, "nothing is learnt"
+    assert expected[-1] < 0.6 * expected[0], "nothing is learnt"
     configs = [with_(zero_stage=1), with_(zero_stage=2), with_(zero_stage=3), with_(micro_batch_size=1)]
     configs.append(with_(micro_batch_size=4, channels_last=True, gradient_checkpointing=True))
     curves = on_ranks(2, losses_of_configs, configs, base, 20)
@@ -84,26 +87,36 @@ def test_a_model_that_equals_its_reference_starts_at_the_anchor(method, base) ->
     ]
     for curve in on_ranks(2, losses_of_configs, configs, base, 5)[0]:
         assert curve[0] == pytest.approx(anchor, rel=1e-5)
-        assert curve[-1] < curve[0]
+        assert min(curve[1:]) < curve[0]
 
 
 def test_adapters_learn_the_same_in_every_stage(base) -> None:
     configs = [with_(zero_stage=stage, lora={"rank": 4}, learning_rate=1e-2) for stage in (1, 2, 3)]
-    curves = on_ranks(2, losses_of_configs, configs, base, 8)[0]
+    frozen = with_(learning_rate=1e-12)
+    *curves, unchanged = on_ranks(2, losses_of_configs, [*configs, frozen], base, 12)[0]
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert curves[0] == pytest.approx(curves[2], abs=1e-5)
-    assert curves[0][-1] < curves[0][0] - 0.05
+    assert curves[0][0] == pytest.approx(unchanged[0], abs=1e-5), "adapters change nothing before the first step"
+    assert sum(curves[0]) < sum(unchanged) - 0.1
 
 
 def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(base, tmp_path: Path) -> None:
     """2 ranks of ZeRO-2 -> 1 of ZeRO-3 -> 4 of ZeRO-1, against 2 of ZeRO-2 undisturbed; the average too."""
-    shared = {"ema": {"decay": 0.5}}
-    undisturbed = on_ranks(2, save_after, with_(**shared), base, str(tmp_path / "undisturbed"), 0, 12)[0]
-    first = on_ranks(2, save_after, with_(**shared), base, str(tmp_path / "run"), 4, 0)[0]
-    one = with_(**shared, num_workers=1, zero_stage=3)
-    second = on_ranks(1, save_after, one, base, str(tmp_path / "run"), 8, 0)[0]
-    four = with_(**shared, num_workers=4, zero_stage=1)
-    third = on_ranks(4, save_after, four, base, str(tmp_path / "run"), 12, 0)
-    assert [part["first"] for part in (first, second, third[0])] == [0, 4, 8]
-    curve = first["curve"] + second["curve"] + third[0]["curve"]
+    two = with_(ema={"decay": 0.5})
+    undisturbed = on_ranks(2, train_and_save, two, base, str(tmp_path / "undisturbed"), 12)[0]
+    starts = [two, with_(ema={"decay": 0.5}, num_workers=1, zero_stage=3)]
+    starts.append(with_(ema={"decay": 0.5}, num_workers=4, zero_stage=1))
+    curve = []
+    for turn, config in enumerate(starts):
+        part = on_ranks(config.worker_range[0], train_and_save, config, base, str(tmp_path / "run"), 4 * turn + 4)[0]
+        assert part["first"] == 4 * turn
+        curve += part["curve"]
     assert curve == pytest.approx(undisturbed["curve"], abs=1e-4)
+    for kind in ("raw", "ema"):
+        one, other = (
+            read_weights(
+                Storage(str(tmp_path / name)), committed(Storage(str(tmp_path / name)), "checkpoints")[-1].folder, kind
+            )
+            for name in ("undisturbed", "run")
+        )
+        assert max(abs(one[name] - other[name]).max() for name in one) < 1e-4

@@ -79,7 +79,6 @@ def test_adapters_cost_by_their_rank_and_frozen_weights_have_no_gradient(unet_co
     assert by_rank[2] - by_rank[1] == by_rank[1] - by_rank[0] > 0
     frozen = 2 * by_rank[0] - by_rank[1]
     assert 1.5 * forward < frozen < 2 * forward  # what lies before the first adapter has no backward pass at all
-    assert counted(unet_config).model == pytest.approx(3 * forward, rel=0.01)
 
 
 def test_a_unet_without_time_ids_is_counted(unet_config) -> None:

@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from encoded import write_encoded
 
 from pipelines.dataset.errors import SnapshotError
-from pipelines.dataset.layout import TEXT_SCHEMA, latents_table, text_table
+from pipelines.dataset.layout import TEXT_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import Reason, Status, prompt_id
 from pipelines.dataset.storage import Storage
-from training.index import load_index, load_texts
+from training.index import PairIndex, PairRecord, load_index, load_texts
 from training.spec import Snapshot
 
 OTHER = "c" * 32
@@ -31,6 +33,69 @@ def snapshot(storage: Storage, tmp_path: Path) -> Snapshot:
 def with_other_texts(storage: Storage, snapshot: Snapshot, rows: list[dict[str, object]]) -> Snapshot:
     text_table(storage, OTHER).append("unit", pa.Table.from_pylist(rows, TEXT_SCHEMA))
     return replace(snapshot, text_fingerprint=OTHER)
+
+
+def records_of(index: PairIndex) -> list[PairRecord]:
+    return [index.pair(bucket, i) for bucket, size in enumerate(index.bucket_sizes) for i in range(size)]
+
+
+def test_a_record_says_what_the_tables_say(storage: Storage, tmp_path: Path) -> None:
+    snapshot = write_encoded(storage, tmp_path, sides=(8, 16), labels=(0.0, 0.3, 1.0), num_shards=3)
+    pairs = {row["pair_key"]: row for row in pairs_table(storage).read().to_pylist()}
+    latents = {row["pair_key"]: row for row in latents_table(storage, snapshot.latents_fingerprint).read().to_pylist()}
+    index = load_index(storage, snapshot, "train")
+    records = records_of(index)
+    assert len(records) == len({record.pair_key for record in records}) == 24
+    for record in records:
+        pair, placed = pairs[record.pair_key], latents[record.pair_key]
+        assert (record.prompt_id, record.label_0) == (pair["prompt_id"], pair["label_0"])
+        assert record.origin == f"{pair['source_uri']} row {pair['source_row']}"
+        assert vars(record.latents) == {name: placed[name] for name in vars(record.latents)}
+    texts = {row["prompt_id"]: row for row in text_table(storage, snapshot.text_fingerprint).read().to_pylist()}
+    for identity, where in load_texts(storage, snapshot).items():
+        assert vars(where) == {name: texts[identity][name] for name in vars(where)}
+
+
+def test_the_order_follows_from_the_pairs_alone() -> None:
+    rng = np.random.default_rng(0)
+    rows = pa.table({
+        "pair_key": [f"{key:032x}" for key in range(100)], "prompt_id": ["p"] * 100, "label_0": [1.0] * 100,
+        "source_uri": ["u"] * 100, "source_row": range(100), "sha256": ["d"] * 100, "shard": ["s"] * 100,
+        "shard_sha256": ["e"] * 100, "shard_bytes": [9] * 100, "offset": range(100), "length": [1] * 100,
+        "bucket_height": rng.integers(1, 3, 100), "bucket_width": rng.integers(1, 4, 100),
+    })  # fmt: skip
+    pieces = [rows.take(part) for part in np.array_split(rng.permutation(100), 7)]
+    index, other = PairIndex(rows), PairIndex(pa.concat_tables(pieces))
+    assert index.buckets == other.buckets == sorted(index.buckets)
+    assert index.bucket_sizes == other.bucket_sizes
+    assert records_of(index) == records_of(other)
+
+
+def test_no_pairs_make_an_empty_index(storage: Storage, snapshot: Snapshot) -> None:
+    index = load_index(storage, snapshot, "test")
+    assert (len(index), index.buckets, index.bucket_sizes) == (0, [], [])
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_soft_labels_are_taken_as_they_are_and_a_tie_counts_half(storage: Storage, tmp_path: Path, split: str) -> None:
+    labels = (0.0, 0.2, 0.5, 0.7, 1.0)
+    snapshot = write_encoded(storage, tmp_path, num_train=25, num_validation=25, labels=labels)
+    for chosen_labels in ({}, {"labels": "soft"}):
+        records = records_of(load_index(storage, snapshot, split, **chosen_labels))
+        assert len(records) == 25
+        judged = {record.label_0: (record.chosen, record.preference) for record in records}
+        assert judged == {0.0: (1, 1.0), 0.2: (1, 0.8), 0.5: (0, 0.5), 0.7: (0, 0.7), 1.0: (0, 1.0)}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_hard_labels_are_certain_and_ties_are_left_out(storage: Storage, tmp_path: Path, split: str) -> None:
+    labels = (0.0, 0.2, 0.5, 0.7, 1.0)
+    snapshot = write_encoded(storage, tmp_path, num_train=25, num_validation=25, labels=labels)
+    soft: dict[str, Any] = {record.pair_key: record for record in records_of(load_index(storage, snapshot, split))}
+    hard = records_of(load_index(storage, snapshot, split, labels="hard"))
+    assert {record.pair_key for record in hard} == {key for key, record in soft.items() if record.label_0 != 0.5}
+    assert {(record.label_0, record.chosen, record.preference) for record in hard} == {(0.0, 1, 1.0), (1.0, 0, 1.0)}
+    assert all(record.chosen == soft[record.pair_key].chosen for record in hard)
 
 
 def test_pairs_of_a_quarantined_prompt_are_left_out(storage: Storage, snapshot: Snapshot) -> None:

@@ -1,0 +1,43 @@
+"""What the ranks of the samples' test do: real steps of a real engine, with and without grids between them."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from engine_work import PAIRS, make, train_step
+
+from training.config import TrainConfig
+from training.index import load_index, load_texts
+from training.loader import PairReader
+from training.samples import SampleGrid
+from training.spec import TrainSpec
+from training.zero import KINDS, ZeroState
+
+Trained = dict[str, Any]
+
+
+def train_and_draw(spec: TrainSpec, *, draws: bool) -> Trained:
+    """Three steps, with a grid before each if wanted: grids, weights and moments, and whether all else stayed."""
+    config = spec.config
+    engine, denoiser, base = make(config, spec.base.model, PAIRS // config.micro_batch_size // config.worker_range[0])
+    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot))
+    samples = SampleGrid(load_index(spec.storage, spec.snapshot, "validation"), reader, spec, engine, base)
+    grids, is_still = [], True
+    for step in range(3):
+        torch.manual_seed(step)
+        before = torch.get_rng_state()
+        if draws:
+            grid = samples.draw(step)
+            grids.append(None if grid is None else np.asarray(grid))
+        is_still &= torch.equal(before, torch.get_rng_state()) and engine.unet.training
+        train_step(engine, denoiser, config, step)
+    state = ZeroState(engine.unet)
+    weights = {(kind, part.name): view.clone() for kind in KINDS for part, view in state.views(kind)}
+    return {"grids": grids, "weights": weights, "is_still": is_still}
+
+
+def with_and_without(spec: TrainSpec, configs: list[TrainConfig]) -> list[tuple[Trained, Trained]]:
+    """With grids and without, for each configuration, in the same processes."""
+    specs = [replace(spec, config=config) for config in configs]
+    return [(train_and_draw(each, draws=True), train_and_draw(each, draws=False)) for each in specs]

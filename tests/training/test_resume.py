@@ -1,0 +1,173 @@
+"""Killed at any moment, a run ends with the bits of an undisturbed one; with other workers, with its curve."""
+
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoded import write_base, write_encoded
+
+from pipelines.dataset.model_files import ModelSource
+from pipelines.dataset.storage import Storage
+from training.checkpoint_format import committed
+from training.config import TrainConfig
+from training.export import read_weights
+from training.launch import Trained, train
+from training.spec import TrainSpec, base_digest
+
+CONFIG = TrainConfig(
+    num_workers=2,
+    global_batch_size=12,
+    micro_batch_size=2,
+    max_steps=16,
+    learning_rate=2e-3,
+    precision="fp32",
+    gradient_checkpointing=False,
+    checkpoint_every=4,
+    validate_every=8,
+    ema={"decay": 0.9},
+    keep_checkpoints=4,
+)
+NUM_SEEDS = 21  # for each ZeRO stage
+MOMENTS = 20  # of the about 30 files that a run writes for its checkpoints before the last
+
+
+@dataclass
+class Killer:
+    """Sends SIGKILL to one rank once a seeded number of checkpoint files, whole or not, has been seen."""
+
+    spec: TrainSpec
+    seed: int
+
+    def __post_init__(self) -> None:
+        chance = random.Random(self.seed)
+        self.moment, self.delay_s, self.rank = chance.randrange(MOMENTS), chance.random() * 0.05, chance.randrange(2)
+        self.killed: int | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        folder = Path(self.spec.storage.path(self.spec.checkpoints))
+        seen: set[str] = set()
+        while not self._ended.wait(0.001):
+            seen.update(str(file) for file in folder.rglob("*"))
+            if len(seen) > self.moment:
+                time.sleep(self.delay_s)
+                self.killed = int(pid_of(self.spec, self.rank))
+                os.kill(self.killed, signal.SIGKILL)
+                return
+
+    def __enter__(self) -> "Killer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def pid_of(spec: TrainSpec, rank: int) -> int:
+    import json
+
+    return int(json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"][rank]["pid"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, TrainSpec]:
+    """A data set and a base that every run here copies or shares."""
+    folder = tmp_path_factory.mktemp("data")
+    storage = Storage(str(folder / "storage"))
+    snapshot = write_encoded(storage, folder, sides=(8, 12))
+    source = ModelSource(str(write_base(folder / "base")))
+    return folder, TrainSpec(storage.url, "undisturbed", source, base_digest(source), 0, CONFIG, snapshot)
+
+
+def run_of(data: tuple[Path, TrainSpec], name: str, **changes) -> TrainSpec:
+    spec = data[1]
+    return replace(spec, run=name, config=TrainConfig.model_validate(spec.config.model_dump() | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, Trained]]:
+    """By ZeRO stage, made when it is asked for."""
+
+    class ByStage(dict):
+        def __missing__(self, stage: int) -> tuple[TrainSpec, Trained]:
+            spec = run_of(data, f"undisturbed-{stage}", zero_stage=stage)
+            self[stage] = spec, train(spec, lambda progress: None)
+            return self[stage]
+
+    return ByStage()
+
+
+def weights(spec: TrainSpec, trained: Trained, kind: str) -> dict[str, np.ndarray]:
+    return read_weights(spec.storage, trained.checkpoint, kind)
+
+
+def assert_same_bits(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, Trained]) -> None:
+    for kind in ("raw", "ema"):
+        expected, found = weights(*one, kind), weights(*other, kind)
+        assert expected.keys() == found.keys()
+        assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
+
+
+def check_killed_run(data, undisturbed, stage: int, seed: int) -> None:
+    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage)
+    with Killer(spec, seed) as killer:
+        trained = train(spec, lambda progress: None)
+    assert killer.killed, "the run ended before it was killed"
+    assert trained.starts == 2
+    expected_spec, expected = undisturbed[stage]
+    assert [step["step"] for step in trained.history["steps"]] == list(range(1, 17)), "no step twice, none missed"
+    assert trained.digest == expected.digest, "the same pairs at the same steps"
+    assert_same_bits((expected_spec, expected), (spec, trained))
+
+
+@pytest.mark.parametrize(("stage", "seed"), [(2, 0), (3, 1)])
+def test_a_worker_killed_at_any_moment_costs_time_and_nothing_else(stage, seed, data, undisturbed) -> None:
+    check_killed_run(data, undisturbed, stage, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_kill_matrix(stage, seed, data, undisturbed) -> None:
+    check_killed_run(data, undisturbed, stage, 100 * stage + seed)
+
+
+def test_other_workers_go_on_with_the_same_batches_and_the_same_curve(data, undisturbed) -> None:
+    """2 workers to step 4, 1 to step 8, 3 to the end, each by damage to what came later."""
+    expected_spec, expected = undisturbed[2]
+    spec = run_of(data, "elastic")
+    for workers, end in ((2, 4), (1, 8), (3, 16)):
+        spec = run_of(data, "elastic", num_workers=workers)
+        assert spec.key == expected_spec.key, "the number of workers does not make it another training"
+        trained = train(spec, lambda progress: None)
+        for manifest in committed(spec.storage, spec.checkpoints):
+            if manifest.step > end:
+                spec.storage.delete(f"{manifest.folder}/manifest.json")
+    assert [step["step"] for step in trained.history["steps"]] == list(range(1, 17))
+    assert {len(trained.workers), trained.starts} == {3}
+    assert trained.digest == expected.digest
+    losses = [[step["loss"] for step in each.history["steps"]] for each in (expected, trained)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(data, undisturbed) -> None:
+    spec = run_of(data, "damaged")
+    train(spec, lambda progress: None)
+    found = committed(spec.storage, spec.checkpoints)
+    file = Path(spec.storage.path(f"{found[-1].folder}/rank-00001.safetensors"))
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    notes: list[str] = []
+    trained = train(spec, lambda progress: notes.extend(progress["notes"]))
+    assert trained.starts == 2
+    assert_same_bits(undisturbed[2], (spec, trained))
+    assert committed(spec.storage, spec.checkpoints)[-1].folder != found[-1].folder

@@ -1,0 +1,221 @@
+"""Whole shards on this node's disk, beside range reads; one folder for all processes of the node.
+
+A step never waits for a shard: what is not here is read by range, and fetched meanwhile. A file is named by the digest
+of its shard, so that runs and data sets share a folder. Nothing that goes wrong here is an error of the run.
+"""
+
+import hashlib
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from pipelines.dataset.errors import ConfigError, MapoError, ShardCorrupt
+from pipelines.dataset.storage import Storage
+from training.index import Location
+
+NUM_FETCHERS = 4
+PIECE_BYTES = 16 << 20  # of a shard, in one request and in memory
+IDLE_S = 600.0  # a shard used within this time does not make room: with a random order each is always in use
+TOUCH_S = 60.0  # uses of a shard are noted this often, in its file's time of change
+RETRY_S = 60.0  # after a fetch that brought nothing
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+
+log = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """Keeps shards that pairs were read from; reads from those it has.
+
+    A cache smaller than the data set keeps what it fetched first as long as that is used: to fetch 256 MiB for each
+    sample that a random order asks for would cost more than it saves.
+
+    Args:
+        storage: Where shards come from.
+        folder: On a disk of this node.
+        max_bytes: Of all shards in the folder; the least recently used make room, unless they were used just now.
+
+    Raises:
+        ConfigError: The folder cannot be written to.
+    """
+
+    def __init__(self, storage: Storage, folder: str | Path, max_bytes: int) -> None:
+        self._storage = storage
+        self._folder = Path(folder).expanduser().absolute()
+        self._max_bytes = max_bytes
+        self._wanted: queue.Queue[Location | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._not_before: dict[str, float] = {}  # shards that are wanted already, or were of late, and in vain
+        self._touched: dict[str, float] = {}
+        self._threads: list[threading.Thread] = []
+        self._closed = self._has_warned = False
+        try:
+            (self._folder / "locks").mkdir(parents=True, exist_ok=True)
+            with self._folder_lock():
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to the shard cache {self._folder}: {error.strerror or error}",
+                "set `train.cache_dir` to a folder on a local disk of every node, or leave it out",
+            ) from error
+
+    def read(self, where: Location) -> bytes | None:
+        """A member, equal to its digest; None if its shard is not here, and then it is fetched in the background."""
+        if not where.shard_sha256 or where.shard_bytes > self._max_bytes:
+            return None
+        file = self._file(where)
+        try:
+            opened = os.open(file, os.O_RDONLY)
+            try:
+                data = os.pread(opened, where.length, where.offset)
+            finally:
+                os.close(opened)
+        except OSError:  # not here, or a bad disk
+            self._want(where)
+            return None
+        if hashlib.sha256(data).hexdigest() == where.sha256:
+            self._touch(file)
+            return data
+        self._warn(f"{file.name} is damaged; it is fetched again")
+        file.unlink(missing_ok=True)
+        self._want(where)
+        return None
+
+    def fetch(self, where: Location) -> bool:
+        """Bring a whole shard here now; False if there is no room, or another process is at it.
+
+        Raises:
+            StorageError: It cannot be read.
+            ShardCorrupt: It differs from its digest.
+            OSError: The disk is full or broken.
+        """
+        file = self._file(where)
+        try:
+            with FileLock(self._folder / "locks" / f"{where.shard_sha256}.lock", timeout=0):
+                if file.exists():
+                    return True
+                part = file.with_suffix(".part")
+                try:
+                    if not self._reserve(where, part):
+                        return False
+                    self._download(where, part)
+                    part.replace(file)
+                finally:
+                    part.unlink(missing_ok=True)
+        except Timeout:
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Return once nothing is being fetched."""
+        self._wanted.join()
+
+    def close(self) -> None:
+        """Fetch nothing more; what is half here goes away."""
+        with self._lock:
+            self._closed = True
+            threads, self._threads = self._threads, []
+        for _ in threads:
+            self._wanted.put(None)
+        for thread in threads:
+            thread.join()
+
+    def _file(self, where: Location) -> Path:
+        return self._folder / f"{where.shard_sha256}.tar"
+
+    def _folder_lock(self) -> FileLock:
+        return FileLock(self._folder / "locks" / "folder.lock")
+
+    def _touch(self, file: Path) -> None:
+        now = time.monotonic()
+        if now < self._touched.get(file.name, -TOUCH_S) + TOUCH_S:
+            return
+        self._touched[file.name] = now
+        try:
+            os.utime(file)
+        except OSError:
+            return  # another process made room
+
+    def _want(self, where: Location) -> None:
+        with self._lock:
+            if self._closed or time.monotonic() < self._not_before.get(where.shard, 0.0):
+                return
+            self._not_before[where.shard] = float("inf")
+            if not self._threads:
+                self._threads = [
+                    threading.Thread(target=self._work, name=f"shard-fetcher-{number}", daemon=True)
+                    for number in range(NUM_FETCHERS)
+                ]
+                for thread in self._threads:
+                    thread.start()
+        self._wanted.put(where)
+
+    def _work(self) -> None:
+        while (where := self._wanted.get()) is not None:
+            again = time.monotonic() + RETRY_S
+            try:
+                if not self._closed and self.fetch(where):
+                    again = 0.0
+            except (MapoError, OSError) as error:
+                if isinstance(error, ShardCorrupt):
+                    again = float("inf")
+                self._warn(f"cannot keep {where.shard}: {getattr(error, 'message', error)}")
+            with self._lock:
+                self._not_before[where.shard] = again
+            self._wanted.task_done()
+        self._wanted.task_done()
+
+    def _warn(self, message: str) -> None:
+        """Say it once: what holds for one shard of a full disk holds for hundreds."""
+        with self._lock:
+            is_first, self._has_warned = not self._has_warned, True
+        log.log(logging.WARNING if is_first else logging.DEBUG, "shard cache %s: %s", self._folder, message)
+
+    def _reserve(self, where: Location, part: Path) -> bool:
+        """Make room, and take it with a file of full length: a full disk is noticed before a byte is fetched."""
+        with self._folder_lock():
+            part.unlink(missing_ok=True)
+            files = {file: file.stat() for file in self._folder.iterdir() if OURS.fullmatch(file.name)}
+            for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
+                file.unlink(missing_ok=True)
+                del files[file]
+            excess = sum(stat.st_size for stat in files.values()) + where.shard_bytes - self._max_bytes
+            idle = time.time() - IDLE_S
+            kept = sorted((stat.st_mtime, file) for file, stat in files.items() if file.suffix == ".tar")
+            going = [file for used, file in kept if used < idle]
+            if excess > sum(files[file].st_size for file in going):
+                return False
+            for file in going:
+                if excess <= 0:
+                    break
+                file.unlink(missing_ok=True)  # who reads from it has it open
+                excess -= files[file].st_size
+            with part.open("wb") as out:
+                os.posix_fallocate(out.fileno(), 0, where.shard_bytes)
+            return True
+
+    def _is_abandoned(self, part: Path) -> bool:
+        """Whether the process that fetched it is gone: a lock does not outlive its process."""
+        try:
+            with FileLock(self._folder / "locks" / f"{part.stem}.lock", timeout=0):
+                return True
+        except Timeout:
+            return False
+
+    def _download(self, where: Location, part: Path) -> None:
+        digest = hashlib.sha256()
+        with part.open("r+b") as out:
+            for offset in range(0, where.shard_bytes, PIECE_BYTES):
+                if self._closed:
+                    raise OSError("the run has ended")
+                length = min(PIECE_BYTES, where.shard_bytes - offset)
+                piece = self._storage.read_range(where.shard, offset, length)
+                digest.update(piece)
+                out.write(piece)
+        if digest.hexdigest() != where.shard_sha256:
+            raise ShardCorrupt(f"{where.shard} differs from its digest {where.shard_sha256[:12]}")
