@@ -19,17 +19,20 @@ from orchestration.encoding_view import encoding_view
 DASH, MINUS = "\u2013", "\u2212"
 MAX_POINTS = 400  # a line; with more the page grows and the eye gains nothing
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
+MAX_GRID_SIDE = 768  # the same for a grid of samples
 
 SMALL = (300, 130)
 CURVES: Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]] = (
     ("Loss", {"loss": "train"}, {}),
     ("Margin", {"margin": "train"}, {"guide": 0.0}),
     ("Implicit accuracy", {"implicit_accuracy": "train"}, {"guide": 0.5, "limits": (0.0, 1.0)}),
+    ("Reward accuracy", {"reward_accuracy": "train"}, {"guide": 0.5, "limits": (0.0, 1.0)}),
     ("Denoising error", {"mse_chosen": "chosen", "mse_rejected": "rejected"}, {}),
     ("Gradient norm", {"grad_norm": "train"}, {"size": SMALL}),
     ("Learning rate", {"learning_rate": "train"}, {"size": SMALL}),
     ("Pairs a second", {"pairs_per_s": "train"}, {"size": SMALL, "limits": (0.0, None)}),
 )  # title, key of a step -> its label, options of `chart`
+SPEED = ("pairs_per_s", "step_s", "data_wait_ratio", "mfu", "hfu", "memory_bytes", "skipped_steps")  # keys of a step
 STYLES = ("raw", "line", "marks")  # in the order of drawing
 
 Point = tuple[float, float]
@@ -150,6 +153,20 @@ def _finite(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
     return [(step, float(value)) for step, value in values if value is not None and math.isfinite(value)]
 
 
+def speed(training: Mapping[str, Any]) -> dict[str, float]:
+    """How fast training was, as far as its steps say: medians, so that a few slow steps do not count.
+
+    Waiting is a share of the time of all steps, memory the most of any, `skipped_steps` a count and absent without one.
+    """
+    of_steps = {key: [value for _, value in _finite(training["history"], key)] for key in SPEED}
+    found = {key: float(np.median(values)) for key, values in of_steps.items() if values}
+    found |= {key: max(of_steps[key]) for key in ("memory_bytes", "skipped_steps") if key in found}
+    waiting, step_s = of_steps["data_wait_ratio"], of_steps["step_s"]
+    if waiting and len(waiting) == len(step_s):
+        found["data_wait_ratio"] = float(np.average(waiting, weights=step_s))
+    return {key: value for key, value in found.items() if value or key != "skipped_steps"}
+
+
 def wilson(ratio: float, count: int) -> dict[str, float]:
     """A share with its 95 % interval (Wilson 1927); the several draws of one pair count once, to be safe."""
     z2 = 1.96**2
@@ -187,12 +204,12 @@ def interval_plot(score: Mapping[str, Any]) -> dict[str, Any]:
             "ticks": [(frame.x(tick), tick_label(tick)) for tick in ticks]}  # fmt: skip
 
 
-def picture(image: bytes) -> dict[str, Any]:
-    """An image as a data URI with its size; one larger than MAX_SIDE becomes a smaller copy."""
+def picture(image: bytes, max_side: int) -> dict[str, Any]:
+    """An image as a data URI with its size; one with a longer side becomes a smaller copy."""
     with Image.open(io.BytesIO(image)) as opened:
         kind, size = Image.MIME[opened.format or "PNG"], opened.size
-        if max(size) > MAX_SIDE:
-            opened.thumbnail((MAX_SIDE, MAX_SIDE))
+        if max(size) > max_side:
+            opened.thumbnail((max_side, max_side))
             opened.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=90)
             kind, image = "image/jpeg", buffer.getvalue()
     uri = f"data:{kind};base64,{base64.b64encode(image).decode()}"
@@ -231,10 +248,11 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 
     Args:
         data: What the run recorded, as `tests/orchestration/test_report.py` spells it out.
-        images: The bytes of each image that the samples and the contact sheet of encoding name; one that is absent
-            is shown as missing.
+        images: The bytes of each image that the samples, the grids of training and the contact sheet of encoding
+            name; one that is absent is shown as missing.
     """
     view = {**dict.fromkeys(("dataset", "encoding", "fingerprints", "training", "evaluation", "model")), **data}
+    grids = {grid["image"] for grid in view["training"]["samples"]} if view["training"] else set()
     training, scores = view["training"], view["evaluation"]["scores"] if view["evaluation"] else []
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -247,6 +265,7 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         outcome=held_out(training),
         scores=[interval_plot(score) for score in scores if math.isfinite(sum(_ends(score)))],
         curves=curves(training) if training else [],
-        pictures={name: picture(image) for name, image in images.items()},
+        speed=speed(training) if training else {},
+        pictures={name: picture(image, MAX_GRID_SIDE if name in grids else MAX_SIDE) for name, image in images.items()},
         config_yaml=yaml.safe_dump(view["config"], sort_keys=False, allow_unicode=True),
     )

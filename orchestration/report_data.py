@@ -1,6 +1,7 @@
 """Gathers what the report shows from the storage alone."""
 
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.storage import Storage
 
 PACKAGES = ("mapo", "torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
+MAX_GRIDS = 6  # of samples while training: each may be 200 KB of the page
 STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
 
 
@@ -31,7 +33,7 @@ def report_data(config: RunConfig, storage: Storage, journal: Journal, *, comman
         "dataset": dataset,
         "fingerprints": {k: snapshot[f"{k}_fingerprint"] for k in ("latents", "text")} if snapshot else None,
         "encoding": _encoding(storage, snapshot, records["encode"]),
-        "training": _training(config, trained.details) if trained else None,
+        "training": _training(config, trained, sample_grids(storage, journal.folder, trained)) if trained else None,
         "evaluation": evaluated.details if evaluated else None,
         "model": storage.uri(exported.details["model"]) if exported else None,
     }
@@ -65,9 +67,9 @@ def _dataset(storage: Storage, version: int | None) -> dict[str, Any] | None:
     return description | {"shards": len(description["shards"])}
 
 
-def _training(config: RunConfig, details: dict[str, Any]) -> dict[str, Any]:
+def _training(config: RunConfig, trained: StageRecord, samples: list[dict[str, Any]]) -> dict[str, Any]:
     assert config.train is not None
-    workers = details["workers"]
+    details, workers = trained.details, trained.details["workers"]
     return {
         "method": config.train.method,
         "loss": config.train.loss_parameters,
@@ -80,7 +82,20 @@ def _training(config: RunConfig, details: dict[str, Any]) -> dict[str, Any]:
         "workers": workers,
         "history": details["history"]["steps"],
         "validation": details["history"]["validations"],
+        "samples": samples,
     }
+
+
+def sample_grids(storage: Storage, folder: str, trained: StageRecord) -> list[dict[str, Any]]:
+    """The grids that training drew of itself: MAX_GRIDS at most, evenly chosen, always the first and the newest.
+
+    They lie below the key of this training: another training's grids of this run are not shown.
+    """
+    names = storage.names(f"{folder}/samples/{trained.key}")
+    found = [(int(step[1]), name) for name in names if (step := re.search(r"/step-(\d+)\.jpg$", name))]
+    last = len(found) - 1
+    chosen = sorted({round(i * last / (MAX_GRIDS - 1)) for i in range(MAX_GRIDS)}) if found else []
+    return [{"step": found[i][0], "image": found[i][1].removeprefix(f"{folder}/")} for i in chosen]
 
 
 def _encoding(storage: Storage, snapshot: dict[str, Any], record: StageRecord | None) -> dict[str, Any] | None:
@@ -100,9 +115,11 @@ def _encoding(storage: Storage, snapshot: dict[str, Any], record: StageRecord | 
 
 
 def page_images(storage: Storage, folder: str, data: dict[str, Any]) -> dict[str, bytes]:
-    """The PNG bytes of every sample and of the contact sheet, by the names that the page has for them."""
+    """The bytes of every sample, grid of samples and image of the contact sheet, by the names that the page has."""
     samples = data["evaluation"]["samples"] if data["evaluation"] else []
     names = {sample[model]: f"{EVALUATION}/{sample[model]}" for sample in samples for model in ("base", "aligned")}
     contact = data["encoding"]["contact"] if data["encoding"] else []
+    grids = data["training"]["samples"] if data["training"] else []
+    names |= {grid["image"]: grid["image"] for grid in grids}
     names |= {image[what]: image[what] for image in contact for what in ("source", "decoded")}
     return {name: storage.read(f"{folder}/{where}") for name, where in names.items()}

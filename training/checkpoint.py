@@ -192,6 +192,13 @@ def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, att
                     storage.delete(name)
 
 
+def set_aside(storage: Storage, manifest: Manifest) -> None:
+    """Let a damaged checkpoint be one no more: nothing resumes from it or exports it; the next save removes it."""
+    name = f"{manifest.folder}/{MANIFEST}"
+    storage.write(f"{name}.damaged", storage.read(name))
+    storage.delete(name)
+
+
 def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
     """This rank's fragments of all kinds, as they are now."""
     parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
@@ -210,7 +217,7 @@ def restore(
         folder: Of all checkpoints of this training.
         state: Of this rank's engine.
         ema: Its average, if the run keeps one.
-        note: Told of each damaged checkpoint that was passed over.
+        note: Told of each damaged checkpoint that was passed over, and is set aside.
 
     Returns:
         The reader of the checkpoint; None if there is none to go on from.
@@ -236,6 +243,8 @@ def restore(
         if not isinstance(error, ShardCorrupt):
             raise error
         note(f"not resumed from {manifest.name}: {error.message}")
+        if torch.distributed.get_rank() == 0:
+            set_aside(storage, manifest)
     return None
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint is on storage, and how it is read.
 
-    <run>/checkpoints/<key>/step-00000500-1f3a90c2/
+    <run>/checkpoints/<key>/step-00000500-0001-1f3a90c2/   step, number and name of the start of the workers
         rank-00000.safetensors   fragments of weights, moments and average that this rank owns
         rank-00000.json          where each fragment lies in it, its digest, what the rank consumed
         state.json               step, history, what the checkpoint belongs to

@@ -148,12 +148,13 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
         """A global batch is a whole number of micro-batches, shared evenly by a fixed number of workers."""
-        least, most = self.worker_range
-        share = self.micro_batch_size * (most if least == most else 1)
+        _, most = self.worker_range
+        is_fixed = isinstance(self.num_workers, int)
+        share = self.micro_batch_size * (most if is_fixed else 1)
         if self.global_batch_size % share:
             below = self.global_batch_size // share * share
-            by = "micro_batch_size" if least < most else "micro_batch_size x num_workers"
-            of = f"{self.micro_batch_size}" if least < most else f"{self.micro_batch_size} x {most} = {share}"
+            by = "micro_batch_size x num_workers" if is_fixed else "micro_batch_size"
+            of = f"{self.micro_batch_size} x {most} = {share}" if is_fixed else f"{share}"
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of {by} = {of}\n"
                 f"hint: the nearest that fit are {', '.join(str(n) for n in (below, below + share) if n)}"

@@ -17,6 +17,7 @@ from training.metrics import NUM_SUMS, History, means_of, pair_sums
 from training.model import Denoiser
 from training.order import noise_seed
 from training.preemption import Notice
+from training.samples import SampleGrid
 from training.spec import TrainSpec
 from training.trouble import Watch
 from training.validation import Validation
@@ -40,6 +41,7 @@ class Loop:
     reader: PairReader
     validation: Validation
     checkpointer: Checkpointer
+    samples: SampleGrid | None
     progress: Progress
     history: History
     consumed: Consumed
@@ -58,6 +60,7 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     with loop.progress.writer(enabled=loop.engine.is_first, history=history) as show, loop.checkpointer.closing():
         if step == 0:
             validate(loop, step)
+            sample(loop, step)
         while step < config.max_steps:
             speed.start(waited_s=loop.loader.waited_s)
             sums = optimizer_step(loop, step, batches, speed)
@@ -71,6 +74,8 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
             is_last = step == config.max_steps
             if step % config.validate_every == 0 or is_last:
                 validate(loop, step)
+            if config.sample_every and (step % config.sample_every == 0 or is_last):
+                sample(loop, step)
             show(history)
             if step % config.checkpoint_every == 0 or is_last or notice.has_come(metrics["step_s"]):
                 checkpoint(loop, step)
@@ -160,6 +165,12 @@ def validate(loop: Loop, step: int) -> None:
     """Measure the held-out pairs; collective."""
     if metrics := loop.validation.measure(loop.loss_of):
         loop.history.validations.append({"step": step, **metrics})
+
+
+def sample(loop: Loop, step: int) -> None:
+    """Draw samples from held-out prompts, if that is wanted; collective."""
+    if loop.samples is not None and (grid := loop.samples.draw(step)) is not None:
+        loop.progress.picture("samples", grid, step=step)
 
 
 def checkpoint(loop: Loop, step: int) -> None:

@@ -24,6 +24,7 @@ from training.methods import NEEDS_REFERENCE
 from training.metrics import History
 from training.model import Base, Denoiser, Reference, add_lora, load_base
 from training.order import Plan
+from training.samples import SampleGrid
 from training.shard_cache import ShardCache
 from training.spec import TrainSpec
 from training.validation import Validation
@@ -61,6 +62,9 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
         step, history = restored.state["step"], History.from_dict(restored.state["history"])
         consumed = Consumed.sum(restored.ranks[engine.rank :: engine.world_size])
     reader = make_reader(spec)
+    samples = SampleGrid(held_out, reader, spec, engine, base) if config.sample_every else None
+    if samples is not None and samples.note:
+        notes.append(samples.note)
     progress = Progress(spec, starts=attempt.number, workers=gather_workers(engine), start_up=start_up, notes=notes)
     loop = Loop(
         spec=spec,
@@ -83,6 +87,7 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
             keep_best=config.keep_best,
             timeout_s=config.collective_timeout_s,
         ),
+        samples=samples,
         progress=progress,
         history=history,
         consumed=consumed,
@@ -137,7 +142,7 @@ def make_reader(spec: TrainSpec) -> PairReader:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of all workers: its number from 1, and a name that no other has."""
+    """One start of all workers: its number from 1, and a name that no other has and that sorts by number."""
 
     number: int
     name: str
@@ -150,7 +155,7 @@ def agree_on_attempt(spec: TrainSpec, engine: Engine) -> Attempt:
         file = f"{spec.checkpoints}/starts.json"
         before = json.loads(spec.storage.read(file))["starts"] if spec.storage.exists(file) else 0
         spec.storage.write(file, json.dumps({"starts": before + 1, "last": time.time()}).encode())
-        agreed[0] = Attempt(before + 1, uuid.uuid4().hex[:8])
+        agreed[0] = Attempt(before + 1, f"{before + 1:04d}-{uuid.uuid4().hex[:8]}")
     torch.distributed.broadcast_object_list(agreed, src=0)
     attempt: Attempt = agreed[0]
     return attempt

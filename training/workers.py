@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from training.engine import Engine
@@ -136,6 +137,7 @@ class Progress:
         self.starts = starts
         self._spec, self._workers, self._start_up, self._notes = spec, workers, start_up, notes
         self._began = time.time()
+        self._out: MetricsWriter | None = None
 
     def _state(self, history: History, tracker_warnings: Sequence[str] = ()) -> dict[str, Any]:
         return {
@@ -154,6 +156,11 @@ class Progress:
         """Add what went wrong without stopping the run."""
         self._notes.extend(f"step {step}: {text}" for text in texts)
 
+    def picture(self, name: str, image: Image, *, step: int) -> None:
+        """Show a picture on the trackers; only where `writer` is enabled."""
+        if self._out is not None:
+            self._out.image(name, image, step)
+
     @contextlib.contextmanager
     def writer(self, *, enabled: bool, history: History) -> Iterator[Show]:
         """A function to call after each step; on rank 0 it writes, elsewhere it does nothing."""
@@ -170,7 +177,7 @@ class Progress:
             parameters=config.model_dump(mode="json"),
         )
         with MetricsWriter(self._spec.storage, self._spec.folder, trackers) as out:
-            seen_validations = len(history.validations)
+            self._out, seen_validations = out, len(history.validations)
             out.progress(self._state(history) | {"step": start})
 
             def show(history: History) -> None:
@@ -186,3 +193,4 @@ class Progress:
                     out.flush()
 
             yield show
+        self._out = None

@@ -15,11 +15,15 @@ import pytest
 from PIL import Image, ImageDraw
 
 from orchestration import encoding_view, report
+from orchestration.journal import StageRecord
 from orchestration.report import render_report
+from orchestration.report_data import sample_grids
 from pipelines.dataset.pair import Reason
+from pipelines.dataset.storage import Storage
 
 ENDS = ("low", "mean", "high")
 CONTACT = ("source", "decoded")
+GRIDS = (0, 400, 800, 1200)
 PROMPTS = (
     "a cat on a sofa", "a red bicycle against a wall", "a bowl of lemons", "mountains after rain",
     '<script>alert("x")</script> & <img src=x onerror=alert(1)>', "an old harbour at dawn, " * 30, "x" * 300,
@@ -86,7 +90,9 @@ def _training(num_steps: int) -> dict[str, Any]:
     rng = random.Random(0)
     history = [
         {**_step(step, step / num_steps, rng, 1.0), "grad_norm": 0.8 * math.exp(rng.gauss(0, 0.35)),
-         "learning_rate": 1e-4 * min(1, step / 50) * (1 - step / num_steps), "pairs_per_s": rng.gauss(7.4, 0.3)}
+         "learning_rate": 1e-4 * min(1, step / 50) * (1 - step / num_steps), "pairs_per_s": rng.gauss(7.4, 0.3),
+         "step_s": 2.0 if step > 1 else 20.0, "data_wait_ratio": 0.01 if step > 1 else 0.5, "mfu": 0.412, "hfu": 0.509,
+         "memory_bytes": 61.5e9 + step, "skipped_steps": 0}
         for step in range(1, num_steps + 1)
     ]  # fmt: skip
     measured = range(0, num_steps + 1, num_steps // 6)
@@ -94,10 +100,26 @@ def _training(num_steps: int) -> dict[str, Any]:
     return {
         "method": "mapo_paper", "loss": {"beta": 8.0}, "steps": num_steps, "zero_stage": 2, "world_size": 2,
         "precision": "fp32", "global_batch_size": 16, "num_starts": 2, "history": history,
-        "validation": [{**_step(step, step / num_steps, rng, 0.0), "num_pairs": 52.0} for step in measured],
+        "validation": [{**_step(step, step / num_steps, rng, 0.0), **_quarters(step / num_steps), "num_pairs": 52.0}
+                       for step in measured],
+        "samples": [{"step": step, "image": f"samples/0123/step-{step:08}.jpg"} for step in GRIDS],
         "workers": [{**worker, "rank": rank, "pid": 4711 + rank, "num_pairs": 9604 + rank, "digest": f"ab{rank}2" * 4}
                     for rank in (0, 1)],
     }  # fmt: skip
+
+
+def _quarters(progress: float) -> dict[str, float]:
+    return {f"implicit_accuracy_q{quarter}": 0.5 + progress * quarter / 10 for quarter in (1, 2, 3, 4)}
+
+
+def _grid(progress: float) -> bytes:
+    """Four landscapes, the more styled the later."""
+    grid = Image.new("RGB", (1032, 1032), (128, 128, 128))
+    for i in range(4):
+        plain, styled = (Image.open(io.BytesIO(_image(40 + i, side=512, styled=each))) for each in (False, True))
+        grid.paste(Image.blend(plain, styled, progress), (520 * (i % 2), 520 * (i // 2)))
+    grid.save(buffer := io.BytesIO(), "JPEG")
+    return buffer.getvalue()
 
 
 def _encoding() -> dict[str, Any]:
@@ -128,7 +150,7 @@ def sample_images() -> dict[str, bytes]:
     samples = {name: _image(sample["seed"], styled=name.startswith("aligned"))
                for sample in names for name in (sample["base"], sample["aligned"])}  # fmt: skip
     contact = {image[kind]: _image(100 + i) for i, image in enumerate(_encoding()["contact"]) for kind in CONTACT}
-    return samples | contact
+    return samples | contact | {f"samples/0123/step-{step:08}.jpg": _grid(step / GRIDS[-1]) for step in GRIDS}
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +194,7 @@ def test_what_a_user_wrote_is_text_and_never_markup() -> None:
     data["encoding"]["quarantined"][hostile] = 1
     parsed = _Page(render_report(data, sample_images()))
     assert "script" not in parsed.tags
-    assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS)
+    assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS) + len(GRIDS)
     assert parsed.text.count(hostile) >= 11
     assert all(parsed.text.count(prompt) >= 3 for prompt in PROMPTS)  # two samples and one image of encoding
 
@@ -286,6 +308,59 @@ def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str)
     assert text.count("is missing") == 1
 
 
+def test_grids_of_samples_are_shown_in_order_or_not_at_all(page: str) -> None:
+    text = _section(page, "curves")
+    places = [text.index(f"Step {step:,}", text.index("Samples while training")) for step in GRIDS]
+    assert places == sorted(places)
+    assert "Step 0 before training" in text
+    data = sample_data(12)
+    data["training"]["samples"] = []
+    assert "Samples while training" not in render_report(data, sample_images())
+
+
+def test_six_grids_of_this_training_are_chosen_evenly_with_both_ends(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    trained = StageRecord("train", "0123", "1,000 steps", 1.0, "2026-11-23T23:10:00Z", {})
+    assert sample_grids(storage, "runs/photos", trained) == []
+    for step in range(0, 1100, 100):
+        storage.write(f"runs/photos/samples/0123/step-{step:08}.jpg", b"")
+    storage.write("runs/photos/samples/4567/step-00005000.jpg", b"of another training")
+    chosen = sample_grids(storage, "runs/photos", trained)
+    assert [grid["step"] for grid in chosen] == [0, 200, 400, 600, 800, 1000]
+    assert chosen[-1]["image"] == "samples/0123/step-00001000.jpg"
+    for step in range(200, 1000, 100):
+        storage.delete(f"runs/photos/samples/0123/step-{step:08}.jpg")
+    assert [grid["step"] for grid in sample_grids(storage, "runs/photos", trained)] == [0, 100, 1000]
+
+
+def test_the_accuracy_at_each_noise_is_told_where_it_was_measured(page: str) -> None:
+    text = _section(page, "curves")
+    assert "at the least noise 0.500 0.600" in text
+    assert "in the second quarter of the timesteps 0.500 0.700" in text
+    assert "at the most noise 0.500 0.900" in text
+    data = sample_data(12)
+    for row in data["training"]["validation"]:
+        del row["implicit_accuracy_q2"]
+    assert "second quarter" not in render_report(data, {})
+
+
+def test_speed_is_told_as_far_as_it_was_measured(page: str) -> None:
+    text = _section(page, "workers")
+    for fact in (
+        "median of the steps 7.4", "Time of a step median 2.0 s", "Waiting for data of the time of all steps 1.4 %",
+        "median 41.2 %", "computes again 50.9 %", "Memory of a worker at its most, mean of the workers 61.5 GB",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert "Steps skipped" not in text
+    data = sample_data(12)
+    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}, {"step": 2, "skipped_steps": 3}]
+    text = _section(render_report(data, {}), "workers")
+    assert "no weight changed 3" in text
+    assert not re.search("a second|Memory|utilization|Waiting", text)
+    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}]
+    assert "Speed" not in _section(render_report(data, {}), "workers")
+
+
 def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:
     data = sample_data(12)
     data["training"]["history"][3]["loss"] = math.nan
@@ -326,8 +401,11 @@ def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> 
     images = {**sample_images(), "base-000.png": _image(1, side=report.MAX_SIDE + 88)}
     page = render_report(sample_data(12), images)
     assert base64.b64encode(images["aligned-000.png"]).decode() in page
-    (encoded,) = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (report.MAX_SIDE, report.MAX_SIDE)
+    copies = [
+        Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"image/jpeg;base64,([^\"]+)", page)
+    ]
+    sides = [report.MAX_SIDE] + [report.MAX_GRID_SIDE] * len(GRIDS)
+    assert [copy.size for copy in copies] == [(side, side) for side in sides]
     assert "base-000.png is missing" in render_report(sample_data(12), {})
 
 

@@ -15,6 +15,7 @@ import torch
 from encoded import write_encoded
 from s3_faults import Fault, faulty_proxy
 
+from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.storage import Storage
 from training import loader as loader_module
@@ -32,6 +33,11 @@ DOWNLOAD_FAULTS = (Fault.SLOW_DOWN, Fault.RESET_DOWNLOAD, Fault.CUT_DOWNLOAD, Fa
 def encoded(tmp_path: Path) -> tuple[Storage, Snapshot]:
     storage = Storage(str(tmp_path / "storage"))
     return storage, write_encoded(storage, tmp_path)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.0)
 
 
 def opened(storage: Storage, snapshot: Snapshot) -> tuple[PairIndex, PairReader]:
@@ -139,6 +145,7 @@ def test_prompts_in_memory_are_bounded(encoded: tuple[Storage, Snapshot]) -> Non
         assert num_texts == most if kept == num_prompts else num_texts > most
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_a_damaged_sample_is_named_with_its_place_and_origin(encoded: tuple[Storage, Snapshot]) -> None:
     storage, snapshot = encoded
     index, reader = opened(storage, snapshot)
@@ -155,6 +162,7 @@ def test_a_damaged_sample_is_named_with_its_place_and_origin(encoded: tuple[Stor
     reader.read([index.pair(0, 4)])
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_an_error_waits_until_its_batch_is_due(encoded: tuple[Storage, Snapshot]) -> None:
     storage, snapshot = encoded
     index, reader = opened(storage, snapshot)
@@ -333,6 +341,7 @@ def test_s3_reads_are_retried_and_verified(
     wanted = [tensors_of(batch) for _, batch in PairLoader(reader, groups)]
     with faulty_proxy(s3_server["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        type(s3_storage.fs).clear_instance_cache()  # the next one connects to where the environment points now
         broken = Storage(s3_storage.url)
         proxy.follow(*DOWNLOAD_FAULTS, times=24, ratio=0.5, max_in_a_row=2, key=".tar", silent_key=".tar")
         batches = list(PairLoader(PairReader(broken, load_texts(broken, snapshot)), groups))
