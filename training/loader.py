@@ -1,7 +1,6 @@
 """Micro-batches ahead of the step, in order: threads read pairs by range, and no rank waits for another's data."""
 
 import hashlib
-import queue
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Generic, TypeVar
 from training.batch import Batch, BatchRows
 from training.index import PairRecord
 from training.reader import PairReader
+from training.threads import Threads
 
 __all__ = ["Batch", "Consumed", "PairLoader", "PairReader"]
 
@@ -49,11 +49,15 @@ class PairLoader(Generic[Tag]):
 
     def __iter__(self) -> Iterator[tuple[Tag, Batch]]:
         ahead: deque[_Group[Tag]] = deque()
-        readers: _Readers[Tag] = _Readers(self._reader)
+        readers: Threads[tuple[_Group[Tag], int]] = Threads(NUM_READERS, "pair-reader", self._read)
         entered = time.monotonic()
         try:
             for tag, records in self._groups:
-                ahead.append(readers.start(_Group(tag, records)))
+                group = _Group(tag, records)
+                ahead.append(group)
+                for row in range(len(records)):
+                    readers.put((group, row))
+                del group  # the consumer's alone, once it is given out
                 if len(ahead) > self._read_ahead:
                     yield self._result(ahead, entered)
                     entered = time.monotonic()
@@ -62,6 +66,10 @@ class PairLoader(Generic[Tag]):
                 entered = time.monotonic()
         finally:
             readers.stop()
+
+    def _read(self, wanted: "tuple[_Group[Tag], int]") -> None:
+        group, row = wanted
+        group.read(self._reader, row)
 
     def _result(self, ahead: "deque[_Group[Tag]]", entered: float) -> tuple[Tag, Batch]:
         """The oldest group; nothing of it is held here while the consumer has it."""
@@ -100,38 +108,6 @@ class _Group(Generic[Tag]):
         if self._errors:
             raise self._errors[min(self._errors)]
         return self.rows.finish()
-
-
-class _Readers(Generic[Tag]):
-    """Threads that read pairs in the order in which they are wanted.
-
-    One queue entry a pair costs a microsecond; a future of an executor costs thirty.
-    """
-
-    def __init__(self, reader: PairReader) -> None:
-        self._reader = reader
-        self._wanted: queue.SimpleQueue[tuple[_Group[Tag], int] | None] = queue.SimpleQueue()
-        self._stopped = False
-        for number in range(NUM_READERS):
-            threading.Thread(target=self._work, name=f"pair-reader-{number}", daemon=True).start()
-
-    def start(self, group: _Group[Tag]) -> _Group[Tag]:
-        """Have the pairs of a group read."""
-        for row in range(len(group.rows.records)):
-            self._wanted.put((group, row))
-        return group
-
-    def stop(self) -> None:
-        """Begin nothing more; what is being read ends by itself."""
-        self._stopped = True
-        for _ in range(NUM_READERS):
-            self._wanted.put(None)
-
-    def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None and not self._stopped:
-            group, row = wanted
-            group.read(self._reader, row)
-            del wanted, group  # or an idle thread would keep its last batch
 
 
 @dataclass

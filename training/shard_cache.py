@@ -6,8 +6,8 @@ of its shard, so that runs and data sets share a folder. Nothing that goes wrong
 
 import hashlib
 import logging
+import math
 import os
-import queue
 import re
 import threading
 import time
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pipelines.dataset.errors import ConfigError, MapoError, ShardCorrupt
 from pipelines.dataset.storage import Storage
 from training.index import Location
+from training.threads import MAX_EXIT_S, Threads
 
 NUM_FETCHERS = 4
 PIECE_BYTES = 16 << 20  # of a shard, in one request and in memory
@@ -48,11 +49,11 @@ class ShardCache:
         self._storage = storage
         self._folder = Path(folder).expanduser().absolute()
         self._max_bytes = max_bytes
-        self._wanted: queue.Queue[Location | None] = queue.Queue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._not_before: dict[str, float] = {}  # shards that are wanted already, or were of late, and in vain
+        self._num_wanted = 0
+        self._fetchers: Threads[Location] | None = None  # from the first miss on
         self._touched: dict[str, float] = {}
-        self._threads: list[threading.Thread] = []
         self._closed = self._has_warned = False
         try:
             (self._folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -113,17 +114,16 @@ class ShardCache:
 
     def wait(self) -> None:
         """Return once nothing is being fetched."""
-        self._wanted.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_wanted or self._closed)
 
     def close(self) -> None:
         """Fetch nothing more; what is half here goes away."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            threads, self._threads = self._threads, []
-        for _ in threads:
-            self._wanted.put(None)
-        for thread in threads:
-            thread.join()
+            self._changed.notify_all()
+        if self._fetchers is not None:
+            self._fetchers.stop(wait_s=MAX_EXIT_S)
 
     def _file(self, where: Location) -> Path:
         return self._folder / f"{where.shard_sha256}.tar"
@@ -142,37 +142,32 @@ class ShardCache:
             return  # another process made room
 
     def _want(self, where: Location) -> None:
-        with self._lock:
+        with self._changed:
             if self._closed or time.monotonic() < self._not_before.get(where.shard, 0.0):
                 return
-            self._not_before[where.shard] = float("inf")
-            if not self._threads:
-                self._threads = [
-                    threading.Thread(target=self._work, name=f"shard-fetcher-{number}", daemon=True)
-                    for number in range(NUM_FETCHERS)
-                ]
-                for thread in self._threads:
-                    thread.start()
-        self._wanted.put(where)
+            self._not_before[where.shard] = math.inf
+            self._num_wanted += 1
+            if self._fetchers is None:
+                self._fetchers = Threads(NUM_FETCHERS, "shard-fetcher", self._fetch_wanted)
+        self._fetchers.put(where)
 
-    def _work(self) -> None:
-        while (where := self._wanted.get()) is not None:
-            again = time.monotonic() + RETRY_S
-            try:
-                if not self._closed and self.fetch(where):
-                    again = 0.0
-            except (MapoError, OSError) as error:
-                if isinstance(error, ShardCorrupt):
-                    again = float("inf")
-                self._warn(f"cannot keep {where.shard}: {getattr(error, 'message', error)}")
-            with self._lock:
-                self._not_before[where.shard] = again
-            self._wanted.task_done()
-        self._wanted.task_done()
+    def _fetch_wanted(self, where: Location) -> None:
+        again = time.monotonic() + RETRY_S
+        try:
+            if self.fetch(where):
+                again = 0.0
+        except (MapoError, OSError) as error:
+            if isinstance(error, ShardCorrupt):
+                again = math.inf
+            self._warn(f"cannot keep {where.shard}: {getattr(error, 'message', error)}")
+        with self._changed:
+            self._not_before[where.shard] = again
+            self._num_wanted -= 1
+            self._changed.notify_all()
 
     def _warn(self, message: str) -> None:
         """Say it once: what holds for one shard of a full disk holds for hundreds."""
-        with self._lock:
+        with self._changed:
             is_first, self._has_warned = not self._has_warned, True
         log.log(logging.WARNING if is_first else logging.DEBUG, "shard cache %s: %s", self._folder, message)
 
@@ -211,8 +206,8 @@ class ShardCache:
         digest = hashlib.sha256()
         with part.open("r+b") as out:
             for offset in range(0, where.shard_bytes, PIECE_BYTES):
-                if self._closed:
-                    raise OSError("the run has ended")
+                if self._closed or (self._fetchers and self._fetchers.is_stopped):
+                    raise OSError("the cache was closed")
                 length = min(PIECE_BYTES, where.shard_bytes - offset)
                 piece = self._storage.read_range(where.shard, offset, length)
                 digest.update(piece)

@@ -1,9 +1,13 @@
 """Killed at any moment, a run ends with the bits of an undisturbed one; with other workers, with its curve."""
 
+import json
 import os
+import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -73,8 +77,6 @@ class Killer:
 
 
 def pid_of(spec: TrainSpec, rank: int) -> int:
-    import json
-
     return int(json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"][rank]["pid"])
 
 
@@ -180,3 +182,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(data, undistu
     assert trained.starts == 2
     assert_same_bits(undisturbed[2], (spec, trained))
     assert committed(spec.storage, spec.checkpoints)[-1].folder != newest.folder
+
+
+@pytest.mark.slow
+def test_a_notice_that_a_node_will_go_gives_a_checkpoint_in_time(data, tmp_path) -> None:
+    """No checkpoint is due before the end: the one in time is the notice's. One worker goes on from it."""
+    changes = {"num_workers": "1..2", "max_steps": 300, "checkpoint_every": 1000, "validate_every": 1000}
+    spec = run_of(data, "preempted", **changes)
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    driver = [sys.executable, "-m", "preempted", str(tmp_path / "spec")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(driver, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["before"] == []
+    assert len(found["in_time"]) == 1
+    assert 0 < found["in_time"][0] < 300
+    assert (found["starts"], found["workers"]) == (2, 1)
+    assert found["steps"] == list(range(1, 301))
