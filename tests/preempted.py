@@ -52,7 +52,7 @@ def take_away(cluster: Cluster, node: Any, spec: TrainSpec, found: dict) -> None
 def main() -> None:
     """Train; one node of two goes."""
     spec: TrainSpec = pickle.loads(Path(sys.argv[1]).read_bytes())
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
