@@ -1,10 +1,11 @@
 """Pairs of `benchmarks.alignment`: the demo's photos against themselves in the demo's style, at three strengths.
 
-The demo's own data set has one strength and two splits, and comes as Parquet for Ray to encode. Here its scenes, style
-and encoders are used without that: three strengths, three splits, in memory. Letters: B pairs, C channels, H, W.
+The demo's own data set has one strength and two splits, and comes as Parquet for Ray to encode. Its scenes, style and
+encoders are used here without that: three strengths, three splits, in memory.
+Letters: B pairs, C channels, H and W of latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from orchestration.demo.base import BASE_MODEL
-from orchestration.demo.scenes import RESOLUTION, Scene, crop, cyanotype, draw_shift, scenes
+from orchestration.demo.scenes import RESOLUTION, SUBJECTS, Scene, crop, cyanotype, draw_shift, scenes
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
 from pipelines.encoders import Embedded, LatentEncoder, TextEncoder
@@ -21,17 +22,18 @@ from training.batch import Batch
 
 SOURCE = ModelSource(str(BASE_MODEL))
 LEVELS = {"near": 0.25, "middle": 0.5, "far": 1.0}
-"""Mismatch of the preferred images with the base model: the share of the style in the blend of photo and style."""
+"""Mismatch between the preferred images and the base model: how much of the style is blended into the photo."""
 
 HELD_OUT = {VALIDATION: 2, TEST: 2}
 """Scenes of each photo that are held out; the other six of its ten are trained on."""
 
-SEED = 0
+SEED = 20240610
+ENCODE_BATCH = 40
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one split at one level, with what training reads of them."""
+    """Pairs of one split at one level, as images and as training reads them."""
 
     prompts: list[str]
     chosen: list[Image.Image]
@@ -40,7 +42,7 @@ class Pairs:
     rejected_BCHW: Tensor
     embeddings: dict[str, Embedded]
 
-    def batch(self, positions: Sequence[int]) -> Batch:
+    def batch(self, positions: list[int]) -> Batch:
         """A micro-batch of the pairs at these positions."""
         texts = [self.embeddings[self.prompts[position]] for position in positions]
         time_ids = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]] * len(texts)).float()
@@ -59,22 +61,22 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Data:
-    """All pairs, by level and split, and what a dropped prompt becomes."""
+    """All pairs by level and split, and what a dropped prompt becomes."""
 
     pairs: dict[tuple[str, str], Pairs]
     null: Embedded
 
     @property
     def null_conditioning(self) -> tuple[Tensor, Tensor | None]:
-        """As `training.loop.draw_with` asks its reader for it."""
+        """What `training.loop.draw_with` asks of its reader."""
         return self.null.prompt_embeds, self.null.pooled_prompt_embeds
 
 
 def split_scenes() -> dict[str, list[Scene]]:
     """Every scene in one split; each photo has scenes in all three, and no prompt is in two."""
     rng = np.random.default_rng(SEED)
-    found: dict[str, list[Scene]] = {TRAIN: [], VALIDATION: [], TEST: []}
-    for photo in sorted({scene.photo for scene in scenes()}):
+    found: dict[str, list[Scene]] = {split: [] for split in (TRAIN, *HELD_OUT)}
+    for photo in SUBJECTS:
         views = [scene for scene in scenes() if scene.photo == photo]
         views = [views[position] for position in rng.permutation(len(views))]
         for split, count in HELD_OUT.items():
@@ -84,28 +86,28 @@ def split_scenes() -> dict[str, list[Scene]]:
     return found
 
 
-def styled(image: Image.Image, strength: float) -> Image.Image:
+def styled(photo: Image.Image, strength: float) -> Image.Image:
     """A photo on its way to the demo's style: 0 is the photo, 1 its cyanotype."""
-    return Image.blend(image, cyanotype(image), strength)
+    return Image.blend(photo, cyanotype(photo), strength)
 
 
-def make_data(crops_per_scene: int, levels: Sequence[str]) -> Data:
+def make_data(levels: Iterable[str], crops_per_scene: int) -> Data:
     """Draw, style and encode; the same crops at every level."""
     rng = np.random.default_rng(SEED)
     vae, text = LatentEncoder(SOURCE), TextEncoder(SOURCE)
-    pairs: dict[tuple[str, str], Pairs] = {}
+    levels, pairs = list(levels), {}
     for split, views in split_scenes().items():
         prompts = [scene.caption for scene in views for _ in range(crops_per_scene)]
-        plain = [crop(scene, draw_shift(rng)) for scene in views for _ in range(crops_per_scene)]
+        photos = [crop(scene, draw_shift(rng)) for scene in views for _ in range(crops_per_scene)]
         captions = sorted(set(prompts))
         embeddings = dict(zip(captions, text(captions), strict=True))
-        plain_BCHW = _encode(vae, plain)
+        photos_BCHW = _encode(vae, photos)
         for level in levels:
-            chosen = [styled(image, LEVELS[level]) for image in plain]
-            pairs[level, split] = Pairs(prompts, chosen, plain, _encode(vae, chosen), plain_BCHW, embeddings)
+            chosen = [styled(photo, LEVELS[level]) for photo in photos]
+            pairs[level, split] = Pairs(prompts, chosen, photos, _encode(vae, chosen), photos_BCHW, embeddings)
     return Data(pairs, text.null())
 
 
 def _encode(vae: LatentEncoder, images: list[Image.Image]) -> Tensor:
     stacked = np.stack([np.asarray(image) for image in images])
-    return torch.cat([vae(stacked[start : start + 40]) for start in range(0, len(stacked), 40)])
+    return torch.cat([vae(stacked[start : start + ENCODE_BATCH]) for start in range(0, len(stacked), ENCODE_BATCH)])

@@ -156,7 +156,7 @@ def resume(hands: Hands, names: dict[str, str], root: str, num_rounds: int) -> d
     for name in RESUMED:
         if name in names:
             place = f"{root}/{folder_of(name)}"
-            state = hands.run("save", names[name], place)
+            state = {"step": STEP} if name == "ours" else hands.run("save", names[name], place)
             best[name] = min(hands.run("read", names[name], place, state)["first_s"] for _ in range(num_rounds))
     return best
 
@@ -172,13 +172,11 @@ def show(where: str, results: dict[str, dict[str, Any]]) -> dict[str, float]:
             f"{found['rss_mb']:>8.0f}{found['pss_mb']:>8.0f}",
             flush=True,
         )
-    others = {name: found["samples_per_s"] for name, found in results.items() if folder_of(name) != "ours"}
-    return {
-        f"{where}: {mine} / {name}": round(results[mine]["samples_per_s"] / rate, 2)
-        for name, rate in others.items()
-        for mine in results
-        if folder_of(mine) == "ours"
-    }
+    ratios = {}
+    for name, found in results.items():
+        for mine in (each for each in results if folder_of(each) == "ours" != folder_of(name)):
+            ratios[f"{where}: {mine} / {name}"] = round(results[mine]["samples_per_s"] / found["samples_per_s"], 2)
+    return ratios
 
 
 def peer_versions(peers: str) -> dict[str, str]:
@@ -196,6 +194,7 @@ def main() -> None:
     arguments.add_argument("--pairs", type=int, default=3000, help="a multiple of 8")
     arguments.add_argument("--rounds", type=int, default=3, help="the best of so many is told")
     arguments.add_argument("--small", action="store_true", help="ours and webdataset, 96 pairs, one round, no S3")
+    arguments.add_argument("--work", type=Path, default=Path(), help="where the samples go: 8 GB")
     arguments.add_argument("--out", type=Path, default=RESULTS)
     options = arguments.parse_args()
     if not (options.small or options.peers) or options.pairs % BATCH_SIZE:
@@ -204,7 +203,7 @@ def main() -> None:
     hands = Hands(options.peers or sys.executable, num_pairs)
     local = {name: LOCAL[name] for name in SMALL} if options.small else LOCAL
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="mapo-bench-", dir=Path.cwd()) as name:
+    with tempfile.TemporaryDirectory(prefix="mapo-bench-", dir=options.work.absolute()) as name:
         samples = Path(name, "samples")
         for hand in (each for each in local if each == folder_of(each)):
             (samples / hand).mkdir(parents=True)

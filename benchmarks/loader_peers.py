@@ -27,6 +27,7 @@ class WebDataset:
     """Tars read from end to end: shards in random order, and a shuffle buffer. Safetensors decode quickest."""
 
     modules = ("webdataset", "safetensors.torch")
+    s3_modules = ("boto3",)
 
     def write(self, folder: Path, num_pairs: int) -> None:
         """One member a sample."""
@@ -84,6 +85,7 @@ class Streaming:
     """MosaicML streaming: fixed shapes, its quickest encoding; its own shuffle, py1e."""
 
     modules = ("benchmarks.torchvision_stub", "streaming")
+    s3_modules = ("boto3",)
 
     def write(self, folder: Path, num_pairs: int) -> None:
         """MDS shards."""
@@ -127,6 +129,7 @@ class LitData:
     """litdata: tensors in its chunks, its own shuffle."""
 
     modules = ("litdata",)
+    s3_modules = ("boto3", "obstore")
 
     def write(self, folder: Path, num_pairs: int) -> None:
         """Its `optimize`, in one process."""

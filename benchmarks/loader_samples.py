@@ -33,6 +33,8 @@ class Hand(Protocol):
 
     modules: tuple[str, ...]
     """What is imported before the clock starts."""
+    s3_modules: tuple[str, ...]
+    """What is imported too if the samples are on S3."""
 
     def write(self, folder: Path, num_pairs: int) -> None:
         """Keep the samples as users do."""
@@ -71,7 +73,7 @@ def epoch_and_rest(num_pairs: int) -> tuple[int, int]:
 
 def measure(hand: Hand, url: str, num_pairs: int, state: dict[str, Any]) -> dict[str, float]:
     """An epoch, checked sample by sample; or the time to the first batch after a resume."""
-    for name in hand.modules:
+    for name in hand.modules + (hand.s3_modules if url.startswith("s3://") else ()):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mapo-bench-cache-") as cache:
         cpu_s, started = _cpu_s(), time.monotonic()

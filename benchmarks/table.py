@@ -6,7 +6,11 @@ Row = dict[str, Any]
 
 
 def show(rows: list[Row]) -> None:
-    """Print one table of all rows; a column for every name that any of them has, numbers with four digits."""
+    """Print one table with a column for every name that any row has; rows of a single text go before it."""
+    for row in rows:
+        if len(row) == 1:
+            print(*row.values())
+    rows = [row for row in rows if len(row) > 1]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     texts = [[_short(row.get(name, "")) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]

@@ -1,15 +1,19 @@
 """The product's engine around a UNet of random weights, fed with pairs made up in memory; for `cost` and `train_gpu`.
 
+What the parts of `train_gpu` share is here too: the models' sizes, and `Bench`.
+
 Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
 """
 
 import gc
+import itertools
 import os
 import socket
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from benchmarks.gpu_peak import Row, settle
 from training.batch import Batch
 from training.config import TrainConfig
 from training.engine import Engine, build_engine, dtype_of, quiet_libraries, set_gradient_checkpointing
-from training.flops import NUM_TIME_IDS, Flops, pair_flops
+from training.flops import NUM_TIME_IDS, Flops, pair_flops, peak_flops
 from training.losses import pair_loss
 from training.methods import METHODS, NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora
@@ -45,8 +49,12 @@ SMALL_UNET_CONFIG = UNET_CONFIG | {
     "projection_class_embeddings_input_dim": 64,
 }  # fmt: skip
 TOKENS = 77
+TFLOP_A_PAIR: Mapping[bool | str, float] = {False: 40.46, True: 50.89, "resnets": 42.64, "transformers": 48.71}
+"""SDXL at 1024 x 1024 by gradient checkpointing, as `training.flops` counts it (two minutes on one core)."""
+REFERENCE_TFLOP_A_PAIR = 13.52
 PUBLISHED_ACCUMULATION = 32  # micro-batches of 8 pairs in a global batch of 2048 on 8 GPUs
 NUM_BATCHES = 4  # distinct ones, taken in turn
+LINEAR = torch.nn.functional.linear
 
 
 def start_alone() -> None:
@@ -66,6 +74,7 @@ def new_base(unet_config: Mapping[str, Any], device: torch.device) -> Base:
     """A UNet of random weights, float32, made where it will be; SDXL's noise schedule and scale of latents."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
+    quiet_libraries()
     torch.manual_seed(0)
     with device:
         unet = UNet2DConditionModel(**unet_config)
@@ -98,6 +107,67 @@ def made_up(unet_config: Mapping[str, Any], num_pairs: int, side: int, seed: int
         return batch
     tensors = {name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **tensors)
+
+
+@dataclass
+class Bench:
+    """What all sections of `train_gpu` share, and what one leaves for another."""
+
+    work: Path
+    small: bool
+    deadline: float
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    failed: list[str] = field(default_factory=list)
+    peak: float = 0.0
+    """TFLOP/s of bfloat16 products."""
+    best: "Way | None" = None
+    """The fastest way that was found."""
+    needs_reference: bool = False
+
+    def __post_init__(self) -> None:
+        self.on_gpu = self.device.type == "cuda"
+        self.unet_config = SMALL_UNET_CONFIG if self.small else UNET_CONFIG
+        self.side = 8 if self.small else 128
+        self.seconds = 0.1 if self.small else 3.0  # of timing, for each way
+        self._trainee: Trainee | None = None
+
+    def left(self) -> float:
+        """Seconds until all must be over."""
+        return self.deadline - time.monotonic()
+
+    def verify(self, what: str, passed: bool) -> str:
+        """Note a check; a failed one makes the whole run fail, at its end."""
+        if not passed:
+            self.failed.append(what)
+        return "ok" if passed else "FAILED"
+
+    def trainee(self) -> "Trainee":
+        """The engine of the published recipe's kind: ZeRO-2, bf16, float32 sums over micro-batches, AdamW."""
+        if self._trainee is None:
+            config = TrainConfig(micro_batch_size=8, global_batch_size=16, gradient_checkpointing=False)
+            self._trainee = Trainee(
+                self.unet_config, config, accumulation_steps=2, device=self.device, side=self.side,
+                has_reference=self.needs_reference,
+            )  # fmt: skip
+        return self._trainee
+
+    def drop_trainee(self) -> None:
+        """Give its memory back; the next one who asks gets a new one."""
+        if self._trainee is not None:
+            self._trainee.close()
+            self._trainee = None
+
+    def shares(self, row: Row, way: "Way", method: str = "mapo_paper") -> Row:
+        """The row with the model's share of the measured peak and of the data sheet's, and the hardware's."""
+        if not self.on_gpu or self.small:
+            return row
+        reference = REFERENCE_TFLOP_A_PAIR if method in NEEDS_REFERENCE else 0.0
+        rates = [row["pairs/s"] * (TFLOP_A_PAIR[each] + reference) for each in (False, way.checkpointing)]
+        found = {}
+        if self.peak:
+            found = {"MFU": rates[0] / self.peak, "HFU": rates[1] / self.peak}
+        sheet = peak_flops(torch.cuda.get_device_name(), "bf16", None)
+        return row | found | ({"MFU of data sheet": 1e12 * rates[0] / sheet} if sheet else {})
 
 
 @dataclass(frozen=True)
@@ -148,7 +218,6 @@ class Trainee:
         has_reference: bool = False,
     ) -> None:
         start_alone()
-        quiet_libraries()
         if torch.distributed.is_initialized():
             from accelerate.state import AcceleratorState
 
@@ -189,12 +258,12 @@ class Trainee:
         unet = self.base.unet
         unet.disable_gradient_checkpointing()
         set_gradient_checkpointing(unet, way.checkpointing)
-        if way.compiled:
-            torch._dynamo.reset()  # or the blocks are compiled once for all sizes, slower than for this one
-            unet.compile_repeated_blocks()
-        else:
+        if way.compiled != self.way.compiled or (way.compiled and way.pairs != self.way.pairs):
+            torch._dynamo.reset()  # or blocks are compiled once more for any size, slower than for this one
             for module in unet.modules():
                 module._compiled_call_impl = None
+            if way.compiled:
+                unet.compile_repeated_blocks()
         torch.backends.cudnn.benchmark = way.benchmark
         changes = {"channels_last": way.channels_last, "attention": way.attention}
         config, engine = self.config.model_copy(update=changes), self.engine
@@ -231,23 +300,26 @@ class Trainee:
             for _ in range(self.engine.accumulation_steps):
                 self.micro_step(method)
                 marks.append(time.perf_counter())
-            return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+            return [after - before for before, after in itertools.pairwise(marks)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.engine.accumulation_steps + 1)]
         events[0].record()
         for event in events[1:]:
             self.micro_step(method)
             event.record()
         events[-1].synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in zip(events, events[1:], strict=False)]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(events)]
 
     def measure(self, way: Way, seconds: float, method: str = "mapo_paper") -> Row:
         """Pairs a second this way: medians of a micro-step and of the last one of an optimizer step, and memory."""
+        settle(self.device)
         self.use(way)
         started = time.monotonic()
         self.step(method)
         first_s = time.monotonic() - started  # compiles, and lets cuDNN try what it has
-        self.step(method)
-        settle(self.device)
+        if way.compiled or way.benchmark:
+            self.step(method)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         started, inner, last = time.monotonic(), [], []
         while time.monotonic() - started < seconds or len(last) < 2:
             *some, end = self.step(method)
@@ -260,6 +332,7 @@ class Trainee:
         if self.device.type == "cuda":
             row["memory GB"] = torch.cuda.max_memory_allocated() / 1e9
             row["reserved GB"] = torch.cuda.max_memory_reserved() / 1e9
+            row["idle GB"] = torch.cuda.memory_allocated() / 1e9
         return row
 
     def flops(self, method: str, checkpointing: bool | str) -> Flops:
@@ -273,5 +346,6 @@ class Trainee:
         self.engine.unet.destroy()
         self.engine.accelerator.free_memory()
         self.__dict__.clear()
+        torch.nn.functional.linear = LINEAR  # ZeRO-3 puts its own in its place, for all models to come
         gc.collect()
         settle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

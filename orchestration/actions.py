@@ -16,6 +16,8 @@ from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.pair import VALIDATION
 
 if TYPE_CHECKING:
+    from orchestration.config import RunConfig
+    from orchestration.journal import StageRecord
     from pipelines.config import EncodeConfig
     from training.config import TrainConfig
     from training.launch import Progress
@@ -42,6 +44,27 @@ def check_training(config: TrainConfig) -> None:
     from training.trackers import check_trackers
 
     check_trackers(config.trackers)
+
+
+def check_export(config: RunConfig) -> None:
+    """Find what could not be exported as it is asked for before anything is trained.
+
+    Raises:
+        ConfigError: The training will not have it, or the hub will not take it.
+    """
+    train, export = config.train, config.export
+    if train is not None and export.weights == "ema" and train.ema is None:
+        raise ConfigError("export.weights is ema, but training keeps no average", "set `train.ema: {decay: 0.9999}`")
+    if train is not None and export.checkpoint == "best" and not train.keep_best:
+        raise ConfigError("export.checkpoint is best, but train.keep_best is false", "set `train.keep_best: true`")
+    if export.push_to_hub is not None:
+        from huggingface_hub import constants, get_token
+
+        if constants.HF_HUB_OFFLINE or not get_token():
+            raise ConfigError(
+                f"export.push_to_hub is {export.push_to_hub}, which needs HF_TOKEN and no HF_HUB_OFFLINE",
+                "set them so; or leave it out, and `mapo export` with it once the model is there",
+            )
 
 
 # ingest: the table itself says which units it has
@@ -186,23 +209,34 @@ def run_train(run: Run, key: str) -> Outcome:
         summary += (
             f", held-out implicit accuracy {first[0]['implicit_accuracy']:.2f} → {last[0]['implicit_accuracy']:.2f}"
         )
-    return Outcome(summary, asdict(trained) | {"snapshot": asdict(spec.snapshot)})
+    made_from = {"snapshot": asdict(spec.snapshot), "base_digest": spec.base_digest, "seed": spec.seed}
+    return Outcome(summary, asdict(trained) | made_from | {"config": spec.config.model_dump(mode="json")})
 
 
 # export
 
 
 def export_key(run: Run) -> str | None:
-    """The trained weights, and what is to be written of them."""
+    """The trained weights, and what is to be done with them."""
+    weights = _exported_weights(run)
+    return None if weights is None else digest(weights, run.config.export.push_to_hub)
+
+
+def _exported_weights(run: Run) -> str | None:
+    """What is to be written of the trained weights; where it is pushed to does not change a sample."""
+    if run.config.encode is None:
+        raise ConfigError("export needs the section `encode`: the base model is named there", "add `encode`")
     trained = run.journal.record("train")
-    if trained is None:
+    checkpoint = None if trained is None else _checkpoint(run, trained)
+    if trained is None or checkpoint is None:
         return None
-    config = run.config.export.model_dump(mode="json")
-    return digest(EXPORT_VERSION, trained.key, trained.details[_checkpoint(run)], config)
+    return digest(EXPORT_VERSION, trained.key, checkpoint, run.config.export.model_dump(exclude={"push_to_hub"}))
 
 
-def _checkpoint(run: Run) -> str:
-    return "checkpoint" if run.config.export.checkpoint == "last" else "best_checkpoint"
+def _checkpoint(run: Run, trained: StageRecord) -> str | None:
+    name = "checkpoint" if run.config.export.checkpoint == "last" else "best_checkpoint"
+    found: str | None = trained.details.get(name)
+    return found
 
 
 def export_is_done(run: Run, key: str) -> bool:
@@ -216,24 +250,30 @@ def export_is_done(run: Run, key: str) -> bool:
 
 def run_export(run: Run, key: str) -> Outcome:
     """A checkpoint as a diffusers model."""
-    from orchestration.card import model_card
+    from orchestration.card import model_card, trained_with
     from training.export import export_model
+    from training.spec import base_digest
 
     trained = run.journal.record("train")
     assert trained is not None
     assert run.config.encode is not None
-    assert run.config.train is not None
-    checkpoint = trained.details[_checkpoint(run)]
+    source, checkpoint = run.config.encode.source, _checkpoint(run, trained)
+    assert checkpoint is not None
+    if trained.details.get("base_digest", digest_now := base_digest(source)) != digest_now:
+        raise ConfigError(
+            f"{source.model} is not the base that the weights were trained from",
+            "export with the `encode` section that they were trained with, or `mapo run` to train anew",
+        )
     export_model(
         run.storage,
         checkpoint=checkpoint,
-        source=run.config.encode.source,
+        source=source,
         target=run.model,
         card=model_card(run.config, trained, checkpoint),
         config=run.config.export,
-        lora=run.config.train.lora,
+        lora=trained_with(run.config, trained).lora,
     )
-    return Outcome(run.storage.uri(run.model), {"model": run.model})
+    return Outcome(run.storage.uri(run.model), {"model": run.model, "weights": _exported_weights(run)})
 
 
 # evaluate
@@ -244,9 +284,8 @@ def evaluate_key(run: Run) -> str | None:
     exported = run.journal.record("export")
     if exported is None or run.config.encode is None:
         return None
-    return digest(
-        exported.key, run.config.evaluate.model_dump(mode="json"), run.config.encode.resolution, run.config.seed
-    )
+    weights, settings = exported.details.get("weights", exported.key), run.config.evaluate.model_dump(mode="json")
+    return digest(weights, settings, run.config.encode.resolution, run.config.seed)
 
 
 def run_evaluate(run: Run, key: str) -> Outcome:

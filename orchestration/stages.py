@@ -101,6 +101,8 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         actions.check_model(config.encode)
     if config.train is not None:
         actions.check_training(config.train)
+    if any(stage.name == "train" for stage in stages[position:]):
+        actions.check_export(config)
     prepare(run)
     if any(stage.needs_ray for stage in stages[position:]):
         with connected(config):

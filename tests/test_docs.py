@@ -96,13 +96,6 @@ def test_every_key_has_a_meaning() -> None:
         assert f"`{name}`" in text
 
 
-@pytest.mark.parametrize("key", reference.REFUSED)
-def test_what_the_page_calls_refused_is_refused(key: str) -> None:
-    value = {"train.lora": "{rank: 8}", "train.ema": "{decay: 0.9}", "train.offload": "cpu", "train.precision": "fp16"}
-    with pytest.raises(ConfigError, match="does not have it yet"):
-        parse_config("\n".join(REQUIRED), [f"{key}={value[key]}"])
-
-
 def test_every_reason_is_explained_once() -> None:
     text = (DOCS / "reference" / "reasons.md").read_text()
     found = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)

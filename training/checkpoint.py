@@ -202,6 +202,7 @@ def set_aside(storage: Storage, manifest: Manifest) -> None:
 def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
     """This rank's fragments of all kinds, as they are now."""
     parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
+    parts |= {(kind, fragment): scales for kind, fragment, scales in state.scales()}
     if ema is not None:
         parts |= {(EMA, fragment): average for fragment, average in ema.fragments().items()}
     return parts
@@ -253,14 +254,15 @@ def _load(
 ) -> tuple[tuple[dict[str, dict[str, Tensor]], Reader] | None, MapoError | None]:
     """This rank's fragments, or what is wrong with them."""
     kinds = [*KINDS, *([EMA] if ema is not None else [])]
-    fragments = state.fragments
+    wanted = [(kind, fragment) for kind in kinds for fragment in state.fragments]
+    if manifest.world_size == torch.distributed.get_world_size() and manifest.zero_stage == state.stage:
+        wanted += state.wanted_scales()
     try:
         reader = Reader(storage, manifest)
-        wanted = [(kind, part.name, part.start, part.numel) for kind in kinds for part in fragments]
-        arrays = reader.read(wanted)
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-        for (kind, name, *_), array in zip(wanted, arrays, strict=True):
-            tensors[kind][name] = torch.from_numpy(array)
+        arrays = reader.read((kind, part.name, part.start, part.numel) for kind, part in wanted)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for (kind, fragment), array in zip(wanted, arrays, strict=True):
+            tensors.setdefault(kind, {})[fragment.name] = torch.from_numpy(array)
         return (tensors, reader), None
     except MapoError as error:
         return None, error

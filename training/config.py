@@ -110,7 +110,7 @@ class TrainConfig(Config):
     validate_every: int = Field(100, ge=1)
     """Steps between validations on the held-out pairs."""
     max_validation_pairs: int = Field(256, ge=1)
-    """Held-out pairs a validation uses; the first by key if there are more."""
+    """Held-out pairs a validation uses: if there are more, those of the first buckets, by key within a bucket."""
     sample_every: int | None = Field(None, ge=1)
     """Steps between grids of samples from held-out prompts; none by default."""
     num_samples: int = Field(4, ge=1)
@@ -128,7 +128,7 @@ class TrainConfig(Config):
     max_cache_bytes: int = Field(107_374_182_400, ge=1)
     """The least recently used shards leave `cache_dir` above this size."""
     start_timeout_s: int = Field(1800, ge=1)
-    """Time for all workers to start; they fetch the model, and the first of a node may compile an op."""
+    """Time to wait for the resources of all workers; then Ray asks for them again."""
     collective_timeout_s: int = Field(1800, ge=1)
     """A collective that lasts longer fails the workers, which start again from the last checkpoint."""
     environment: dict[str, str] = Field(default_factory=dict)

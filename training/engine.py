@@ -141,7 +141,7 @@ def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bo
     return settings
 
 
-def check_machine(config: TrainConfig, *, on_gpu: bool) -> None:
+def check_machine(config: TrainConfig) -> None:
     """Refuse by name what this machine cannot do, before a model is loaded.
 
     Raises:
@@ -196,7 +196,6 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
     quiet_libraries()
     # DeepSpeed builds an op with ninja, which lies beside this interpreter and need not be on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    check_machine(config, on_gpu=on_gpu)
     plugin = DeepSpeedPlugin(
         hf_ds_config=deepspeed_config(config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
     )

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.dataset.errors import ModelError, TrainingError
-from pipelines.dataset.model_files import MODEL_INDEX, ModelSource, read_family, weight_files
+from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
+from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_model_index, weight_files
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import Reader, committed, read_parameters
 from training.config import ExportConfig, LoraConfig
@@ -19,6 +19,8 @@ from training.zero import WEIGHT
 
 UNET, VAE, LORA = "unet", "vae", "lora"
 STEM = "diffusion_pytorch_model"
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it goes on from the newest whole checkpoint"
 
 
 def marker(config: ExportConfig) -> str:
@@ -40,7 +42,7 @@ def export_model(
 
     Everything but the UNet is the base's own files, byte for byte; weights of a variant have plain names here, and a
     separate VAE takes the place of the pipeline's own. The folder is complete once its `marker` is there: it is
-    written last, and removed first when an older export is replaced.
+    written last, and removed first when an older export is replaced. Of the older export nothing stays.
 
     Args:
         storage: Where checkpoint and target lie.
@@ -52,60 +54,32 @@ def export_model(
         lora: The adapters that were trained; None if it was the whole UNet.
 
     Raises:
-        ModelError: The checkpoint is not there, or lacks what is asked for.
+        ModelError: The checkpoint is not there, lacks what is asked for, or is of another UNet; or the hub refused.
         ShardCorrupt: It is damaged.
         TrainingError: A weight is not finite.
     """
     config = config or ExportConfig()
     weights = read_weights(storage, checkpoint, config.weights)
-    base = source.folder()
     with tempfile.TemporaryDirectory(prefix="mapo-export-") as work:
-        exported = Path(work) / "model"
+        exported, apart = Path(work) / "model", Path(work) / "last"
         exported.mkdir()
         if config.parts == "pipeline":
-            _copy_pipeline(source, base, exported)
-        if lora is None:
-            _save_unet(base / UNET, source.variant, weights, exported / UNET)
-        else:
-            _save_lora(base / UNET, source.variant, weights, lora, exported)
+            _copy_pipeline(source, exported)
+        _save_unet(source, weights, lora, exported)
         (exported / "README.md").write_text(card)
         last = exported / marker(config)
-        apart = Path(work) / "last"
         last.rename(apart)
         for each in (MODEL_INDEX, f"{UNET}/config.json"):
             storage.delete(f"{target}/{each}")
         storage.upload_folder(target, exported)
+        written = {f"{target}/{file.relative_to(exported).as_posix()}" for file in exported.rglob("*")}
+        for name in storage.names(target):
+            if name not in written:
+                storage.delete(name)
         storage.upload(f"{target}/{marker(config)}", apart)
         if config.push_to_hub is not None:
             apart.rename(last)
             push(exported, config.push_to_hub)
-
-
-def _copy_pipeline(source: ModelSource, base: Path, exported: Path) -> None:
-    """All of the base but its UNet."""
-    unwanted = shutil.ignore_patterns(UNET, "README.md", ".*", "*.bin", "*.ckpt")
-    shutil.copytree(base, exported, ignore=unwanted, dirs_exist_ok=True)
-    if source.variant is not None:
-        _give_plain_names(exported / VAE, STEM, source.variant)
-        for part in (*read_family(base).text_encoders, "safety_checker"):
-            if (exported / part).is_dir():
-                _give_plain_names(exported / part, "model", source.variant)
-    if source.vae is not None:
-        shutil.rmtree(exported / VAE, ignore_errors=True)
-        shutil.copytree(source.vae_folder(), exported / VAE)
-
-
-def _give_plain_names(part: Path, stem: str, variant: str) -> None:
-    """Let the weights of a variant be the only ones of a part, under the names that are read without a variant."""
-    kept = {file.name for file in weight_files(part, stem, variant)}
-    for file in [*part.glob("*.safetensors"), *part.glob("*.safetensors.index*.json")]:
-        if file.name not in kept:
-            file.unlink()
-    single, index = part / f"{stem}.{variant}.safetensors", part / f"{stem}.safetensors.index.{variant}.json"
-    if index.is_file():  # its shards keep their names, which it says
-        index.rename(part / f"{stem}.safetensors.index.json")
-    else:
-        single.rename(part / f"{stem}.safetensors")
 
 
 def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> dict[str, Any]:
@@ -126,53 +100,126 @@ def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> dic
     parent = checkpoint.rpartition("/")[0]
     manifest = next((each for each in committed(storage, parent) if each.folder == checkpoint), None)
     if manifest is None:
-        raise ModelError(f"there is no whole checkpoint {storage.uri(checkpoint)}", "train again; was it deleted?")
-    reader = Reader(storage, manifest)
-    has_average = EMA in reader.kinds()
-    if wanted == "ema" and not has_average:
-        raise ModelError(f"{checkpoint} has no moving average", "set `export.weights: raw`, or train with `train.ema`")
-    kind = EMA if has_average and wanted != "raw" else WEIGHT
-    weights = dict(read_parameters(reader, kind))
-    if broken := [name for name, weight in weights.items() if not np.isfinite(weight).all()]:
-        raise TrainingError(
-            f"{len(broken)} of {len(weights)} weights are not finite, {broken[0]} first", "lower `train.learning_rate`"
-        )
+        raise ModelError(f"there is no whole checkpoint {storage.uri(checkpoint)}", LOST_HINT)
+    try:
+        reader = Reader(storage, manifest)
+        has_average = EMA in reader.kinds()
+        if wanted == "ema" and not has_average:
+            raise ModelError(
+                f"{checkpoint} has no moving average", "set `export.weights: raw`, or train with `train.ema`"
+            )
+        weights = dict(read_parameters(reader, EMA if has_average and wanted != "raw" else WEIGHT))
+    except ShardCorrupt as error:
+        raise ShardCorrupt(error.message, LOST_HINT) from error
+    _check_finite([name for name, weight in weights.items() if not np.isfinite(weight).all()], len(weights))
     return weights
 
 
-def _save_unet(base: Path, variant: str | None, weights: dict[str, Any], target: Path) -> None:
-    """The trained weights in the base UNet's stored type."""
+def _check_finite(broken: list[str], total: int, where: str = "") -> None:
+    if broken:
+        raise TrainingError(
+            f"{len(broken)} of {total} weights are not finite{where}, {broken[0]} first", "lower `train.learning_rate`"
+        )
+
+
+def _copy_pipeline(source: ModelSource, exported: Path) -> None:
+    """All of the base but its UNet; of weights only those that are read."""
+    base = source.folder()
+    unread = shutil.ignore_patterns(".*", "README.md", "*.safetensors*", *IGNORED, *PICKLES)
+    files = {file.name for file in base.iterdir() if file.is_file()}
+    for name in files - unread(str(base), list(files)):
+        shutil.copyfile(base / name, exported / name)
+    for part, kind in read_model_index(base).items():
+        is_part = isinstance(kind, list) and kind[0] is not None and (base / part).is_dir()
+        if part == VAE and source.vae is not None:
+            folder = source.vae_folder()
+            (exported / VAE).mkdir()
+            for file in (folder / "config.json", *weight_files(folder, STEM)):
+                shutil.copyfile(file, exported / VAE / file.name)
+        elif is_part and part != UNET:
+            _copy_part(base / part, exported / part, source.variant)
+
+
+def _copy_part(part: Path, target: Path, variant: str | None) -> None:
+    """A part with its weights under plain names; one that has them as pickles alone keeps them so."""
+    is_safe = any(part.glob("*.safetensors"))
+    shutil.copytree(part, target, ignore=shutil.ignore_patterns(".*", *IGNORED, *(PICKLES if is_safe else ())))
+    if is_safe:
+        stem = STEM if any(part.glob(f"{STEM}*")) else "model"
+        of_variant = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
+        has_variant = any((part / name).is_file() for name in of_variant)  # a safety checker often has none
+        _give_plain_names(target, stem, variant if has_variant else None)
+
+
+def _give_plain_names(part: Path, stem: str, variant: str | None) -> None:
+    """Let the weights of a variant be the only ones of a part, under the names that are read without a variant."""
+    kept = {file.name for file in weight_files(part, stem, variant)}
+    for file in [*part.glob("*.safetensors"), *part.glob("*.safetensors.index*.json")]:
+        if file.name not in kept:
+            file.unlink()
+    if variant is None:
+        return
+    single, index = part / f"{stem}.{variant}.safetensors", part / f"{stem}.safetensors.index.{variant}.json"
+    if index.is_file():  # its shards keep their names, which it says
+        index.rename(part / f"{stem}.safetensors.index.json")
+    else:
+        single.rename(part / f"{stem}.safetensors")
+
+
+def _save_unet(source: ModelSource, weights: dict[str, Any], lora: LoraConfig | None, exported: Path) -> None:
+    """The base's UNet with the trained weights, in the type in which it is stored; adapters are merged, and saved too.
+
+    Args:
+        source: The base pipeline.
+        weights: From `read_weights`; emptied, for memory's sake.
+        lora: The adapters that they are of.
+        exported: The folder of the exported model.
+    """
     import torch
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base))
-    dtype = _stored_dtype(base, variant)
-    tensors = {name: torch.from_numpy(weight).to(dtype) for name, weight in weights.items()}
-    unet.load_state_dict(tensors, assign=True)
-    unet.save_pretrained(target, safe_serialization=True)
-
-
-def _save_lora(base: Path, variant: str | None, weights: dict[str, Any], lora: LoraConfig, exported: Path) -> None:
-    """The adapters by themselves, and the UNet with them merged, in the base UNet's stored type."""
-    import torch
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
     from training.model import add_lora
 
-    unet = UNet2DConditionModel.from_pretrained(base, use_safetensors=True, variant=variant, dtype=torch.float32)
-    add_lora(unet, lora, seed=0)
-    unknown = unet.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()}, strict=False)
-    assert not unknown.unexpected_keys, unknown.unexpected_keys
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    metadata = unet.peft_config["default"].to_dict()
-    StableDiffusionXLPipeline.save_lora_weights(
-        exported / LORA, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata
+    base, variant = source.folder() / UNET, source.variant
+    stored = _stored_dtype(base, variant)
+    dtype = stored if lora is None else torch.float32  # adapters are merged before anything is rounded
+    unet = UNet2DConditionModel.from_pretrained(base, use_safetensors=True, variant=variant, dtype=dtype)
+    if lora is not None:
+        add_lora(unet, lora, seed=0)
+    trained = {name: tuple(weight.shape) for name, weight in unet.named_parameters() if weight.requires_grad}
+    found = {name: weight.shape for name, weight in weights.items()}
+    if others := sorted({name for name, _ in trained.items() ^ found.items()}):
+        raise ModelError(
+            f"the checkpoint is not of the UNet of {source.model}: {len(others)} weights differ, {others[0]} first",
+            "export with the `encode.model` and the `train.lora` that it was trained with",
+        )
+    tensors = {name: torch.from_numpy(weights.pop(name)).to(dtype) for name in trained}
+    unet.load_state_dict(tensors, strict=False, assign=True)
+    if lora is not None:
+        _save_adapters(unet, exported / LORA)
+        unet.fuse_lora()
+        unet.unload_lora()
+        torch.nn.Module.to(unet, stored)  # diffusers' own warns of the modules to keep in float32: an empty list
+    state = unet.state_dict()
+    broken = [name for name, weight in state.items() if not weight.isfinite().all()]
+    _check_finite(broken, len(state), f" in {stored}, the type of the base")
+    unet.save_pretrained(exported / UNET, safe_serialization=True)
+    shutil.copyfile(base / "config.json", exported / UNET / "config.json")  # ours would name this machine's folder
+
+
+def _save_adapters(unet: Any, folder: Path) -> None:
+    """The adapters by themselves, float32, with their scale; the same file for pipelines of every family.
+
+    Under peft's names: diffusers' conversion knows those of attention alone, and cannot load a mixture of the two.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from peft.utils import get_peft_model_state_dict
+
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
     )
-    unet.fuse_lora()
-    unet.unload_lora()
-    unet.to(_stored_dtype(base, variant)).save_pretrained(exported / UNET, safe_serialization=True)
 
 
 def _stored_dtype(part: Path, variant: str | None) -> Any:
@@ -185,20 +232,25 @@ def _stored_dtype(part: Path, variant: str | None) -> Any:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload an exported folder to the hub, as a private repository if it is new.
+    """Upload an exported folder to the hub, as a private repository if it is new; other weights there are removed.
 
     Raises:
-        ModelError: The hub refused it.
+        ModelError: The hub cannot be reached, or refused it.
     """
     from huggingface_hub import HfApi
 
     try:
         hub = HfApi()
         hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="mapo export")
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="mapo export",
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # of an older export, in other files
+        )
     except Exception as error:  # the hub's tree, httpx's and OSError
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot push to {repository}: {cause[0]}",
-            "the model is exported; set HF_TOKEN and run `mapo export` again",
+            "the model is exported; check HF_TOKEN and the network, and run `mapo export` again",
         ) from error

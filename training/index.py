@@ -1,23 +1,25 @@
 """The pinned index of a run: which pairs there are, in a fixed order, and where their bytes lie."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.table import Table
 from training.spec import Snapshot
 
 PREFERRED = 0.5  # image_0 is chosen where label_0 is this or above
 
 Labels = Literal["soft", "hard"]
+KEY_DIGITS, SHA256_DIGITS = 32, 64  # hex
 PLACE = ["shard", "offset", "length", "sha256", "shard_bytes", "shard_sha256"]
 
 
@@ -57,26 +59,30 @@ class PairRecord:
 class PairIndex:
     """All usable pairs of one split, grouped by aspect bucket, ordered by key within a bucket.
 
-    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair is looked up in
-    constant time: numbers lie in numpy, text in Arrow, repeated text once.
+    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair takes about 120
+    bytes and is found in constant time: hex digits are kept as the bytes they stand for, repeated text once.
     """
 
     def __init__(self, rows: pa.Table) -> None:
         """Take the joined rows of pairs and latents."""
-        rows = rows.sort_by(
-            [("bucket_height", "ascending"), ("bucket_width", "ascending"), ("pair_key", "ascending")]
-        ).combine_chunks()
-        shapes = np.stack([rows[name].to_numpy() for name in ("bucket_height", "bucket_width")], axis=1)
+        keys = _from_hex(rows["pair_key"], KEY_DIGITS)
+        high, low = keys.view(">u8").astype(np.uint64).T
+        heights, widths = (rows[name].to_numpy() for name in ("bucket_height", "bucket_width"))
+        order = np.lexsort((low, high, widths, heights))
+        shapes = np.stack([heights[order], widths[order]], axis=1)
         changes = np.flatnonzero(np.any(np.diff(shapes, axis=0) != 0, axis=1)) + 1
         starts = np.concatenate([np.zeros(min(len(shapes), 1), np.int64), changes])
         self.buckets: list[tuple[int, int]] = [(int(height), int(width)) for height, width in shapes[starts]]
         self._starts: list[int] = [*starts.tolist(), len(shapes)]
+        self._keys = keys[order]
+        self._prompts = _from_hex(rows["prompt_id"], KEY_DIGITS)[order]
+        self._sha256 = _from_hex(rows["sha256"], SHA256_DIGITS)[order]
         numbers = ("label_0", "source_row", "offset", "length", "shard_bytes")
-        self._numbers: dict[str, NDArray[Any]] = {name: rows[name].to_numpy() for name in numbers}
-        texts = ("pair_key", "prompt_id", "sha256")
-        self._texts: dict[str, pa.Array] = {name: _whole(rows[name]) for name in texts}
+        self._label_0, self._source_row, self._offset, self._length, self._shard_bytes = (
+            rows[name].to_numpy()[order] for name in numbers
+        )
         repeated = ("shard", "shard_sha256", "source_uri")
-        self._repeated = {name: _codes(rows[name]) for name in repeated}
+        self._shard, self._shard_sha256, self._source_uri = (_Repeated(rows[name], order) for name in repeated)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -89,27 +95,43 @@ class PairIndex:
     def pair(self, bucket: int, element: int) -> PairRecord:
         """The pair number `element` of a bucket."""
         row = self._starts[bucket] + element
-        number = {name: column[row].item() for name, column in self._numbers.items()}
-        text = {name: column[row].as_py() for name, column in self._texts.items()}
-        text |= {name: values[codes[row]] for name, (values, codes) in self._repeated.items()}
         return PairRecord(
-            pair_key=text["pair_key"],
-            prompt_id=text["prompt_id"],
-            label_0=number["label_0"],
-            latents=Location(*((number | text)[name] for name in PLACE)),
-            origin=f"{text['source_uri']} row {number['source_row']}",
+            pair_key=self._keys[row].tobytes().hex(),
+            prompt_id=self._prompts[row].tobytes().hex(),
+            label_0=float(self._label_0[row]),
+            latents=Location(
+                self._shard[row],
+                int(self._offset[row]),
+                int(self._length[row]),
+                self._sha256[row].tobytes().hex(),
+                int(self._shard_bytes[row]),
+                self._shard_sha256[row],
+            ),
+            origin=f"{self._source_uri[row]} row {self._source_row[row]}",
         )
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column without chunks, in which an element is found at once."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+def _from_hex(column: pa.ChunkedArray, digits: int) -> NDArray[np.uint8]:
+    """Strings of so many hex digits as a row of bytes each."""
+    parts = [np.empty((0, digits // 2), np.uint8)]
+    for chunk in column.chunks:
+        fixed = chunk.cast(pa.binary()).cast(pa.binary(digits))
+        text = memoryview(fixed.buffers()[1])[fixed.offset * digits :][: len(fixed) * digits]
+        parts.append(np.frombuffer(bytes.fromhex(str(text, "ascii")), np.uint8).reshape(-1, digits // 2))
+    return np.concatenate(parts)
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
-    """Distinct values, and which of them each row has."""
-    encoded = _whole(column.dictionary_encode())
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+class _Repeated:
+    """A column in which few strings are many times: each is there once, and shared by all who ask."""
+
+    def __init__(self, column: pa.ChunkedArray, order: NDArray[np.int64]) -> None:
+        column = column.dictionary_encode().unify_dictionaries()
+        self._values: list[str] = column.chunk(0).dictionary.to_pylist() if column.num_chunks else []
+        codes = [np.empty(0, np.int32), *(chunk.indices.to_numpy() for chunk in column.chunks)]
+        self._codes: NDArray[np.int32] = np.concatenate(codes)[order]
+
+    def __getitem__(self, row: int) -> str:
+        return self._values[int(self._codes[row])]
 
 
 def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labels = "soft") -> PairIndex:
@@ -124,33 +146,49 @@ def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labe
     Raises:
         SnapshotError: A kept pair, or its prompt, was never encoded under the run's fingerprints.
     """
+    index = PairIndex(_rows(storage, snapshot, split, labels))
+    pa.default_memory_pool().release_unused()  # hundreds of MB for a large data set, in every rank
+    return index
+
+
+def _rows(storage: Storage, snapshot: Snapshot, split: str, labels: Labels) -> pa.Table:
+    """Pairs joined with where their latents lie."""
     where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
     if labels == "hard":
         where &= pc.field("label_0") != PREFERRED
     columns = ["pair_key", "prompt_id", "label_0", "source_uri", "source_row"]
-    pairs = pairs_table(storage, snapshot.pairs_version).read(columns, where)
-    encoded = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version).read(
-        ["pair_key", "status", "bucket_height", "bucket_width", *PLACE]
-    )
+    pairs = _read(pairs_table(storage, snapshot.pairs_version), columns, where)
+    latents = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version)
+    encoded = _read(latents, ["pair_key", "status", "bucket_height", "bucket_width", *PLACE])
     texts = text_table(storage, snapshot.text_fingerprint, snapshot.text_version).read(["prompt_id", "status"])
-    joined = pairs.join(encoded, "pair_key", join_type="inner")
-    _check_whole(f"{split} pairs have no latents", pairs.num_rows, joined.num_rows, snapshot.latents_fingerprint)
-    joined = joined.join(texts, "prompt_id", join_type="inner", right_suffix="_of_text")
-    _check_whole(
-        f"{split} pairs have no embedding of their prompt", pairs.num_rows, joined.num_rows, snapshot.text_fingerprint
-    )
-    kept = pc.and_(*(pc.equal(joined[name], str(Status.KEPT)) for name in ("status", "status_of_text")))
-    rows = joined.filter(kept).drop_columns(["status", "status_of_text"])
+    at = pc.index_in(pairs["pair_key"], value_set=encoded["pair_key"])
+    _check_whole(f"{split} pairs have no latents", at, snapshot.latents_fingerprint)
+    text_at = pc.index_in(pairs["prompt_id"], value_set=texts["prompt_id"])
+    _check_whole(f"{split} pairs have no embedding of their prompt", text_at, snapshot.text_fingerprint)
+    statuses = (encoded["status"].take(at), texts["status"].take(text_at))
+    kept = pc.and_(*(pc.equal(status, str(Status.KEPT)) for status in statuses))
+    rows, encoded = pairs.filter(kept), encoded.drop_columns(["pair_key", "status"]).take(at.filter(kept))
+    for name in encoded.column_names:
+        rows = rows.append_column(name, encoded[name])
     if labels == "hard":
         rounded = pc.greater(rows["label_0"], PREFERRED).cast(pa.float64())
         rows = rows.set_column(rows.column_names.index("label_0"), "label_0", rounded)
-    return PairIndex(rows)
+    return rows
 
 
-def _check_whole(what: str, num_pairs: int, num_found: int, fingerprint: str) -> None:
-    if num_found < num_pairs:
+def _read(table: Table, columns: list[str], where: ds.Expression | None = None) -> pa.Table:
+    """Rows of a table, repeated text once."""
+    rows = table.read(columns, where)
+    for name in set(columns) & {"shard", "shard_sha256", "source_uri"}:
+        encoded = rows[name].dictionary_encode().unify_dictionaries()
+        rows = rows.set_column(rows.column_names.index(name), name, encoded)
+    return rows
+
+
+def _check_whole(what: str, at: pa.ChunkedArray, fingerprint: str) -> None:
+    if at.null_count:
         raise SnapshotError(
-            f"{num_pairs - num_found:,} of {num_pairs:,} {what} under the fingerprint {fingerprint}",
+            f"{at.null_count:,} of {len(at):,} {what} under the fingerprint {fingerprint}",
             "run `mapo encode` with this configuration; what another model, VAE, type or geometry gave does not count",
         )
 
@@ -163,8 +201,12 @@ def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:
     """
     table = text_table(storage, snapshot.text_fingerprint, snapshot.text_version)
     rows = table.read(["prompt_id", *PLACE], pc.field("status") == str(Status.KEPT))
-    columns: list[Sequence[Any]] = [rows[name].to_pylist() for name in rows.column_names]
-    texts = {prompt: Location(*place) for prompt, *place in zip(*columns, strict=True)}
+    columns: list[Any] = [rows[name].to_pylist() for name in rows.column_names]
+    shared = {text: text for name in ("shard", "shard_sha256") for text in pc.unique(rows[name]).to_pylist()}
+    texts = {
+        prompt: Location(shared[shard], offset, length, sha256, num_bytes, shared[shard_sha256])
+        for prompt, shard, offset, length, sha256, num_bytes, shard_sha256 in zip(*columns, strict=True)
+    }
     if NULL_PROMPT_ID not in texts:
         raise SnapshotError(
             f"the text embeddings under {snapshot.text_fingerprint} lack the null conditioning", "run `mapo encode`"

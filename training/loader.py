@@ -87,6 +87,7 @@ class _Group(Generic[Tag]):
         self.tag = tag
         self.rows = BatchRows(records)
         self._left = len(self.rows.records)
+        assert self._left, "a group has a pair"
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._errors: dict[int, Exception] = {}

@@ -1,5 +1,6 @@
 """Pairs by range: every sample is checked against its digest and knows its origin."""
 
+import contextlib
 import functools
 import json
 import threading
@@ -17,6 +18,7 @@ from training.shard_cache import ShardCache
 from training.tensors import layout_of
 
 MAX_TEXT_BYTES = 512 << 20  # 1,688 prompts of SDXL
+READS_BESIDE_FETCHES = 4  # in flight: a shard brings a thousand pairs for the work of thirty such reads
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
 
@@ -41,13 +43,16 @@ class PairReader:
         self._storage = storage
         self._texts = texts
         self._cache = cache
+        self._few = threading.BoundedSemaphore(READS_BESIDE_FETCHES)
         self._recent = _Recent(max_text_bytes)
 
     def _read(self, where: Location) -> bytes:
         """The bytes of one member, equal to their digest."""
         found = self._cache.read(where) if self._cache else None
         if found is None:
-            found = self._storage.read_range(where.shard, where.offset, where.length, where.sha256)
+            is_fetching = self._cache is not None and self._cache.is_fetching
+            with self._few if is_fetching else contextlib.nullcontext():
+                found = self._storage.read_range(where.shard, where.offset, where.length, where.sha256)
         return found
 
     def _read_text(self, prompt_id: str) -> bytes:

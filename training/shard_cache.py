@@ -4,6 +4,7 @@ A step never waits for a shard: what is not here is read by range, and fetched m
 of its shard, so that runs and data sets share a folder. Nothing that goes wrong here is an error of the run.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -15,13 +16,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pipelines.dataset.errors import ConfigError, MapoError, ShardCorrupt
+from pipelines.dataset.errors import ConfigError, ShardCorrupt
 from pipelines.dataset.storage import Storage
 from training.index import Location
 from training.threads import MAX_EXIT_S, Threads
 
-NUM_FETCHERS = 4
-PIECE_BYTES = 16 << 20  # of a shard, in one request and in memory
+NUM_FETCHERS = 8
+PIECE_BYTES = 8 << 20  # of a shard, in one request and in the memory of each fetcher
 IDLE_S = 600.0  # a shard used within this time does not make room: with a random order each is always in use
 TOUCH_S = 60.0  # uses of a shard are noted this often, in its file's time of change
 RETRY_S = 60.0  # after a fetch that brought nothing
@@ -83,7 +84,8 @@ class ShardCache:
             self._touch(file)
             return data
         self._warn(f"{file.name} is damaged; it is fetched again")
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
         self._want(where)
         return None
 
@@ -112,6 +114,11 @@ class ShardCache:
             return False
         return True
 
+    @property
+    def is_fetching(self) -> bool:
+        """Whether shards are on their way here."""
+        return self._num_wanted > 0
+
     def wait(self) -> None:
         """Return once nothing is being fetched."""
         with self._changed:
@@ -125,6 +132,10 @@ class ShardCache:
         if self._fetchers is not None:
             self._fetchers.stop(wait_s=MAX_EXIT_S)
 
+    @property
+    def _is_over(self) -> bool:
+        return self._closed or (self._fetchers is not None and self._fetchers.is_stopped)
+
     def _file(self, where: Location) -> Path:
         return self._folder / f"{where.shard_sha256}.tar"
 
@@ -136,10 +147,8 @@ class ShardCache:
         if now < self._touched.get(file.name, -TOUCH_S) + TOUCH_S:
             return
         self._touched[file.name] = now
-        try:
+        with contextlib.suppress(OSError):  # another process may have made room
             os.utime(file)
-        except OSError:
-            return  # another process made room
 
     def _want(self, where: Location) -> None:
         with self._changed:
@@ -156,10 +165,11 @@ class ShardCache:
         try:
             if self.fetch(where):
                 again = 0.0
-        except (MapoError, OSError) as error:
+        except Exception as error:  # whatever it is, ranges are read meanwhile
             if isinstance(error, ShardCorrupt):
                 again = math.inf
-            self._warn(f"cannot keep {where.shard}: {getattr(error, 'message', error)}")
+            if not self._is_over:
+                self._warn(f"cannot keep {where.shard}: {getattr(error, 'message', error)}")
         with self._changed:
             self._not_before[where.shard] = again
             self._num_wanted -= 1
@@ -206,7 +216,7 @@ class ShardCache:
         digest = hashlib.sha256()
         with part.open("r+b") as out:
             for offset in range(0, where.shard_bytes, PIECE_BYTES):
-                if self._closed or (self._fetchers and self._fetchers.is_stopped):
+                if self._is_over:
                     raise OSError("the cache was closed")
                 length = min(PIECE_BYTES, where.shard_bytes - offset)
                 piece = self._storage.read_range(where.shard, offset, length)

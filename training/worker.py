@@ -15,7 +15,7 @@ from pipelines.dataset.pair import TRAIN, VALIDATION
 from training.account import Consumed
 from training.checkpoint import Checkpointer, restore
 from training.ema import ShardedEma
-from training.engine import Engine, build_engine, dtype_of, set_threads
+from training.engine import Engine, build_engine, check_machine, dtype_of, set_threads
 from training.index import PairIndex, PairRecord, load_index, load_texts
 from training.loader import PairLoader, PairReader
 from training.loop import Loop, run
@@ -41,6 +41,7 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
     config, context = spec.config, ray.train.get_context()
     on_gpu = ray.train.torch.get_device().type == "cuda"
     set_threads(context.get_local_world_size())
+    check_machine(config)
     with start_up.part("index"):
         index = load_index(spec.storage, spec.snapshot, TRAIN, labels=config.labels)
         held_out = load_index(spec.storage, spec.snapshot, VALIDATION, labels=config.labels)

@@ -3,19 +3,23 @@
 Whatever the stage and the world size, a rank owns contiguous parts of flattened parameters: a *fragment* is
 `[start, start + numel)` of one. Named so, what one set of ranks wrote another set can read: fragments of all ranks
 tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its Universal Checkpoint is an
-offline conversion that does not go between stages 2 and 3 (docs/decisions/0013).
+offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training import eight_bit
+
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
+SCALE = "{}_scale"
+"""Kind of the magnitudes of an 8-bit moment, by blocks of a rank's flat partition: of use to as many ranks alone."""
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What DeepSpeed's dynamic loss scaler remembers."""
 
@@ -30,6 +34,10 @@ class Fragment:
     shape: tuple[int, ...]
 
 
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Kind -> name of the parameter -> this rank's fragment."""
+
+
 class ZeroState:
     """This rank's fragments of float32 weights and AdamW moments.
 
@@ -38,11 +46,13 @@ class ZeroState:
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine, self._zero = engine, engine.optimizer
-        self._stage = int(engine.zero_optimization_stage())
+        self._zero = engine.optimizer
+        self.stage = int(engine.zero_optimization_stage())
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._is_eight_bit = eight_bit.is_eight_bit(self._zero.optimizer)
         trained = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
-        self._owned = [(self._fragment(name, weight), weight) for name, weight in trained]
-        self._owned = [(fragment, weight) for fragment, weight in self._owned if fragment.numel]
+        owned = [(self._fragment(name, weight), weight) for name, weight in trained]
+        self._owned = [(fragment, weight) for fragment, weight in owned if fragment.numel]
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -50,9 +60,24 @@ class ZeroState:
         return [fragment for fragment, _ in self._owned]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
-        """The fragments of one of KINDS: float32 vectors that share the engine's memory, unless it is offloaded."""
+        """The fragments of one of KINDS: float32 vectors, of the engine's own memory unless offloaded or of 8 bits."""
+        flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
         for fragment, weight in self._owned:
-            yield fragment, self._view(weight, kind).detach()[: fragment.numel]
+            view = self._view(weight, kind) if flats is None else self._cut(flats, weight)
+            yield fragment, view.detach()[: fragment.numel]
+
+    def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
+        """The magnitudes of 8-bit moments by kind; none of others."""
+        for kind in MOMENTS if self._is_eight_bit else ():
+            for i, flat in enumerate(self._flat_partitions()):
+                found = eight_bit.magnitudes(self._zero.optimizer.state[flat], kind)
+                if found is not None:
+                    yield SCALE.format(kind), self._scale_fragment(i, found.numel()), found
+
+    def wanted_scales(self) -> list[tuple[str, Fragment]]:
+        """What `scales` will give, before there are any states."""
+        self._create_moments(0)
+        return [(kind, fragment) for kind, fragment, _ in self.scales()]
 
     def num_steps(self) -> int:
         """Steps that AdamW has counted for its bias correction; skipped ones are not among them."""
@@ -64,28 +89,53 @@ class ZeroState:
         scaler = getattr(self._zero, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
 
-    def load(self, tensors: dict[str, dict[str, Tensor]], *, num_steps: int, loss_scale: dict[str, float]) -> None:
+    def load(self, tensors: Tensors, *, num_steps: int, loss_scale: Mapping[str, float]) -> None:
         """Take this rank's fragments and give every rank the weights that they make; collective.
 
         Args:
-            tensors: For each of KINDS, the fragments of `fragments` by name.
+            tensors: For each of KINDS, the fragments of `fragments`; those of `wanted_scales` too, if the checkpoint
+                is of as many ranks.
             num_steps: From `num_steps`.
             loss_scale: From `loss_scale`.
         """
         self._create_moments(num_steps)
         for kind in KINDS:
+            if self._is_eight_bit and kind in MOMENTS:
+                self._pack(kind, tensors)
+                continue
             for fragment, weight in self._owned:
                 self._set(weight, kind, tensors[kind][fragment.name])
         for name, value in loss_scale.items():
             setattr(self._zero.loss_scaler, name, value)
         self._publish_weights()
 
+    # 8-bit states
+
+    def _scale_fragment(self, group: int, numel: int) -> Fragment:
+        return Fragment(f"partition {group}", self._rank * numel, numel, (self._world_size * numel,))
+
+    def _unpacked(self, kind: str) -> list[Tensor]:
+        return [eight_bit.unpack(self._zero.optimizer.state[flat], kind) for flat in self._flat_partitions()]
+
+    def _cut(self, flats: list[Tensor], weight: Any) -> Tensor:
+        group, start, numel = self._place(weight)
+        return flats[group].narrow(0, start, numel)
+
+    def _pack(self, kind: str, tensors: Tensors) -> None:
+        partitions = self._flat_partitions()
+        moments = [torch.zeros(flat.numel()) for flat in partitions]
+        for fragment, weight in self._owned:
+            self._cut(moments, weight)[: fragment.numel].copy_(tensors[kind][fragment.name])
+        for i, (flat, moment) in enumerate(zip(partitions, moments, strict=True)):
+            scales = tensors.get(SCALE.format(kind), {}).get(f"partition {i}")
+            eight_bit.pack(self._zero.optimizer.state[flat], kind, moment, scales)
+
     # Below here is what the stages do differently.
 
     def _fragment(self, name: str, weight: Any) -> Fragment:
-        if self._stage == 3:
+        if self.stage == 3:
             shape, share = tuple(weight.ds_shape), weight.ds_tensor.numel()  # the last rank's share has padding
-            start = min(share * torch.distributed.get_rank(), weight.ds_numel)
+            start = min(share * self._rank, weight.ds_numel)
             return Fragment(name, start, min(share, weight.ds_numel - start), shape)
         shape = tuple(weight.shape)
         if weight._hp_mapping is None:
@@ -93,21 +143,26 @@ class ZeroState:
         address = weight._hp_mapping.lp_fragment_address
         return Fragment(name, int(address.start), int(address.numel), shape)
 
+    def _place(self, weight: Any) -> tuple[int, int, int]:
+        """Where this rank's part of a weight lies: which flat partition, from where, how many elements."""
+        if self.stage == 3:
+            group, start, numel = self._zero.grad_position[self._zero.get_param_id(weight)]
+            return int(group), int(start), int(numel)
+        address = weight._hp_mapping.get_hp_fragment_address()
+        return int(weight._hp_mapping.param_group_index), int(address.start), int(address.numel)
+
     def _view(self, weight: Any, kind: str) -> Tensor:
-        if self._stage == 3:
-            view: Tensor = self._zero.get_local_fp32_param(weight, None if kind == WEIGHT else kind)
-            return view
-        mapping = weight._hp_mapping
-        if kind == WEIGHT:
-            weights: Tensor = mapping.hp_fragment
-            return weights
-        flat = self._flat_partitions()[mapping.param_group_index]
-        address = mapping.get_hp_fragment_address()
-        moments: Tensor = self._zero.optimizer.state[flat][kind]
-        return moments.narrow(0, address.start, address.numel)
+        view: Tensor
+        if self.stage == 3:  # through DeepSpeed's own door: what lies on NVMe is brought in
+            view = self._zero.get_local_fp32_param(weight, None if kind == WEIGHT else kind)
+        elif kind == WEIGHT:
+            view = weight._hp_mapping.hp_fragment
+        else:
+            view = self._cut([self._zero.optimizer.state[flat][kind] for flat in self._flat_partitions()], weight)
+        return view
 
     def _set(self, weight: Any, kind: str, value: Tensor) -> None:
-        if self._stage < 3:
+        if self.stage < 3:
             self._view(weight, kind).detach().copy_(value)
             return
         padded = torch.zeros(weight.ds_tensor.numel())
@@ -115,7 +170,7 @@ class ZeroState:
         self._zero.set_local_hp_param(padded, weight, None if kind == WEIGHT else kind)
 
     def _flat_partitions(self) -> list[Any]:
-        if self._stage == 3:
+        if self.stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
         if hasattr(self._zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 that adds up in float32
             return list(self._zero.fp32_groups_flat_partition)
@@ -123,16 +178,24 @@ class ZeroState:
 
     def _create_moments(self, num_steps: int) -> None:
         """AdamW makes its states at its first step; a resumed one needs them before."""
-        on_device = any(group.get("fused") or group.get("capturable") for group in self._zero.optimizer.param_groups)
+        optimizer = self._zero.optimizer
+        if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
+            self._zero._set_fp32_optimizer_param_groups()
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for flat in self._flat_partitions():
-            state = self._zero.optimizer.state[flat]
+            if self._is_eight_bit:
+                eight_bit.create(optimizer, flat, num_steps)
+                continue
+            state = optimizer.state[flat]
             for kind in MOMENTS:
                 if kind not in state and flat.numel():
                     state[kind] = torch.zeros_like(flat)
             state["step"] = torch.tensor(float(num_steps), device=flat.device if on_device else "cpu")
+        if self.stage == 3:
+            self._zero._clear_fp32_optimizer_param_groups()
 
     def _publish_weights(self) -> None:
-        if self._stage < 3:
+        if self.stage < 3:
             self._zero.update_lp_params()
             return
         self._zero._partition_all_parameters()

@@ -78,8 +78,17 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("train.global_batch_size=100", "not a multiple of micro_batch_size x num_workers = 8 x 8 = 64", "64, 128"),
         ("train.method=mappo", "train.method is 'mappo'", "did you mean `mapo`"),
         ("train.loss={gamma: 1}", "train.loss.gamma is not a parameter of method mapo_paper", "beta"),
-        ("train.lora={rank: 64}", "lora", "leave `train.lora` out"),
-        ("train.precision=fp16", "precision fp16", "use bf16"),
+        ("train.num_workers=4..2", "write a number of workers, such as 4, or a range, such as 2..8", ""),
+        ("train.num_workers=2..512", "num_workers 2..512: a global batch of 2048 has 256 micro-batches", "lower"),
+        ("train.lora={}", "`train.lora.rank`: Field required", ""),
+        ("train.lora={rank: 4, alpha: 0}", "`train.lora.alpha`: Input should be greater than 0", ""),
+        ("train.lora={rank: 4, target: [to_q]}", "unknown key `train.lora.target`", "`train.lora.targets`"),
+        ("train.ema={decay: 1.0}", "`train.ema.decay`: Input should be less than 1", ""),
+        ("train.precision=fp8", "`train.precision`: Input should be 'bf16', 'fp16' or 'fp32'", ""),
+        ("train.offload=nvme", "offload nvme needs zero_stage 3 and offload_path", "offload: cpu"),
+        ("train.loss={beta: 0}", "beta", ""),
+        ("export.parts=vae", "`export.parts`: Input should be 'pipeline' or 'unet'", ""),
+        ("export.push_to_hub=aligned", "`export.push_to_hub`: String should match pattern", ""),
         ("ingest.sources.0.format=parquet", "`ingest.sources.0.format`: Input should be 'pickapic'", ""),
         ("ingest.sources=[]", "`ingest.sources`", ""),
         ("encode.resolution=1001", "resolution must be a multiple of 8, not 1001", ""),
@@ -125,6 +134,25 @@ def test_overrides_are_typed_like_yaml_and_reach_into_lists() -> None:
     assert config.train.learning_rate == 1e-5
     assert config.ingest.sources[0].path == "other/*"
     assert config.encode.vae == "v"
+
+
+@pytest.mark.parametrize("method", ["mapo_paper", "mapo", "sft", "dpo", "ipo", "simpo", "orpo"])
+def test_every_method_has_defaults_of_its_own(method: str) -> None:
+    train = parse_config(CONTRACT, [f"train.method={method}", "train.loss={}"]).train
+    assert train is not None
+    assert all(value > 0 for value in train.loss_parameters.values())
+
+
+def test_adapters_averages_offload_and_a_range_of_workers_are_settings() -> None:
+    overrides = ["train.num_workers=2..8", "train.precision=fp16", "train.lora={rank: 64}", "train.ema={}"]
+    overrides += ["train.zero_stage=3", "train.offload=nvme", "train.offload_path=/nvme", "train.optimizer=adamw"]
+    train = parse_config(CONTRACT, overrides).train
+    assert train is not None
+    assert (train.worker_range, train.precision) == ((2, 8), "fp16")
+    assert train.lora is not None
+    assert (train.lora.rank, train.lora.alpha, len(train.lora.targets)) == (64, None, 4)
+    assert train.ema is not None
+    assert train.ema.decay == 0.9999
 
 
 def test_workers_are_a_number_or_a_range_and_buckets_a_list() -> None:

@@ -120,3 +120,18 @@ def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(bas
             for name in ("undisturbed", "run")
         )
         assert max(abs(one[name] - other[name]).max() for name in one) < 1e-4
+
+
+def test_eight_bit_states_come_back_code_by_code_and_fit_other_ranks(base, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install 'mapo[gpu]'")
+    for stage in (2, 3):
+        config = with_(optimizer="adamw_8bit", zero_stage=stage)
+        where = [str(tmp_path / f"{name}-{stage}") for name in ("undisturbed", "same", "other")]
+        undisturbed = on_ranks(2, train_and_save, config, base, where[0], 8)[0]["curve"]
+        for place, ranks in ((where[1], 2), (where[2], 1)):
+            first = on_ranks(2, train_and_save, config, base, place, 4)[0]["curve"]
+            then = config.model_copy(update={"num_workers": ranks})
+            second = on_ranks(ranks, train_and_save, then, base, place, 8)[0]["curve"]
+            assert first + second == (undisturbed if ranks == 2 else pytest.approx(undisturbed, abs=1e-2))
+        plain = plain_adamw(CONFIG, base, 8)
+        assert undisturbed == pytest.approx(plain, rel=0.05)

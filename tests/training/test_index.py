@@ -59,8 +59,8 @@ def test_a_record_says_what_the_tables_say(storage: Storage, tmp_path: Path) -> 
 def test_the_order_follows_from_the_pairs_alone() -> None:
     rng = np.random.default_rng(0)
     rows = pa.table({
-        "pair_key": [f"{key:032x}" for key in range(100)], "prompt_id": ["p"] * 100, "label_0": [1.0] * 100,
-        "source_uri": ["u"] * 100, "source_row": range(100), "sha256": ["d"] * 100, "shard": ["s"] * 100,
+        "pair_key": [f"{key:032x}" for key in range(100)], "prompt_id": ["ab" * 16] * 100, "label_0": [1.0] * 100,
+        "source_uri": ["u"] * 100, "source_row": range(100), "sha256": ["cd" * 32] * 100, "shard": ["s"] * 100,
         "shard_sha256": ["e"] * 100, "shard_bytes": [9] * 100, "offset": range(100), "length": [1] * 100,
         "bucket_height": rng.integers(1, 3, 100), "bucket_width": rng.integers(1, 4, 100),
     })  # fmt: skip

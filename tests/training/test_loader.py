@@ -1,6 +1,8 @@
 """Loading: order kept, labels applied, memory bounded, damage named."""
 
 import json
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -311,6 +313,28 @@ def test_a_loader_that_is_left_stops_its_threads(encoded: tuple[Storage, Snapsho
     for thread in mine:
         thread.join(timeout=30)
     assert not any(thread.is_alive() for thread in mine)
+
+
+LEAVE_IN_THE_MIDDLE = """
+import sys
+from pipelines.dataset.storage import Storage
+from training.index import load_index, load_texts
+from training.loader import PairLoader, PairReader
+from training.spec import Snapshot
+url, *snapshot = sys.argv[1:]
+storage, snapshot = Storage(url), Snapshot(*(int(s) if s.isdigit() else s for s in snapshot))
+index, reader = load_index(storage, snapshot, "train"), PairReader(storage, load_texts(storage, snapshot))
+groups = ((i, [index.pair(0, j % len(index)) for j in range(64)]) for i in range(1000))
+batches = iter(PairLoader(reader, groups, read_ahead=500))
+print(next(batches)[0])
+"""
+
+
+def test_a_process_may_end_in_the_middle_of_a_read(encoded: tuple[Storage, Snapshot]) -> None:
+    storage, snapshot = encoded
+    command = [sys.executable, "-c", LEAVE_IN_THE_MIDDLE, storage.url, *map(str, vars(snapshot).values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_to_resume_is_to_ask_for_the_next_step(encoded: tuple[Storage, Snapshot]) -> None:

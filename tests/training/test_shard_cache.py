@@ -22,6 +22,7 @@ from pipelines.dataset.storage import Storage
 from training import shard_cache as cache_module
 from training.index import Location, PairIndex, PairRecord, load_index, load_texts
 from training.loader import PairLoader, PairReader
+from training.reader import READS_BESIDE_FETCHES
 from training.shard_cache import IDLE_S, ShardCache
 from training.spec import Snapshot
 
@@ -107,6 +108,34 @@ def test_no_read_waits_for_a_shard(
         (_, again), *_ = PairLoader(PairReader(slow, load_texts(storage, snapshot), cache), [(0, records)])
     assert torch.equal(batch.chosen_BCHW, again.chosen_BCHW)
     assert torch.equal(batch.prompt_embeds_BSD, again.prompt_embeds_BSD)
+
+
+def test_few_ranges_are_read_beside_a_fetch(storage: Storage, snapshot: Snapshot, tmp_path: Path) -> None:
+    changed, done = threading.Condition(), threading.Event()
+    now = most = 0
+
+    class Counting(Storage):
+        def read_range(self, name: str, offset: int, length: int, sha256: str | None = None) -> bytes:
+            nonlocal now, most
+            if threading.current_thread().name.startswith("shard-fetcher"):
+                assert done.wait(60)
+                return super().read_range(name, offset, length, sha256)
+            with changed:
+                now += 1
+                most = max(most, now)
+                changed.notify_all()
+                assert changed.wait_for(lambda: most >= READS_BESIDE_FETCHES, 60), "so many come at once"
+                now -= 1
+            return super().read_range(name, offset, length, sha256)
+
+    index = load_index(storage, snapshot, "train")
+    counting = Counting(storage.url)
+    with closing(ShardCache(counting, tmp_path / "cache", PLENTY)) as cache:
+        reader = PairReader(counting, load_texts(storage, snapshot), cache, max_text_bytes=0)
+        groups = [(i, [index.pair(0, i)]) for i in range(len(index))]
+        assert len(list(PairLoader(reader, groups, read_ahead=100))) == 24
+        assert most == READS_BESIDE_FETCHES
+        done.set()
 
 
 def flip(data: bytes) -> bytes:
