@@ -77,9 +77,10 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
             if config.sample_every and (step % config.sample_every == 0 or is_last):
                 sample(loop, step)
             show(history)
-            if step % config.checkpoint_every == 0 or is_last or notice.has_come(metrics["step_s"]):
+            is_leaving = notice.has_come(metrics["step_s"])
+            if step % config.checkpoint_every == 0 or is_last or is_leaving:
                 checkpoint(loop, step)
-            if notice.is_new:
+            if is_leaving:
                 loop.checkpointer.wait()  # the node may be gone at any moment
     return None
 

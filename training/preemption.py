@@ -14,7 +14,6 @@ class Notice:
     def __init__(self) -> None:
         self._since_s = 0.0
         self._known: frozenset[str] = frozenset()
-        self.is_new = False
 
     def has_come(self, step_s: float) -> bool:
         """Ask, now and then; true once for each set of nodes. Collective.
@@ -22,13 +21,12 @@ class Notice:
         Args:
             step_s: How long the step took, the same on all ranks.
         """
-        self.is_new = False
         self._since_s += step_s
         if self._since_s < CHECK_EVERY_S:
             return False
         self._since_s = 0.0
         found = ray.train.get_preemption_info()
         nodes = frozenset(found.preempted_node_ids) if found is not None else frozenset()
-        self.is_new = not nodes <= self._known
+        is_new = not nodes <= self._known
         self._known |= nodes
-        return self.is_new
+        return is_new
