@@ -15,7 +15,7 @@ STAGE_HELP = {
     "ingest": "bring the table of pairs up to date with the sources",
     "encode": "make the latents and text embeddings that are missing",
     "train": "train with DeepSpeed ZeRO on Ray Train, from the last checkpoint if there is one",
-    "export": "write the trained model as a diffusers pipeline",
+    "export": "write the trained model as diffusers loads it",
     "evaluate": "sample and score the base and the aligned model",
 }
 

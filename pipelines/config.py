@@ -96,7 +96,7 @@ class EncodeConfig(Config):
     """Pair shards to latent and text shards."""
 
     model: str = Field(min_length=1)
-    """Path, fsspec URL or hub id of a diffusers SDXL pipeline."""
+    """Path, fsspec URL or hub id of a diffusers pipeline of the SDXL or the Stable Diffusion family."""
     revision: str | None = Field(None, min_length=1)
     """Branch, tag or commit of the model on the hub."""
     variant: str | None = Field(None, pattern=r"^[\w-]+$")

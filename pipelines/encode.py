@@ -38,7 +38,7 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
         For `text` and `latents` what was done and how fast, as plain data; None where nothing was missing.
 
     Raises:
-        ModelError: The model is missing, damaged or not an SDXL pipeline.
+        ModelError: The model is missing, damaged or of no kind that we know.
         ConfigError: The model cannot be run with these settings.
         SnapshotError: There is no kept pair.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.

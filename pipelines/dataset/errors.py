@@ -7,7 +7,7 @@
         ├── StorageError       the storage cannot be read or written
         ├── ShardCorrupt       stored bytes differ from their digest
         ├── DropBudgetExceeded more rows were quarantined than the limit allows
-        ├── ModelError         the base model is missing or is not an SDXL pipeline
+        ├── ModelError         the base model is missing or of no kind that we know
         ├── EncodingError      an image or a prompt cannot be encoded on this machine
         ├── SnapshotError      the data set holds nothing (or not enough) to work on
         └── TrainingError      training cannot start, or went wrong
@@ -57,7 +57,7 @@ class DropBudgetExceeded(JobError):
 
 
 class ModelError(JobError):
-    """The base model is missing, incomplete or not an SDXL pipeline."""
+    """The base model is missing, incomplete or of no kind that we know."""
 
 
 class EncodingError(JobError):
