@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.alignment_data import LEVELS, SOURCE, Data, make_data
-from benchmarks.alignment_report import figure, question, render, table, write
+from benchmarks.alignment_report import closest, figure, question, render, table, write
 from benchmarks.alignment_runs import METRICS, Draws, Judge, Scores, Setting, denoising_errors, train
 from pipelines.dataset.pair import TEST, VALIDATION
 from pipelines.encoders import quiet_diffusers
@@ -40,8 +40,8 @@ VALIDATION_NOISE, TEST_NOISE = 10_000, 20_000  # first seeds of the samples' noi
 class Size:
     """How much is done."""
 
-    learning_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
-    beta_factors: tuple[float, ...] = (0.2, 5.0)
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    beta_factors: tuple[float, ...] = (0.04, 0.2, 5.0, 25.0)
     """Times the method's default beta, which has the first pass."""
     seeds: tuple[int, ...] = (0, 1, 2)
     crops_per_scene: int = 8
@@ -128,7 +128,9 @@ def at_edge(setting: Setting, size: Size) -> list[str]:
     edges = []
     if setting.learning_rate in (min(size.learning_rates), max(size.learning_rates)):
         edges.append("learning_rate")
-    if setting.loss:
+    default = METHODS[setting.method].get("beta")
+    factors = (1.0, *size.beta_factors)
+    if default and setting.loss.get("beta", default) / default in (min(factors), max(factors)):
         edges.append("beta")
     return edges
 
@@ -159,6 +161,7 @@ def run(bench: Bench, say: Callable[[str], None] = print) -> tuple[dict[str, Any
                 say(f"{time.monotonic() - started:6.0f} s  {level:<7} {method:<11} seed {seed}  {phrase(scores)}")
     stacked = {key: stack(found, size.test_samples) for key, found in values.items()}
     report["table"] = table(stacked, (BASE, *COMPARED))
+    report["closest"] = closest(report["grid"])
     report["mapo_minus_dpo"] = question(stacked, ("mapo", "mapo_paper"), against="dpo")
     report["wall_s"] = round(time.monotonic() - started, 1)
     report["cpu_s"] = round(time.process_time() - cpu_started, 1)

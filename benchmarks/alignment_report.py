@@ -23,6 +23,7 @@ from orchestration.demo.scenes import RESOLUTION, subject_of
 from pipelines.dataset.pair import TEST
 
 RESAMPLES = 2000
+MIN_CONTENT = 0.9
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow", "scikit-image")
 Interval = dict[str, float]
 Stacked = Mapping[tuple[str, str], Scores]
@@ -73,6 +74,18 @@ def question(stacked: Stacked, methods: Sequence[str], *, against: str) -> dict[
     return {metric: {method: leads(method, metric) for method in methods} for metric in METRICS}
 
 
+def closest(grid: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """level -> method -> of its grid, the run nearest to the preferred colours that has kept the content.
+
+    What each method can do for whoever does not want too much of the style: one seed, validation prompts.
+    """
+    found: dict[str, Any] = {level: {} for level in LEVELS}
+    for row in sorted(grid, key=lambda row: -row["distance"]):
+        if row["content"] >= MIN_CONTENT:
+            found[row["level"]][row["method"]] = row
+    return found
+
+
 def verdict(growth: Interval) -> dict[str, str]:
     """What an interval says of the direction."""
     if growth["low"] > 0:
@@ -94,6 +107,10 @@ def render(report: Mapping[str, Any]) -> str:
         for method, leads in report["mapo_minus_dpo"][metric].items():
             cells = "".join(f"{name} {_cell(lead, '+')}   " for name, lead in leads.items())
             lines.append(f"{method:<12}{cells}{leads['growth']['verdict']}")
+    lines.append(f"\nclosest of the grid with content of {MIN_CONTENT} (validation, one seed)")
+    for level, rows in report["closest"].items():
+        cells = (f"{name} {row['distance']:.3f} style {row['style']:.2f}" for name, row in sorted(rows.items()))
+        lines.append(f"{level:<8}{'   '.join(cells)}")
     lines.append(f"\n{report['wall_s']:.0f} s, {report['cpu_s']:.0f} s of one core")
     return "\n".join(lines)
 

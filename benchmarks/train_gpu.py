@@ -100,8 +100,8 @@ def micro(bench: Bench) -> Iterator[Row]:
         if bench.best.compiled and "compiled" in change:  # with less memory for a block, other checkpointing may win
             for checkpointing in (False, "resnets", True):
                 largest = grid.largest(checkpointing)
-                if checkpointing != bench.best.checkpointing and largest:
-                    yield grid.row(replace(bench.best, checkpointing=checkpointing, pairs=largest))
+                for pairs in (largest, 2 * largest) if largest else ():
+                    yield grid.row(replace(bench.best, checkpointing=checkpointing, pairs=pairs))
     if grid.mfu:
         yield {"best": f"{bench.best.text}: MFU {grid.mfu:.3f}, at least {GOAL_MFU}: {goal(grid.mfu >= GOAL_MFU)}"}
 
@@ -111,7 +111,7 @@ class Grid:
 
     def __init__(self, bench: Bench) -> None:
         self._bench, self._rate = bench, 0.0
-        self._bytes_a_pair: dict[bool | str, float] = {}
+        self._gigabytes_a_pair: dict[tuple[bool | str, bool], float] = {}
         self._idle = 0.0
         self._fitted: dict[bool | str, int] = {}
         self.mfu = 0.0
@@ -146,15 +146,17 @@ class Grid:
         self._fitted[way.checkpointing] = max(self._fitted.get(way.checkpointing, 0), way.pairs)
         if self._bench.on_gpu:
             self._idle = row["idle GB"]
-            self._bytes_a_pair[way.checkpointing] = (row["memory GB"] - row["idle GB"]) / way.pairs
+            taken = (row["memory GB"] - row["idle GB"]) / way.pairs
+            self._gigabytes_a_pair[way.checkpointing, way.compiled] = taken
         if row["pairs/s"] > WORTH * self._rate:
             self._bench.best, self._rate = way, row["pairs/s"]
 
     def _too_large(self, way: Way) -> float | None:
         """GB, if they are more than there is."""
-        if not self._bench.on_gpu or way.checkpointing not in self._bytes_a_pair:
+        kind = way.checkpointing, way.compiled
+        if not self._bench.on_gpu or kind not in self._gigabytes_a_pair:
             return None
-        needed = self._idle + way.pairs * self._bytes_a_pair[way.checkpointing]
+        needed = self._idle + way.pairs * self._gigabytes_a_pair[kind]
         return needed if needed > 0.97 * torch.cuda.get_device_properties(0).total_memory / 1e9 else None
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.alignment import BASE, COMPARED, CRITERION, FULL, SMALL, Bench, at_edge, choose, run
 from benchmarks.alignment_data import LEVELS, split_scenes
-from benchmarks.alignment_report import interval, question, render, write
+from benchmarks.alignment_report import closest, interval, question, render, write
 from benchmarks.alignment_runs import METRICS, Judge, Setting
 from orchestration.demo.scenes import SUBJECTS, scenes
 from pipelines.dataset.pair import TEST, VALIDATION
@@ -97,7 +97,7 @@ def test_validation_and_test_share_no_prompt_and_no_noise(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("best_rate", "best_factor", "edges"),
-    [(1e-4, 1.0, []), (3e-5, 1.0, ["learning_rate"]), (1e-3, 5.0, ["learning_rate", "beta"]), (3e-4, 0.2, ["beta"])],
+    [(1e-4, 1.0, []), (1e-5, 5.0, ["learning_rate"]), (1e-3, 25.0, ["learning_rate", "beta"]), (3e-4, 0.04, ["beta"])],
 )
 def test_the_grid_finds_the_rate_and_then_the_beta(best_rate: float, best_factor: float, edges: list[str]) -> None:
     def measure(setting: Setting) -> dict[str, float]:
@@ -110,6 +110,14 @@ def test_the_grid_finds_the_rate_and_then_the_beta(best_rate: float, best_factor
     assert len(tried) == len(FULL.learning_rates) + len(FULL.beta_factors)
     assert at_edge(found, FULL) == edges
     assert len(choose("sft", FULL, measure)[1]) == len(FULL.learning_rates)
+
+
+def test_the_closest_of_the_grid_has_kept_the_content() -> None:
+    rows = [
+        {"level": "near", "method": "dpo", "content": content, "distance": distance}
+        for content, distance in ((0.95, 0.3), (0.9, 0.2), (0.89, 0.1), (1.0, 0.25))
+    ]
+    assert closest(rows) == {"near": {"dpo": rows[1]}, "middle": {}, "far": {}}
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0.2, "grows"), (-0.2, "shrinks"), (0.0, "undecided")])
