@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-encode chaos base-model clean
+.PHONY: demo test lint bench bench-encode bench-cost chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -28,6 +28,10 @@ bench: $(READY)
 # Encode beside a bare loop and the usual Ray chain (about ten minutes on 2 cores).
 bench-encode: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.encode --pairs 576 --rounds 1
+
+# MaPO beside DPO on the product's engine: time, operations, memory (about five minutes of CPU).
+bench-cost: $(READY)
+	$(BIN)/python -m benchmarks.cost
 
 # Train the demo's base model anew (about half an hour on 2 cores); it is shipped, so nobody needs to.
 base-model: $(READY)

@@ -88,11 +88,16 @@ def losses_of_configs(configs: list[TrainConfig], base_folder: str, num_steps: i
     return curves
 
 
-def plain_adamw(config: TrainConfig, base_folder: str, num_steps: int) -> list[float]:
-    """The same by hand: one process, torch's AdamW, the whole global batch at once."""
+def plain_adamw(
+    config: TrainConfig, base_folder: str, num_steps: int
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """The same by hand: one process, torch's AdamW, the whole global batch at once; curve, weights and average."""
     base = load_base(ModelSource(base_folder))
     base.unet.train()
-    optimizer = torch.optim.AdamW(base.unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    weights = dict(base.unet.named_parameters())
+    average = {name: weight.detach().clone() for name, weight in weights.items()}
+    decay = config.ema.decay if config.ema else 0.0
+    optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     denoiser = Denoiser(base.unet, None, base, config, device=torch.device("cpu"), dtype=torch.float32)
     loss_of = pair_loss(config.method, config.loss, num_train_timesteps=1000)
     curve = []
@@ -100,11 +105,13 @@ def plain_adamw(config: TrainConfig, base_folder: str, num_steps: int) -> list[f
         batch, noise, timesteps = global_batch(step)
         loss = loss_of(denoiser.errors(batch, noise, timesteps), batch.preference_B).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(base.unet.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())
-    return curve
+        for name, weight in weights.items():
+            average[name] = decay * average[name] + (1 - decay) * weight.detach()
+    return curve, {name: weight.detach() for name, weight in weights.items()}, average
 
 
 def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_steps: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def rehearse(module: str, file: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_mapo_saves_a_quarter_of_what_dpo_computes(tmp_path: Path) -> None:
     """Every step was a real engine's, or the script fails; times are not judged on a machine that others use."""
     found = rehearse("cost", tmp_path / "cost.json")

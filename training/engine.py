@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
@@ -74,11 +73,13 @@ class Engine:
 
     def identity(self) -> dict[str, Any]:
         """What this worker is, as the engine itself reports it; for the log and the report."""
+        from ray.util import get_node_ip_address  # here, so that an engine can be had without Ray
+
         return {
             "rank": self.rank,
             "world_size": self.world_size,
             "pid": os.getpid(),
-            "node": ray.util.get_node_ip_address(),
+            "node": get_node_ip_address(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "backend": torch.distributed.get_backend(),
             "engine": type(self.unet).__name__,

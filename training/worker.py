@@ -15,7 +15,7 @@ from pipelines.dataset.pair import TRAIN, VALIDATION
 from training.account import Consumed
 from training.checkpoint import Checkpointer, restore
 from training.ema import ShardedEma
-from training.engine import Engine, build_engine, check_machine, dtype_of, set_threads
+from training.engine import Engine, build_engine, check_machine, dtype_of, quiet_libraries, set_threads
 from training.index import PairIndex, PairRecord, load_index, load_texts
 from training.loader import PairLoader, PairReader
 from training.loop import Loop, run
@@ -41,6 +41,7 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
     config, context = spec.config, ray.train.get_context()
     on_gpu = ray.train.torch.get_device().type == "cuda"
     set_threads(context.get_local_world_size())
+    quiet_libraries()
     check_machine(config)
     with start_up.part("index"):
         index = load_index(spec.storage, spec.snapshot, TRAIN, labels=config.labels)
@@ -108,6 +109,8 @@ def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool)
     if needs_reference and config.lora is None:
         device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
         frozen = Reference.copy_of(base.unet, device, dtype_of(config))
+        if config.compile:
+            frozen.unet.compile_repeated_blocks()
     engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
     if needs_reference:
         reference = frozen or Reference.of_adapters(engine.unet)

@@ -1,6 +1,7 @@
 """Curves in the real libraries: a run that is started again continues them, and what fails is one warning."""
 
 import json
+import logging
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def records_id(records: list[Any]) -> str:
 
 
 def test_wandb_without_a_key_is_one_warning(storage, wandb_offline, monkeypatch, tmp_path, caplog) -> None:
+    caplog.set_level(logging.WARNING, logger=trackers.__name__)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 import threading
 import time
@@ -71,6 +72,7 @@ def test_all_is_out_and_in_order_after_a_flush() -> None:
 
 
 def test_a_tracker_that_fails_in_the_middle_is_given_up_with_one_warning(caplog) -> None:
+    caplog.set_level(logging.WARNING, logger=trackers.__name__)
     service = Service(log=lambda step: fail() if step == 2 else None)
     tracker = tracked(service)
     assert service.steps == [0, 1]

@@ -116,16 +116,6 @@ def test_tensorboard_has_the_curves(undisturbed) -> None:
     assert logged == pytest.approx([s["loss"] for s in trained.history["steps"]], rel=1e-5)
 
 
-def test_one_worker_sees_the_same_batches_as_two(undisturbed, tmp_path) -> None:
-    _, expected = undisturbed
-    alone = CONFIG.model_copy(update={"num_workers": 1, "max_steps": 4, "lr_schedule": "constant"})
-    spec = make_spec(tmp_path, alone)
-    trained = train(spec, lambda progress: None)
-    losses = [[s["loss"] for s in t.history["steps"][:2]] for t in (expected, trained)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert trained.workers[0]["num_pairs"] == 4 * 8
-
-
 def test_bf16_with_buckets_dropout_and_the_released_loss_trains(ray_cluster, tmp_path) -> None:
     changes = {"method": "mapo", "precision": "bf16", "prompt_dropout": 0.5, "gradient_checkpointing": True}
     config = CONFIG.model_copy(update={**changes, "max_steps": 6, "checkpoint_every": 6})
