@@ -74,6 +74,8 @@ class IngestConfig(Config):
 
 MIN_SIDE = 32
 VAE_FACTOR = 8
+
+
 def _buckets(value: object) -> object:
     """True, false, or a list of [height, width]."""
     if isinstance(value, bool):
