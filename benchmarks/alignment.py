@@ -4,8 +4,8 @@
 
 At each of three levels of mismatch, every method has its learning rate, then its beta, chosen on validation prompts
 (most style x content), and is then trained with three seeds and scored on test prompts. Prints tables; writes
-`results/alignment.json` and `results/alignment.jpg`. A quarter of an hour on a free core; `--small` takes seconds,
-means nothing, and writes only where `--out` says.
+`results/alignment.json` and `results/alignment.jpg`. 20 minutes of one free core; `--small` takes seconds, means
+nothing, and writes only where `--out` says.
 """
 
 import argparse
@@ -185,8 +185,9 @@ def grid_of(bench: Bench, level: str, method: str, report: dict[str, Any], say: 
 
 
 def named(setting: Setting) -> dict[str, Any]:
-    """A setting with the default of what it leaves out."""
-    return {"method": setting.method, "learning_rate": setting.learning_rate} | METHODS[setting.method] | setting.loss
+    """A setting with the default of what it leaves out, in six digits."""
+    numbers = {"learning_rate": setting.learning_rate} | METHODS[setting.method] | setting.loss
+    return {"method": setting.method} | {name: float(f"{value:.6g}") for name, value in numbers.items()}
 
 
 def means(scores: Scores) -> dict[str, float]:

@@ -1,11 +1,9 @@
 """Micro-batches ahead of the step, in order: threads read pairs by range, and no rank waits for another's data."""
 
-import hashlib
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from training.batch import Batch, BatchRows
@@ -13,7 +11,7 @@ from training.index import PairRecord
 from training.reader import PairReader
 from training.threads import Threads
 
-__all__ = ["Batch", "Consumed", "PairLoader", "PairReader"]
+__all__ = ["Batch", "PairLoader", "PairReader"]
 
 NUM_READERS = 16  # requests in flight; a pair is 256 KiB at 1024 x 1024
 READ_AHEAD = 8
@@ -109,17 +107,3 @@ class _Group(Generic[Tag]):
         if self._errors:
             raise self._errors[min(self._errors)]
         return self.rows.finish()
-
-
-@dataclass
-class Consumed:
-    """The account of what a rank has trained on: how many pairs, and a running digest of their keys."""
-
-    num_pairs: int = 0
-    digest: str = ""
-
-    def add(self, batch: Batch) -> None:
-        """Count a batch."""
-        keys = "".join(record.pair_key for record in batch.records)
-        self.digest = hashlib.sha256((self.digest + keys).encode()).hexdigest()[:16]
-        self.num_pairs += len(batch.records)

@@ -63,7 +63,8 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
     if restored is not None:
         step, history = restored.state["step"], History.from_dict(restored.state["history"])
         consumed = Consumed.sum(restored.ranks[engine.rank :: engine.world_size])
-    reader = make_reader(spec)
+    cache = make_cache(spec)
+    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot), cache=cache)
     samples = SampleGrid(held_out, reader, spec, engine, base) if config.sample_every else None
     if samples is not None and samples.note:
         notes.append(samples.note)
@@ -94,7 +95,11 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
         history=history,
         consumed=consumed,
     )
-    stop = run(loop, first_step=step)
+    try:
+        stop = run(loop, first_step=step)
+    finally:
+        if cache is not None:
+            cache.close()
     if stop is not None and engine.is_first:
         spec.storage.write(spec.stop_file, json.dumps([stop.message, stop.hint]).encode())
 
@@ -136,12 +141,11 @@ def turns(plan: Plan, index: PairIndex, engine: Engine, *, first_step: int) -> I
             yield (step, slot, weight), [index.pair(group.bucket, int(element)) for element in group.elements]
 
 
-def make_reader(spec: TrainSpec) -> PairReader:
-    """Reads pairs, through the node's shard cache if there is one."""
-    cache = None
-    if spec.config.cache_dir is not None:
-        cache = ShardCache(spec.storage, spec.config.cache_dir, max_bytes=spec.config.max_cache_bytes)
-    return PairReader(spec.storage, load_texts(spec.storage, spec.snapshot), cache=cache)
+def make_cache(spec: TrainSpec) -> ShardCache | None:
+    """The node's shard cache, if there is to be one."""
+    if spec.config.cache_dir is None:
+        return None
+    return ShardCache(spec.storage, spec.config.cache_dir, max_bytes=spec.config.max_cache_bytes)
 
 
 @dataclass(frozen=True)

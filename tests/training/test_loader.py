@@ -23,7 +23,7 @@ from pipelines.dataset.storage import Storage
 from training import loader as loader_module
 from training.batch import BatchRows
 from training.index import PairIndex, PairRecord, load_index, load_texts
-from training.loader import NUM_READERS, READ_AHEAD, Consumed, PairLoader, PairReader
+from training.loader import NUM_READERS, READ_AHEAD, PairLoader, PairReader
 from training.order import Plan
 from training.spec import Snapshot
 from training.tensors import layout_of
@@ -267,18 +267,6 @@ def test_buckets_are_never_mixed(tmp_path: Path) -> None:
         assert batch.chosen_BCHW.shape[1:] == (4, side // 8, side // 8)
     with pytest.raises(ShardCorrupt, match=r"is float16 \[4, 12, 12\], float16 \[4, 8, 8\] in its micro-batch"):
         reader.read([index.pair(0, 0), index.pair(1, 0)])
-
-
-def test_the_account_of_consumed_pairs_depends_on_their_order(encoded: tuple[Storage, Snapshot]) -> None:
-    index, reader = opened(*encoded)
-    batches = [batch for _, batch in PairLoader(reader, groups_of(index, 3, size=1))]
-    forward, backward = Consumed(), Consumed()
-    for batch in batches:
-        forward.add(batch)
-    for batch in reversed(batches):
-        backward.add(batch)
-    assert forward.num_pairs == backward.num_pairs == 3
-    assert forward.digest != backward.digest
 
 
 def test_only_the_time_in_next_counts_as_waited(
