@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-encode bench-cost chaos base-model clean
+.PHONY: demo test lint bench bench-encode bench-cost bench-alignment chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -32,6 +32,10 @@ bench-encode: $(READY)
 # MaPO beside DPO on the product's engine: time, operations, memory (about five minutes of CPU).
 bench-cost: $(READY)
 	$(BIN)/python -m benchmarks.cost
+
+# SFT, DPO and both MaPO losses over three levels of mismatch (20 minutes of one core).
+bench-alignment: $(READY)
+	$(BIN)/python -m benchmarks.alignment
 
 # Train the demo's base model anew (about half an hour on 2 cores); it is shipped, so nobody needs to.
 base-model: $(READY)
