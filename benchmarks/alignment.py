@@ -186,7 +186,7 @@ def grid_of(bench: Bench, level: str, method: str, report: dict[str, Any], say: 
 
 def named(setting: Setting) -> dict[str, Any]:
     """A setting with the default of what it leaves out, in six digits."""
-    numbers = {"learning_rate": setting.learning_rate} | METHODS[setting.method] | setting.loss
+    numbers = {"learning_rate": setting.learning_rate, **METHODS[setting.method], **setting.loss}
     return {"method": setting.method} | {name: float(f"{value:.6g}") for name, value in numbers.items()}
 
 

@@ -109,8 +109,8 @@ def render(report: Mapping[str, Any]) -> str:
             lines.append(f"{method:<12}{cells}{leads['growth']['verdict']}")
     lines.append(f"\nclosest of the grid with content of {MIN_CONTENT} (validation, one seed)")
     for level, rows in report["closest"].items():
-        cells = (f"{name} {row['distance']:.3f} style {row['style']:.2f}" for name, row in sorted(rows.items()))
-        lines.append(f"{level:<8}{'   '.join(cells)}")
+        found = (f"{name} {row['distance']:.3f} style {row['style']:.2f}" for name, row in sorted(rows.items()))
+        lines.append(f"{level:<8}{'   '.join(found)}")
     lines.append(f"\n{report['wall_s']:.0f} s, {report['cpu_s']:.0f} s of one core")
     return "\n".join(lines)
 

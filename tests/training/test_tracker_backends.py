@@ -118,6 +118,9 @@ def records_id(records: list[Any]) -> str:
 
 
 def test_wandb_without_a_key_is_one_warning(storage, wandb_offline, monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setattr(trackers.logger, "disabled", False)  # by a library in the same process
+    monkeypatch.setattr(trackers.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(trackers.logger, "propagate", False)
     caplog.set_level(logging.WARNING, logger=trackers.__name__)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -71,7 +71,10 @@ def test_all_is_out_and_in_order_after_a_flush() -> None:
     assert tracker.warning is None
 
 
-def test_a_tracker_that_fails_in_the_middle_is_given_up_with_one_warning(caplog) -> None:
+def test_a_tracker_that_fails_in_the_middle_is_given_up_with_one_warning(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(trackers.logger, "disabled", False)  # by a library in the same process
+    monkeypatch.setattr(trackers.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(trackers.logger, "propagate", False)
     caplog.set_level(logging.WARNING, logger=trackers.__name__)
     service = Service(log=lambda step: fail() if step == 2 else None)
     tracker = tracked(service)
