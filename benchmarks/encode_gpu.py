@@ -57,7 +57,7 @@ UNITS_AT_ONCE, NUM_UNITS = 3, 4  # as `pipelines.encode` calls an actor
 
 
 @dataclass
-class Bench:
+class Bench(gpu_peak.Course):
     """What all sections share, and what one leaves for another."""
 
     work: Path
@@ -77,16 +77,6 @@ class Bench:
         self.source = write_model(self.work / "model", self.vae_config, None)
         self.flop = gpu_peak.flop_an_image(self.vae_config, self.side)
         self.seconds = 0.2 if self.small else 2.0  # of timing, for each way
-
-    def left(self) -> float:
-        """Seconds until all must be over."""
-        return self.deadline - time.monotonic()
-
-    def verify(self, what: str, passed: bool) -> str:
-        """Note a check; a failed one makes the whole run fail, at its end."""
-        if not passed:
-            self.failed.append(what)
-        return "ok" if passed else "FAILED"
 
     def bare(self, way: Any, batch_size: int) -> gpu_peak.BareLoop:
         """A bare loop over the photos."""

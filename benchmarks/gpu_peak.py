@@ -55,6 +55,23 @@ CATEGORIES = (
 """What a kernel is, by its name, the first that fits; all others are norms and pointwise work."""
 
 
+class Course:
+    """What a script on a borrowed GPU has to keep in mind: the time that is left, and the checks that failed."""
+
+    deadline: float
+    failed: list[str]
+
+    def left(self) -> float:
+        """Seconds until all must be over."""
+        return self.deadline - time.monotonic()
+
+    def verify(self, what: str, passed: bool) -> str:
+        """Note a check; a failed one makes the whole run fail, at its end."""
+        if not passed:
+            self.failed.append(what)
+        return "ok" if passed else "FAILED"
+
+
 @dataclass(frozen=True)
 class Way:
     """How the bare loop runs the VAE."""

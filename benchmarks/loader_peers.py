@@ -23,6 +23,28 @@ SHUFFLE_BUFFER = 100  # samples of webdataset in each worker, as much memory as 
 SHARDS_SHUFFLED = 100
 
 
+class _Stateful:
+    """A peer whose loader has a state; from S3 it reads through a folder of whole shards."""
+
+    def _loader(self, url: str, cache: Path | None) -> Any:
+        raise NotImplementedError
+
+    def batches(self, url: str, cache: Path, state: dict[str, Any]) -> Batches:
+        """All batches after a state; from the beginning without one."""
+        loader = self._loader(url, cache)
+        if state:
+            loader.load_state_dict(state)
+        for batch in loader:
+            yield batch["number"].tolist(), batch["chosen"]
+
+    def _read_on(self, url: str, num_pairs: int) -> tuple[dict[str, Any], int, int]:
+        """The state after the last epoch's part, the epochs before it, and the batches of that part."""
+        loader, (epoch, rest) = self._loader(url, None), epoch_and_rest(num_pairs)
+        for _ in zip(range(rest), loader, strict=False):
+            pass
+        return loader.state_dict(), epoch, rest
+
+
 class WebDataset:
     """Tars read from end to end: shards in random order, and a shuffle buffer. Safetensors decode quickest."""
 
@@ -81,7 +103,7 @@ def _stream(url: str, *_: Any, **__: Any) -> Any:
     return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"]
 
 
-class Streaming:
+class Streaming(_Stateful):
     """MosaicML streaming: fixed shapes, its quickest encoding; its own shuffle, py1e."""
 
     modules = ("benchmarks.torchvision_stub", "streaming")
@@ -104,20 +126,10 @@ class Streaming:
         pairs = _streaming().StreamingDataset(**place, shuffle=True, batch_size=BATCH_SIZE)
         return _streaming().StreamingDataLoader(pairs, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS)
 
-    def batches(self, url: str, cache: Path, state: dict[str, Any]) -> Batches:
-        """From S3 through a folder of whole shards."""
-        loader = self._loader(url, cache)
-        if state:
-            loader.load_state_dict(state)
-        for batch in loader:
-            yield batch["number"].tolist(), batch["chosen"]
-
     def save(self, url: str, num_pairs: int) -> dict[str, Any]:
         """The state of the last epoch's part, with the epochs before it written in."""
-        loader, (epoch, rest) = self._loader(url, None), epoch_and_rest(num_pairs)
-        for _ in zip(range(rest), loader, strict=False):
-            pass
-        return {**loader.state_dict(), "epoch": epoch, "sample_in_epoch": rest * BATCH_SIZE}
+        state, epoch, rest = self._read_on(url, num_pairs)
+        return {**state, "epoch": epoch, "sample_in_epoch": rest * BATCH_SIZE}
 
 
 def _streaming() -> Any:
@@ -125,7 +137,7 @@ def _streaming() -> Any:
     return importlib.import_module("streaming")
 
 
-class LitData:
+class LitData(_Stateful):
     """litdata: tensors in its chunks, its own shuffle."""
 
     modules = ("litdata",)
@@ -147,20 +159,9 @@ class LitData:
         pairs = litdata.StreamingDataset(url, shuffle=True, **place)
         return litdata.StreamingDataLoader(pairs, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS)
 
-    def batches(self, url: str, cache: Path, state: dict[str, Any]) -> Batches:
-        """From S3 through a folder of whole chunks."""
-        loader = self._loader(url, cache)
-        if state:
-            loader.load_state_dict(state)
-        for batch in loader:
-            yield batch["number"].tolist(), batch["chosen"]
-
     def save(self, url: str, num_pairs: int) -> dict[str, Any]:
         """The state of the last epoch's part, with the epochs before it written in."""
-        loader, (epoch, rest) = self._loader(url, None), epoch_and_rest(num_pairs)
-        for _ in zip(range(rest), loader, strict=False):
-            pass
-        state: dict[str, Any] = loader.state_dict()
+        state, epoch, _ = self._read_on(url, num_pairs)
         return {**state, "current_epoch": epoch, "dataset": {**state["dataset"], "current_epoch": epoch}}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_peak import Row, settle
+from benchmarks.gpu_peak import Course, Row, settle
 from training.batch import Batch
 from training.config import TrainConfig
 from training.engine import Engine, build_engine, dtype_of, quiet_libraries, set_gradient_checkpointing
@@ -110,7 +110,7 @@ def made_up(unet_config: Mapping[str, Any], num_pairs: int, side: int, seed: int
 
 
 @dataclass
-class Bench:
+class Bench(Course):
     """What all sections of `train_gpu` share, and what one leaves for another."""
 
     work: Path
@@ -130,16 +130,6 @@ class Bench:
         self.side = 8 if self.small else 128
         self.seconds = 0.1 if self.small else 3.0  # of timing, for each way
         self._trainee: Trainee | None = None
-
-    def left(self) -> float:
-        """Seconds until all must be over."""
-        return self.deadline - time.monotonic()
-
-    def verify(self, what: str, passed: bool) -> str:
-        """Note a check; a failed one makes the whole run fail, at its end."""
-        if not passed:
-            self.failed.append(what)
-        return "ok" if passed else "FAILED"
 
     def trainee(self) -> "Trainee":
         """The engine of the published recipe's kind: ZeRO-2, bf16, float32 sums over micro-batches, AdamW."""

@@ -19,6 +19,17 @@ from training.model import Base, Denoiser, Reference, add_lora, load_base
 from training.zero import ZeroState
 
 PAIRS = 8  # of a global batch
+CONFIG = TrainConfig(
+    num_workers=2,
+    global_batch_size=PAIRS,
+    micro_batch_size=2,
+    max_steps=20,
+    learning_rate=1e-3,
+    precision="fp32",
+    gradient_checkpointing=False,
+    channels_last=False,
+)
+"""Two ranks, exact arithmetic; tests change what they are about."""
 
 
 def global_batch(step: int) -> tuple[Batch, Tensor, Tensor]:

@@ -82,7 +82,7 @@ class Checkpointer:
         self.last_step = step
         copied = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in parts.items()}
         folder = f"{self._folder}/step-{step:08d}-{self._attempt}"
-        work = (folder, step, copied, json.dumps(account), json.dumps(state), state.get("validation_loss"))
+        work = (folder, step, copied, dict(account), json.dumps(state), state.get("validation_loss"))
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -112,10 +112,16 @@ class Checkpointer:
             self._stopped.set()
 
     def _write(
-        self, folder: str, step: int, parts: Parts, account: str, state: str, validation_loss: float | None
+        self,
+        folder: str,
+        step: int,
+        parts: Parts,
+        account: Mapping[str, Any],
+        state: str,
+        validation_loss: float | None,
     ) -> None:
         try:
-            write_rank(self._storage, folder, self._rank, parts, account=json.loads(account))
+            write_rank(self._storage, folder, self._rank, parts, account=account)
             if self._rank == 0:
                 self._commit(folder, step, state.encode(), validation_loss)
         except BaseException as error:  # raised again in the training thread

@@ -25,6 +25,7 @@ from training.workers import Progress, Speed
 from training.zero import ZeroState
 
 Turn = tuple[int, int, float]
+"""step, slot, weight of the slot's mean loss."""
 
 
 @dataclass(frozen=True)

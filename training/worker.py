@@ -18,7 +18,7 @@ from training.ema import ShardedEma
 from training.engine import Engine, build_engine, check_machine, dtype_of, quiet_libraries, set_threads
 from training.index import PairIndex, PairRecord, load_index, load_texts
 from training.loader import PairLoader, PairReader
-from training.loop import Loop, run
+from training.loop import Loop, Turn, run
 from training.losses import pair_loss
 from training.methods import NEEDS_REFERENCE
 from training.metrics import History
@@ -30,9 +30,6 @@ from training.spec import TrainSpec
 from training.validation import Validation
 from training.workers import Progress, StartUp, gather_workers
 from training.zero import ZeroState
-
-Turn = tuple[int, int, float]
-"""step, slot, weight of the slot's mean loss."""
 
 
 def train_worker(work: Mapping[str, TrainSpec]) -> None:

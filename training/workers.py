@@ -51,17 +51,14 @@ class Speed:
         unet_config: Of the UNet, for counting its arithmetic.
     """
 
-    NUM = 5
-    """Length of what `stop` gives: seconds, waited, memory, model FLOPs, hardware FLOPs."""
-
     def __init__(self, spec: TrainSpec, engine: Engine, unet_config: dict[str, Any]) -> None:
         self._config, self._engine, self._unet_config = spec.config, engine, unet_config
         on_gpu = engine.device.type == "cuda"
         name = torch.cuda.get_device_name(engine.device) if on_gpu else "cpu"
         self._peak = peak_flops(name, self._config.precision, self._config.peak_tflops)
-        self._per_area: tuple[float, float] | None = None
+        self._per_area: Flops | None = None  # of a pair, by elements of its latents' plane
         self._started = self._waited_s = 0.0
-        self._model = self._hardware = 0.0
+        self._flops = Flops(0.0, 0.0)
 
     def start(self, *, waited_s: float) -> None:
         """A step begins.
@@ -70,7 +67,7 @@ class Speed:
             waited_s: All that the loader has waited so far.
         """
         self._started, self._waited_s = time.monotonic(), waited_s
-        self._model = self._hardware = 0.0
+        self._flops = Flops(0.0, 0.0)
 
     def count(self, batch: Batch) -> None:
         """A micro-batch was trained on. Counted for the first shape, by area for others: within 1 % for SDXL."""
@@ -78,10 +75,8 @@ class Speed:
             return
         pairs, _, height, width = batch.chosen_BCHW.shape
         if self._per_area is None:
-            flops = self._count(height, width, batch.prompt_embeds_BSD.shape[1])
-            self._per_area = flops.model / (height * width), flops.hardware / (height * width)
-        self._model += self._per_area[0] * height * width * pairs
-        self._hardware += self._per_area[1] * height * width * pairs
+            self._per_area = self._count(height, width, batch.prompt_embeds_BSD.shape[1]) * (1 / (height * width))
+        self._flops += self._per_area * (height * width * pairs)
 
     def _count(self, height: int, width: int, tokens: int) -> Flops:
         return pair_flops(
@@ -95,10 +90,10 @@ class Speed:
         )
 
     def stop(self, *, waited_s: float) -> Tensor:
-        """A step has ended: what to add up over the ranks, float64."""
+        """A step has ended: what to add up over the ranks, float64; `metrics` reads it."""
         seconds = time.monotonic() - self._started
-        waited = waited_s - self._waited_s
-        return torch.tensor([seconds, waited, self._memory(), self._model, self._hardware], dtype=torch.float64)
+        times = [seconds, waited_s - self._waited_s]
+        return torch.tensor([*times, self._memory(), self._flops.model, self._flops.hardware], dtype=torch.float64)
 
     def _memory(self) -> float:
         if self._engine.device.type == "cuda":

@@ -5,24 +5,13 @@ from pathlib import Path
 
 import pytest
 from encoded import write_base
-from engine_work import PAIRS, losses_of_configs, plain_adamw, train_and_save
+from engine_work import CONFIG, losses_of_configs, plain_adamw, train_and_save
 from ranks import on_ranks
 
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
-
-CONFIG = TrainConfig(
-    num_workers=2,
-    global_batch_size=PAIRS,
-    micro_batch_size=2,
-    max_steps=20,
-    learning_rate=1e-3,
-    precision="fp32",
-    gradient_checkpointing=False,
-    channels_last=False,
-)
 
 
 def with_(**changes) -> TrainConfig:

@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from encoded import write_base, write_encoded
-from engine_work import PAIRS
+from engine_work import CONFIG as TWO_RANKS
 from factories import new_sd15_pipeline
 from PIL import Image
 from ranks import on_ranks
@@ -29,7 +29,6 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training import samples
-from training.config import TrainConfig
 from training.index import PairIndex, load_index, load_texts
 from training.loader import PairReader
 from training.model import load_base
@@ -50,16 +49,7 @@ from training.spec import TrainSpec
 # diffusers' scheduler about torch's tensors, with any numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-CONFIG = TrainConfig(
-    num_workers=2,
-    global_batch_size=PAIRS,
-    micro_batch_size=2,
-    max_steps=20,
-    learning_rate=1e-3,
-    precision="fp32",
-    gradient_checkpointing=False,
-    num_samples=3,
-)
+CONFIG = TWO_RANKS.model_copy(update={"num_samples": 3, "channels_last": True})
 VAE = {"latent_channels": 4, "block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
 
 
