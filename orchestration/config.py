@@ -5,7 +5,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,19 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.secrets import has_credentials, is_secret_name
 from training.config import EvaluateConfig, ExportConfig, TrainConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ReportConfig(Config):
+    """The section `report`."""
+
+    gpu_hour_price: float | None = Field(None, ge=0)
+    """What an hour of one GPU costs. With it the report tells the cost of a run, without it hours alone."""
+    currency: str = Field("EUR", pattern="^[A-Z]{3}$")
+    """Of that price, as three letters: `EUR`, `USD`."""
 
 
 class RunConfig(Config):
@@ -39,6 +49,8 @@ class RunConfig(Config):
     """A checkpoint becomes a diffusers model."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Samples and scores, base against aligned."""
+    report: ReportConfig = ReportConfig()
+    """The page of the run, and the index of runs."""
 
     @field_validator("name")
     @classmethod
@@ -75,9 +87,35 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
     for override in overrides:
         _apply(data, override)
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise _as_config_error(error, source) from None
+    _refuse_secrets(config)
+    return config
+
+
+def _refuse_secrets(config: RunConfig) -> None:
+    """What is configured is kept beside the run, shown in the report and sent with jobs: no secret may be in it."""
+    found = list(_credentials(config.model_dump(mode="json"), ()))
+    if config.train is not None:
+        found += [f"train.environment.{name}" for name in config.train.environment if is_secret_name(name)]
+    if found:
+        raise ConfigError(
+            f"a secret is in the configuration, at {', '.join(f'`{where}`' for where in found)}",
+            "leave it out, and set it in the environment of the processes (on Kubernetes by a Secret)",
+        )
+
+
+def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
+    """The places of texts that are URLs with a password or a signature."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _credentials(inner, (*where, str(key)))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _credentials(inner, (*where, str(place)))
+    elif isinstance(value, str) and has_credentials(value):
+        yield ".".join(where)
 
 
 def resolved_json(config: RunConfig) -> str:
