@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from orchestration.dataset_view import MAX_TOKENS, describe_dataset, describe_encoding, summary_line
+from orchestration.overlap import EncodeAhead
 from orchestration.run import Outcome, Run
 from pipelines.dataset.errors import ConfigError, MapoError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
@@ -17,7 +18,6 @@ from pipelines.dataset.pair import VALIDATION
 
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
-    from orchestration.journal import StageRecord
     from pipelines.config import EncodeConfig
     from training.config import TrainConfig
     from training.launch import Progress
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 2  # raise it when the page changes
 EXPORT_VERSION = 2
+LINEAGE_VERSION = 1
 
 
 def digest(*parts: Any) -> str:
@@ -44,6 +45,13 @@ def check_training(config: TrainConfig) -> None:
     from training.trackers import check_trackers
 
     check_trackers(config.trackers)
+
+
+def check_rounds(run: Run) -> None:
+    """Find what the next round could not go on from before its data is made."""
+    from orchestration.rounds import check_next_round
+
+    check_next_round(run)
 
 
 def check_export(config: RunConfig) -> None:
@@ -96,8 +104,9 @@ def run_ingest(run: Run, key: str) -> Outcome:
     from pipelines.ingest import ingest
 
     assert run.config.ingest
-    ingest(run.config.ingest, run.storage)
-    return Outcome(summary_line(describe_dataset(run.storage)))
+    with EncodeAhead(run) as ahead:
+        ingest(run.config.ingest, run.storage)
+    return Outcome(summary_line(describe_dataset(run.storage)), {"encoded_ahead": ahead.passes} if ahead.passes else {})
 
 
 # encode: the tables say what they have under this fingerprint
@@ -117,12 +126,21 @@ def _fingerprints(run: Run) -> tuple[str, str]:
 
 
 def encode_is_done(run: Run, key: str) -> bool:
-    """No kept pair and no prompt is missing."""
-    from pipelines.encode_plan import pending
+    """No kept pair and no prompt is missing; asked of the tables only if one has changed since a run found it so."""
+    from pipelines.encode_plan import is_encoded
 
     assert run.config.encode
-    waiting = pending(run.config.encode, run.storage)
-    return waiting.num_kept > 0 and waiting.is_empty
+    record = run.journal.record("encode")
+    if record is not None and record.details.get("versions") == _versions(run, pairs_table(run.storage).version):
+        return True
+    return is_encoded(run.config.encode, run.storage)
+
+
+def _versions(run: Run, pairs_version: int | None) -> list[Any]:
+    """Which version of the pairs was encoded, under which fingerprints, and the versions of their tables."""
+    latents, text = _fingerprints(run)
+    tables = latents_table(run.storage, latents), text_table(run.storage, text)
+    return [pairs_version, latents, text, *(table.version for table in tables)]
 
 
 def run_encode(run: Run, key: str) -> Outcome:
@@ -132,6 +150,7 @@ def run_encode(run: Run, key: str) -> Outcome:
 
     config = run.config.encode
     assert config
+    version = pairs_table(run.storage).version  # what others commit meanwhile may not be encoded
     speed = encode(config, run.storage)
     latents, text = _fingerprints(run)
     facts = describe_encoding(run.storage, latents, text)
@@ -139,14 +158,17 @@ def run_encode(run: Run, key: str) -> Outcome:
     summary = f"{facts['pairs']:,} pairs, {facts['prompts']:,} prompts"
     if facts["truncated_prompts"]:
         summary += f", {facts['truncated_prompts']:,} of them cut at {MAX_TOKENS} tokens"
-    return Outcome(summary, {"latents": latents, "text": text, "speed": speed, "contact": contact})
+    details = {"latents": latents, "text": text, "speed": speed, "contact": contact}
+    details["versions"] = _versions(run, version)
+    return Outcome(summary, details)
 
 
 # train
 
 
 def train_spec(run: Run) -> TrainSpec | None:
-    """The run pinned to the newest snapshot; None while something is not encoded."""
+    """The run's next round, pinned to the newest snapshot; None while something is not encoded."""
+    from orchestration.rounds import check_parent, next_round
     from pipelines.encode_plan import located
     from training.spec import Snapshot, TrainSpec, base_digest
 
@@ -160,15 +182,21 @@ def train_spec(run: Run) -> TrainSpec | None:
     versions.append(text_table(run.storage, text).version)
     assert None not in versions
     base = located(config.encode).source
-    return TrainSpec(
+    snapshot = Snapshot(versions[0], latents, versions[1], text, versions[2])  # type: ignore[arg-type]
+    following = next_round(run, snapshot)
+    spec = TrainSpec(
         storage_url=run.storage.url,
         run=config.name,
         base=base,
         base_digest=base_digest(base),
         seed=config.seed,
         config=config.train,
-        snapshot=Snapshot(versions[0], latents, versions[1], text, versions[2]),  # type: ignore[arg-type]
+        snapshot=following.snapshot,
+        round=following.number,
+        parent=following.parent,
     )
+    check_parent(spec)
+    return spec
 
 
 def train_key(run: Run) -> str | None:
@@ -188,11 +216,18 @@ def train_refusal(run: Run) -> MapoError | None:
 
 def run_train(run: Run, key: str) -> Outcome:
     """MaPO on DeepSpeed ZeRO, from the last checkpoint of this key if there is one."""
+    from orchestration.rounds import finish_round, forget_old_rounds, made_from
+    from orchestration.seen_pairs import count_pairs
     from orchestration.training_view import TrainingView
     from training.launch import train
+    from training.parent import check_parent_is_there
 
     spec = train_spec(run)
     assert spec is not None
+    forget_old_rounds(run)
+    check_parent_is_there(spec)
+    if spec.parent is not None:
+        run.say(f"train     round {spec.round} goes on from {spec.parent}")
     # From now on `mapo data gc` keeps what this training reads, however long it takes.
     run.storage.write(f"{run.folder}/snapshot.json", json.dumps(asdict(spec.snapshot)).encode())
     with TrainingView(spec, run.say) as view:
@@ -209,8 +244,11 @@ def run_train(run: Run, key: str) -> Outcome:
         summary += (
             f", held-out implicit accuracy {first[0]['implicit_accuracy']:.2f} → {last[0]['implicit_accuracy']:.2f}"
         )
-    made_from = {"snapshot": asdict(spec.snapshot), "base_digest": spec.base_digest, "seed": spec.seed}
-    return Outcome(summary, asdict(trained) | made_from | {"config": spec.config.model_dump(mode="json")})
+    if spec.round > 1:
+        summary = f"round {spec.round}: {summary}"
+    num_pairs, num_seen = count_pairs(spec, trained.steps)
+    of_round = finish_round(run, spec, trained, num_pairs=num_pairs, num_seen=num_seen)
+    return Outcome(summary, asdict(trained) | made_from(spec) | of_round)
 
 
 # export
@@ -219,24 +257,20 @@ def run_train(run: Run, key: str) -> Outcome:
 def export_key(run: Run) -> str | None:
     """The trained weights, and what is to be done with them."""
     weights = _exported_weights(run)
-    return None if weights is None else digest(weights, run.config.export.push_to_hub)
+    return None if weights is None else digest(weights, run.config.export.push_to_hub, LINEAGE_VERSION)
 
 
 def _exported_weights(run: Run) -> str | None:
     """What is to be written of the trained weights; where it is pushed to does not change a sample."""
+    from orchestration.rounds import exported_of
+
     if run.config.encode is None:
         raise ConfigError("export needs the section `encode`: the base model is named there", "add `encode`")
     trained = run.journal.record("train")
-    checkpoint = None if trained is None else _checkpoint(run, trained)
-    if trained is None or checkpoint is None:
+    if trained is None:
         return None
+    checkpoint, _ = exported_of(run, trained)
     return digest(EXPORT_VERSION, trained.key, checkpoint, run.config.export.model_dump(exclude={"push_to_hub"}))
-
-
-def _checkpoint(run: Run, trained: StageRecord) -> str | None:
-    name = "checkpoint" if run.config.export.checkpoint == "last" else "best_checkpoint"
-    found: str | None = trained.details.get(name)
-    return found
 
 
 def export_is_done(run: Run, key: str) -> bool:
@@ -251,29 +285,34 @@ def export_is_done(run: Run, key: str) -> bool:
 def run_export(run: Run, key: str) -> Outcome:
     """A checkpoint as a diffusers model."""
     from orchestration.card import model_card, trained_with
+    from orchestration.lineage import LINEAGE, lineage_of
+    from orchestration.rounds import exported_of, forget_old_rounds
     from training.export import export_model
     from training.spec import base_digest
 
     trained = run.journal.record("train")
     assert trained is not None
     assert run.config.encode is not None
-    source, checkpoint = run.config.encode.source, _checkpoint(run, trained)
-    assert checkpoint is not None
+    source, (checkpoint, kind) = run.config.encode.source, exported_of(run, trained)
     if trained.details.get("base_digest", digest_now := base_digest(source)) != digest_now:
         raise ConfigError(
             f"{source.model} is not the base that the weights were trained from",
             "export with the `encode` section that they were trained with, or `mapo run` to train anew",
         )
+    lineage = lineage_of(run, trained, checkpoint, kind)
     export_model(
         run.storage,
         checkpoint=checkpoint,
         source=source,
         target=run.model,
-        card=model_card(run.config, trained, checkpoint),
+        card=model_card(run.config, trained, checkpoint, lineage["rounds"]),
         config=run.config.export,
         lora=trained_with(run.config, trained).lora,
+        beside={LINEAGE: json.dumps(lineage, indent=1).encode()},
     )
-    return Outcome(run.storage.uri(run.model), {"model": run.model, "weights": _exported_weights(run)})
+    forget_old_rounds(run)
+    made = {"model": run.model, "weights": _exported_weights(run)}
+    return Outcome(run.storage.uri(run.model), made | {"training": trained.key, "checkpoint": checkpoint, "kind": kind})
 
 
 # evaluate

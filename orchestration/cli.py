@@ -6,8 +6,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from orchestration.data_commands import add_data_commands
+from orchestration.job_commands import add_job_commands, job_of, job_text
+from orchestration.lineage_view import add_lineage_command
+from pipelines.dataset.errors import ConfigError, MapoError
+from pipelines.dataset.secrets import redact
+
+if TYPE_CHECKING:
+    from orchestration.config import RunConfig
 
 EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -23,24 +31,23 @@ STAGE_HELP = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = parser().parse_args(arguments)
-    from pipelines.dataset.errors import MapoError
 
     try:
         options.action(options)
     except MapoError as error:
         if options.debug:
             traceback.print_exc()
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(redact(f"{type(error).__name__}: {error}\n"))
         return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{str(stop) or 'interrupted'}; run the same command again to go on\n")
         return EXIT_INTERRUPTED
     except Exception as error:  # a bug of ours: say so in one message, keep the traceback for --debug
         if options.debug:
             raise
         cause = getattr(error, "cause", None) or error  # what a Ray worker raised
         what = f"{type(cause).__name__}: {str(cause).strip() or 'no message'}"
-        sys.stderr.write(f"{what}\nhint: this looks like a bug in mapo; `--debug` shows where\n")
+        sys.stderr.write(f"{redact(what)}\nhint: this looks like a bug in mapo; `--debug` shows where\n")
         return EXIT_FAILED
     return 0
 
@@ -68,16 +75,29 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", dest="overrides", action="append", default=[], metavar="key.path=value", help="override a setting"
     )
-    _configured(_command(commands, "run", "all stages; what is up to date is skipped", _run))
+    add_run_command(commands)
     for stage, text in STAGE_HELP.items():
         command = _configured(_command(commands, stage, text, _stage))
         command.set_defaults(stage=stage)
     status = _configured(_command(commands, "status", "stages, progress, last metrics", _status))
     status.add_argument("--json", action="store_true", help="as JSON")
+    status.add_argument("--address", metavar="URL", help="also the run's Ray job there, such as http://head:8265")
+    add_job_commands(partial(_command, commands), _configured)
+    add_lineage_command(partial(_command, commands))
     data = commands.add_parser("data", help="look after a data set", description="Look after a data set.")
     views = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_data_commands(partial(_command, views))
     return top
+
+
+def add_run_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`mapo run`."""
+    run = _configured(_command(commands, "run", "all stages; what is up to date is skipped", _run))
+    run.add_argument("--dry-run", action="store_true", help="only print the plan: stages, and the work that waits")
+    run.add_argument("--json", action="store_true", help="the plan of --dry-run as JSON")
+    run.add_argument(
+        "--every", metavar="TIME", help="run again and again, so much time after the start before: 90m, 6h, 7d"
+    )
 
 
 def _command(
@@ -101,30 +121,54 @@ def _configured(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(redact(line) + "\n")
     sys.stdout.flush()
 
 
-def _run(options: argparse.Namespace) -> None:
+def _load(options: argparse.Namespace) -> "RunConfig":
     from orchestration.config import load_config
-    from orchestration.stages import run_all
+    from orchestration.places import check_inside_job
 
-    run_all(load_config(options.config, options.overrides), _say)
+    config = load_config(options.config, options.overrides)
+    check_inside_job(config, _say)
+    return config
+
+
+def _run(options: argparse.Namespace) -> None:
+    from orchestration.rerun import run_every
+    from orchestration.stages import plan_run, run_all
+
+    def load() -> "RunConfig":
+        return _load(options)
+
+    if options.json and not options.dry_run:
+        raise ConfigError("--json is for --dry-run", "`mapo status --json` tells of a run as JSON")
+    if options.dry_run:
+        described, lines = plan_run(load())
+        _say(_json(described) if options.json else "\n".join(lines))
+    elif options.every is None:
+        run_all(load(), _say)
+    else:
+        run_every(options.every, load, _say)
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from orchestration.config import load_config
     from orchestration.stages import run_stages
 
-    run_stages(load_config(options.config, options.overrides), [options.stage], _say)
+    run_stages(_load(options), [options.stage], _say)
 
 
 def _status(options: argparse.Namespace) -> None:
     from orchestration.config import load_config
     from orchestration.status import describe_run, status_text
 
-    described = describe_run(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides)
+    described = describe_run(config)
+    if options.address is not None:
+        described["job"] = job_of(config, options.address)
     _say(_json(described) if options.json else status_text(described))
+    if options.address is not None and not options.json:
+        _say(job_text(described["job"]))
 
 
 def _json(data: object) -> str:

@@ -1,13 +1,17 @@
 """Ray for a run: the cluster that is there, or one of this machine's own."""
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from orchestration.config import RunConfig
+from orchestration.interruption import keeping_handlers
+from pipelines.dataset.storage import PATIENCE
 
+INHERITED = (PATIENCE,)
 SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers that hold one each
 
 
@@ -19,7 +23,7 @@ def connected(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with _quiet_start():
+    with keeping_handlers(), _quiet_start():
         _init(config)
     try:
         yield
@@ -49,7 +53,7 @@ def _init(config: RunConfig) -> None:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": _for_workers()})
     else:
         workers = max(
             config.train.worker_range[0] if config.train else 1, config.encode.worker_range[0] if config.encode else 1
@@ -61,6 +65,13 @@ def _init(config: RunConfig) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+def _for_workers() -> dict[str, str]:
+    """What workers on other nodes must know of this process's environment, unless the job has it from its submitter."""
+    of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
+    names = set(INHERITED) - set(of_job.get("env_vars", {}))
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 @contextlib.contextmanager

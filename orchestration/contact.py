@@ -23,6 +23,7 @@ from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import located
 from pipelines.fingerprint import latents_fingerprint
+from pipelines.room import uses_gpu
 
 CONTACT = "encode"
 NUM_PAIRS = 4
@@ -54,8 +55,8 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
     import ray
 
     chosen = choose_pairs(storage, latents_fingerprint(config))
-    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    decode = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env={"env_vars": TORCH_ENVIRONMENT})(_decode)
+    environment = {"env_vars": TORCH_ENVIRONMENT}
+    decode = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(config.device)), runtime_env=environment)(_decode)
     try:
         decoded: list[Decoded] = ray.get(decode.remote(located(config), storage, chosen))
     except ray.exceptions.RayError as error:

@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+from orchestration.duration import parse_duration
+
 SHORTEST_GRACE = timedelta(hours=1)
 
 NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
@@ -147,10 +147,7 @@ def grace_period(text: str, force: bool = False) -> timedelta:
     """
     from pipelines.dataset.errors import ConfigError
 
-    match = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if match is None:
-        raise ConfigError(f"--grace {text}: not a time", "a number and one of s, m, h, d: 90m, 12h, 7d")
-    grace = timedelta(seconds=int(match[1]) * UNITS[match[2]])
+    grace = parse_duration(text, "--grace")
     if grace < SHORTEST_GRACE and not force:
         raise ConfigError(
             f"--grace {text} is below 1h: an ingest that runs has shards on the storage that it has not committed yet",

@@ -13,6 +13,7 @@ from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import located
 from pipelines.progress import Progress
+from pipelines.room import uses_gpu
 
 EVALUATION = "evaluation"
 
@@ -68,10 +69,10 @@ def draw_samples(
     import ray
 
     assert config.encode is not None
+    device = config.encode.device
     config = config.model_copy(update={"encode": located(config.encode)})
-    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     environment = {"env_vars": TORCH_ENVIRONMENT}
-    actor = ray.remote(num_cpus=1, num_gpus=num_gpus, runtime_env=environment)(SampleModel)
+    actor = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(device)), runtime_env=environment)(SampleModel)
     size = config.evaluate.batch_size
     starts = range(0, len(prompts), size)
     try:

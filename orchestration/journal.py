@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipelines.dataset.layout import RUNS
+from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 
 
@@ -57,14 +58,19 @@ class Journal:
         """Note a success: from now on the stage is up to date for this key."""
         record = StageRecord(stage, key, summary, round(seconds, 3), now(), dict(details))
         self.event("finished", stage=stage, summary=summary, seconds=record.seconds)
-        self._storage.write(self._name(stage), json.dumps(asdict(record), indent=1).encode())
+        self._storage.write(self._name(stage), redact(json.dumps(asdict(record), indent=1)).encode())
         return record
+
+    def events(self) -> list[dict[str, Any]]:
+        """Every event, oldest first."""
+        names = self._storage.names(f"{self.folder}/journal")
+        return [json.loads(self._storage.read(name)) for name in names]
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one event."""
         number = len(self._storage.names(f"{self.folder}/journal")) + 1
         name = f"{self.folder}/journal/{number:06d}-{uuid.uuid4().hex[:6]}-{event}.json"
-        self._storage.write(name, json.dumps({"time": now(), "event": event, **facts}).encode())
+        self._storage.write(name, redact(json.dumps({"time": now(), "event": event, **facts})).encode())
 
 
 def now() -> str:

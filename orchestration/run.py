@@ -1,6 +1,6 @@
 """One run, as its stages see it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +15,27 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration, its storage, its journal, and where lines go."""
+    """A configuration, its storage, its journal, and where lines go.
+
+    Args:
+        config: The run's.
+        storage: Of data set and runs.
+        journal: Its durable record.
+        say: Where lines go.
+        goal: The stages that this command is to bring up to date.
+    """
 
     config: RunConfig
     storage: Storage
     journal: Journal
     say: Say
+    goal: tuple[str, ...] = ()
 
     @staticmethod
-    def open(config: RunConfig, say: Say) -> "Run":
+    def open(config: RunConfig, say: Say, goal: Sequence[str] = ()) -> "Run":
         """The run that a configuration names."""
         storage = Storage(config.storage)
-        return Run(config, storage, Journal(storage, config.name), say)
+        return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
 
     @property
     def folder(self) -> str:

@@ -4,16 +4,23 @@ Whether a stage is up to date follows from what is on storage. The key of a stag
 from, the key of the stage before it included, so that a change runs through to the report.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orchestration import actions
 from orchestration.cluster import connected
-from orchestration.config import RunConfig, resolved_json
+from orchestration.config import RunConfig
+from orchestration.driver import driving
 from orchestration.journal import StageRecord
+from orchestration.lease import Lease
+from orchestration.plan import plan_json, plan_stages, plan_text
 from orchestration.run import Outcome, Run, Say
 from pipelines.dataset.errors import ConfigError, MapoError
+
+MAX_MESSAGE = 2000  # characters of an error in the journal
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,11 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
 
     Raises:
         ConfigError: A stage has no configuration, or the stage before it has not run.
+        LeaseError: Another driver works on this run.
         JobError: A stage failed; what was done before it stays.
+        Stopped: It was told to stop; what was done before stays.
     """
-    run = Run.open(config, say)
+    run = Run.open(config, say, names)
     stages = [STAGES[name] for name in names]
     for stage in stages:
         if stage.section is not None and getattr(config, stage.section) is None:
@@ -91,7 +100,24 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         position += 1
     if position == len(stages):
         return
-    first = stages[position]
+    _check(run, stages[position:])
+    with driving(run) as lease:
+        if len(stages) > 1:
+            for line in plan_text(plan_stages(run, stages[position:])):
+                say(f"plan      {line}")
+        _run_rest(run, stages[position:], lease)
+
+
+def plan_run(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """What `run_all` would do, as plain data and as lines; writes nothing and needs no Ray."""
+    run = Run.open(config, lambda line: None, ALL_STAGES)
+    plans = plan_stages(run, [STAGES[name] for name in ALL_STAGES])
+    return plan_json(run, plans), plan_text(plans)
+
+
+def _check(run: Run, stages: Sequence[Stage]) -> None:
+    """What can be wrong before any work: the first stage has what it needs, models, trackers, the export, the storage."""
+    first, config = stages[0], run.config
     if first.key(run) is None:
         raise first.refusal(run) or ConfigError(
             f"{first.name} needs the stage before it, which has not run for this configuration",
@@ -101,14 +127,9 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         actions.check_model(config.encode)
     if config.train is not None:
         actions.check_training(config.train)
-    if any(stage.name == "train" for stage in stages[position:]):
+    if any(stage.name == "train" for stage in stages):
         actions.check_export(config)
-    prepare(run)
-    if any(stage.needs_ray for stage in stages[position:]):
-        with connected(config):
-            _run_rest(run, stages[position:])
-    else:
-        _run_rest(run, stages[position:])
+    run.storage.check_writable()
 
 
 def _is_up_to_date(run: Run, stage: Stage) -> bool:
@@ -120,32 +141,38 @@ def _is_up_to_date(run: Run, stage: Stage) -> bool:
     return True
 
 
-def _run_rest(run: Run, stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        if not _is_up_to_date(run, stage):
-            run_stage(run, stage)
+def _run_rest(run: Run, stages: Sequence[Stage], lease: Lease) -> None:
+    """Do what is to be done; another driver may have done some of it while this one waited for the lease."""
+    with contextlib.ExitStack() as cluster:
+        is_connected = False
+        for stage in stages:
+            if _is_up_to_date(run, stage):
+                continue
+            if stage.needs_ray and not is_connected:
+                cluster.enter_context(connected(run.config))
+                is_connected = True
+            run_stage(run, stage, lease)
 
 
-def run_stage(run: Run, stage: Stage) -> StageRecord:
+def run_stage(run: Run, stage: Stage, lease: Lease) -> StageRecord:
     """Do one stage and record it."""
     key = stage.key(run)
     assert key is not None, "the stages before this one have just run"
     run.say(f"{stage.name:<9} …")
+    run.journal.event("began", stage=stage.name)
     started = time.monotonic()
     try:
         outcome = stage.execute(run, key)
+        lease.confirm()
     except BaseException as error:
-        run.journal.event("failed", stage=stage.name, error=type(error).__name__, message=str(error)[:2000])
+        with contextlib.suppress(MapoError):  # the storage may be what failed
+            if isinstance(error, KeyboardInterrupt):
+                run.journal.event("stopped", stage=stage.name, reason=str(error) or "interrupted")
+            else:
+                what = {"error": type(error).__name__, "message": str(error)[:MAX_MESSAGE]}
+                run.journal.event("failed", stage=stage.name, **what)
         raise
     seconds = time.monotonic() - started
     record = run.journal.finish(stage.name, key=key, summary=outcome.summary, seconds=seconds, details=outcome.details)
     run.say(f"{stage.name:<9} {seconds:7.1f} s    {outcome.summary}")
     return record
-
-
-def prepare(run: Run) -> None:
-    """Before any work: the storage can be written, and holds the resolved configuration."""
-    run.storage.check_writable()
-    name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
-    if not run.storage.exists(name) or run.storage.read(name) != resolved:
-        run.storage.write(name, resolved)

@@ -1,10 +1,12 @@
 """`mapo status`: where a run is, from its storage alone."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from orchestration.actions import describe_progress
 from orchestration.config import RunConfig
+from orchestration.lease import Holder, current_holder
 from orchestration.run import Run
 from orchestration.stages import STAGES
 from pipelines.dataset.errors import MapoError
@@ -39,12 +41,21 @@ def describe_run(config: RunConfig) -> dict[str, Any]:
                 "problem": problem,
             }
         )
-    return {"run": config.name, "storage": run.storage.url, "stages": stages, "training": progress}
+    holder = current_holder(run.storage, run.folder)
+    return {
+        "run": config.name,
+        "storage": run.storage.url,
+        "driver": asdict(holder) if holder else None,
+        "stages": stages,
+        "training": progress,
+    }
 
 
 def status_text(described: dict[str, Any]) -> str:
     """The description for a terminal."""
     lines = [f"{described['run']} · {described['storage']}"]
+    if described["driver"]:
+        lines.append(f"driven by {Holder(**described['driver'])}")
     for stage in described["stages"]:
         lines.append(f"{stage['stage']:<9} {stage['state']:<11} {stage['problem'] or stage['summary'] or ''}".rstrip())
     if described["training"]:

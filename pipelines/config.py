@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipelines.dataset.config import Config, WorkerCount, worker_range
+from pipelines.dataset.config import Config, Device, Resources, WorkerCount, worker_range
 from pipelines.dataset.model_files import ModelSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -68,6 +68,8 @@ class IngestConfig(Config):
     """A preference of fewer votes than this share is a tie."""
     image_check: Literal["full", "header"] = "full"
     """Read every image's whole stream, or only its header: faster, and a cut image shows in encode."""
+    resources: Resources = Field(default_factory=dict)
+    """Custom resources of Ray that each reading task asks for as well: they keep it to the nodes that have them."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of rows that may be quarantined before the stage fails."""
 
@@ -117,6 +119,10 @@ class EncodeConfig(Config):
     """Images a VAE pass, prompts a text pass; halved by itself when memory runs out."""
     num_workers: WorkerCount = 1
     """Encoders, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
+    device: Device = "auto"
+    """What encoders run on: `auto` is GPUs if the cluster has some now; `gpu` waits for an autoscaler's."""
+    resources: Resources = Field(default_factory=dict)
+    """Custom resources of Ray that each encoder asks for as well: they keep it to the nodes that have them."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of pairs, or of prompts, that may be quarantined before the stage fails."""
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipelines.attempts import MAX_ATTEMPTS, new_attempts
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import DropBudgetExceeded, SnapshotError, unwrap
-from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
+from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import Status
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
@@ -26,8 +26,11 @@ from pipelines.effort import PARTS, Effort
 from pipelines.encode_plan import Pending, Unit, check_settings, located, pending
 from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.progress import Progress, quiet_ray_data
+from pipelines.room import total_of, uses_gpu
 from pipelines.unit_shard import from_ipc, to_ipc
 
+LOOK_AGAIN_S = 1.0
+MIN_UNITS_AHEAD = 4  # or one for each encoder: a pass starts actors, which takes seconds
 UNITS_AT_ONCE = 3  # of an actor: one is read, one is encoded, one is written
 
 
@@ -57,6 +60,38 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
     return {stage.kind: stage.run() for stage in _stages(config, storage, todo)}
 
 
+def encode_ahead(
+    config: EncodeConfig, storage: Storage, *, is_over: Callable[[], bool], is_stopped: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """Encode the latents of what is committed while an ingest goes on; `encode` afterwards does the rest.
+
+    Prompts are left to `encode`: which of them share a pass would follow from the moment. Latents do not: a unit is a
+    shard, whenever it is encoded. Needs a running Ray; may run beside an ingest, in another thread.
+
+    Args:
+        config: As for `encode`.
+        storage: Where the ingest commits to.
+        is_over: Whether the ingest has ended: no further pass begins then.
+        is_stopped: Whether the run is to end; asked after every unit.
+
+    Returns:
+        For each pass what was done and how fast, as `encode` gives it.
+    """
+    config, passes, seen = located(config), [], None
+    while not is_over():
+        version = pairs_table(storage).version
+        todo = pending(config, storage) if version not in (None, seen) else None
+        if todo is None or len(todo.latents) < min(MIN_UNITS_AHEAD, config.worker_range[0]):
+            seen = version
+            time.sleep(LOOK_AGAIN_S)
+            continue
+        table = latents_table(storage, fingerprint_of(todo.latents_parts))
+        stage = _Stage("latents", "pair", todo.latents, table, LATENTS, todo.latents_parts, config, storage, is_stopped)
+        if (speed := stage.run()) is not None:
+            passes.append(speed)
+    return passes
+
+
 def _stages(config: EncodeConfig, storage: Storage, todo: Pending) -> Iterator["_Stage"]:
     """Text first: it is short, and a wrong text encoder should show before hours of images. Torch is loaded late."""
     table = text_table(storage, fingerprint_of(todo.text_parts))
@@ -77,6 +112,8 @@ class _Stage:
     parts: dict[str, Any]
     config: EncodeConfig
     storage: Storage
+    is_stopped: Callable[[], bool] | None = None
+    """Set for a pass ahead of the stage: it ends when this says so, and leaves the limit of dropped rows to the stage."""
 
     def run(self) -> dict[str, Any] | None:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""
@@ -96,10 +133,11 @@ class _Stage:
                     num_done += rows.num_rows
                     progress.advance(rows.num_rows)
                     num_dropped += _count_dropped(rows)
-                    if num_dropped > max_dropped:
-                        break  # more than the limit, whatever the rest holds
+                    if self.is_stopped() if self.is_stopped is not None else num_dropped > max_dropped:
+                        break  # without the rest: a later run does it, or nothing in it could lower the drops
             speed = self._speed(num_done, time.monotonic() - started, effort)
-        self._check_dropped()
+        if self.is_stopped is None:
+            self._check_dropped()
         return speed
 
     def _max_dropped(self, num_planned: int) -> float:
@@ -123,7 +161,7 @@ class _Stage:
             "image_slots": effort.num_slots,
             "images_per_s": round(effort.num_images / seconds, 3),
             "busy_ratio": round(effort.busy_ratio, 4),
-            "num_actors": _divide_cluster(self.config.worker_range, len(self.units)).most,
+            "num_actors": _divide_cluster(self.config, len(self.units)).most,
             "device": effort.device,
             "batch_size": self.config.batch_size,
             "halved_to": effort.batch_size if effort.batch_size < self.config.batch_size else None,
@@ -135,7 +173,7 @@ class _Stage:
         import ray.data
 
         quiet_ray_data()
-        pool = _divide_cluster(self.config.worker_range, len(self.units))
+        pool = _divide_cluster(self.config, len(self.units))
         items = [{"unit_id": unit.id, "rows": to_ipc(unit.rows)} for unit in self.units]
         at_once = max(1, min(UNITS_AT_ONCE, len(self.units) // pool.first))
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -211,18 +249,18 @@ class _Pool:
     num_threads: int
 
 
-def _divide_cluster(worker_range: tuple[int, int], num_units: int) -> _Pool:
+def _divide_cluster(config: EncodeConfig, num_units: int) -> _Pool:
     """Actors that the cluster has room for now; up to the most of a range as it grows.
 
     The threads of an actor do not depend on how much there is to do: sums of floats depend on them.
     """
-    import ray
-
-    cluster = ray.cluster_resources()
-    num_cpus, num_gpus = int(cluster.get("CPU", 1)), int(cluster.get("GPU", 0))
-    room, (low, high) = max(1, num_gpus or num_cpus), worker_range
+    num_cpus, num_gpus = (int(total_of(kind, config.resources)) for kind in ("CPU", "GPU"))
+    on_gpu, (low, high) = uses_gpu(config.device), config.worker_range
+    room = max(1, num_gpus or high) if on_gpu else max(1, num_cpus)
     least = min(low, num_units, room)
     most = least if low == high else max(least, min(high, num_units))
-    resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": 1}
+    resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+    if config.resources:
+        resources["resources"] = dict(config.resources)
     resources["runtime_env"] = {"env_vars": TORCH_ENVIRONMENT}
     return _Pool(least, most, min(most, max(least, room)), resources, max(1, num_cpus // min(high, room)))

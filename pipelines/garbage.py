@@ -1,11 +1,14 @@
 """Delete what nothing points to: no version of a table that someone may still read, and not just written.
 
 Kept are the newest version of each table, every version that was the newest at some moment of the grace period, and
-every version that a run is pinned to. What is younger than the grace period stays whatever points to it: an ingest
-that runs has written shards that it has not committed.
+every version that a run is pinned to. Of versions that are only part of the lineage of a model the rows are kept, so
+that what it was trained on can be told, and not the bytes that they point to. What is younger than the grace period
+stays whatever points to it: an ingest that runs has written shards that it has not committed.
 """
 
+import contextlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,12 @@ from pipelines.dataset.versions import LOG, Version, files_of, versions
 
 DATASET = "dataset"
 READERS = 16
+ROUND = re.compile(r"rounds/\d+\.json")
+MODEL_LINEAGE = "model/lineage.json"
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # what fsspec's file systems call it
+
+Pins = dict[str, dict[int, list[str]]]
+"""Table -> version -> who needs it."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,11 @@ def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
     """
     objects = stored_objects(storage)  # first: what is written from now on is not in it
     newest = time.time() - grace.total_seconds()
-    pins = pinned_versions(storage)
+    pins, lineage = pinned_versions(storage), lineage_versions(storage)
     needed: set[str] = set()
     for table in tables(storage):
-        needed |= _needed(storage, table, pins.get(table, {}), datetime.fromtimestamp(newest, UTC))
+        told = lineage.get(table, {})
+        needed |= _needed(storage, table, pins.get(table, {}), told, datetime.fromtimestamp(newest, UTC))
     return [each for each in objects if each.modified < newest and each.name not in needed and _is_ours(each.name)]
 
 
@@ -76,7 +85,7 @@ def tables(storage: Storage) -> list[str]:
     return [PAIRS, *found]
 
 
-def pinned_versions(storage: Storage) -> dict[str, dict[int, list[str]]]:
+def pinned_versions(storage: Storage) -> Pins:
     """For each table the versions that runs are pinned to, with the names of the runs.
 
     A training is pinned from its start (`snapshot.json`); a finished one by its record.
@@ -84,40 +93,89 @@ def pinned_versions(storage: Storage) -> dict[str, dict[int, list[str]]]:
     Raises:
         StorageError: A record cannot be read.
     """
-    pins: dict[str, dict[int, list[str]]] = {}
+    pins: Pins = {}
     for name in storage.names(RUNS):
         run, _, file = name.removeprefix(f"{RUNS}/").partition("/")
         if file not in ("stages/train.json", "snapshot.json"):
             continue
-        try:
+        with _readable(storage, name):
             record = json.loads(storage.read(name))
-            snapshot = record["details"]["snapshot"] if file == "stages/train.json" else record
-            found = {
-                PAIRS: snapshot["pairs_version"],
-                f"{LATENTS}/{snapshot['latents_fingerprint']}/table": snapshot["latents_version"],
-                f"{TEXT}/{snapshot['text_fingerprint']}/table": snapshot["text_version"],
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"cannot tell which versions {storage.uri(name)} needs: {error!r}", "delete the run's folder or mend it"
-            ) from error
-        for table, version in found.items():
-            runs = pins.setdefault(table, {}).setdefault(int(version), [])
-            if run not in runs:
-                runs.append(run)
+            _pin(pins, record["details"]["snapshot"] if file == "stages/train.json" else record, run)
     return pins
 
 
-def _needed(storage: Storage, table: str, pins: Iterable[int], newest: datetime) -> set[str]:
-    """Files of the table's wanted versions, and the shards that their rows point to."""
+def lineage_versions(storage: Storage) -> Pins:
+    """For each table the versions that rounds read from which models come, with their names, such as `photos round 1`.
+
+    Of a run they are the rounds that its last training goes back to, and those of the exported model.
+
+    Raises:
+        StorageError: A record cannot be read.
+    """
+    pins: Pins = {}
+    found: dict[str, dict[str, str]] = {}
+    for name in storage.names(RUNS):
+        run, _, file = name.removeprefix(f"{RUNS}/").partition("/")
+        if file in ("stages/train.json", MODEL_LINEAGE) or ROUND.fullmatch(file):
+            found.setdefault(run, {})[file] = name
+    for run, files in found.items():
+        rounds: dict[str, dict[str, Any]] = {}  # by key
+        wanted: list[str] = []
+        for file, name in files.items():
+            with _readable(storage, name):
+                record = json.loads(storage.read(name))
+                if file == MODEL_LINEAGE:
+                    whole = [each for each in record["rounds"] if not each.get("is_lost")]
+                    rounds |= {each["key"]: each for each in whole}
+                    wanted += [each["key"] for each in whole]
+                else:
+                    wanted += [record.get("key", "")] if file == "stages/train.json" else []
+                    rounds |= {record["key"]: record} if ROUND.fullmatch(file) else {}
+        while wanted:
+            each = rounds.pop(wanted.pop(), None)
+            if each is not None:
+                with _readable(storage, f"{RUNS}/{run}/rounds/{int(each['round']):04d}.json"):
+                    _pin(pins, each["snapshot"], f"{run} round {each['round']}")
+                    wanted += [each["parent"]["key"]] if each["parent"] else []
+    return pins
+
+
+@contextlib.contextmanager
+def _readable(storage: Storage, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"cannot tell which versions {storage.uri(name)} needs: {error!r}", "delete the run's folder or mend it"
+        ) from error
+
+
+def _pin(pins: Pins, snapshot: dict[str, Any], who: str) -> None:
+    versions_of = {
+        PAIRS: snapshot["pairs_version"],
+        f"{LATENTS}/{snapshot['latents_fingerprint']}/table": snapshot["latents_version"],
+        f"{TEXT}/{snapshot['text_fingerprint']}/table": snapshot["text_version"],
+    }
+    for table, version in versions_of.items():
+        names = pins.setdefault(table, {}).setdefault(int(version), [])
+        if who not in names:
+            names.append(who)
+
+
+def _needed(storage: Storage, table: str, pins: Iterable[int], told: Iterable[int], newest: datetime) -> set[str]:
+    """Files of the table's wanted versions with the shards that their rows point to, and files of those in `told`."""
     history = versions(storage.child(table))
     if not history:
         return set()
     current = history[-1].number
     wanted = {current, *pins, *_recent(history, newest)}
     needed: set[str] = set()
-    for number, files in files_of(history, wanted):
+    rows_alone: set[str] = set()
+    for number, files in files_of(history, wanted | set(told)):
         found = {f"{table}/{file}" for file in files}
+        if number not in wanted:
+            rows_alone |= found
+            continue
         if number == current and (missing := found - set(storage.names(table))):
             raise StorageError(
                 f"version {number} of the table {storage.uri(table)} lacks {len(missing):,} of {len(found):,} files, "
@@ -126,7 +184,7 @@ def _needed(storage: Storage, table: str, pins: Iterable[int], newest: datetime)
             )
         needed |= found
     present = sorted(file for file in needed if storage.exists(file))
-    return needed | _shards_in(storage, present)
+    return needed | rows_alone | _shards_in(storage, present)
 
 
 def _recent(history: list[Version], newest: datetime) -> Iterator[int]:

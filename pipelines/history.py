@@ -11,7 +11,7 @@ from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import PAIRS
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.versions import Version, versions
-from pipelines.garbage import pinned_versions
+from pipelines.garbage import lineage_versions, pinned_versions
 
 READERS = 16
 
@@ -31,6 +31,8 @@ class Entry:
     units: list[str]
     runs: list[str]
     """That are pinned to it."""
+    rounds: list[str]
+    """In the lineage of models, such as `photos round 1`."""
 
 
 def history(storage: Storage, limit: int | None = None) -> list[Entry]:
@@ -48,7 +50,7 @@ def history(storage: Storage, limit: int | None = None) -> list[Entry]:
         raise SnapshotError(
             f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
         )
-    pins = pinned_versions(storage).get(PAIRS, {})
+    pins, lineage = (found(storage).get(PAIRS, {}) for found in (pinned_versions, lineage_versions))
     chosen = found[::-1][:limit]
     with ThreadPoolExecutor(READERS) as readers:
         counted = list(readers.map(partial(_added, storage), chosen))
@@ -61,6 +63,7 @@ def history(storage: Storage, limit: int | None = None) -> list[Entry]:
             num_rows=None if version.dropped else sum(num or 0 for num in version.added.values()),
             units=list(version.units),
             runs=pins.get(version.number, []),
+            rounds=lineage.get(version.number, []),
         )
         for version, rows in zip(chosen, counted, strict=True)
     ]
@@ -91,5 +94,6 @@ def as_text(entries: list[Entry]) -> str:
             what = f"{entry.num_rows:,} rows" + (f": {parts}" if parts else "")
         line = f"{entry.version:>5}  {entry.time}  {entry.operation:<9} {what}"
         line += f"  unit {', '.join(entry.units)}" if entry.units else ""
-        lines.append(line + (f"  pinned by {', '.join(entry.runs)}" if entry.runs else ""))
+        line += f"  pinned by {', '.join(entry.runs)}" if entry.runs else ""
+        lines.append(line + (f"  lineage of {', '.join(entry.rounds)}" if entry.rounds else ""))
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.pair_shards import WriteShards, write_unit
 from pipelines.policy import Policy, apply_policy, is_applied
 from pipelines.progress import Progress, quiet_ray_data
+from pipelines.room import total_of
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
@@ -86,12 +87,14 @@ def ingest(config: IngestConfig, storage: Storage) -> None:
     apply_policy(Policy.of(config), pairs_table(storage))
     if units:
         storage.check_writable()
-        at_once = int(ray.cluster_resources().get("CPU", 1) / CPUS_A_TASK)
+        at_once = int(total_of("CPU", config.resources) / CPUS_A_TASK)
         tasks = [
             pa.table({"unit": [unit.to_json() for unit in task], "storage": [storage.url] * len(task)})
             for task in in_tasks(units, max(at_once, 1))
         ]
-        dataset = ray.data.from_arrow(tasks).map_batches(WriteShards(), batch_size=None, num_cpus=CPUS_A_TASK)
+        dataset = ray.data.from_arrow(tasks).map_batches(
+            WriteShards(), batch_size=None, num_cpus=CPUS_A_TASK, resources=dict(config.resources) or None
+        )
         dataset.context.execution_options.preserve_order = True  # the first of two equal pairs is always the same
         dataset.context.target_max_block_size = 1  # a unit goes on by itself as soon as it is written
         try:

@@ -4,9 +4,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipelines.dataset.config import Config, WorkerCount, worker_range
+from pipelines.dataset.config import Config, Device, WorkerCount, worker_range
 from pipelines.dataset.errors import ConfigError
-from training.methods import check_parameters
+from training.methods import NEEDS_REFERENCE, check_parameters
 
 Action = Literal["stop", "warn", "ignore"]
 
@@ -60,6 +60,8 @@ class TrainConfig(Config):
     is chosen outright and kept ties are left out (hard)."""
     num_workers: WorkerCount = 1
     """Ray Train workers, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
+    device: Device = "auto"
+    """What workers run on: `auto` is GPUs if the cluster has some now; `gpu` waits for an autoscaler's."""
     global_batch_size: int = Field(2048, ge=1)
     """Pairs of one optimizer step over all workers; gradient accumulation follows from it."""
     micro_batch_size: int = Field(8, ge=1)
@@ -107,6 +109,10 @@ class TrainConfig(Config):
     """The newest checkpoints that are kept."""
     keep_best: bool = True
     """Keep the checkpoint with the least validation loss too."""
+    rounds: Literal["restart", "continue"] = "restart"
+    """On a new snapshot train the base model anew, or go on from the model that the run exported last."""
+    keep_rounds: int = Field(2, ge=1)
+    """The newest finished rounds whose checkpoints are kept; of older ones the records alone."""
     validate_every: int = Field(100, ge=1)
     """Steps between validations on the held-out pairs."""
     max_validation_pairs: int = Field(256, ge=1)
@@ -143,6 +149,17 @@ class TrainConfig(Config):
             check_parameters(self.method, self.loss)
         except ConfigError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def reference_is_where_the_round_starts(self) -> Self:
+        """With adapters switched off the reference would be the base, and not the model that a round goes on from."""
+        if self.rounds == "continue" and self.lora is not None and self.method in NEEDS_REFERENCE:
+            raise ValueError(
+                f"rounds: continue with method {self.method} and lora: the reference of a round is the model that it "
+                "starts from, and adapters switched off give the base\n"
+                "hint: use `rounds: restart`, train the whole UNet (`lora: null`), or a method without a reference"
+            )
         return self
 
     @model_validator(mode="after")

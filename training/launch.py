@@ -19,6 +19,7 @@ from pipelines.dataset.storage import Storage
 from training.account import Consumed
 from training.checkpoint_format import Manifest, Reader, best_of, committed
 from training.spec import TrainSpec
+from training.stop_request import new_flag
 
 POLL_S = 1.0
 
@@ -55,18 +56,43 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
 
     Args:
         spec: The run.
-        watch: Called about once a second with the run's progress, from another thread.
+        watch: Called about once a second with the run's progress.
 
     Raises:
         TrainingError: The cluster is too small, or the workers failed too often.
+        KeyboardInterrupt: As it was raised in this thread, after the workers have written a checkpoint and ended.
     """
-    use_gpu = check_cluster(spec)
     quiet_ray_train(spec)
+    flag = new_flag()
+    trainer = _trainer(spec, flag, use_gpu=check_cluster(spec))
+    spec.storage.delete(spec.stop_file)
+    progress, fit = _ProgressFile(spec, watch), _Fit(trainer)
+    try:
+        while not fit.is_over(POLL_S):
+            progress.look()
+        progress.look()
+    except KeyboardInterrupt:
+        if progress.has_begun:  # otherwise there is nothing to keep, and perhaps no worker that would hear
+            ray.get(flag.set.remote())
+            fit.wait()
+        raise
+    if fit.error is not None:
+        raise _as_ours(fit.error, spec) from fit.error
+    if spec.storage.exists(spec.stop_file):
+        raise TrainingError(*json.loads(spec.storage.read(spec.stop_file)))
+    manifests = committed(spec.storage, spec.checkpoints)
+    if not manifests or manifests[-1].step < spec.config.max_steps:
+        raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")
+    return read_checkpoint(spec.storage, manifests)
+
+
+def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
+    """Ray Train's side: as many workers as configured, or as there is room for within a range."""
     least, most = spec.config.worker_range
     storage_path, filesystem = _ray_storage(spec)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _work,
-        train_loop_config={"spec": spec},
+        train_loop_config={"spec": spec, "stop_flag": flag},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.config.collective_timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=least if least == most else (least, most), use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
@@ -77,21 +103,9 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
             worker_runtime_env={"env_vars": {**TORCH_ENVIRONMENT, **spec.config.environment}},
         ),
     )
-    spec.storage.delete(spec.stop_file)
-    with _Watcher(spec, watch):
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _as_ours(error, spec) from error
-    if spec.storage.exists(spec.stop_file):
-        raise TrainingError(*json.loads(spec.storage.read(spec.stop_file)))
-    manifests = committed(spec.storage, spec.checkpoints)
-    if not manifests or manifests[-1].step < spec.config.max_steps:
-        raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")
-    return read_checkpoint(spec.storage, manifests)
 
 
-def _work(work: dict[str, TrainSpec]) -> None:
+def _work(work: dict[str, Any]) -> None:
     """On each worker. What trains is imported there: driver and controller need neither diffusers nor DeepSpeed."""
     from training.worker import train_worker
 
@@ -113,19 +127,25 @@ def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
 
 
 def check_cluster(spec: TrainSpec) -> bool:
-    """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever."""
+    """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever.
+
+    With `device: gpu` nodes may still come: Ray Train waits for them, `start_timeout_s` at most.
+    """
     resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if gpus >= wanted:
+    if spec.config.device == "gpu":
         return True
-    if gpus:
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    if spec.config.device == "auto" and gpus >= wanted:
+        return True
+    if spec.config.device == "auto" and gpus:
         raise TrainingError(
             f"train.num_workers is {spec.config.num_workers}, but the cluster has {gpus} GPUs",
-            f"set `-o train.num_workers={gpus}`, or add GPU nodes",
+            f"set `-o train.num_workers={gpus}`, or add GPU nodes; `train.device: gpu` waits for them",
         )
     if cpus < wanted + 1:
         raise TrainingError(
-            f"train.num_workers is {spec.config.num_workers}, but the cluster has {cpus} CPUs and no GPU",
+            f"train.num_workers is {spec.config.num_workers}, but the cluster has {cpus} CPUs"
+            + ("" if gpus else " and no GPU"),
             "start Ray with more CPUs (`ray start --head --num-cpus N`) or lower `train.num_workers`",
         )
     return False
@@ -163,13 +183,40 @@ def _as_ours(error: Exception, spec: TrainSpec) -> MapoError:
     )
 
 
-class _Watcher:
-    """Reads the run's progress once a second while training goes on."""
+class _Fit:
+    """Ray Train's run in a thread of its own, so that signals reach this one: in the main thread it takes SIGINT."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        self._trainer = trainer
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # raised again in the thread that waits
+            self.error = error
+
+    def is_over(self, wait_s: float) -> bool:
+        """Whether it has ended, after so many seconds at most."""
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while not self.is_over(POLL_S):
+            pass
+
+
+class _ProgressFile:
+    """What the workers write of the run's progress, once it is of this run of them."""
 
     def __init__(self, spec: TrainSpec, watch: Callable[[Progress], None]) -> None:
         self._spec, self._watch = spec, watch
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="train-watcher", daemon=True)
+        before = self._read()  # what an interrupted run left
+        self._old = before and before["started_at"]
+        self.has_begun = False
 
     def _read(self) -> Progress | None:
         name = f"{self._spec.folder}/progress.json"
@@ -181,17 +228,9 @@ class _Watcher:
             return None  # a missed look at the progress is no failure of the training
         return progress if progress["key"] == self._spec.key else None
 
-    def _run(self) -> None:
-        while not self._stop.wait(POLL_S):
-            progress = self._read()
-            if progress is not None and progress["started_at"] != self._old:
-                self._watch(progress)
-
-    def __enter__(self) -> None:
-        before = self._read()  # what an interrupted run left
-        self._old = before and before["started_at"]
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def look(self) -> None:
+        """Hand on the newest progress, if there is any of this run."""
+        progress = self._read()
+        if progress is not None and progress["started_at"] != self._old:
+            self.has_begun = True
+            self._watch(progress)

@@ -19,6 +19,7 @@ from training.order import noise_seed
 from training.preemption import Notice
 from training.samples import SampleGrid
 from training.spec import TrainSpec
+from training.stop_request import StopRequest
 from training.trouble import Watch
 from training.validation import Validation
 from training.workers import Progress, Speed
@@ -46,19 +47,24 @@ class Loop:
     progress: Progress
     history: History
     consumed: Consumed
+    stop_request: StopRequest
 
 
 def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     """Train from `first_step` finished steps to `max_steps`.
 
     Returns:
-        Why the run was stopped before, on every rank alike; None if it was not.
+        What went wrong, on every rank alike, if that ended the run; None if all went well, or the driver asked to stop.
     """
     config, history, step = loop.spec.config, loop.history, first_step
     batches, notice = iter(loop.loader), Notice()
     watch = Watch(config.trouble, history.steps, learns_preference=config.method != "sft")
     speed = Speed(loop.spec, loop.engine, dict(loop.denoiser.base.unet.config))
-    with loop.progress.writer(enabled=loop.engine.is_first, history=history) as show, loop.checkpointer.closing():
+    with (
+        loop.progress.writer(enabled=loop.engine.is_first, history=history) as show,
+        loop.stop_request.watching(),
+        loop.checkpointer.closing(),
+    ):
         if step == 0:
             validate(loop, step)
             sample(loop, step)
@@ -78,11 +84,13 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
             if config.sample_every and (step % config.sample_every == 0 or is_last):
                 sample(loop, step)
             show(history)
-            is_leaving = notice.has_come(metrics["step_s"])
+            is_leaving = notice.has_come(metrics["step_s"]) or loop.stop_request.is_agreed
             if step % config.checkpoint_every == 0 or is_last or is_leaving:
                 checkpoint(loop, step)
             if is_leaving:
                 loop.checkpointer.wait()  # the node may be gone at any moment
+            if loop.stop_request.is_agreed:
+                break
     return None
 
 
@@ -151,15 +159,16 @@ def draw_with(
 def step_metrics(loop: Loop, sums: Tensor, speed: Speed, *, step: int) -> dict[str, float]:
     """The step's numbers over the whole global batch, the same on every rank; collective."""
     engine = loop.engine
-    mine = torch.cat([sums, speed.stop(waited_s=loop.loader.waited_s).to(sums.device)])
-    total = engine.sum(mine)
+    asked = sums.new_tensor([loop.stop_request.seen])
+    total = engine.sum(torch.cat([sums, speed.stop(waited_s=loop.loader.waited_s).to(sums.device), asked]))
+    loop.stop_request.is_agreed = bool(total[-1])
     return {
         "step": step,
         **means_of(total[:NUM_SUMS]),
         "grad_norm": float(engine.unet.get_global_grad_norm() or 0.0),
         "learning_rate": learning_rate_at(step - 1, engine.config),
         "skipped_steps": int(engine.unet.skipped_steps),
-        **speed.metrics(total[NUM_SUMS:]),
+        **speed.metrics(total[NUM_SUMS:-1]),
     }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pipelines.dataset.layout import RUNS
 from pipelines.dataset.model_files import ModelSource, file_digests, read_config, weight_files
@@ -13,9 +14,10 @@ UNSHAPING = (
     "loss", "max_failures", "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every",
     "max_validation_pairs", "sample_every", "num_samples", "trackers", "trouble", "read_ahead", "cache_dir",
     "max_cache_bytes", "start_timeout_s", "collective_timeout_s", "environment", "peak_tflops",
+    "rounds", "keep_rounds",  # the parent is in the key by itself
     # These change the weights by rounding alone: a run may go on with others.
-    "num_workers", "zero_stage", "offload", "offload_path", "gradient_checkpointing", "attention", "channels_last",
-    "compile",
+    "num_workers", "device", "zero_stage", "offload", "offload_path", "gradient_checkpointing", "attention",
+    "channels_last", "compile",
 )  # fmt: skip
 """Keys of `train` that do not tell one training from another."""
 
@@ -29,6 +31,37 @@ class Snapshot:
     latents_version: int
     text_fingerprint: str
     text_version: int
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The finished round that a training goes on from, and which of its weights.
+
+    Args:
+        round: Its number.
+        key: Of its training.
+        checkpoint: The folder of the checkpoint, relative to the storage.
+        manifest: sha256 of the checkpoint's manifest, and so of all that it holds.
+        weights: `raw`, the float32 weights themselves, or `ema`, their average.
+        base_digest: What it was trained from in the first place.
+        lora: Its section `train.lora`; None if it is a whole UNet.
+    """
+
+    round: int
+    key: str
+    checkpoint: str
+    manifest: str
+    weights: str
+    base_digest: str
+    lora: dict[str, Any] | None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What makes it another parent."""
+        return {name: getattr(self, name) for name in ("key", "checkpoint", "manifest", "weights")}
+
+    def __str__(self) -> str:
+        return f"round {self.round} ({self.checkpoint})"
 
 
 def base_digest(base: ModelSource) -> str:
@@ -57,6 +90,8 @@ class TrainSpec:
         seed: The run's seed.
         config: The `train` section.
         snapshot: Pinned tables.
+        round: The number of this round, from 1.
+        parent: The round whose weights it starts from; None if it starts from the base.
     """
 
     storage_url: str
@@ -66,6 +101,8 @@ class TrainSpec:
     seed: int
     config: TrainConfig
     snapshot: Snapshot
+    round: int = 1
+    parent: Parent | None = None
 
     @property
     def storage(self) -> Storage:
@@ -87,6 +124,8 @@ class TrainSpec:
             "base": self.base_digest,
             "snapshot": asdict(self.snapshot),
         }
+        if self.parent is not None:
+            shaping["parent"] = self.parent.identity
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

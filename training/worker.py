@@ -24,17 +24,24 @@ from training.methods import NEEDS_REFERENCE
 from training.metrics import History
 from training.model import Base, Denoiser, Reference, add_lora, load_base
 from training.order import Plan
+from training.parent import load_parent, start_from_parent
 from training.samples import SampleGrid
 from training.shard_cache import ShardCache
 from training.spec import TrainSpec
+from training.stop_request import StopRequest
 from training.validation import Validation
 from training.workers import Progress, StartUp, gather_workers
 from training.zero import ZeroState
 
 
-def train_worker(work: Mapping[str, TrainSpec]) -> None:
-    """Train on this rank from the last checkpoint to `max_steps`."""
-    spec, start_up = work["spec"], StartUp()
+def train_worker(work: Mapping[str, Any]) -> None:
+    """Train on this rank from the last checkpoint to `max_steps`, or until the driver asks to stop.
+
+    Args:
+        work: `spec`, a TrainSpec, and `stop_flag`, from `training.stop_request.new_flag`.
+    """
+    spec: TrainSpec = work["spec"]
+    start_up = StartUp()
     config, context = spec.config, ray.train.get_context()
     on_gpu = ray.train.torch.get_device().type == "cuda"
     set_threads(context.get_local_world_size())
@@ -55,6 +62,9 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
     notes: list[str] = []
     with start_up.part("restore"):
         restored = restore(spec.storage, spec.checkpoints, state, ema, note=notes.append)
+    if restored is None and spec.parent is not None:
+        with start_up.part("parent"):
+            start_from_parent(spec, engine.unet.module, state, ema)
     attempt = agree_on_attempt(spec, engine)
     step, history, consumed = 0, History(), Consumed()
     if restored is not None:
@@ -91,6 +101,7 @@ def train_worker(work: Mapping[str, TrainSpec]) -> None:
         progress=progress,
         history=history,
         consumed=consumed,
+        stop_request=StopRequest(work["stop_flag"], engine.rank),
     )
     try:
         stop = run(loop, first_step=step)
@@ -109,6 +120,8 @@ def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool)
         add_lora(base.unet, config.lora, seed=spec.seed)
     frozen = None
     if needs_reference and config.lora is None:
+        if spec.parent is not None:
+            load_parent(spec, base.unet)
         device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
         frozen = Reference.copy_of(base.unet, device, dtype_of(config))
         if config.compile:

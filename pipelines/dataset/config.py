@@ -1,9 +1,9 @@
 """The base of every configuration section: frozen, typed, and strict about its keys."""
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveFloat
 
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -26,6 +26,13 @@ def _workers(value: object) -> object:
 
 WorkerCount = Annotated[int | str, BeforeValidator(_workers)]
 """A number of workers, or `2..8`: as many of that as there is room for."""
+
+
+Device = Literal["auto", "cpu", "gpu"]
+"""What workers run on: GPUs if the cluster has some at that moment, or GPUs that an autoscaler may still have to add."""
+
+Resources = dict[str, PositiveFloat]
+"""Custom resources of Ray, by name: they keep work to the nodes that have them."""
 
 
 def worker_range(workers: int | str) -> tuple[int, int]:

@@ -9,6 +9,8 @@
         ├── DropBudgetExceeded more rows were quarantined than the limit allows
         ├── ModelError         the base model is missing or of no kind that we know
         ├── EncodingError      an image or a prompt cannot be encoded on this machine
+        ├── ClusterError       a Ray cluster cannot be reached, or refuses
+        ├── LeaseError         another driver works on the run
         ├── SnapshotError      the data set holds nothing (or not enough) to work on
         └── TrainingError      training cannot start, or went wrong
 
@@ -66,6 +68,17 @@ class EncodingError(JobError):
 
 class SnapshotError(JobError):
     """The data set does not hold what a stage needs."""
+
+
+class ClusterError(JobError):
+    """A Ray cluster does not answer, does not let us in, or refuses."""
+
+    is_transient = False
+    """Whether the same request may go well a moment later."""
+
+
+class LeaseError(JobError):
+    """Another driver works on the run, or has taken it over."""
 
 
 class TrainingError(JobError):

@@ -37,6 +37,7 @@ TRANSIENT_CLASSES = frozenset(
         "gcsfs.retry.HttpError",
     }
 )
+PRECONDITION_FAILED = 412  # there is an object already
 # Client errors by number that are the network's or the moment's fault.
 TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 TRANSIENT_CODES = frozenset(
@@ -70,6 +71,20 @@ def _is_refusal(answer: BaseException | None) -> bool:
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = response.get("Error", {}).get("Code")
     return 400 <= status < 500 and status not in TRANSIENT_STATUS and code not in TRANSIENT_CODES
+
+
+def is_taken(error: BaseException | None) -> bool:
+    """Whether an object could not be created because there is one of this name."""
+    if isinstance(error, FileExistsError):
+        return True
+    for each in (error, error.__cause__ if error else None):
+        code = getattr(each, "code", None)  # gcsfs
+        response = getattr(each, "response", None)
+        if isinstance(response, dict):
+            code = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if code == PRECONDITION_FAILED:
+            return True
+    return False
 
 
 def open_file_system(url: str) -> tuple[Any, str]:

@@ -6,6 +6,7 @@ store is asked what it holds then. Transient errors are retried; a short read is
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -26,6 +27,7 @@ from pipelines.dataset.object_store import (
     ShortBytes,
     Upload,
     WrongBytes,
+    is_taken,
     is_transient,
     open_file_system,
 )
@@ -34,28 +36,47 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 5
 FIRST_WAIT_S = 0.2  # doubled at each attempt: 0.2 + 0.4 + 0.8 + 1.6 = 3 s in all, at most
+LONGEST_WAIT_S = 10.0
+PATIENCE = "MAPO_STORAGE_PATIENCE_S"
 LAST_START_S = 120.0  # no attempt begins later than this after the first
 COPIED_BYTES = 1 << 22
 UNFINISHED = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.tmp")  # what `_put` writes beside a name, left by a killed writer
 PLACE_HINT = "check that the place exists, that you may use it, and that credentials are in the environment"
 
 
-def retry(action: Callable[[], T]) -> T:
+def retry(action: Callable[[], T], *, patience: float = 0.0) -> T:
     """Run `action`, again after an error that `is_transient`; the last error is raised as it is.
 
     Waits are drawn between half and all of their length, so that many clients do not come back at once.
+
+    Args:
+        action: What to do.
+        patience: Seconds for which an outage is sat out, whatever the number of attempts; wrong bytes are not.
     """
     started = time.monotonic()
-    for attempt in range(MAX_ATTEMPTS):
+    for attempt in itertools.count():
         try:
             return action()
         except Exception as error:  # each fsspec back end has its own exception tree
-            wait_s = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1)  # noqa: S311
-            late = time.monotonic() + wait_s > started + LAST_START_S
-            if attempt == MAX_ATTEMPTS - 1 or late or not is_transient(error):
+            wait_s = min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.5, 1)  # noqa: S311
+            is_outage = patience > 0 and not isinstance(error, WrongBytes)
+            late = time.monotonic() + wait_s > started + (patience if is_outage else LAST_START_S)
+            last = attempt >= MAX_ATTEMPTS - 1 and not is_outage
+            if last or late or not is_transient(error):
                 raise
             time.sleep(wait_s)
     raise AssertionError("unreachable")
+
+
+def patience_s() -> float:
+    """How long an object store that does not answer is waited for: `MAPO_STORAGE_PATIENCE_S`, set for all of a run.
+
+    Outside of a run it is 0: whoever has mistyped an address wants to know it soon.
+    """
+    try:
+        return float(os.environ.get(PATIENCE, "0"))
+    except ValueError:
+        return 0.0
 
 
 def absolute_url(url: str) -> str:
@@ -118,7 +139,7 @@ class Storage:
 
     def _attempt(self, what: str, name: str, action: Callable[[], T]) -> T:
         try:
-            return retry(action)
+            return retry(action, patience=0.0 if self.is_local else patience_s())
         except StorageError:
             raise
         except Exception as error:  # each fsspec back end has its own exception tree
@@ -196,6 +217,37 @@ class Storage:
     def write(self, name: str, data: bytes) -> None:
         """Put a whole object; readers see the old one or this one, never a part."""
         self._attempt("write", name, lambda: self._put(name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a whole object that nobody has put before; of several writers at once one succeeds.
+
+        Returns:
+            Whether the object is this one now. One with the same bytes counts as this one: its answer may have been lost.
+        """
+        try:
+            self._attempt("create", name, lambda: self._create(name, data))
+        except StorageError as error:
+            if not is_taken(error.__cause__):
+                raise
+            return self.read(name) == data
+        return True
+
+    def _create(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        if not self.is_local:
+            self.fs.pipe_file(path, data, mode="create")
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _beside(target)
+        try:
+            with temporary.open("wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            os.link(temporary, target)  # fails if there is one, and shows it whole
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def upload(self, name: str, local_file: Path) -> None:
         """Put a local file as a whole object."""

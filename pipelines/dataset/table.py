@@ -21,10 +21,11 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from pipelines.dataset.errors import SnapshotError, StorageError
-from pipelines.dataset.storage import PLACE_HINT, Storage
+from pipelines.dataset.storage import PLACE_HINT, Storage, patience_s
 
 MAX_COMMIT_RETRIES = 50  # other writers' commits that may land first
 MAX_ATTEMPTS = 6  # whole commits: of several writers that create the table at once, all but one are refused
+MAX_REQUESTS = 100  # of one question to an object store that does not answer, while there is patience
 MAX_REVISIONS = 30  # whole changes of rows: each commit of another writer refuses one
 MARK = "mapo.commit"  # in the log, a number drawn for each commit: whose it is, when its answer was lost
 MARK_DEPTH = 100  # commits of others that may have landed on top of it meanwhile
@@ -44,9 +45,12 @@ class Landed(Enum):
 
 def storage_options(url: str) -> dict[str, str]:
     """What delta-rs needs beyond the environment it reads itself."""
+    options = {}
+    if "://" in url and (patience := patience_s()):
+        options = {"max_retries": str(MAX_REQUESTS), "retry_timeout": f"{patience:.0f}s"}
     if url.startswith(("s3://", "s3a://")) and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        return {"allow_http": "true"}
-    return {}
+        options["allow_http"] = "true"
+    return options
 
 
 class Table:

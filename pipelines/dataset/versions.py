@@ -56,6 +56,13 @@ def versions(table: Storage) -> list[Version]:
     return found
 
 
+def versions_after(table: Storage, number: int) -> list[Version]:
+    """The versions that came after one, oldest first; reads no other entry of the log."""
+    names = sorted(name for name in table.names(LOG) if (entry := ENTRY.fullmatch(name)) and int(entry[1]) > number)
+    with ThreadPoolExecutor(READERS) as readers:
+        return list(readers.map(lambda name: _version(name, table.read(name)), names))
+
+
 def files_of(history: Sequence[Version], wanted: Collection[int]) -> Iterator[tuple[int, frozenset[str]]]:
     """The files that each wanted version is made of, oldest first; needs the whole history."""
     live: set[str] = set()

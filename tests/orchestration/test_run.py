@@ -13,11 +13,12 @@ import yaml
 from factories import photo_pairs, write_parquet
 
 MAPO = Path(sys.executable).with_name("mapo")
+CANARIES = {name: f"canary-of-{name.lower()}-7f3a" for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")}
 NUM_ROWS, NUM_TIES, NUM_DAMAGED = 96, 4, 8
 
 
 def mapo(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **CANARIES, "PYTHONWARNINGS": "ignore"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
         [MAPO, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False
@@ -69,6 +70,15 @@ def test_a_run_says_who_trained_and_where_report_and_model_are(finished) -> None
         f"report  {storage}/runs/small/report/index.html",
         f"model   {storage}/runs/small/model",
     ]
+
+
+def test_no_secret_of_the_environment_is_in_what_is_written_or_said(finished) -> None:
+    storage, result = finished
+    written = [file.read_bytes() for file in storage.rglob("*") if file.is_file()]
+    assert len(written) > 50
+    for canary in CANARIES.values():
+        assert canary not in result.stdout + result.stderr
+        assert not any(canary.encode() in data for data in written)
 
 
 def test_libraries_are_quiet(finished) -> None:
@@ -152,6 +162,8 @@ def test_the_resolved_configuration_lies_beside_the_run(finished) -> None:
         ("encode.model={folder}/data", 1, "has no model_index.json"),
         ("encode.model={folder}/none", 1, "there is no model folder"),
         ("storage={folder}/small.yaml/below", 1, "cannot write"),
+        ("storage=s3://id:hunter22@bucket/x", 2, "a secret is in the configuration, at `storage`"),
+        ("train.environment.HF_TOKEN=hunter22", 2, "a secret is in the configuration, at `train.environment.HF_TOKEN`"),
     ],
 )
 def test_bad_input_is_one_message_with_a_way_out_and_leaves_nothing(
@@ -165,5 +177,6 @@ def test_bad_input_is_one_message_with_a_way_out_and_leaves_nothing(
     assert message in result.stderr
     assert result.stderr.count("hint: ") == 1
     assert "Traceback" not in result.stderr
+    assert "hunter22" not in result.stderr
     assert state(folder) == before
     assert state(tmp_path) == {}

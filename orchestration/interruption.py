@@ -1,0 +1,79 @@
+"""Ways to stop a run from outside: Ctrl-C, SIGTERM, a request on the storage, the loss of the lease.
+
+All raise `Stopped` in the main thread, wherever it waits; stages end what they have begun so that a later run can go on
+(training writes a checkpoint first). A second one does not wait for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+STOPPING = b"\nstopping: what was begun is ended so that a later run can go on; once more to stop at once\n"
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop; what it had finished stays, and the same command goes on from there.
+
+    Args:
+        reason: In a few words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Interruption:
+    """Turns signals into `Stopped` while it is armed, and lets other threads do the same with a reason of their own."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._main = threading.main_thread()
+        self._is_armed = False
+
+    def ask(self, reason: str) -> None:
+        """Stop the main thread, from any thread; nothing happens if it is being stopped already."""
+        if self._reason is None and self._is_armed and self._main.ident is not None:
+            self._reason = reason
+            signal.pthread_kill(self._main.ident, signal.SIGTERM)
+
+    def _raise(self, number: int, _: FrameType | None) -> None:
+        os.write(2, STOPPING)  # a handler may be called inside of a write to sys.stderr
+        raise Stopped(self._reason or SIGNALS[signal.Signals(number)])
+
+    @contextlib.contextmanager
+    def armed(self) -> Iterator[Interruption]:
+        """Until the end of the block; does nothing outside of the main thread, where no signal arrives."""
+        if threading.current_thread() is not self._main:
+            yield self
+            return
+        kept: dict[Any, Any] = {number: signal.signal(number, self._raise) for number in SIGNALS}
+        self._is_armed = True
+        try:
+            yield self
+        finally:
+            self._is_armed = False
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Put the signal handlers back that a library replaces in the block: `ray.init` takes SIGTERM for itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: dict[Any, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler is not signal.SIG_DFL:
+                signal.signal(number, handler)

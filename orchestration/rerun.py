@@ -1,0 +1,55 @@
+"""`mapo run --every`: the same run again and again, for those who have no scheduler of their own."""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from orchestration.config import RunConfig
+from orchestration.duration import parse_duration
+from orchestration.interruption import Interruption
+from orchestration.run import Say
+from orchestration.stages import run_all
+from pipelines.dataset.errors import ConfigError, JobError
+
+SHORTEST = timedelta(seconds=1)
+LOOK_S = 1.0
+
+
+def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
+    """Run, wait until so much time after the start of that run, and run again; ends only by being stopped.
+
+    The configuration is read anew for each run. A run whose work failed is told and tried again at the next time; a
+    wrong configuration ends it.
+
+    Args:
+        text: The time between two starts, as `--every` has it.
+        load: Reads the configuration.
+        say: Where lines go.
+
+    Raises:
+        ConfigError: The time or the configuration is wrong.
+        Stopped: It was told to stop.
+    """
+    every = parse_duration(text, "--every")
+    if every < SHORTEST:
+        raise ConfigError(f"--every {text}: too short", "6h looks for new preferences four times a day")
+    while True:
+        started = time.monotonic()
+        try:
+            run_all(load(), say)
+        except JobError as error:
+            say(f"{type(error).__name__}: {error}")
+        left_s = every.total_seconds() - (time.monotonic() - started)
+        if left_s > 0:
+            due = datetime.now(UTC) + timedelta(seconds=left_s)
+            say(f"next run at {due:%Y-%m-%dT%H:%M:%SZ}")
+            with Interruption().armed():
+                _wait(left_s)
+
+
+def _wait(seconds: float) -> None:
+    """Sleep, in parts, so that a signal is heard at once on every platform."""
+    end, never = time.monotonic() + seconds, threading.Event()
+    while (left_s := end - time.monotonic()) > 0:
+        never.wait(min(left_s, LOOK_S))

@@ -1,0 +1,44 @@
+"""Keeps secrets out of what is written: the values that the environment holds, and credentials inside of URLs."""
+
+import os
+import re
+from collections.abc import Mapping
+
+SECRET_NAME = re.compile(
+    r"(?i)(?:^|_)(?:[a-z]*secret|[a-z]*tokens?|passw(?:or)?d|passphrase|credentials?|private|api_?key|key|pat)(?:_|$)|access_?key"
+)
+PATH_NAME = re.compile(
+    r"(?i)_(path|file|dir|home|uri|url|mode|expiration|region|index)$|^google_application_credentials$"
+)
+"""Such names hold where a secret lies, or how it is used."""
+MIN_LENGTH = 8  # a shorter value would be found in half of all texts
+USER_INFO = re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+@")
+SIGNED = re.compile(
+    r"(?i)([?&](?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|sig|signature|token|"
+    r"access_token|api_?key|password|awsaccesskeyid)=)[^&\s'\"<>]+"
+)
+MASK = "***"
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name is taken to hold a secret."""
+    return bool(SECRET_NAME.search(name)) and not PATH_NAME.search(name)
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a URL holds a password or a signature."""
+    return bool(USER_INFO.search(url) or SIGNED.search(url))
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The text with every secret masked: values of the environment's secret variables, credentials in URLs.
+
+    Args:
+        text: What will be written.
+        environment: By default this process's.
+    """
+    held = os.environ if environment is None else environment
+    values = {value for name, value in held.items() if is_secret_name(name) and len(value) >= MIN_LENGTH}
+    for value in sorted(values, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, MASK)
+    return SIGNED.sub(rf"\1{MASK}", USER_INFO.sub(f"{MASK}@", text))

@@ -1,0 +1,182 @@
+"""Who drives a run, and how it is stopped: the installed command in processes of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from factories import photo_pairs, write_parquet
+
+MAPO = Path(sys.executable).with_name("mapo")
+MAX_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a configuration whose pairs are encoded."""
+    folder = tmp_path_factory.mktemp("driver")
+    write_parquet(folder / "data" / "pairs.parquet", photo_pairs(48, num_prompts=6), row_group_size=16)
+    train = {"num_workers": 1, "global_batch_size": 4, "micro_batch_size": 4, "max_steps": MAX_STEPS}
+    train |= {"learning_rate": 1e-4, "precision": "fp32", "checkpoint_every": 1000, "validate_every": 1000}
+    settings = {
+        "name": "small",
+        "storage": "storage",
+        "ingest": {"sources": [{"format": "pickapic", "path": str(folder / "data" / "*.parquet")}]},
+        "encode": {"model": str(tiny_pipeline), "resolution": 64, "batch_size": 8},
+        "train": train,
+    }
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings))
+    for stage in ("ingest", "encode"):
+        with Driver(folder, stage) as driver:
+            assert driver.wait() == 0, driver.errors
+    return folder
+
+
+@pytest.fixture
+def folder(encoded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(encoded, tmp_path / "work"))
+
+
+class Driver:
+    """`mapo STAGE` on a folder's configuration; whatever it has started is gone afterwards."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.run = folder / "storage" / "runs" / "small"
+        stage, *options = arguments
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        environment.pop("RAY_ADDRESS", None)
+        self.process = subprocess.Popen(
+            [MAPO, stage, folder / "small.yaml", *options],
+            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.output = self.errors = ""
+        self._family: list[psutil.Process] = []
+
+    def __enter__(self) -> "Driver":
+        return self
+
+    def wait(self) -> int:
+        self.output, self.errors = self.process.communicate(timeout=200)
+        return self.process.returncode
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not is_so():
+            assert self.process.poll() is None, f"it has ended\n{self.process.communicate()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        self._family = psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def step(self) -> int:
+        """Where its training is; 0 before the first step of this driver."""
+        progress = read_json(self.run / "progress.json")
+        began = psutil.Process(self.process.pid).create_time()
+        return int(progress["step"]) if progress and progress["started_at"] > began else 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self._family += psutil.Process(self.process.pid).children(recursive=True)
+            self.kill()
+        for each in self._family:
+            if each.is_running():
+                each.kill()
+        psutil.wait_procs(self._family, timeout=10)
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe
+            pipe.close()
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def newest_step(run: Path) -> int:
+    """Of the newest whole checkpoint; -1 without one."""
+    return max(
+        (json.loads(file.read_text())["step"] for file in run.glob("checkpoints/*/step-*/manifest.json")), default=-1
+    )
+
+
+def events(run: Path) -> Iterator[tuple[str, str | None]]:
+    for file in sorted(run.glob("journal/*.json")):
+        event = json.loads(file.read_text())
+        yield event["event"], event.get("stage")
+
+
+def test_a_second_driver_is_refused_and_a_stopped_or_killed_one_is_followed(folder: Path) -> None:
+    with Driver(folder, "train") as first:
+        first.until(lambda: first.step >= 2)
+        with Driver(folder, "run") as second:
+            assert second.wait() == 1
+        assert re.search(rf"LeaseError: run small is driven by pid {first.process.pid} on ", second.errors)
+        assert second.errors.count("hint: ") == 1
+        first.process.send_signal(signal.SIGTERM)
+        assert first.wait() == 130
+    assert "stopped by SIGTERM; run the same command again to go on" in first.errors
+    stopped_at = newest_step(first.run)
+    assert 2 <= stopped_at < MAX_STEPS, "it has left a checkpoint that no interval asked for"
+    assert list(events(first.run))[-2:] == [("began", "train"), ("stopped", "train")]
+
+    with Driver(folder, "train") as third:
+        third.until(lambda: third.step > stopped_at)
+        third.kill()
+        with Driver(folder, "train") as fourth:
+            assert fourth.wait() == 0, fourth.errors
+    assert f"start 3: goes on from step {stopped_at}" in fourth.output
+    assert newest_step(first.run) == MAX_STEPS
+
+
+def test_a_request_on_the_storage_stops_a_run(folder: Path) -> None:
+    with Driver(folder, "train") as driver:
+        driver.until(lambda: driver.step >= 1)
+        (driver.run / "stop.json").write_text(json.dumps({"requested_at": "2026-01-01T00:00:00Z", "by": "ada"}))
+        assert driver.wait() == 130
+    assert "stopped by request of ada; run the same command again" in driver.errors
+    assert not (driver.run / "stop.json").exists()
+    assert newest_step(driver.run) >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_ingest_ends_it_at_once_and_the_same_command_goes_on(folder: Path, number: int) -> None:
+    options = ("-o", "storage=other", "-o", "ingest.max_shard_bytes=65536")
+    with Driver(folder, "ingest", *options) as driver:
+        driver.until(lambda: bool(list((folder / "other/dataset/shards").glob("*.tar"))))
+        driver.process.send_signal(number)
+        assert driver.wait() in (0, 130)  # 0: it had committed the last unit
+    with Driver(folder, "ingest", *options) as again:
+        assert again.wait() == 0, again.errors
+    assert "48 rows: 48 kept" in again.output
+
+
+def test_the_plan_is_printed_and_nothing_is_written(folder: Path) -> None:
+    before = {str(f): f.stat().st_mtime_ns for f in folder.rglob("*")}
+    with Driver(folder, "run", "--dry-run", "--json") as driver:
+        assert driver.wait() == 0, driver.errors
+    stages = {plan["stage"]: plan for plan in json.loads(driver.output)["stages"]}
+    assert [plan["state"] for plan in stages.values()] == ["up to date", "up to date", "to do", *["waits"] * 3]
+    assert stages["train"]["work"] == {"steps": MAX_STEPS, "of_steps": MAX_STEPS, "pairs": 4 * MAX_STEPS, "workers": 1}
+    assert {str(f): f.stat().st_mtime_ns for f in folder.rglob("*")} == before
+    with Driver(folder, "run", "--dry-run", "-o", "storage=new") as driver:
+        assert driver.wait() == 0, driver.errors
+    lines = driver.output.splitlines()
+    assert re.fullmatch(r"ingest    to do       3 of 3 units, [\d.]+ MB, 48 rows", lines[0])
+    assert re.fullmatch(r"encode    waits       after ingest, 0 shards, 48 pairs, [\d.]+ kB of latents", lines[1])
+    assert not (folder / "new").exists()
