@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.launch import Progress
     from training.spec import TrainSpec
 
-REPORT_VERSION = 2  # raise it when the page changes
+REPORT_VERSION = 3  # raise it when the page changes
 EXPORT_VERSION = 2
 LINEAGE_VERSION = 1
 
@@ -356,14 +356,11 @@ def report_is_done(run: Run, key: str) -> bool:
 
 
 def run_report(run: Run, key: str) -> Outcome:
-    """One self-contained page."""
-    from orchestration.report import render_report
-    from orchestration.report_data import page_images, report_data
+    """One self-contained page, and the index of all runs."""
+    from orchestration.report_writer import write_report
 
-    data = report_data(run.config, run.storage, run.journal, command=shlex.join(["mapo", *sys.argv[1:]]))
-    page = render_report(data, page_images(run.storage, run.folder, data))
-    run.storage.write(run.report, page.encode())
-    return Outcome(run.storage.uri(run.report))
+    command = shlex.join(["mapo", *sys.argv[1:]])
+    return Outcome(run.storage.uri(write_report(run, command=command, is_driven=False)))
 
 
 def describe_progress(progress: Progress) -> str:

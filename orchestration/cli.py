@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestration.data_commands import add_data_commands
+from orchestration.infra_commands import add_infra_commands
 from orchestration.job_commands import add_job_commands, job_of, job_text
 from orchestration.lineage_view import add_lineage_command
 from pipelines.dataset.errors import ConfigError, MapoError
@@ -82,11 +83,15 @@ def parser() -> argparse.ArgumentParser:
     status = _configured(_command(commands, "status", "stages, progress, last metrics", _status))
     status.add_argument("--json", action="store_true", help="as JSON")
     status.add_argument("--address", metavar="URL", help="also the run's Ray job there, such as http://head:8265")
+    _configured(_command(commands, "report", "write the run's page and the index of runs, as they are now", _report))
     add_job_commands(partial(_command, commands), _configured)
     add_lineage_command(partial(_command, commands))
     data = commands.add_parser("data", help="look after a data set", description="Look after a data set.")
     views = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_data_commands(partial(_command, views))
+    infra = commands.add_parser("infra", help="bring a cluster up", description="Bring a cluster up.")
+    manifests = infra.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_infra_commands(partial(_command, manifests), _configured)
     return top
 
 
@@ -169,6 +174,12 @@ def _status(options: argparse.Namespace) -> None:
     _say(_json(described) if options.json else status_text(described))
     if options.address is not None and not options.json:
         _say(job_text(described["job"]))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from orchestration.report_writer import report_now
+
+    report_now(_load(options), config_file=options.config, say=_say)
 
 
 def _json(data: object) -> str:

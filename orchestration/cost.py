@@ -55,16 +55,18 @@ def cost_of(
         workers: Of the newest training, as they tell of themselves.
     """
     found = [_encode_ahead(records["ingest"])]
-    found += [_stage(course, stage, *_devices(stage, config, records, workers)) for stage in ("encode", "train", "evaluate")]
+    found += [
+        _stage(course, stage, *_devices(stage, config, records, workers)) for stage in ("encode", "train", "evaluate")
+    ]
     counted = [each for each in found if each.num_attempts]
     gpu_hours = sum(each.hours for each in counted if each.is_gpu)
     cpu_hours = sum(each.hours for each in counted if not each.is_gpu)
-    price = config.report.gpu_hour_price
+    price, currency = config.report.gpu_hour_price, config.report.currency
     return {
         "gpu_hours": gpu_hours,
         "cpu_hours": cpu_hours,
         "num_lost": sum(each.num_lost for each in counted),
-        "price": None if price is None else {"amount": price * gpu_hours, "hour": price, "currency": config.report.currency},
+        "price": None if price is None else {"amount": price * gpu_hours, "hour": price, "currency": currency},
         "stages": [
             {"stage": each.stage, "devices": each.devices, "kind": "GPU" if each.is_gpu else "CPU", "hours": each.hours,
              "seconds": each.seconds, "attempts": each.num_attempts}

@@ -91,7 +91,7 @@ def read_course(
     """
     attempts = list(_attempts(events, is_driven=is_driven))
     last = attempts[-1] if attempts else None
-    started = next((event for event in reversed(events) if event["event"] == "started"), {})
+    started: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
     ended = last is not None and last.state in UNDONE
     if is_driven:
         state = "running"
@@ -154,7 +154,9 @@ def _states(
     for stage in STAGES_SHOWN:
         attempt = newest.get(stage)
         is_ahead = running in order and order.index(stage) > order.index(running)
-        is_to_mend = attempt is not None and attempt.state in UNDONE and attempt.began < _time(driver.get("time", NEVER))
+        is_to_mend = (
+            attempt is not None and attempt.state in UNDONE and attempt.began < _time(driver.get("time", NEVER))
+        )
         if stage in driver.get("stages", []) and (is_ahead or is_to_mend):
             states[stage] = "waiting"
         elif attempt is not None:

@@ -65,7 +65,9 @@ class SeenSteps:
             self.steps = [row for row in self.steps if row["step"] < step]  # workers may have started again before it
             self.validations = [row for row in self.validations if row["step"] <= step]
             self.steps.append(last)
-        newest = {name: value for name, value in self.validations[-1].items() if name != "step"} if self.validations else {}
+        newest = (
+            {name: value for name, value in self.validations[-1].items() if name != "step"} if self.validations else {}
+        )
         if held_out and held_out != newest:
             is_last = step == progress["max_steps"]
             at = step if is_last else step // self._validate_every * self._validate_every
@@ -105,7 +107,9 @@ def checkpoint_history(storage: Storage, folder: str, key: str) -> tuple[int, Ro
     return 0, [], []
 
 
-def live_history(storage: Storage, folder: str, progress: Mapping[str, Any], *, validate_every: int) -> tuple[Rows, Rows]:
+def live_history(
+    storage: Storage, folder: str, progress: Mapping[str, Any], *, validate_every: int
+) -> tuple[Rows, Rows]:
     """Steps and validations of a training that has not finished, as far as the storage has them.
 
     Args:

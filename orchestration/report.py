@@ -1,9 +1,11 @@
 """The run's report, one self-contained HTML page: numbers and coordinates; `report.html.j2` has the markup."""
 
 import base64
+import functools
+import hashlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 import yaml
+from markupsafe import Markup
 from PIL import Image
 
 from orchestration.encoding_view import encoding_view
@@ -20,6 +23,7 @@ DASH, MINUS = "\u2013", "\u2212"
 MAX_POINTS = 400  # a line; with more the page grows and the eye gains nothing
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
 MAX_GRID_SIDE = 768  # the same for a grid of samples
+RELOAD_S = 60  # after which the page of a run that goes on loads itself anew
 
 SMALL = (300, 130)
 CURVES: Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]] = (
@@ -204,6 +208,7 @@ def interval_plot(score: Mapping[str, Any]) -> dict[str, Any]:
             "ticks": [(frame.x(tick), tick_label(tick)) for tick in ticks]}  # fmt: skip
 
 
+@functools.lru_cache(maxsize=64)
 def picture(image: bytes, max_side: int) -> dict[str, Any]:
     """An image as a data URI with its size; one with a longer side becomes a smaller copy."""
     with Image.open(io.BytesIO(image)) as opened:
@@ -243,6 +248,59 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def moment(text: str, form: str = "%-d %B %Y, %H:%M %Z") -> str:
+    """An ISO time as a person writes it: 23 November 2026, 23:10 UTC."""
+    return datetime.fromisoformat(text).strftime(form)
+
+
+def money(amount: float) -> str:
+    """A price with two decimals, and thousands set apart."""
+    return f"{amount:,.2f}"
+
+
+def source_digest(text: str) -> str:
+    """How a content security policy names the one inline style or script that it allows."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+@functools.cache
+def part(name: str) -> str:
+    """A file of a page, such as its style."""
+    return (Path(__file__).parent / name).read_text()
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """A page's template, with the ways to write numbers."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(number=number, duration=duration, moment=moment, money=money)
+    return environment.get_template(name)
+
+
+class Widths:
+    """The shares of bars as rules of the style: a strict policy allows no style in a tag."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        self._names = {float(value): f"grow-{i}" for i, value in enumerate(dict.fromkeys(map(float, values)))}
+
+    def name(self, value: float) -> str:
+        """The class of what grows by a value."""
+        return self._names[float(value)]
+
+    def rules(self) -> str:
+        """The style of all these classes."""
+        return "".join(f".{name} {{ flex-grow: {value:g}; }}\n" for value, name in self._names.items())
+
+
+def time_left(training: Mapping[str, Any]) -> float | None:
+    """Seconds that the steps to come will take at the speed of the steps so far; None if that is not known."""
+    typical = speed(training).get("step_s")
+    return None if typical is None else typical * (training["max_steps"] - training["steps"])
+
+
 def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     """The page of a run. A stage that has not run (None) is said to be missing in its section.
 
@@ -254,13 +312,18 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     view = {**dict.fromkeys(("dataset", "encoding", "fingerprints", "training", "evaluation", "model")), **data}
     grids = {grid["image"] for grid in view["training"]["samples"]} if view["training"] else set()
     training, scores = view["training"], view["evaluation"]["scores"] if view["evaluation"] else []
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(number=number, duration=duration)
-    return environment.get_template("report.html.j2").render(
-        view | {"encoding": encoding_view(view["encoding"]) if view["encoding"] else None},
+    view |= {"encoding": encoding_view(view["encoding"]) if view["encoding"] else None}
+    widths, is_live = _widths(view), training is not None and not training["is_over"]
+    css = part("page.css") + widths.rules()
+    return template("report.html.j2").render(
+        view,
+        css=Markup(css),  # noqa: S704  # ours, and numbers
+        css_digest=source_digest(css),
+        grow=widths.name,
+        reload_s=RELOAD_S,
+        is_open=view["state"] not in ("finished", "partial"),
+        live=is_live,
+        left_s=time_left(training) if is_live and view["stage"] == "train" else None,
         created=datetime.fromisoformat(view["created_at"]),
         outcome=held_out(training),
         scores=[interval_plot(score) for score in scores if math.isfinite(sum(_ends(score)))],
@@ -269,3 +332,10 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         pictures={name: picture(image, MAX_GRID_SIDE if name in grids else MAX_SIDE) for name, image in images.items()},
         config_yaml=yaml.safe_dump(view["config"], sort_keys=False, allow_unicode=True),
     )
+
+
+def _widths(view: Mapping[str, Any]) -> Widths:
+    """Of all bars on the page."""
+    rows = view["dataset"]["rows"].values() if view["dataset"] else []
+    kinds = view["encoding"]["kinds"] if view["encoding"] else []
+    return Widths([*rows, *(each["share"] for kind in kinds for each in kind["parts"])])
