@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import aiohttp
@@ -87,7 +87,7 @@ class RayClient(JobSubmissionClient):  # type: ignore[misc]
     def _raise_error(self, r: Any) -> None:
         raise Refused(r.status_code, r.text)
 
-    async def follow(self, job_id: str) -> AsyncIterator[str]:
+    async def follow(self, job_id: str) -> AsyncGenerator[str]:
         """Pieces of a job's log from its beginning, until the server ends it; a broken connection is an OSError."""
         url = f"{self._address}/api/jobs/{job_id}/logs/tail"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)

@@ -70,15 +70,18 @@ def _write(text: str) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from orchestration.jobs import Jobs, resolve_address
+    from orchestration.dashboard import resolve_address
+    from orchestration.driver import command_line
+    from orchestration.jobs import Jobs
     from orchestration.places import shared_paths
     from orchestration.submit import prepare, submit
+    from pipelines.dataset.secrets import redact
 
     address = resolve_address(options.address)
     submission = prepare(
         options.config,
         options.overrides,
-        command=shlex.join(["mapo", *sys.argv[1:]]),
+        command=redact(command_line()),
         included=options.include,
         environment=parse_settings(options.env),
         resources=_resources(options),
@@ -171,16 +174,16 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _newest(config: "RunConfig", jobs: "Jobs") -> "Job":
-    from orchestration.submit import jobs_of
+    from orchestration.submit import find_job
     from pipelines.dataset.errors import ClusterError
 
-    found = jobs_of(config, jobs.all())
-    if not found:
+    found = find_job(config, jobs)
+    if found is None:
         raise ClusterError(
             f"{jobs.address} knows no job of run {config.name} on {config.storage} that `mapo submit` began",
             "`ray job list` shows all, `--job ID` takes any",
         )
-    return found[-1]
+    return found
 
 
 def _stop(options: argparse.Namespace) -> None:
@@ -196,11 +199,11 @@ def _stop(options: argparse.Namespace) -> None:
 
 def job_of(config: "RunConfig", address: str) -> dict[str, Any] | None:
     """The newest job of a run as plain data, for `mapo status`; None if there is none."""
-    from orchestration.submit import jobs_of
+    from orchestration.submit import find_job
 
     jobs = _connect(address)
-    found = jobs_of(config, jobs.all())
-    return {"address": jobs.address, **asdict(found[-1])} if found else None
+    found = find_job(config, jobs)
+    return {"address": jobs.address, **asdict(found)} if found else None
 
 
 def job_text(job: dict[str, Any] | None) -> str:
@@ -213,6 +216,7 @@ def job_text(job: dict[str, Any] | None) -> str:
 
 
 def _connect(address: str | None) -> "Jobs":
-    from orchestration.jobs import Jobs, resolve_address
+    from orchestration.dashboard import resolve_address
+    from orchestration.jobs import Jobs
 
     return Jobs(resolve_address(address))

@@ -59,6 +59,7 @@ class _Follower:
     async def _read(self) -> None:
         """Write what one connection brings, until the server ends it or the job is over."""
         position = 0
+        await self._ask()
         async with contextlib.aclosing(self._jobs.follow(self._id)) as pieces:
             waiting: asyncio.Task[str] | None = None
             try:
@@ -69,6 +70,7 @@ class _Follower:
                         job = await self._ask()
                         if not job.is_live:
                             return
+                        self._note_waiting(job)
                         continue
                     piece, waiting = waiting.result(), None
                     self._note_return()
@@ -93,10 +95,12 @@ class _Follower:
         if job is None:
             raise unknown(self._jobs, self._id)
         self._note_return()
+        return job
+
+    def _note_waiting(self, job: Job) -> None:
         if job.state == "PENDING" and job.message != self._said:
             self._said = job.message
             self._note(f"{job.id} PENDING: {job.message}")
-        return job
 
     async def _write_rest(self) -> None:
         """The end of a finished job's log, whether or not the last connection brought all of it."""

@@ -1,14 +1,13 @@
 """The jobs of a Ray cluster: list, submit, follow, stop; every failure as one error of ours."""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
 import psutil
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails
 
@@ -85,13 +84,13 @@ class Jobs:
             found = ClusterError(f"{self.address} did not {what}: {error}", "its dashboard's logs say more")
             found.is_transient = error.status >= 500
             raise found from error
-        except (OSError, TimeoutError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
-            found = ClusterError(f"{self.address} does not answer: {reason_of(error)}", ADDRESS_HINT)
-            found.is_transient = not isinstance(error, requests.exceptions.InvalidURL)
-            raise found from error
-        except (ValueError, KeyError, RuntimeError) as error:  # an answer, but of something else
+        except (ValueError, KeyError, RuntimeError) as error:  # of something else, or no URL
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ClusterError(f"{self.address} does not answer as Ray does: {first}", ADDRESS_HINT) from error
+        except (OSError, TimeoutError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
+            found = ClusterError(f"{self.address} does not answer: {reason_of(error)}", ADDRESS_HINT)
+            found.is_transient = True
+            raise found from error
 
     def all(self) -> list[Job]:
         """Every job that was submitted, in the order of their beginning."""
@@ -114,7 +113,7 @@ class Jobs:
         with self._answers(f"give the log of {job_id}"):
             return str(self._client.get_job_logs(job_id))
 
-    async def follow(self, job_id: str) -> AsyncIterator[str]:
+    async def follow(self, job_id: str) -> AsyncGenerator[str]:
         """A job's log from its beginning, in pieces, as it is written."""
         with self._answers(f"give the log of {job_id}"):
             async with contextlib.aclosing(self._client.follow(job_id)) as pieces:

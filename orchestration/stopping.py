@@ -8,7 +8,7 @@ from orchestration.jobs import Job, Jobs
 from orchestration.journal import now
 from orchestration.lease import current_holder
 from orchestration.run import Run, Say
-from orchestration.submit import STOP_WAIT_S, jobs_of, submitter
+from orchestration.submit import STOP_WAIT_S, find_job, submitter
 from pipelines.dataset.errors import ClusterError, JobError
 
 POLL_S = 1.0
@@ -95,8 +95,8 @@ def _end(jobs: Jobs, job: Job) -> Job:
 
 
 def _live_job(config: RunConfig, jobs: Jobs | None) -> Job | None:
-    live = [job for job in jobs_of(config, jobs.all()) if job.is_live] if jobs else []
-    return live[-1] if live else None
+    found = find_job(config, jobs) if jobs else None
+    return found if found and found.is_live else None
 
 
 def _ending(job: Job | None) -> str:

@@ -10,27 +10,24 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orchestration.bundle import bundled, check_size
 from orchestration.config import RunConfig, load_config, resolved_json
 from orchestration.jobs import IdTaken, Job, Jobs
+from orchestration.lease import current_holder
 from orchestration.places import absolute_overrides, absolute_path
+from orchestration.run import Run
 from orchestration.stages import STAGES
-from pipelines.dataset.errors import ClusterError, ConfigError, JobError
+from pipelines.dataset.errors import ClusterError, ConfigError, JobError, StorageError
 from pipelines.dataset.secrets import has_credentials, is_secret_name, redact
 
-MAX_SENT_BYTES = 64 << 20  # the head keeps it in memory, and every node fetches it
-NOT_SENT = ("__pycache__", ".git", ".venv", ".gitignore", ".rayignore", "*.pyc")
-"""Left out of folders: what nobody imports, and lists by which Ray would leave out files without a word."""
 STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_WAIT_S = 300  # Ray kills a job 3 s after SIGTERM, which is too soon for a checkpoint
 MAX_ID_ATTEMPTS = 20
@@ -68,7 +65,7 @@ class Submission:
         """What `ray job list` and the dashboard show; the last one tells this submission from every other."""
         return {
             "mapo_run": self.config.name,
-            "mapo_storage": self.config.storage,
+            "mapo_storage": storage_name(self.config),
             "mapo_config": hashlib.sha256(resolved_json(self.config).encode()).hexdigest()[:16],
             "mapo_version": version("mapo"),
             "mapo_command": self.command,
@@ -106,7 +103,7 @@ def prepare(
         Path(file), every, config, command, tuple(Path(path) for path in included),
         {STOP_WAIT_VARIABLE: str(STOP_WAIT_S), **(environment or {})}, dict(resources or {}),
     )  # fmt: skip
-    _check_size(submission)
+    check_size(submission.file, submission.included)
     return submission
 
 
@@ -118,7 +115,7 @@ def submit(submission: Submission, jobs: Jobs) -> Job:
         ClusterError: The cluster does not take it.
     """
     metadata, config = submission.metadata(), submission.config
-    with _bundle(submission) as folder:
+    with bundled(submission.file, submission.included) as folder:
         runtime_env = {"working_dir": str(folder), "env_vars": dict(submission.environment)}
         for _ in range(MAX_ID_ATTEMPTS):
             known = jobs.all()
@@ -150,12 +147,26 @@ def next_id(name: str, taken: Sequence[str]) -> str:
 
 def jobs_of(config: RunConfig, known: Sequence[Job]) -> list[Job]:
     """The jobs that `mapo submit` began for a run: same name, same storage; the newest last."""
-    run = (config.name, _plain_storage(config))
+    run = (config.name, storage_name(config))
     return [job for job in known if (job.metadata.get("mapo_run"), job.metadata.get("mapo_storage")) == run]
 
 
-def _plain_storage(config: RunConfig) -> str:
-    return config.storage if "://" in config.storage else absolute_path(config.storage)
+def find_job(config: RunConfig, jobs: Jobs) -> Job | None:
+    """The newest job of a run that `mapo submit` began; else the job that drives it, whatever began that."""
+    if found := jobs_of(config, jobs.all()):
+        return found[-1]
+    run = Run.open(config, lambda line: None)
+    try:
+        holder = current_holder(run.storage, run.folder)
+    except StorageError:  # a cluster's storage need not be reached from here
+        return None
+    return jobs.find(holder.job) if holder and holder.job else None
+
+
+def storage_name(config: RunConfig) -> str:
+    """The storage as jobs are told apart by it: the same for every way to write one place, links aside."""
+    path = config.storage.removeprefix("file://")
+    return path.rstrip("/") if "://" in path else absolute_path(path)
 
 
 def submitter() -> str:
@@ -204,55 +215,3 @@ def _has_secret_key(value: str) -> bool:
         elif isinstance(found, list):
             waiting += found
     return False
-
-
-def _check_size(submission: Submission) -> None:
-    """Look before anything is copied or sent.
-
-    Raises:
-        ConfigError: Something is not there, has the name of another, or all together is too much.
-    """
-    seen: dict[str, Path] = {submission.file.name: submission.file}
-    sizes: dict[Path, int] = {submission.file: submission.file.stat().st_size}
-    for path in submission.included:
-        name = path.resolve().name
-        if not path.exists():
-            raise ConfigError(f"--include {path}: there is no such file or folder")
-        if name in seen:
-            raise ConfigError(f"--include {path}: {seen[name]} goes by the name {name} already", "rename one of them")
-        seen[name] = path
-        sizes |= {file: file.stat().st_size for file in _files(path)}
-    if (total := sum(sizes.values())) > MAX_SENT_BYTES:
-        largest = max(sizes, key=lambda file: sizes[file])
-        raise ConfigError(
-            f"{len(sizes):,} files of {total:,} bytes are too much to send with a job, the limit is "
-            f"{MAX_SENT_BYTES:,}; the largest is {largest} with {sizes[largest]:,}",
-            "data and models belong on the storage, or on a path that every node sees; packages in the image",
-        )
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """The files that are sent of a path."""
-    if path.is_file():
-        yield path
-        return
-    ignore = shutil.ignore_patterns(*NOT_SENT)
-    for folder, folders, names in os.walk(path):
-        left_out = ignore(folder, [*folders, *names])
-        folders[:] = [name for name in folders if name not in left_out]
-        yield from (Path(folder) / name for name in names if name not in left_out)
-
-
-@contextmanager
-def _bundle(submission: Submission) -> Iterator[Path]:
-    """A temporary folder with what is sent."""
-    with tempfile.TemporaryDirectory(prefix="mapo-submit-") as name:
-        folder = Path(name)
-        shutil.copyfile(submission.file, folder / submission.file.name)
-        for path in submission.included:
-            source = path.resolve()
-            if source.is_dir():
-                shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns(*NOT_SENT))
-            else:
-                shutil.copyfile(source, folder / source.name)
-        yield folder

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration import dashboard, submit
+from orchestration import dashboard
+from orchestration.bundle import MAX_SENT_BYTES, bundled
 from orchestration.cli import main, parser
 from orchestration.config import RunConfig, load_config, parse_config
 from orchestration.dashboard import resolve_address
@@ -84,6 +85,7 @@ def test_the_command_of_a_job_is_read_as_it_was_meant(here: Path) -> None:
     assert submission.config.ingest.sources[0].path == str(Path("~/a b.parquet").expanduser())
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30).map(lambda name: f"/{name}"))
 def test_a_path_survives_the_command_line_and_yaml(path: str) -> None:
     (word,) = shlex.split(shlex.quote(f"storage={yaml_text(path)}"))
@@ -149,6 +151,7 @@ def test_an_id_is_one_more_than_those_of_the_same_name() -> None:
     assert next_id("p.otos", taken) == "mapo-p.otos-1"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "a-1", "a.1", "A", "1"]), max_size=12))
 def test_no_id_is_given_twice(names: list[str]) -> None:
     taken: list[str] = []
@@ -178,7 +181,7 @@ def test_the_configuration_and_what_is_included_are_all_that_is_sent(here: Path)
         (here / "scorers" / name).write_text("*.py")
     (here / "sharp.py").write_text("")
     submission = prepare("photos.yaml", ["seed=1"], command="", included=["scorers", "./sharp.py"])
-    with submit._bundle(submission) as folder:
+    with bundled(submission.file, submission.included) as folder:
         sent = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         assert (folder / "photos.yaml").read_bytes() == (here / "photos.yaml").read_bytes()
     assert sent == ["photos.yaml", "scorers/colour.py", "sharp.py"]
@@ -187,7 +190,7 @@ def test_the_configuration_and_what_is_included_are_all_that_is_sent(here: Path)
 
 def test_too_much_to_send_is_refused_before_it_is_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "big.bin").touch()
-    os.truncate(here / "big.bin", submit.MAX_SENT_BYTES)  # takes no space
+    os.truncate(here / "big.bin", MAX_SENT_BYTES)  # takes no space
     with pytest.raises(ConfigError, match=r"2 files of 67,\d+,\d+ bytes.*67,108,864; the largest is big.bin"):
         prepare("photos.yaml", [], command="", included=["big.bin"])
 
