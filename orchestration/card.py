@@ -1,6 +1,7 @@
 """The model card of an exported model."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ PAPERS = {
 """Method -> where it was published, on arXiv."""
 
 
-def model_card(config: RunConfig, trained: StageRecord, checkpoint: str) -> str:
+def model_card(
+    config: RunConfig, trained: StageRecord, checkpoint: str, rounds: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Markdown with the front matter that the hub knows: data, settings, numbers, and where each comes from.
 
     Args:
         config: The run's; what it says of training counts only where the record does not.
         trained: The record of its training.
         checkpoint: The one that is exported.
+        rounds: From the first one on, as `lineage.json` has them.
     """
     assert config.encode is not None
     train = trained_with(config, trained)
@@ -49,7 +53,7 @@ def model_card(config: RunConfig, trained: StageRecord, checkpoint: str) -> str:
 
 | | |
 |---|---|
-{_lineage(config, train, trained, checkpoint, step)}
+{_lineage(config, train, trained, checkpoint, step)}{_rounds(rounds)}
 ## Settings
 
 ```yaml
@@ -104,6 +108,23 @@ def _lineage(config: RunConfig, train: TrainConfig, trained: StageRecord, checkp
     for number, source in enumerate(config.ingest.sources if config.ingest else (), 1):
         rows[f"source {number} ({source.format})"] = f"`{source.path}`"
     return "".join(f"| {name} | {value} |\n" for name, value in _escaped(rows).items())
+
+
+def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """The chain of rounds, if there is more than one."""
+    if len(rounds) < 2:
+        return ""
+    lines = ["", "| round | goes on from | table of pairs | steps | finished | key |", "|---|---|---|---|---|---|"]
+    for each in rounds:
+        if each.get("is_lost"):
+            lines.append(f"| {each['round']} | no record | | | | `{each['key']}` |")
+            continue
+        start = (
+            "the base" if each["parent"] is None else f"round {each['parent']['round']}, `{each['parent']['weights']}`"
+        )
+        numbers = f"version {each['snapshot']['pairs_version']} | {each['step']:,} of {each['steps']:,}"
+        lines.append(f"| {each['round']} | {start} | {numbers} | {each['finished_at']} | `{each['key']}` |")
+    return "\n".join(lines) + "\n"
 
 
 def _escaped(rows: dict[str, Any]) -> dict[str, str]:

@@ -108,6 +108,14 @@ def committed(storage: Storage, folder: str) -> list[Manifest]:
     return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
 
 
+def remove_checkpoints(storage: Storage, folder: str) -> int:
+    """Delete every checkpoint of a training, manifests first so that none is there in part; how many files it was."""
+    names = [name for name in storage.names(folder) if name.removeprefix(f"{folder}/").startswith("step-")]
+    for name in sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")):
+        storage.delete(name)
+    return len(names)
+
+
 def best_of(manifests: list[Manifest]) -> Manifest | None:
     """The one with the least validation loss; None if none has one."""
     measured = [manifest for manifest in manifests if manifest.validation_loss is not None]

@@ -6,6 +6,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def export_model(
     card: str,
     config: ExportConfig | None = None,
     lora: LoraConfig | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the base pipeline with the trained UNet to the folder `target` of the storage.
 
@@ -52,6 +54,7 @@ def export_model(
         card: The model card, Markdown.
         config: What to write; the whole pipeline, of the average if there is one, by default.
         lora: The adapters that were trained; None if it was the whole UNet.
+        beside: More files of the folder, by name.
 
     Raises:
         ModelError: The checkpoint is not there, lacks what is asked for, or is of another UNet; or the hub refused.
@@ -67,6 +70,8 @@ def export_model(
             _copy_pipeline(source, exported)
         _save_unet(source, weights, lora, exported)
         (exported / "README.md").write_text(card)
+        for name, data in (beside or {}).items():
+            (exported / name).write_bytes(data)
         last = exported / marker(config)
         last.rename(apart)
         for each in (MODEL_INDEX, f"{UNET}/config.json"):

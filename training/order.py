@@ -144,6 +144,37 @@ class Plan:
         """The epoch that the first group of a step belongs to; later groups may be in the next."""
         return self._epoch_of_group(step * self.num_slots)
 
+    def seen(self, num_steps: int) -> list[NDArray[np.bool_]]:
+        """For each bucket, which of its elements the first `num_steps` steps have; one byte an element.
+
+        Of whole epochs nothing is computed but how far they reach: groups of an epoch that is begun lie anywhere in it.
+        """
+        m, running = self.micro_batch_size, num_steps * self.num_slots
+        epoch = self._epoch_of_group(running)
+        firsts = [epoch * size // m for size in self.bucket_sizes]
+        counts = [(epoch + 1) * size // m - first for size, first in zip(self.bucket_sizes, firsts, strict=True)]
+        begun = np.arange(running - sum(firsts), dtype=np.int64)
+        dealt = np.sort(permute(begun, sum(counts), _hash("deal", self.seed, epoch))) if begun.size else begun
+        found = []
+        for bucket, (low, high) in enumerate(pairwise(accumulate(counts, initial=0))):
+            size, first = self.bucket_sizes[bucket], firsts[bucket]
+            mask = np.zeros(size, bool)
+            groups = first + dealt[np.searchsorted(dealt, low) : np.searchsorted(dealt, high)] - low
+            if first * m >= size > 0:
+                mask[:] = True
+            elif size:
+                positions = (groups[:, None] * m + np.arange(m)).ravel()
+                self._mark(mask, bucket, np.concatenate([np.arange(first * m), positions]))
+            found.append(mask)
+        return found
+
+    def _mark(self, mask: NDArray[np.bool_], bucket: int, positions: NDArray[np.int64]) -> None:
+        """Set what lies at these positions of a bucket's endless sequence."""
+        size = self.bucket_sizes[bucket]
+        for turn in np.unique(positions // size).tolist():
+            inside = positions[positions // size == turn] - turn * size
+            mask[permute(inside, size, _hash("bucket", self.seed, bucket, turn))] = True
+
     def _groups_before(self, epoch: int) -> int:
         return sum(epoch * size // self.micro_batch_size for size in self.bucket_sizes)
 

@@ -109,6 +109,17 @@ class ZeroState:
             setattr(self._zero.loss_scaler, name, value)
         self._publish_weights()
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take this rank's fragments of the weights alone, before the first step; collective.
+
+        Args:
+            weights: By the names of `fragments`.
+        """
+        self._create_moments(0)
+        for fragment, weight in self._owned:
+            self._set(weight, WEIGHT, weights[fragment.name])
+        self._publish_weights()
+
     # 8-bit states
 
     def _scale_fragment(self, group: int, numel: int) -> Fragment:

@@ -1,0 +1,48 @@
+"""What the ranks of the parent's tests do: start an engine from a parent's weights, and step."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from engine_work import PAIRS, make, train_step
+
+from pipelines.dataset.errors import MapoError
+from training.config import TrainConfig
+from training.ema import ShardedEma
+from training.parent import start_from_parent
+from training.spec import TrainSpec
+from training.zero import KINDS, ZeroState
+
+
+def started(spec: TrainSpec, configs: list[TrainConfig], num_steps: int) -> list[dict[str, Any]]:
+    """For each configuration this rank's fragments after the start, and then the curve; or the error's text."""
+    found = []
+    for config in configs:
+        ranks = config.worker_range[0]
+        engine, denoiser, _ = make(config, spec.base.model, PAIRS // config.micro_batch_size // ranks)
+        state = ZeroState(engine.unet)
+        ema = ShardedEma(state, config.ema.decay) if config.ema else None
+        try:
+            start_from_parent(replace(spec, config=config), engine.unet.module, state, ema)
+        except MapoError as error:
+            found.append({"error": f"{type(error).__name__}: {error}"})
+            continue
+        parts = {kind: [(part, view.detach().clone()) for part, view in state.views(kind)] for kind in KINDS}
+        average = [] if ema is None else [(part, view.clone()) for part, view in ema.fragments().items()]
+        computing = {}
+        if config.zero_stage < 3:
+            computing = {name: weight.detach().clone() for name, weight in engine.unet.module.named_parameters()}
+        curve = [train_step(engine, denoiser, config, step) for step in range(num_steps)]
+        found.append(
+            {"parts": parts, "ema": average, "computing": computing, "curve": curve, "steps": state.num_steps()}
+        )
+    return found
+
+
+def tiles(fragments: list[Any]) -> dict[str, torch.Tensor]:
+    """Whole parameters, flat, of the fragments of all ranks."""
+    whole: dict[str, torch.Tensor] = {}
+    for part, view in fragments:
+        size = int(torch.tensor(part.shape).prod()) if part.shape else 1
+        whole.setdefault(part.name, torch.full((size,), float("nan")))[part.start : part.start + part.numel] = view
+    return whole
