@@ -1,0 +1,226 @@
+"""A configuration and a target to files: templates beside this file, filled and put together."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from orchestration.config import RunConfig, load_config
+from orchestration.infra import machines
+from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
+from orchestration.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
+from pipelines.dataset.errors import ConfigError
+
+TEMPLATES = Path(__file__).parent
+RAY_VERSION = "2.60.0"
+"""Of the image, the manifests and constraints.txt; a test holds them together."""
+CONFIG_FILE = "/etc/mapo/run.yaml"
+TOKEN_KEY = "auth_token"  # noqa: S105 (a key of a Secret, as KubeRay has it)
+EXTRAS = {"s3": "s3", "gcs": "gcs", "other": None}
+COMMON = ("accounts.yaml", "config.yaml", "network.yaml", "disruption.yaml")
+
+FILES: dict[str, tuple[str, ...]] = {
+    "kuberay": tuple(f"base/{name}" for name in ("kustomization.yaml", *COMMON, "rayjob.yaml"))
+    + tuple(f"overlays/{kind}/{name}" for kind in ("s3", "gcs") for name in ("kustomization.yaml", "credentials.yaml")),
+    "kuberay-cluster": ("cluster.yaml",),
+    "kuberay-cron": ("cron.yaml",),
+    "aws": ("cluster.yaml",),
+    "gcp": ("cluster.yaml",),
+    "skypilot": ("task.yaml",),
+    "docker": ("Dockerfile", "Dockerfile.dockerignore"),
+}
+"""What each target's folder holds."""
+STREAMS: dict[str, tuple[str, ...]] = {
+    "kuberay": (*(f"kuberay/base/{name}" for name in COMMON), "kuberay/base/rayjob.yaml"),
+    "kuberay-cluster": (*(f"kuberay/base/{name}" for name in COMMON), "kuberay/raycluster.yaml"),
+    "kuberay-cron": (*(f"kuberay/base/{name}" for name in COMMON), "kuberay/cron.yaml"),
+    "aws": ("aws/cluster.yaml",),
+    "gcp": ("gcp/cluster.yaml",),
+    "skypilot": ("skypilot/task.yaml",),
+    "docker": ("docker/Dockerfile",),
+}
+"""The templates that make one stream of each target, which is what goes to stdout."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the configuration does not know; the command's options.
+
+    Args:
+        image: The container image, built from infra/docker.
+        namespace: Of Kubernetes; it must be there.
+        operator_namespace: Where KubeRay's operator runs.
+        gpus_per_node: GPUs of each GPU node.
+        cpu_nodes: The most CPU nodes.
+        accelerator: The kind of GPU, as GKE names it.
+        node_selector: Labels that GPU nodes must have.
+        secret: A Secret whose keys become the environment of all Ray pods.
+        identity: The cloud's identity of pods or machines; without one, keys from a Secret.
+        queue: A queue of Kueue.
+        redis: host:port for the head's state.
+        schedule: When a new round starts, as cron has it.
+        region: Of AWS or GCP.
+        project: Of GCP.
+        spot: Machines at the price of spare ones: those with CPUs alone.
+        warm: Keep GPU nodes from the start.
+    """
+
+    image: str = f"mapo:{version('mapo')}"
+    namespace: str = "mapo"
+    operator_namespace: str = "kuberay-system"
+    gpus_per_node: int = 8
+    cpu_nodes: int = 8
+    accelerator: str = "nvidia-h100-80gb"
+    node_selector: Mapping[str, str] | None = None
+    secret: str | None = None
+    identity: str | None = None
+    queue: str | None = None
+    redis: str | None = None
+    schedule: str = "0 3 * * 1"
+    region: str | None = None
+    project: str | None = None
+    spot: bool = False
+    warm: bool = False
+
+
+def render_files(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, str]:
+    """The files of a target's folder by their names.
+
+    Raises:
+        ConfigError: The configuration is wrong, or the nodes of a cluster could not run it.
+    """
+    facts = _facts(file, overrides, target, settings)
+    if target == "kuberay":
+        return {name: _fill(f"kuberay/{name}", {**facts, "credentials": "none"}) for name in FILES[target]}
+    if target == "docker":
+        return {name: _fill(f"docker/{name}", facts) for name in FILES[target]}
+    return {FILES[target][0]: render_stream(file, overrides, target, settings)}
+
+
+def render_stream(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> str:
+    """The same as one text: what `kubectl apply -f -` or the target's own command takes.
+
+    Raises:
+        ConfigError: As above.
+    """
+    facts = _facts(file, overrides, target, settings)
+    return "---\n".join(_fill(template, facts) for template in STREAMS[target])
+
+
+def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, Any]:
+    """Everything that templates name."""
+    config = load_config(file, overrides)
+    check_config(config)
+    _check(config, target, settings)
+    config = load_config(file, [*overrides, *on_gpus(config)])
+    made = groups(
+        config,
+        gpus_per_node=settings.gpus_per_node,
+        cpu_nodes=settings.cpu_nodes,
+        warm=settings.warm or settings.queue is not None,
+    )
+    kind = storage_kind(config)
+    region = settings.region or {"aws": "us-east-1", "gcp": "us-central1"}.get(target)
+    name = dns_name(config.name)
+    return {
+        "name": name,
+        "run": config,
+        "settings": settings,
+        "groups": made,
+        "group": {each.name: each for each in made},
+        "credentials": kind,
+        "region": region,
+        "config_text": yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False),
+        "config_file": CONFIG_FILE,
+        "volumes": _volumes(config),
+        "ray_version": RAY_VERSION,
+        "object_store_bytes": OBJECT_STORE_GIB * GIB,
+        "stop_wait": {STOP_WAIT_VARIABLE: str(STOP_WAIT_S)},
+        "stop_wait_s": STOP_WAIT_S,
+        "token_key": TOKEN_KEY,
+        "extras": _extras(config),
+        "secrets": _secrets(name, kind, target, settings),
+        **_machines(target, settings, has_gpus=len(made) > 2),
+    }
+
+
+def _check(config: RunConfig, target: str, settings: Settings) -> None:
+    """Options against each other and the target.
+
+    Raises:
+        ConfigError: Two exclude each other, or one is missing.
+    """
+    for option, least in (("gpus-per-node", 1), ("cpu-nodes", 1)):
+        if (given := getattr(settings, option.replace("-", "_"))) < least:
+            raise ConfigError(f"--{option} {given}: at least {least}")
+    if target == "gcp" and settings.project is None:
+        raise ConfigError("--target gcp needs the project", "for example `--project vision-1234`")
+    if target == "kuberay-cron" and len(settings.schedule.split()) != 5:
+        raise ConfigError(f"--schedule {settings.schedule}: not five fields", 'for example `--schedule "0 3 * * 1"`')
+    if settings.queue and target == "kuberay-cluster":
+        raise ConfigError("--queue is for jobs, which end", "use `--target kuberay`")
+
+
+def _volumes(config: RunConfig) -> list[dict[str, Any]]:
+    """Folders on the nodes' own disks that the configuration names."""
+    train = config.train
+    assert train
+    found = []
+    if train.cache_dir:
+        found.append({"name": "cache", "path": train.cache_dir, "gib": math.ceil(train.max_cache_bytes / GIB)})
+    if train.offload_path:
+        found.append({"name": "offload", "path": train.offload_path, "gib": 100})
+    return found
+
+
+def _extras(config: RunConfig) -> str:
+    """The extras of the package that the image needs for this configuration."""
+    assert config.train
+    wanted = {"gpu", EXTRAS[storage_kind(config)], *(t for t in config.train.trackers if t in ("wandb", "mlflow"))}
+    sources = config.ingest.sources if config.ingest else ()
+    wanted |= {"s3" for source in sources if source.path.startswith("s3://")}
+    wanted |= {"gcs" for source in sources if source.path.startswith(("gs://", "gcs://"))}
+    return ",".join(sorted(extra for extra in wanted if extra))
+
+
+def _secrets(name: str, kind: str, target: str, settings: Settings) -> list[tuple[str, str, str]]:
+    """Every Secret that the manifests name: its name, its keys, what it is for."""
+    found = [(f"{name}-auth", TOKEN_KEY, "Ray's token")]
+    if kind == "s3" and not settings.identity:
+        found.append((f"{name}-storage", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY", "the keys of the storage"))
+    if kind == "gcs" and not settings.identity:
+        found.append((f"{name}-storage", "credentials.json", "the service account's key"))
+    if settings.redis and target == "kuberay-cluster":
+        found.append((f"{name}-redis", "password", "Redis"))
+    if settings.secret:
+        found.append((settings.secret, "any", "becomes the environment of all Ray pods"))
+    return found
+
+
+def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, Any]:
+    """What the target's cloud calls the machines."""
+    if target in ("aws", "gcp"):
+        gpu = machines.gpu_machine(target, settings.accelerator, settings.gpus_per_node) if has_gpus else None
+        return {"machine": {"head": machines.HEAD_MACHINES[target], "cpu": machines.CPU_MACHINES[target], "gpu": gpu}}
+    if target == "skypilot":
+        return {"accelerator": machines.sky_accelerator(settings.accelerator)}
+    return {"accelerator": machines.GKE.get(settings.accelerator, settings.accelerator)}
+
+
+def _fill(template: str, facts: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 (YAML, not HTML; values go through the filter `quote`)
+    )
+    environment.filters["quote"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.get_template(f"{template}.j2").render(facts)

@@ -1,0 +1,93 @@
+"""`mapo infra`: manifests for a cluster, filled from the configuration."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestration.infra.render import Settings
+
+NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
+Configured = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+
+TARGETS = ("kuberay", "kuberay-cluster", "kuberay-cron", "aws", "gcp", "skypilot", "docker")
+TEXTS = {
+    "image": ("IMAGE", "the container image, built from infra/docker (default: mapo:VERSION)"),
+    "namespace": ("NAME", "namespace of Kubernetes (default: mapo)"),
+    "operator-namespace": ("NAME", "where KubeRay's operator runs (default: kuberay-system)"),
+    "accelerator": ("KIND", "the kind of GPU, as GKE names it (default: nvidia-h100-80gb)"),
+    "secret": ("NAME", "a Secret whose keys become the environment of all Ray pods, such as HF_TOKEN"),
+    "identity": (
+        "ID",
+        "role ARN or service account e-mail that pods and machines act as; without it, keys from a Secret",
+    ),
+    "queue": ("NAME", "a queue of Kueue, which then decides when the job starts"),
+    "redis": ("HOST:PORT", "kuberay-cluster: keep the head's state there, so that a new head goes on with it"),
+    "schedule": ("CRON", 'kuberay-cron: when a round starts (default: "0 3 * * 1")'),
+    "region": ("NAME", "of AWS or GCP (default: us-east-1, us-central1)"),
+    "project": ("ID", "of GCP"),
+}
+NUMBERS = {
+    "gpus-per-node": "GPUs of each GPU node (default: 8)",
+    "cpu-nodes": "the most nodes with CPUs alone, which ingest (default: 8)",
+}
+SWITCHES = {
+    "spot": "aws, gcp, skypilot: the nodes with CPUs alone at the price of spare ones",
+    "warm": "keep the GPU nodes of the least workers from the start",
+}
+
+
+def add_infra_commands(new: NewCommand, configured: Configured) -> None:
+    """Add every command below `mapo infra`."""
+    render = configured(new("render", "manifests for a cluster, filled from the configuration", _render))
+    render.add_argument(
+        "--target", required=True, metavar="TARGET", choices=TARGETS, help=f"one of {', '.join(TARGETS)}"
+    )
+    render.add_argument(
+        "--output", metavar="DIR", help="write the target's files there, instead of one stream to stdout"
+    )
+    for name, (metavar, text) in TEXTS.items():
+        render.add_argument(f"--{name}", metavar=metavar, help=text)
+    for name, text in NUMBERS.items():
+        render.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    render.add_argument(
+        "--node-selector", action="append", default=[], metavar="LABEL=VALUE", help="a label that GPU nodes must have"
+    )
+    for name, text in SWITCHES.items():
+        render.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def settings_of(options: argparse.Namespace) -> "Settings":
+    """The options that were given; what was left out has the default of `Settings`.
+
+    Raises:
+        ConfigError: A label is of another form.
+    """
+    from orchestration.infra.render import Settings
+    from pipelines.dataset.errors import ConfigError
+
+    given = {name.replace("-", "_") for name in (*TEXTS, *NUMBERS, *SWITCHES)}
+    values = {name: value for name in given if (value := getattr(options, name)) is not None}
+    labels = dict(each.partition("=")[::2] for each in options.node_selector)
+    if not all(labels.values()):
+        raise ConfigError(
+            f"--node-selector {options.node_selector[-1]}: not LABEL=VALUE",
+            "for example `--node-selector node.kubernetes.io/instance-type=p5.48xlarge`",
+        )
+    return Settings(**values, node_selector=labels)
+
+
+def _render(options: argparse.Namespace) -> None:
+    from orchestration.infra.render import render_files, render_stream
+
+    settings = settings_of(options)
+    if options.output is None:
+        sys.stdout.write(render_stream(options.config, options.overrides, options.target, settings))
+        return
+    for name, text in render_files(options.config, options.overrides, options.target, settings).items():
+        path = Path(options.output) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        sys.stdout.write(f"{path}\n")
