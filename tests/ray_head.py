@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 BIN = Path(sys.executable).parent
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
@@ -59,11 +60,11 @@ def ray_head(num_cpus: int = 6, **environment: str) -> Iterator[RayHead]:
         _wait_until_ready(head, process, Path(folder, "start.log"))
         yield head
     finally:
-        process.send_signal(signal.SIGTERM)  # `--block` ends all that it has started
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        started = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(started, timeout=10)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 

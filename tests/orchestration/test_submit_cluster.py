@@ -171,8 +171,8 @@ def test_metadata_say_what_runs_and_hold_no_secret(first, head: RayHead, folder:
     assert job.metadata["mapo_run"] == "small"
     assert job.metadata["mapo_storage"] == f"{folder}/storage"
     assert "--include bright.py" in job.metadata["mapo_command"]
-    described = jobs._client.get_job_info("mapo-small-1").json()
-    assert '"SETTING": "plain"' in described or '"SETTING":"plain"' in described
+    described = jobs._client.get_job_info("mapo-small-1").model_dump_json()
+    assert '"SETTING":"plain"' in described
     assert head.token not in described
     assert CANARY not in described
     assert not any(is_secret_name(name) for name in json.loads(described)["runtime_env"]["env_vars"])
