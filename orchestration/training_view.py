@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from orchestration import telemetry
 from orchestration.run import Say
 from pipelines.progress import Progress as Bar
 
@@ -16,7 +17,7 @@ class TrainingView:
     """Turns what workers write of themselves into lines; one per worker at each start, then the bar."""
 
     def __init__(self, spec: TrainSpec, say: Say) -> None:
-        self._say = say
+        self._say, self._run = say, spec.run
         self._bar = Bar("train", spec.config.max_steps, "steps")
         self._starts, self._step = 0, 0
         self._num_notes = 0
@@ -30,6 +31,7 @@ class TrainingView:
 
     def watch(self, progress: Progress) -> None:
         """Show the newest progress."""
+        telemetry.training(self._run, progress)
         if progress["starts"] > self._starts:
             self._starts = progress["starts"]
             if self._starts > 1:

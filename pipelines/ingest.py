@@ -5,6 +5,7 @@ committed unit is never read again; the shard bytes of a unit are the same whoev
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -141,6 +142,9 @@ def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: 
         for unit in written:
             rows = committer.append(unit["unit_id"], from_ipc(unit["rows"]))
             budget.add(planned[unit["unit_id"]], rows)
-            progress.advance(1, rows=rows.num_rows, size=budget.stored_bytes(rows), note=budget.note())
+            statuses = Counter(rows["status"].to_pylist())
+            progress.advance(
+                1, rows=rows.num_rows, size=budget.stored_bytes(rows), note=budget.note(), statuses=statuses
+            )
             if budget.is_exceeded:
                 break  # more than the limit already, whatever the rest holds

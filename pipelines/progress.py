@@ -3,11 +3,34 @@
 import logging
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 from tqdm import tqdm
 
 LOG_EVERY_S = 15.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an observer is told at each step of progress.
+
+    Args:
+        stage: As the line has it.
+        done: So far.
+        total: Of so many.
+        statuses: Rows of this step by their status, where they have one.
+    """
+
+    stage: str
+    done: int
+    total: int
+    statuses: Mapping[str, int]
+
+
+observers: list[Callable[[Seen], None]] = []
+"""Called by every `Progress` of this process, in the thread that counts; they must be quick and must not raise."""
 
 
 class Progress:
@@ -32,7 +55,9 @@ class Progress:
             else None
         )
 
-    def advance(self, count: int, *, rows: int = 0, size: int = 0, note: str = "") -> None:
+    def advance(
+        self, count: int, *, rows: int = 0, size: int = 0, note: str = "", statuses: Mapping[str, int] | None = None
+    ) -> None:
         """Count `count` more; the clock of the rate starts with the first of them, after the workers' start.
 
         Args:
@@ -40,8 +65,11 @@ class Progress:
             rows: Rows in them, where these differ.
             size: Bytes that were stored with them.
             note: What else to say, such as drops by reason.
+            statuses: Rows by status, for observers.
         """
         self._done += count
+        for observer in tuple(observers):
+            observer(Seen(self._stage, self._done, self._total, statuses or {}))
         now = time.monotonic()
         if self._started is None:
             self._started, self._done_at_start = now, self._done
