@@ -1,29 +1,29 @@
 """What the ranks of the parent's tests do: start an engine from a parent's weights, and step."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from engine_work import PAIRS, make, train_step
 
 from pipelines.dataset.errors import MapoError
-from training.config import TrainConfig
 from training.ema import ShardedEma
 from training.parent import start_from_parent
 from training.spec import TrainSpec
 from training.zero import KINDS, ZeroState
 
 
-def started(spec: TrainSpec, configs: list[TrainConfig], num_steps: int) -> list[dict[str, Any]]:
-    """For each configuration this rank's fragments after the start, and then the curve; or the error's text."""
+def started(specs: list[TrainSpec], num_steps: int) -> list[dict[str, Any]]:
+    """For each spec this rank's fragments after the start, and then the curve; or the error's text."""
     found = []
-    for config in configs:
+    for spec in specs:
+        config = spec.config
         ranks = config.worker_range[0]
         engine, denoiser, _ = make(config, spec.base.model, PAIRS // config.micro_batch_size // ranks)
         state = ZeroState(engine.unet)
         ema = ShardedEma(state, config.ema.decay) if config.ema else None
         try:
-            start_from_parent(replace(spec, config=config), engine.unet.module, state, ema)
+            if spec.parent is not None:
+                start_from_parent(spec, engine.unet.module, state, ema)
         except MapoError as error:
             found.append({"error": f"{type(error).__name__}: {error}"})
             continue

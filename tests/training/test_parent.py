@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from encoded import write_base, write_encoded
-from engine_work import CONFIG, losses_of_configs
+from engine_work import CONFIG
 from parent_work import started, tiles
 from ranks import on_ranks
 
@@ -75,58 +75,98 @@ def assert_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(found[name], expected[name].flatten()) for name in found)
 
 
-CONFIGS = [
-    with_(zero_stage=1), with_(zero_stage=2, ema={"decay": 0.9}), with_(zero_stage=3, ema={"decay": 0.9}),
-    with_(zero_stage=2, offload="cpu"), with_(zero_stage=1, precision="bf16"), with_(zero_stage=2, precision="bf16"),
-    with_(zero_stage=3, precision="bf16"),
-]  # fmt: skip
+CONFIGS = {
+    "stage 1": with_(zero_stage=1),
+    "stage 2": with_(zero_stage=2, ema={"decay": 0.9}),
+    "stage 3": with_(zero_stage=3, ema={"decay": 0.9}),
+    "offload": with_(zero_stage=2, offload="cpu"),
+    "bf16 1": with_(zero_stage=1, precision="bf16"),
+    "bf16 2": with_(zero_stage=2, precision="bf16"),
+    "bf16 3": with_(zero_stage=3, precision="bf16"),
+}
+LORA = with_(lora={"rank": 4})
 
 
-def test_every_stage_starts_from_the_parents_bits_and_trains_like_a_base_of_these_weights(
-    spec: TrainSpec, tmp_path: Path
+@pytest.fixture(scope="module")
+def starts(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What two ranks found, by case: all in the same processes, since these take longer to start than to work."""
+    folder = tmp_path_factory.mktemp("starts")
+    cases = {name: replace(spec, config=config) for name, config in CONFIGS.items()}
+    base = shutil.copytree(spec.base.model, folder / "base")  # the parent's weights as a base model
+    unet = load_base(spec.base).unet
+    unet.load_state_dict(weights_in(spec, "raw"), strict=False)
+    unet.save_pretrained(base / "unet")
+    plain = replace(spec, base=ModelSource(str(base)), parent=None)
+    cases |= {f"plain {name}": replace(plain, config=CONFIGS[name]) for name in ("stage 1", "stage 2", "stage 3")}
+    cases["average"] = replace(spec, parent=replace(spec.parent, weights="ema"))
+    storage = Storage(str(folder / "adapters"))
+    adapters = parent_of(storage, write_checkpoint(storage, FOLDER, 4, adapters_of(spec)), spec)
+    cases["adapters"] = replace(spec, config=LORA, storage_url=storage.url, parent=adapters)
+    cases["another unet"] = replace(spec, config=LORA)
+    flipped = Storage(str(shutil.copytree(spec.storage.path(), folder / "flipped")))
+    flip(Path(flipped.path(spec.parent.checkpoint)) / "rank-00001.safetensors")
+    cases["flipped"] = replace(spec, storage_url=flipped.url)
+    ranks = on_ranks(2, started, list(cases.values()), 2)
+    return {name: [rank[number] for rank in ranks] for number, name in enumerate(cases)}
+
+
+def weights_in(spec: TrainSpec, kind: str) -> dict[str, torch.Tensor]:
+    found = read_weights(spec.storage, spec.parent.checkpoint, kind)
+    return {name: torch.from_numpy(weight) for name, weight in found.items()}
+
+
+def adapters_of(spec: TrainSpec) -> dict[str, torch.Tensor]:
+    unet = load_base(spec.base).unet
+    add_lora(unet, LORA.lora, seed=0)
+    return weights_like(unet, 3)
+
+
+def flip(file: Path) -> None:
+    """Change the last bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def of_all_ranks(found: list[dict[str, Any]], kind: str) -> dict[str, torch.Tensor]:
+    return tiles([part for rank in found for part in rank["parts"][kind]])
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_every_stage_starts_from_the_parents_bits_with_a_fresh_optimizer(
+    case: str, spec: TrainSpec, starts: dict[str, Any]
 ) -> None:
     """Of bf16 too: the float32 weights are the parent's own, not those that the cast model would give."""
-    expected = {
-        name: torch.from_numpy(each) for name, each in read_weights(spec.storage, spec.parent.checkpoint, "raw").items()
-    }
-    base = shutil.copytree(spec.base.model, tmp_path / "base")
-    unet = load_base(spec.base).unet
-    unet.load_state_dict(expected, strict=False)
-    unet.save_pretrained(base / "unet")
-    plain = on_ranks(2, losses_of_configs, CONFIGS[:3], str(base), 3)[0]
-    ranks = on_ranks(2, started, spec, CONFIGS, 3)
-    for number, config in enumerate(CONFIGS):
-        mine = [rank[number] for rank in ranks]
-        assert_bits(tiles([part for rank in mine for part in rank["parts"]["weight"]]), expected)
-        for kind in ("exp_avg", "exp_avg_sq"):
-            assert all(not view.any() for rank in mine for _, view in rank["parts"][kind]), "the optimizer is fresh"
-        if config.ema:
-            assert_bits(tiles([part for rank in mine for part in rank["ema"]]), expected)
-        for name, weight in mine[0]["computing"].items():
-            assert torch.equal(weight, expected[name].to(weight.dtype)), "what computes is what was loaded"
-        assert mine[0]["steps"] == 3
-        if number < len(plain):
-            assert mine[0]["curve"] == plain[number]
+    found, expected = starts[case], weights_in(spec, "raw")
+    assert_bits(of_all_ranks(found, "weight"), expected)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert all(not view.any() for rank in found for _, view in rank["parts"][kind])
+    if CONFIGS[case].ema:
+        assert_bits(tiles([part for rank in found for part in rank["ema"]]), expected)
+    for name, weight in found[0]["computing"].items():
+        assert torch.equal(weight, expected[name].to(weight.dtype)), "what computes is what was loaded"
+    assert found[0]["steps"] == 2
 
 
-def test_the_average_is_where_the_round_starts_if_that_was_exported(spec: TrainSpec) -> None:
-    ema = replace(spec, parent=replace(spec.parent, weights="ema"))
-    expected = {
-        name: torch.from_numpy(each) for name, each in read_weights(spec.storage, spec.parent.checkpoint, "ema").items()
-    }
-    ranks = on_ranks(2, started, ema, [with_(zero_stage=2)], 0)
-    assert_bits(tiles([part for rank in ranks for part in rank[0]["parts"]["weight"]]), expected)
+@pytest.mark.parametrize("case", ["stage 1", "stage 2", "stage 3"])
+def test_from_there_it_trains_like_a_base_of_these_weights(case: str, starts: dict[str, Any]) -> None:
+    assert starts[case][0]["curve"] == starts[f"plain {case}"][0]["curve"]
 
 
-def test_adapters_go_on_from_adapters(spec: TrainSpec, tmp_path: Path) -> None:
-    config = with_(lora={"rank": 4})
-    unet = load_base(spec.base).unet
-    add_lora(unet, config.lora, seed=0)
-    adapters = weights_like(unet, 3)
-    storage = Storage(str(tmp_path))
-    parent = parent_of(storage, write_checkpoint(storage, FOLDER, 4, adapters), spec)
-    ranks = on_ranks(2, started, replace(spec, storage_url=storage.url, parent=parent), [config], 0)
-    assert_bits(tiles([part for rank in ranks for part in rank[0]["parts"]["weight"]]), adapters)
+def test_the_average_is_where_the_round_starts_if_that_was_exported(spec: TrainSpec, starts: dict[str, Any]) -> None:
+    assert_bits(of_all_ranks(starts["average"], "weight"), weights_in(spec, "ema"))
+
+
+def test_adapters_go_on_from_adapters(spec: TrainSpec, starts: dict[str, Any]) -> None:
+    assert_bits(of_all_ranks(starts["adapters"], "weight"), adapters_of(spec))
+
+
+def test_a_flipped_bit_or_another_unet_ends_every_rank_with_the_same_words(starts: dict[str, Any]) -> None:
+    for case, words in (("flipped", "ShardCorrupt: round 1 ("), ("another unet", "ConfigError: round 1 (")):
+        first, second = starts[case]
+        assert first == second
+        assert first["error"].startswith(words)
+    assert "is of another UNet" in starts["another unet"][0]["error"]
 
 
 def test_a_reference_is_the_model_that_the_round_starts_from(spec: TrainSpec) -> None:
@@ -187,22 +227,14 @@ def test_a_round_that_has_a_checkpoint_of_its_own_needs_no_parent_any_more(copie
         check_parent_is_there(dpo)
 
 
-def test_a_flipped_bit_or_another_unet_ends_every_rank_with_the_same_words(copied: TrainSpec) -> None:
-    file = Path(copied.storage.path(copied.parent.checkpoint)) / "rank-00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    first, second = on_ranks(2, started, copied, [with_(zero_stage=2), with_(lora={"rank": 4})], 0)
-    assert first == second
-    assert first[0]["error"].startswith("ShardCorrupt: round 1 (")
-    assert first[1]["error"].startswith("ConfigError: round 1 (")
-    assert "is of another UNet" in first[1]["error"]
-    with pytest.raises(ShardCorrupt, match="round 1"):
-        load_parent(copied, load_base(copied.base).unet)
+def test_a_damaged_parent_of_a_reference_and_one_of_another_unet_are_named(copied: TrainSpec) -> None:
     adapted = load_base(copied.base).unet
-    add_lora(adapted, with_(lora={"rank": 4}).lora, seed=0)
+    add_lora(adapted, LORA.lora, seed=0)
     with pytest.raises(ConfigError, match="is of another UNet"):
         load_parent(copied, adapted)
+    flip(Path(copied.storage.path(copied.parent.checkpoint)) / "rank-00001.safetensors")
+    with pytest.raises(ShardCorrupt, match="round 1"):
+        load_parent(copied, load_base(copied.base).unet)
 
 
 # real training, Ray and all
