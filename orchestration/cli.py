@@ -132,11 +132,10 @@ def _say(line: str) -> None:
 
 def _load(options: argparse.Namespace) -> "RunConfig":
     from orchestration.config import load_config
-    from orchestration.places import check_inside_job
+    from orchestration.places import check_inside_job, load_located
 
-    config = load_config(options.config, options.overrides)
-    check_inside_job(config, _say)
-    return config
+    check_inside_job(load_config(options.config, options.overrides), _say)
+    return load_located(options.config, options.overrides)[0]
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -164,10 +163,10 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from orchestration.config import load_config
+    from orchestration.places import load_located
     from orchestration.status import describe_run, status_text
 
-    config = load_config(options.config, options.overrides)
+    config, _ = load_located(options.config, options.overrides)
     described = describe_run(config)
     if options.address is not None:
         described["job"] = job_of(config, options.address)

@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
-from orchestration.config import RunConfig
+from orchestration.config import RunConfig, load_config
 from orchestration.run import Say
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.model_files import HUB_ID
@@ -57,6 +57,19 @@ def absolute_overrides(config: RunConfig) -> list[str]:
     """`key=value` for every path that only this process understands: a relative one, or one that begins with `~`."""
     paths = local_paths(config).items()
     return [f"{key}={yaml_text(absolute_path(path))}" for key, path in paths if absolute_path(path) != path]
+
+
+def load_located(file: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, tuple[str, ...]]:
+    """A configuration with every local path absolute, so that it is the same run in every folder and on every machine.
+
+    Returns:
+        It, and the overrides that make it of the file.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    every = (*overrides, *absolute_overrides(load_config(file, overrides)))
+    return load_config(file, every), every
 
 
 def shared_paths(config: RunConfig) -> dict[str, str]:

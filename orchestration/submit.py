@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.bundle import bundled, check_size
-from orchestration.config import RunConfig, load_config, resolved_json
+from orchestration.config import RunConfig, resolved_json
 from orchestration.jobs import IdTaken, Job, Jobs
 from orchestration.lease import current_holder
-from orchestration.places import absolute_overrides, absolute_path
+from orchestration.places import absolute_path, load_located
 from orchestration.run import Run
 from orchestration.stages import STAGES
 from pipelines.dataset.errors import ClusterError, ConfigError, JobError, StorageError
@@ -88,15 +88,13 @@ def prepare(
     Raises:
         ConfigError: The configuration is wrong or not whole, a setting is secret, or there is nothing to include.
     """
-    config = load_config(file, overrides)
+    config, every = load_located(file, overrides)
     missing = sorted({s.section for s in STAGES.values() if s.section and getattr(config, s.section) is None})
     if missing:
         raise ConfigError(
             f"{file} has no `{'`, `'.join(missing)}`, which `mapo run` needs",
             "docs/reference/configuration.md has every section with its keys",
         )
-    every = (*overrides, *absolute_overrides(config))
-    config = load_config(file, every)
     for name, value in (environment or {}).items():
         _check_plain(name, value)
     submission = Submission(

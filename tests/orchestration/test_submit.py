@@ -24,6 +24,7 @@ from orchestration.places import (
     JOB_VARIABLE,
     absolute_overrides,
     check_inside_job,
+    load_located,
     shared_paths,
     submission_id,
     yaml_text,
@@ -117,6 +118,13 @@ def test_a_link_stays_as_it_is_written(here: Path) -> None:
     (here / "disk").mkdir()
     (here / "data").symlink_to(here / "disk")
     assert f"ingest.sources.0.path={here}/data/*.parquet" in absolute_overrides(config())
+
+
+def test_a_run_is_the_same_one_in_every_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = load_located("photos.yaml", [])
+    sent = prepare("photos.yaml", [], command="")
+    monkeypatch.chdir("/")
+    assert load_located(here / "photos.yaml", sent.overrides)[0] == sent.config == one
 
 
 # inside a job
