@@ -40,8 +40,9 @@ Which sections a command needs: `ingest` needs `ingest`; `encode` and `evaluate`
 and `train`; `export` needs `encode` and `train`; `run` needs all three. `export` and `evaluate` have defaults for
 everything.
 
-`storage` and the paths of sources may be relative to the folder in which the command runs; a model is best named by an
-absolute path, a URL or a hub id. A Ray job runs in a folder of its own: give it absolute paths or URLs only.
+Local paths may be relative to the folder in which the command runs, and may begin with `~`; `config.json` has them
+absolute. `mapo submit` makes them absolute before it sends a job, which runs in a folder of its own; with plain
+`ray job submit` [give absolute paths or URLs](../guides/jobs.md#plain-ray-job-submit).
 """
 
 COMMANDS_HEAD = """# Commands
@@ -56,6 +57,8 @@ COMMANDS_TAIL = """## Environment
 
 | variable | effect |
 |---|---|
+| `RAY_API_SERVER_ADDRESS` | Where `mapo submit` and `mapo logs` find Ray's dashboard without `--address`; then `RAY_ADDRESS`. |
+| `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `RAY_JOB_HEADERS` | What lets a client in; see [Jobs](../guides/jobs.md#what-lets-a-client-in). |
 | `RAY_ADDRESS` | The Ray cluster to connect to. Without it a command starts a Ray of its own on this machine, and stops it at the end. |
 | `MAPO_CACHE` | The node's folder for models fetched from a URL; default `~/.cache/mapo`. |
 | `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Read by the hub's client, for models named by a hub id. |
@@ -166,6 +169,8 @@ def _type_name(annotation: Any) -> str:
         return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
