@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,11 @@ def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, A
 
 
 def _fill(template: str, facts: Mapping[str, Any]) -> str:
+    return _environment().get_template(f"{template}.j2").render(facts)
+
+
+@lru_cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -223,4 +229,4 @@ def _fill(template: str, facts: Mapping[str, Any]) -> str:
         autoescape=False,  # noqa: S701 (YAML, not HTML; values go through the filter `quote`)
     )
     environment.filters["quote"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.get_template(f"{template}.j2").render(facts)
+    return environment

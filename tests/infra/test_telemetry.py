@@ -3,6 +3,8 @@
 import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ EXPORTED = {f"ray_{name}" for name in telemetry.GAUGES} | {f"ray_{name}_total" f
 DRIVER = """
 import logging, sys, time, urllib.request
 import ray
-port = int(sys.argv[1]) if len(sys.argv) > 1 else PORT
+port = int(sys.argv[1])
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
          _metrics_export_port=port, _system_config={"metrics_report_interval_ms": 300})
 from types import SimpleNamespace
@@ -62,17 +64,13 @@ ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def scraped() -> Iterator[dict[tuple[str, tuple[tuple[str, str], ...]], float]]:
+def scraped() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample of ours: (name, tags) -> value."""
-    import subprocess
-    import sys
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = DRIVER.replace("PORT", str(port))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=150, cwd=ROOT, check=False
+        [sys.executable, "-c", DRIVER, str(port)], capture_output=True, text=True, timeout=150, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {}
@@ -80,7 +78,7 @@ def scraped() -> Iterator[dict[tuple[str, tuple[tuple[str, str], ...]], float]]:
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         kept = tuple(sorted((key, tags[key]) for key in ("run", "stage", "status") if tags.get(key)))
         found[name, kept] = float(value)
-    yield found
+    return found
 
 
 def test_prometheus_sees_every_number(scraped: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> None:
