@@ -3,16 +3,14 @@
 import base64
 import io
 import math
-import random
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from browser import CONTRAST, look, needs_chromium
+from PIL import Image
+from report_sample import CONTACT, GRIDS, PROMPTS, Page, encoding_data, landscape, running, sample_data, sample_images
 
 from orchestration import encoding_view, report
 from orchestration.report import render_report
@@ -20,183 +18,14 @@ from orchestration.report_data import sample_grids
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 
-ENDS = ("low", "mean", "high")
-CONTACT = ("source", "decoded")
-GRIDS = (0, 400, 800, 1200)
-PROMPTS = (
-    "a cat on a sofa", "a red bicycle against a wall", "a bowl of lemons", "mountains after rain",
-    '<script>alert("x")</script> & <img src=x onerror=alert(1)>', "an old harbour at dawn, " * 30, "x" * 300,
-    "\U0001f98a\U0001f342 a fox, \u79cb\u306e\u68ee\u306e\u4e2d\u306e\u8d64\u3044\u72d0",
-)  # fmt: skip
-
-
-def _image(seed: int, *, side: int = 64, styled: bool = False) -> bytes:
-    """A small landscape; styled: in warm colours, as a style taught from preferences would be."""
-    rng = random.Random(seed)
-    image = Image.new("RGB", (side, side), (240, 190, 120) if styled else (150, 180, 205))
-    draw = ImageDraw.Draw(image)
-    for layer in range(3):
-        top, waves = side * (0.45 + 0.16 * layer) + rng.uniform(-4, 4), rng.uniform(4, 9)
-        tint = (200 - 50 * layer, 90 - 20 * layer, 40) if styled else (95 - 22 * layer,) * 3
-        edge = [(x, top + side * 0.08 * math.sin(x / side * waves + seed + layer)) for x in range(side)]
-        draw.polygon([*edge, (side, side), (0, side)], fill=tint)
-    image.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
-def _step(step: int, progress: float, rng: random.Random, noise: float) -> dict[str, float]:
-    gain = 1 - math.exp(-4 * progress)
-    chosen, rejected = (mean + noise * rng.gauss(0, 0.035) for mean in (0.21 - 0.06 * gain, 0.215 + 0.02 * gain))
-    accuracy = min(1.0, max(0.0, 0.49 + 0.27 * gain + noise * rng.gauss(0, 0.12)))
-    return {
-        "step": step, "loss": chosen + 0.0866 - 0.02 * gain, "mse_chosen": chosen, "mse_rejected": rejected,
-        "margin": rejected - chosen, "implicit_accuracy": round(accuracy * 16) / 16 if noise else accuracy,
-    }  # fmt: skip
-
-
-def sample_data(num_steps: int = 1200) -> dict[str, Any]:
-    """What the report relies on, spelled out."""
-    return {
-        "name": "photos", "created_at": "2026-11-23T23:10:00Z", "command": "mapo run photos.yaml",
-        "config": {"name": "photos", "storage": "runs/photos", "train": {"loss": {"beta": 8.0}}},
-        "versions": {"mapo": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "python": "3.11.9"},
-        "state": "finished", "stage": None, "message": "", "started_at": "2026-11-23T20:00:00Z",
-        "timeline": {"width": 1000.0, "pauses": [300.0], "pause_width": 12.0, "left_out_s": 7200.0, "is_open": False,
-                     "began": "2026-11-23T20:00:00Z", "ended": "2026-11-23T23:10:00Z",
-                     "bars": [{"stage": "ingest", "state": "done", "x": 0.0, "width": 8.0},
-                              {"stage": "train", "state": "failed", "x": 8.0, "width": 292.0},
-                              {"stage": "train", "state": "done", "x": 312.0, "width": 688.0}]},
-        "cost": {"gpu_hours": 2.5, "cpu_hours": 0.0, "num_lost": 1,
-                 "price": {"amount": 6.25, "hour": 2.5, "currency": "EUR"},
-                 "stages": [{"stage": "train", "devices": 2, "kind": "GPU", "hours": 2.5, "seconds": 4500.0,
-                             "attempts": 2}]},
-        "places": [{"node": "10.0.0.1", "device": "cpu", "count": 2, "what": "train"}],
-        "sources": [{"format": "pickapic", "path": "data/*.parquet"}],
-        "rounds": [{"round": 1, "key": "0123", "steps": 1200, "finished_at": "2026-11-23T22:50:00Z", "parent": None,
-                    "checkpoint": "runs/photos/checkpoints/0123/step", "pairs_version": 3, "num_pairs": 560}],
-        "stages": [{"name": name, "seconds": seconds, "summary": summary, "status": "done" if seconds else "up to date",
-                    "began": None}
-                   for name, seconds, summary in (("ingest", 12.3, "668 rows: 612 kept, 56 not"), ("encode", None, ""),
-                                                  ("train", 2587.0, "1,200 steps on 2 workers"))],
-        "dataset": {
-            "storage": "runs/photos", "version": 3, "shards": 2, "bytes": 9123456, "prompts": 90,
-            "rows": {"kept": 612, "tie": 30, "duplicate": 8, "quarantined": 18},
-            "reasons": {"equal_preference": 30, "repeated": 8, "truncated_image": 4, "missing_prompt": 13, "<odd>": 1},
-            "splits": {"train": 560, "validation": 52},
-        },
-        "encoding": _encoding(),
-        "fingerprints": {"latents": "9f" * 16, "text": "77" * 16},
-        "training": _training(num_steps),
-        "evaluation": {
-            "num_samples": 64, "num_inference_steps": 25, "guidance_scale": 3.0,
-            "scores": [{"name": name, "description": f"How far the {name} is met.",
-                        "base": dict(zip(ENDS, base, strict=True)), "aligned": dict(zip(ENDS, aligned, strict=True))}
-                       for name, base, aligned in (("style", (0.08, 0.104, 0.128), (0.3, 0.341, 0.379)),
-                                                   ("content", (0.25, 0.26, 0.27), (0.24, 0.255, 0.265)))],
-            "samples": [{"prompt": prompt, "seed": 17 + i, "base": f"base-{i:03}.png", "aligned": f"aligned-{i:03}.png"}
-                        for i, prompt in enumerate(PROMPTS * 2)],
-        },
-        "model": "runs/photos/runs/photos/model",
-    }  # fmt: skip
-
-
-def _training(num_steps: int) -> dict[str, Any]:
-    rng = random.Random(0)
-    history = [
-        {**_step(step, step / num_steps, rng, 1.0), "grad_norm": 0.8 * math.exp(rng.gauss(0, 0.35)),
-         "learning_rate": 1e-4 * min(1, step / 50) * (1 - step / num_steps), "pairs_per_s": rng.gauss(7.4, 0.3),
-         "step_s": 2.0 if step > 1 else 20.0, "data_wait_ratio": 0.01 if step > 1 else 0.5, "mfu": 0.412, "hfu": 0.509,
-         "memory_bytes": 61.5e9 + step, "skipped_steps": 0}
-        for step in range(1, num_steps + 1)
-    ]  # fmt: skip
-    measured = range(0, num_steps + 1, num_steps // 6)
-    worker = {"world_size": 2, "node": "10.0.0.1", "device": "cpu", "backend": "gloo", "zero_stage": 2}
-    return {
-        "method": "mapo_paper", "loss": {"beta": 8.0}, "steps": num_steps, "max_steps": num_steps,
-        "is_over": True, "notes": [], "zero_stage": 2, "world_size": 2,
-        "precision": "fp32", "global_batch_size": 16, "num_starts": 2, "history": history,
-        "validation": [{**_step(step, step / num_steps, rng, 0.0), **_quarters(step / num_steps), "num_pairs": 52.0}
-                       for step in measured],
-        "samples": [{"step": step, "image": f"samples/0123/step-{step:08}.jpg"} for step in GRIDS],
-        "workers": [{**worker, "rank": rank, "pid": 4711 + rank, "num_pairs": 9604 + rank, "digest": f"ab{rank}2" * 4}
-                    for rank in (0, 1)],
-    }  # fmt: skip
-
-
-def _quarters(progress: float) -> dict[str, float]:
-    return {f"implicit_accuracy_q{quarter}": 0.5 + progress * quarter / 10 for quarter in (1, 2, 3, 4)}
-
-
-def _grid(progress: float) -> bytes:
-    """Four landscapes, the more styled the later."""
-    grid = Image.new("RGB", (1032, 1032), (128, 128, 128))
-    for i in range(4):
-        plain, styled = (Image.open(io.BytesIO(_image(40 + i, side=512, styled=each))) for each in (False, True))
-        grid.paste(Image.blend(plain, styled, progress), (520 * (i % 2), 520 * (i // 2)))
-    grid.save(buffer := io.BytesIO(), "JPEG")
-    return buffer.getvalue()
-
-
-def _encoding() -> dict[str, Any]:
-    shared = {"num_actors": 2, "device": "cpu", "batch_size": 8, "halved_to": None}
-    return {
-        "pairs": 612, "images": 1501, "image_slots": 1606, "prompts": 90, "truncated_prompts": 3, "max_tokens": 77,
-        "image_ratio": 1.07, "text_ratio": 6.8, "quarantined": {"non_finite": 2, "truncated_image": 1},
-        "bytes_per_pair": {"latents": 8420.0, "text": 1020.5, "text_per_pair_storage": 10205.0},
-        "speed": {
-            "latents": {**shared, "seconds": 12.3, "items": 803, "images": 1499, "images_per_s": 122.0,
-                        "items_per_s": 65.25, "busy_ratio": 0.934,
-                        "seconds_by_part": {"fetch": 1.2, "decode": 3.0, "encode": 20.1, "pack": 0.5, "upload": 0.2}},
-            "text": {**shared, "seconds": 1.6, "items": 91, "images": 0, "images_per_s": 0.0, "items_per_s": 56.9,
-                     "busy_ratio": 0.712, "num_actors": 1, "device": "NVIDIA H100 80GB HBM3", "batch_size": 64,
-                     "seconds_by_part": {"encode": 1.1, "pack": 0.3, "upload": 0.1}},
-        },
-        "contact": [
-            {"pair_key": f"c0ffee{i:02}" * 4, "prompt": prompt, "side": i % 2, "bucket": [64 + 16 * (i % 2), 64],
-             "psnr": None if i == 2 else 28.4 + i, "source": f"encode/contact-{i:03}-source.png",
-             "decoded": f"encode/contact-{i:03}-decoded.png"}
-            for i, prompt in enumerate(PROMPTS)
-        ],
-    }  # fmt: skip
-
-
-def sample_images() -> dict[str, bytes]:
-    names = sample_data(6)["evaluation"]["samples"]
-    samples = {name: _image(sample["seed"], styled=name.startswith("aligned"))
-               for sample in names for name in (sample["base"], sample["aligned"])}  # fmt: skip
-    contact = {image[kind]: _image(100 + i) for i, image in enumerate(_encoding()["contact"]) for kind in CONTACT}
-    return samples | contact | {f"samples/0123/step-{step:08}.jpg": _grid(step / GRIDS[-1]) for step in GRIDS}
-
 
 @pytest.fixture(scope="module")
 def page() -> str:
     return render_report(sample_data(), sample_images())
 
 
-class _Page(HTMLParser):
-    """What a browser would fetch, run and show."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = self.style = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        self.text += " " * (tag in ("td", "th", "dd", "li"))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags[-1:] == ["style"]:
-            self.style += data
-        else:
-            self.text += data.replace("\u00a0", " ")
-
-
 def test_nothing_is_fetched_from_elsewhere(page: str) -> None:
-    parsed = _Page(page)
+    parsed = Page(page)
     assert all(address.startswith(("data:", "#")) or address == "../../index.html" for address in parsed.addresses)
     assert not re.search(r"url\(|@import", page)
     assert "default-src 'none'" in page
@@ -210,7 +39,7 @@ def test_what_a_user_wrote_is_text_and_never_markup() -> None:
     data["stages"][0]["summary"] = data["evaluation"]["scores"][0]["name"] = hostile
     data["encoding"]["speed"]["text"]["device"] = data["encoding"]["contact"][0]["pair_key"] = hostile
     data["encoding"]["quarantined"][hostile] = 1
-    parsed = _Page(render_report(data, sample_images()))
+    parsed = Page(render_report(data, sample_images()))
     assert "script" not in parsed.tags
     assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS) + len(GRIDS)
     assert parsed.text.count(hostile) >= 11
@@ -218,7 +47,7 @@ def test_what_a_user_wrote_is_text_and_never_markup() -> None:
 
 
 def test_every_row_that_was_read_is_accounted_for(page: str) -> None:
-    text = re.sub(r"\s+", " ", _Page(page).text)
+    text = re.sub(r"\s+", " ", Page(page).text)
     assert "612 kept + 30 tie + 8 duplicate + 18 quarantined = 668 rows read" in text
     for row in (
         "kept 612 91.6 %", "tie 30 4.5 %", "duplicate 8 1.2 %", "quarantined 18 2.7 %", "rows read 668 100.0 %",
@@ -235,13 +64,13 @@ def test_every_reason_of_the_table_is_explained() -> None:
 
 
 def test_the_outcome_is_told_in_words_and_never_oversold(page: str) -> None:
-    text = _Page(page).text
+    text = Page(page).text
     assert "Held-out accuracy rose from 49.0 % to 75.5 %" in text
     assert "0.104 \u2192 0.341rose: the intervals are apart" in text
     assert "0.260 \u2192 0.255no clear change: the intervals overlap" in text
     data = sample_data(12)
     data["training"]["validation"][-1]["implicit_accuracy"] = 0.44
-    assert "fell from 49.0 % to 44.0 %, which is within the noise" in _Page(render_report(data, {})).text
+    assert "fell from 49.0 % to 44.0 %, which is within the noise" in Page(render_report(data, {})).text
     del data["training"]["validation"][0]
     assert "was not measured on held-out pairs both before and after" in render_report(data, {})
 
@@ -257,7 +86,7 @@ def test_a_stage_that_has_not_run_is_said_to_be_missing(missing: str) -> None:
 
 def _section(page: str, name: str) -> str:
     (section,) = re.findall(rf'<section id="{name}".*?</section>', page, re.DOTALL)
-    return re.sub(r"\s+", " ", _Page(section).text)
+    return re.sub(r"\s+", " ", Page(section).text)
 
 
 def test_the_encoding_section_tells_all_that_was_recorded(page: str) -> None:
@@ -310,7 +139,7 @@ def test_shares_of_the_work_make_a_whole(page: str) -> None:
         assert sum(float(grows[name]) for name in re.findall(r"grow-\d+", bar)) == pytest.approx(1, abs=1e-5)
     for kind in ("latents", "text"):
         (table,) = re.findall(rf'aria-label="Work on {kind} by part">.*?</table>', section, re.DOTALL)
-        shown = re.findall(r"([\d.]+) %", _Page(table).text)
+        shown = re.findall(r"([\d.]+) %", Page(table).text)
         assert sum(map(float, shown)) == pytest.approx(100, abs=1)
     assert len(bars) == 2
     assert [part["share"] for part in encoding_view.shares({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
@@ -319,7 +148,7 @@ def test_shares_of_the_work_make_a_whole(page: str) -> None:
 
 def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str) -> None:
     images = sample_images()
-    for name in (names := [image[kind] for image in _encoding()["contact"] for kind in CONTACT]):
+    for name in (names := [image[kind] for image in encoding_data()["contact"] for kind in CONTACT]):
         assert base64.b64encode(images[name]).decode() in page
     del images[names[1]]
     text = _section(render_report(sample_data(12), images), "encoding")
@@ -383,7 +212,7 @@ def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:
     data = sample_data(12)
     data["training"]["history"][3]["loss"] = math.nan
     data["evaluation"]["scores"][0]["base"]["mean"] = math.nan
-    text = _Page(page := render_report(data, {})).text
+    text = Page(page := render_report(data, {})).text
     assert "style: not a finite number" in text
     assert not re.search(r' (d|c?x|c?y)="[^"]*nan', page)
 
@@ -416,7 +245,7 @@ def test_a_long_series_keeps_its_spikes_and_its_mean() -> None:
 
 
 def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> None:
-    images = {**sample_images(), "base-000.png": _image(1, side=report.MAX_SIDE + 88)}
+    images = {**sample_images(), "base-000.png": landscape(1, side=report.MAX_SIDE + 88)}
     page = render_report(sample_data(12), images)
     assert base64.b64encode(images["aligned-000.png"]).decode() in page
     copies = [
@@ -427,20 +256,76 @@ def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> 
     assert "base-000.png is missing" in render_report(sample_data(12), {})
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
-def test_a_phone_shows_the_page_without_sideways_scrolling(page: str, tmp_path: Path) -> None:
-    """Chromium's own window is never as narrow as a phone, so the page is put in a frame of 360 px."""
-    (tmp_path / "report.html").write_text(page.replace('http-equiv="Content', 'name="Content'))  # nothing is tried
-    script = """onload = () => { const page = frames[0], root = page.document.documentElement
+def test_a_run_that_goes_on_says_so_and_loads_itself_anew() -> None:
+    page = render_report(running(), {})
+    text = re.sub(r"\s+", " ", Page(page).text)
+    assert '<meta http-equiv="refresh" content="60">' in page
+    assert "Training, step 700 of 1,200" in text
+    assert "About 16 min 40 s of training left" in text  # 500 steps of 2 s
+    assert "running since 22:00 UTC" in text
+    assert "step 4: <slow> disk" in text
+    assert page.index('id="stages"') < page.index('id="samples"')
+    for state in ("finished", "failed", "stopped", "lost", "partial"):
+        assert "refresh" not in render_report(running(state=state), {})
+
+
+@pytest.mark.parametrize(("state", "said"), [("failed", "Failed in train"), ("stopped", "Stopped in train"),
+                                             ("lost", "Broken off in train")])  # fmt: skip
+def test_a_run_that_broke_off_says_where_why_and_how_to_go_on(state: str, said: str) -> None:
+    text = Page(render_report(running(state=state, message="<b>disk full</b>\nhint: make room"), {})).text
+    assert f"{said}, at step 700 of 1,200" in text
+    assert "<b>disk full</b>\nhint: make room" in text
+    assert re.search(r"goes on from what is done, training from its last\s+checkpoint: mapo run photos.yaml", text)
+
+
+def test_the_cost_says_what_it_counts(page: str) -> None:
+    text = _section(page, "stages")
+    assert "2.50 GPU hours = 6.25 EUR at 2.50 a GPU hour" in text
+    assert "train 2 1 h 15 min 2 GPUs 2.50" in text
+    assert "Not counted: 1 execution whose driver went without a word" in text
+    assert "Pauses are drawn narrow: 2 h 00 min in all" in text
+
+
+def test_lineage_names_sources_devices_and_rounds(page: str) -> None:
+    text = _section(page, "lineage")
+    assert "pickapic data/*.parquet" in text
+    assert "train on 2 \u00d7 cpu of 10.0.0.1" in text
+    assert "1 the base 3 560 1,200 23 November 2026, 22:50 UTC" in text
+
+
+def test_the_policy_allows_our_style_and_nothing_else(page: str) -> None:
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert report.source_digest(style) in policy
+    assert "unsafe" not in policy
+    assert " style=" not in page
+
+
+def test_a_page_of_two_thousand_steps_takes_less_than_half_a_second() -> None:
+    data = sample_data(2000)
+    started = time.process_time()
+    render_report(data, {})
+    assert time.process_time() - started < 0.5
+
+
+def test_every_table_has_a_caption(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.tags.count("table") == parsed.tags.count("caption") > 8
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("state", "dark"), [("finished", False), ("finished", True), ("running", True), ("failed", False)]
+)
+def test_a_phone_shows_the_page_legibly_and_without_sideways_scrolling(state: str, dark: bool, tmp_path: Path) -> None:
+    data = sample_data() if state == "finished" else running(state=state, message="no room\nhint: make room")
+    (tmp_path / "report.html").write_text(render_report(data, sample_images()))
+    script = """const root = doc.documentElement, style = page.getComputedStyle(doc.querySelector('.bar i'))
         const requests = page.performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:'))
-        document.title = `measured ${root.clientWidth} ${root.scrollWidth} ${requests.length}` }"""
-    frame = '<iframe src="report.html" style="width:360px;border:0"></iframe>'
-    (tmp_path / "phone.html").write_text(f"{frame}<script>{script}</script>")
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-         "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile", "--dump-dom",
-         (tmp_path / "phone.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "<title>measured 360 360 0<" in done.stdout, done.stderr  # client width, scroll width, requests
+        return [root.clientWidth, root.scrollWidth, requests.length, style.flexGrow,
+            (() => {%s})()].join(' ')""" % CONTRAST  # noqa: UP031  # braces are the script's
+    seen = look(tmp_path, "report.html", script, dark=dark)
+    assert seen.console == []
+    width, scroll_width, requests, grow, contrast, *where = seen.text.split()
+    assert (width, scroll_width, requests, grow) == ("390", "390", "0", "612")
+    assert float(contrast) >= 4.5, where

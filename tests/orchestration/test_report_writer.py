@@ -1,0 +1,183 @@
+"""The report while a run goes on: from its journal, its checkpoints and what was seen, and never at the run's cost."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_sample import Page
+
+from orchestration.config import parse_config
+from orchestration.journal import Journal
+from orchestration.live_curves import SEEN, SeenSteps, live_history
+from orchestration.report_data import report_data
+from orchestration.report_writer import ReportWriter, write_report
+from orchestration.run import Run
+from orchestration.run_index import INDEX
+from pipelines.dataset.errors import StorageError
+from pipelines.dataset.storage import Storage
+from training.checkpoint_format import MANIFEST, STATE, Manifest
+
+KEY = "0123456789abcdef"
+WORKER = {"rank": 0, "world_size": 1, "node": "10.0.0.1", "pid": 1, "device": "cpu", "backend": "gloo", "zero_stage": 2}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    train = "{num_workers: 1, validate_every: 5}"
+    text = f"{{name: photos, storage: {tmp_path}/storage, encode: {{model: m}}, train: {train}}}"
+    return Run.open(parse_config(text), lambda line: None)
+
+
+def step(number: int, loss: float = 1.0) -> dict[str, float]:
+    return {"step": number, "loss": loss, "step_s": 2.0}
+
+
+def put_progress(run: Run, number: int, *, key: str = KEY, held_out: float | None = None) -> None:
+    last = step(number) | ({} if held_out is None else {"validation_loss": held_out, "validation_num_pairs": 8.0})
+    state = {"key": key, "step": number, "max_steps": 100, "starts": 1, "started_at": 1.0, "start_up_s": {}}
+    content = state | {"workers": [WORKER], "notes": [], "last": last if number else {}}
+    run.storage.write(f"{run.folder}/progress.json", json.dumps(content).encode())
+
+
+def put_checkpoint(run: Run, number: int) -> None:
+    history = {"steps": [step(i, 0.5) for i in range(1, number + 1)], "validations": [{"step": 0, "loss": 0.4}]}
+    state = json.dumps({"history": history}).encode()
+    folder = f"{run.folder}/checkpoints/{KEY}/step-{number:08d}"
+    manifest = Manifest(folder, number, 1, 2, None, {STATE: hashlib.sha256(state).hexdigest()}, {})
+    run.storage.write(f"{folder}/{STATE}", state)
+    run.storage.write(f"{folder}/{MANIFEST}", manifest.to_json())
+
+
+def text_of(run: Run) -> str:
+    return " ".join(Page(run.storage.read(run.report).decode()).text.split())
+
+
+def test_a_page_can_be_written_before_anything_has_run(run: Run) -> None:
+    write_report(run, command="mapo run photos.yaml")
+    assert "Not trained yet" in text_of(run)
+    assert run.storage.exists(INDEX)
+
+
+def test_a_failure_is_on_the_page_with_its_stage_and_message(run: Run) -> None:
+    run.journal.event(
+        "started", by="pid 1 on here (`mapo run p.yaml -o seed=1`, since now)", stages=["ingest", "encode"]
+    )
+    run.journal.event("began", stage="ingest")
+    run.journal.event("failed", stage="ingest", error="StorageError", message="no space left\nhint: make room")
+    write_report(run, command="mapo run photos.yaml", is_driven=False)
+    text = text_of(run)
+    assert "Failed in ingest no space left hint: make room" in text
+    assert "mapo run p.yaml -o seed=1" in text
+
+
+def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: Run) -> None:
+    run.journal.event("started", by="x", stages=["ingest", "encode", "train"])
+    run.journal.event("began", stage="ingest")
+    for is_driven, state, states in ((True, "running", ["running", "waiting", "waiting", "not run", "not run"]),
+                                     (False, "lost", ["lost", "not run", "not run", "not run", "not run"]),
+                                     (None, "lost", ["lost", "not run", "not run", "not run", "not run"])):  # fmt: skip
+        data = report_data(run.config, run.storage, run.journal, command="", is_driven=is_driven)
+        assert (data["state"], [stage["status"] for stage in data["stages"]]) == (state, states)
+
+
+def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_what_was_seen_since(run: Run) -> None:
+    seen = SeenSteps(run.storage, run.folder, validate_every=5)
+    for number, held_out in ((1, 0.4), (2, 0.4), (7, 0.3)):
+        put_progress(run, number, held_out=held_out)
+        seen.look()
+    put_checkpoint(run, 4)
+    seen.save()
+    put_progress(run, 9, held_out=0.3)
+    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
+    steps, validations = live_history(run.storage, run.folder, progress, validate_every=5)
+    assert [(row["step"], row["loss"]) for row in steps] == [*((i, 0.5) for i in (1, 2, 3, 4)), (7, 1.0), (9, 1.0)]
+    assert [(row["step"], row["loss"]) for row in validations] == [(0, 0.4), (5, 0.3)]
+
+
+def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
+    seen = SeenSteps(run.storage, run.folder, validate_every=5)
+    for number in (6, 7, 3, 4):
+        put_progress(run, number)
+        seen.look()
+    assert [row["step"] for row in seen.steps] == [3, 4]
+    put_progress(run, 1, key="f" * 16)
+    seen.look()
+    assert [row["step"] for row in seen.steps] == [1]
+
+
+def test_a_damaged_checkpoint_gives_no_curve(run: Run) -> None:
+    put_checkpoint(run, 4)
+    run.storage.write(f"{run.folder}/checkpoints/{KEY}/step-00000004/{STATE}", b'{"history": {}}')
+    put_progress(run, 5)
+    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
+    steps, _ = live_history(run.storage, run.folder, progress, validate_every=5)
+    assert [row["step"] for row in steps] == [5]
+
+
+def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for minute, (event, facts) in enumerate(
+        (("began", {}), ("failed", {"message": "x"}), ("began", {}), ("began", {}), ("stopped", {"reason": "y"}))
+    ):
+        monkeypatch.setattr("orchestration.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
+        run.journal.event(event, stage="train", **facts)
+    put_progress(run, 5)
+    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False)["cost"]
+    assert cost["cpu_hours"] == pytest.approx(2 / 60)
+    assert (cost["gpu_hours"], cost["num_lost"], cost["stages"][0]["attempts"]) == (0, 1, 3)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
+
+
+def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: Run) -> None:
+    run.journal.event("started", by="x", stages=["train"])
+    run.journal.event("began", stage="train")
+    put_progress(run, 3)
+    with ReportWriter(run, command="mapo run", every_s=0.01) as writer:
+        wait_for(lambda: run.storage.exists(run.report) and "step 3 of 100" in text_of(run))
+        put_progress(run, 8)
+        wait_for(lambda: "step 8 of 100" in text_of(run))
+    written = run.storage.read(run.report)
+    put_progress(run, 9)
+    assert not writer._thread.is_alive()
+    assert run.storage.read(run.report) == written
+    assert run.storage.exists(f"{run.folder}/{SEEN}")
+
+
+def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    tried = []
+
+    def refuse(self: Storage, name: str, data: bytes) -> None:
+        tried.append(name)
+        raise StorageError("no space left", "make room")
+
+    monkeypatch.setattr(Storage, "write", refuse)
+    monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
+    with ReportWriter(run, command="mapo run", every_s=0.01):
+        wait_for(lambda: len(tried) >= 2)
+    assert "report not written: no space left" in caplog.text
+
+
+def test_a_closed_writer_drops_the_page_that_it_was_making(run: Run) -> None:
+    is_stopped = threading.Event()
+    is_stopped.set()
+    write_report(run, command="mapo run", is_stopped=is_stopped)
+    assert run.storage.names() == []
+
+
+def test_secrets_of_the_environment_are_not_on_the_pages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-7f3a-0123")
+    Journal(run.storage, "photos").event("began", stage="train")
+    put_progress(run, 3)
+    write_report(run, command="mapo run --token canary-7f3a-0123")
+    assert len(run.storage.names()) >= 4
+    assert all(b"canary-7f3a" not in run.storage.read(name) for name in run.storage.names())
