@@ -16,6 +16,8 @@ STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
 SILENCE = timedelta(minutes=3)
 """A driver without a beat for so long is taken to be gone: beats come every few seconds, clocks differ a little."""
 UNDONE = ("failed", "stopped", "lost")
+IN_WRITING = ("report", "lost")
+"""The page that is being written tells of a run that ends with it."""
 NEVER = "0001-01-01T00:00:00Z"
 ENDS = {"finished": "done", "failed": "failed", "stopped": "stopped"}
 """How an attempt ends: the event of the journal, and the word of the page."""
@@ -89,7 +91,7 @@ def read_course(
         now: The time.
         is_driven: Whether a driver works on it; `is_alive` tells.
     """
-    attempts = list(_attempts(events, is_driven=is_driven))
+    attempts = [each for each in _attempts(events, is_driven=is_driven) if (each.stage, each.state) != IN_WRITING]
     last = attempts[-1] if attempts else None
     started: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
     ended = last is not None and last.state in UNDONE

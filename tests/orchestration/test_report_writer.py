@@ -17,7 +17,7 @@ from orchestration.live_curves import SEEN, SeenSteps, live_history
 from orchestration.report_data import report_data
 from orchestration.report_writer import ReportWriter, write_report
 from orchestration.run import Run
-from orchestration.run_index import INDEX
+from orchestration.run_index import INDEX, SUMMARY
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import MANIFEST, STATE, Manifest
@@ -83,6 +83,25 @@ def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: R
                                      (None, "lost", ["lost", "not run", "not run", "not run", "not run"])):  # fmt: skip
         data = report_data(run.config, run.storage, run.journal, command="", is_driven=is_driven)
         assert (data["state"], [stage["status"] for stage in data["stages"]]) == (state, states)
+
+
+def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
+    key, version = "0" * 32, "1"
+    details = {"snapshot": {"pairs_version": None, "latents_fingerprint": key, "text_fingerprint": key}, "steps": 2}
+    details |= {"workers": [WORKER | {"num_pairs": 2, "digest": version}], "starts": 1}
+    details |= {"history": {"steps": [step(1), step(2)], "validations": []}, "model": "m", "scores": [], "samples": []}
+    details |= {"num_samples": 0, "num_inference_steps": 1, "guidance_scale": 1.0}
+    for stage in ("ingest", "encode", "train", "export", "evaluate"):
+        run.journal.event("began", stage=stage)
+        run.journal.finish(stage, key="k", summary="s", seconds=1.0, details=details)
+    run.journal.event("began", stage="report")
+    write_report(run, command="mapo run", is_driven=False)
+    assert json.loads(run.storage.read(f"{run.folder}/{SUMMARY}"))["state"] == "finished"
+    page = run.storage.read(run.report).decode()
+    assert "Trained for 2 steps" in page
+    assert "refresh" not in page
+    run.journal.event("failed", stage="report", message="no space left")
+    assert report_data(run.config, run.storage, run.journal, command="", is_driven=False)["state"] == "failed"
 
 
 def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_what_was_seen_since(run: Run) -> None:
