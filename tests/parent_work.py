@@ -27,7 +27,8 @@ def started(specs: list[TrainSpec], num_steps: int) -> list[dict[str, Any]]:
         except MapoError as error:
             found.append({"error": f"{type(error).__name__}: {error}"})
             continue
-        parts = {kind: [(part, view.detach().clone()) for part, view in state.views(kind)] for kind in KINDS}
+        kinds = KINDS if spec.parent is not None else ()  # AdamW has no moments yet where nothing was loaded
+        parts = {kind: [(part, view.detach().clone()) for part, view in state.views(kind)] for kind in kinds}
         average = [] if ema is None else [(part, view.clone()) for part, view in ema.fragments().items()]
         computing = {}
         if config.zero_stage < 3:

@@ -150,7 +150,8 @@ def test_every_stage_starts_from_the_parents_bits_with_a_fresh_optimizer(
 
 @pytest.mark.parametrize("case", ["stage 1", "stage 2", "stage 3"])
 def test_from_there_it_trains_like_a_base_of_these_weights(case: str, starts: dict[str, Any]) -> None:
-    assert starts[case][0]["curve"] == starts[f"plain {case}"][0]["curve"]
+    """To rounding: other places in memory let kernels add up in another order."""
+    assert starts[case][0]["curve"] == pytest.approx(starts[f"plain {case}"][0]["curve"], abs=1e-6)
 
 
 def test_the_average_is_where_the_round_starts_if_that_was_exported(spec: TrainSpec, starts: dict[str, Any]) -> None:
