@@ -189,19 +189,21 @@ class _Fit:
     def __init__(self, trainer: TorchTrainer) -> None:
         self._trainer = trainer
         self.error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
-        self._thread.start()
+        # An event and no join: Python 3.11 takes a thread for ended once a signal has interrupted its join.
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name="ray-train", daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._trainer.fit()
         except Exception as error:  # raised again in the thread that waits
             self.error = error
+        finally:
+            self._over.set()
 
     def is_over(self, wait_s: float) -> bool:
         """Whether it has ended, after so many seconds at most."""
-        self._thread.join(wait_s)
-        return not self._thread.is_alive()
+        return self._over.wait(wait_s)
 
     def wait(self) -> None:
         """Until it has ended."""
