@@ -18,7 +18,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-START_S = 60.0
+START_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def ray_head(num_cpus: int = 6, **environment: str) -> Iterator[RayHead]:
 
 def _wait_until_ready(head: RayHead, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + START_S
-    request = urllib.request.Request(f"{head.url}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    headers = {"Authorization": f"Bearer {head.token}", "Content-Type": "application/json"}
+    job = b'{"entrypoint": "true"}'  # the dashboard answers before its agent can take jobs
+    request = urllib.request.Request(f"{head.url}/api/jobs/", data=job, headers=headers)
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=5):
+            with urllib.request.urlopen(request, timeout=60):
                 return
         except OSError:
             time.sleep(0.2)
