@@ -323,6 +323,7 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         reload_s=RELOAD_S,
         is_open=view["state"] not in ("finished", "partial"),
         live=is_live,
+        former=_former(view),
         left_s=time_left(training) if is_live and view["stage"] == "train" else None,
         created=datetime.fromisoformat(view["created_at"]),
         outcome=held_out(training),
@@ -332,6 +333,14 @@ def render_report(data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
         pictures={name: picture(image, MAX_GRID_SIDE if name in grids else MAX_SIDE) for name, image in images.items()},
         config_yaml=yaml.safe_dump(view["config"], sort_keys=False, allow_unicode=True),
     )
+
+
+def _former(view: Mapping[str, Any]) -> list[str]:
+    """Which results on the page are of an earlier training, because this one has not come so far."""
+    states = {stage["name"]: stage["status"] for stage in view["stages"]}
+    is_undone = {name: states.get(name, "done") not in ("done", "up to date") for name in ("train", "evaluate")}
+    found = ["training"] if is_undone["train"] and view["training"] and view["training"]["is_over"] else []
+    return found + (["samples and scores"] if is_undone["evaluate"] and view["evaluation"] else [])
 
 
 def _widths(view: Mapping[str, Any]) -> Widths:

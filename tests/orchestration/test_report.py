@@ -269,6 +269,16 @@ def test_a_run_that_goes_on_says_so_and_loads_itself_anew() -> None:
         assert "refresh" not in render_report(running(state=state), {})
 
 
+def test_results_of_an_earlier_training_are_called_so() -> None:
+    data = sample_data()
+    data["stages"].append({"name": "evaluate", "seconds": None, "summary": "", "status": "waiting", "began": None})
+    assert "until this one has its own: samples and scores." in render_report(data, {})
+    data["stages"][2]["status"] = "running"
+    data["stages"][2]["began"] = "2026-11-23T22:00:00Z"
+    assert "until this one has its own: training, samples and scores." in render_report(data, {})
+    assert "earlier training" not in render_report(sample_data(), {})
+
+
 @pytest.mark.parametrize(("state", "said"), [("failed", "Failed in train"), ("stopped", "Stopped in train"),
                                              ("lost", "Broken off in train")])  # fmt: skip
 def test_a_run_that_broke_off_says_where_why_and_how_to_go_on(state: str, said: str) -> None:
