@@ -52,6 +52,11 @@ def patient() -> Iterator[None]:
             del os.environ[PATIENCE]
 
 
+def hurry() -> None:
+    """Wait for no outage any more: the run ends, and what is still written then is not worth minutes."""
+    os.environ[PATIENCE] = "0"
+
+
 def command_line() -> str:
     """What this process was called with, as a user would type it."""
     return shlex.join(["mapo", *sys.argv[1:]])

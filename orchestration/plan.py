@@ -33,7 +33,7 @@ class StagePlan:
 
     Args:
         stage: Its name.
-        state: `up to date`, `to do`, `waits` (for a stage before it), `not set` (no section) or `blocked` (by an error).
+        state: `up to date`, `to do`, `waits` (for one before it), `not set` (no section) or `blocked` (by an error).
         work: How much of what; empty where nothing is known.
         note: A word on it: the record's summary, what it waits for, or the error.
     """

@@ -6,17 +6,18 @@ from, the key of the stage before it included, so that a change runs through to 
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestration import actions
+from orchestration import actions, telemetry
 from orchestration.cluster import connected
 from orchestration.config import RunConfig
-from orchestration.driver import driving
+from orchestration.driver import command_line, driving, hurry
 from orchestration.journal import StageRecord
 from orchestration.lease import Lease
 from orchestration.plan import plan_json, plan_stages, plan_text
+from orchestration.report_writer import ReportWriter
 from orchestration.run import Outcome, Run, Say
 from pipelines.dataset.errors import ConfigError, MapoError
 
@@ -116,7 +117,7 @@ def plan_run(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _check(run: Run, stages: Sequence[Stage]) -> None:
-    """What can be wrong before any work: the first stage has what it needs, models, trackers, the export, the storage."""
+    """What can be wrong before any work: what the first stage needs, models, trackers, the export, the storage."""
     first, config = stages[0], run.config
     if first.key(run) is None:
         raise first.refusal(run) or ConfigError(
@@ -143,7 +144,7 @@ def _is_up_to_date(run: Run, stage: Stage) -> bool:
 
 def _run_rest(run: Run, stages: Sequence[Stage], lease: Lease) -> None:
     """Do what is to be done; another driver may have done some of it while this one waited for the lease."""
-    with contextlib.ExitStack() as cluster:
+    with contextlib.ExitStack() as cluster, _growing_report(run) as report:
         is_connected = False
         for stage in stages:
             if _is_up_to_date(run, stage):
@@ -151,7 +152,24 @@ def _run_rest(run: Run, stages: Sequence[Stage], lease: Lease) -> None:
             if stage.needs_ray and not is_connected:
                 cluster.enter_context(connected(run.config))
                 is_connected = True
+            if stage.name == "report" and report is not None:
+                report.close()
             run_stage(run, stage, lease)
+
+
+@contextlib.contextmanager
+def _growing_report(run: Run) -> Iterator[ReportWriter | None]:
+    """The run's page, written again and again while stages run; the last one of a run that fails tells why."""
+    if "report" not in run.goal:
+        yield None
+        return
+    writer = ReportWriter(run, command=command_line())
+    try:
+        with writer:
+            yield writer
+    except BaseException:
+        writer.write(is_driven=False)
+        raise
 
 
 def run_stage(run: Run, stage: Stage, lease: Lease) -> StageRecord:
@@ -162,9 +180,11 @@ def run_stage(run: Run, stage: Stage, lease: Lease) -> StageRecord:
     run.journal.event("began", stage=stage.name)
     started = time.monotonic()
     try:
-        outcome = stage.execute(run, key)
+        with telemetry.stage(run.config.name, stage.name):
+            outcome = stage.execute(run, key)
         lease.confirm()
     except BaseException as error:
+        hurry()
         with contextlib.suppress(MapoError):  # the storage may be what failed
             if isinstance(error, KeyboardInterrupt):
                 run.journal.event("stopped", stage=stage.name, reason=str(error) or "interrupted")

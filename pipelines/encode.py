@@ -113,7 +113,7 @@ class _Stage:
     config: EncodeConfig
     storage: Storage
     is_stopped: Callable[[], bool] | None = None
-    """Set for a pass ahead of the stage: it ends when this says so, and leaves the limit of dropped rows to the stage."""
+    """Set for a pass ahead of the stage: it ends when this says so, and leaves the limit of drops to the stage."""
 
     def run(self) -> dict[str, Any] | None:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""

@@ -29,7 +29,7 @@ WorkerCount = Annotated[int | str, BeforeValidator(_workers)]
 
 
 Device = Literal["auto", "cpu", "gpu"]
-"""What workers run on: GPUs if the cluster has some at that moment, or GPUs that an autoscaler may still have to add."""
+"""What workers run on: `auto` is GPUs if the cluster has some at that moment; `gpu` may wait for an autoscaler."""
 
 Resources = dict[str, PositiveFloat]
 """Custom resources of Ray, by name: they keep work to the nodes that have them."""

@@ -222,7 +222,7 @@ class Storage:
         """Put a whole object that nobody has put before; of several writers at once one succeeds.
 
         Returns:
-            Whether the object is this one now. One with the same bytes counts as this one: its answer may have been lost.
+            Whether the object is this one now. The same bytes count as this one: the answer may have been lost.
         """
         try:
             self._attempt("create", name, lambda: self._create(name, data))

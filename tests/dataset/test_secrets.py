@@ -27,8 +27,8 @@ def test_secrets_are_known_by_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["RAY_AUTH_TOKEN_PATH", "AWS_WEB_IDENTITY_TOKEN_FILE", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM", "GOOGLE_APPLICATION_CREDENTIALS",
-     "KEYBOARD", "NCCL_IB_PKEY_INDEX", "AWS_REGION", "HF_HOME"],
+    ["RAY_AUTH_TOKEN_PATH", "AWS_WEB_IDENTITY_TOKEN_FILE", "NCCL_DEBUG", "TOKENIZERS_PARALLELISM",
+     "GOOGLE_APPLICATION_CREDENTIALS", "KEYBOARD", "NCCL_IB_PKEY_INDEX", "AWS_REGION", "HF_HOME"],
 )  # fmt: skip
 def test_places_and_settings_are_no_secrets(name: str) -> None:
     assert not is_secret_name(name)
