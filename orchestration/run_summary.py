@@ -32,7 +32,7 @@ def summary_of(data: Mapping[str, Any]) -> dict[str, Any]:
         "state": data["state"],
         "stage": data["stage"],
         "started_at": data["started_at"],
-        "ended_at": data["timeline"]["ended"] if data["timeline"] and not data["timeline"]["is_open"] else None,
+        "ended_at": _ended_at(data),
         "method": training["method"] if training else (data["config"].get("train") or {}).get("method"),
         "steps": training["steps"] if training else 0,
         "max_steps": training["max_steps"] if training else (data["config"].get("train") or {}).get("max_steps", 0),
@@ -55,6 +55,12 @@ def summary_of(data: Mapping[str, Any]) -> dict[str, Any]:
             for each in (evaluation["samples"] if evaluation else [])[:MAX_SAMPLES]
         ],
     }
+
+
+def _ended_at(data: Mapping[str, Any]) -> str | None:
+    """When the run ended; None while it goes on, and where its driver went without a word."""
+    timeline = data["timeline"]
+    return None if timeline is None or timeline["is_open"] or data["state"] == "lost" else timeline["ended"]
 
 
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -166,6 +166,11 @@ def test_a_summary_is_small_and_every_number_finite() -> None:
     assert [score["name"] for score in made["scores"]] == ["content"]
 
 
+def test_a_run_whose_end_nobody_noted_has_none_in_the_index() -> None:
+    ended = {state: summary_of(sample_data(200) | {"state": state})["ended_at"] for state in ("finished", "lost")}
+    assert ended == {"finished": "2026-11-23T23:10:00Z", "lost": None}
+
+
 def test_two_hundred_runs_take_less_than_two_seconds_and_five_megabytes(storage: Storage) -> None:
     for i in range(200):
         each = summary(f"run-{i:03}", started_at=f"2026-11-01T00:{i % 60:02}:00Z")
