@@ -61,7 +61,7 @@ def cost_of(
     counted = [each for each in found if each.num_attempts]
     gpu_hours = sum(each.hours for each in counted if each.is_gpu)
     cpu_hours = sum(each.hours for each in counted if not each.is_gpu)
-    price, currency = config.report.gpu_hour_price, config.report.currency
+    price, currency = config.report.gpu_hour_price if gpu_hours else None, config.report.currency
     return {
         "gpu_hours": gpu_hours,
         "cpu_hours": cpu_hours,

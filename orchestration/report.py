@@ -340,7 +340,7 @@ def _former(view: Mapping[str, Any]) -> list[str]:
     states = {stage["name"]: stage["status"] for stage in view["stages"]}
     is_undone = {name: states.get(name, "done") not in ("done", "up to date") for name in ("train", "evaluate")}
     found = ["training"] if is_undone["train"] and view["training"] and view["training"]["is_over"] else []
-    return found + (["samples and scores"] if is_undone["evaluate"] and view["evaluation"] else [])
+    return found + (["samples and scores"] if any(is_undone.values()) and view["evaluation"] else [])
 
 
 def _widths(view: Mapping[str, Any]) -> Widths:
