@@ -270,6 +270,8 @@ def _exported_weights(run: Run) -> str | None:
     if trained is None:
         return None
     checkpoint, _ = exported_of(run, trained)
+    if checkpoint is None:
+        return None
     return digest(EXPORT_VERSION, trained.key, checkpoint, run.config.export.model_dump(exclude={"push_to_hub"}))
 
 
@@ -294,6 +296,7 @@ def run_export(run: Run, key: str) -> Outcome:
     assert trained is not None
     assert run.config.encode is not None
     source, (checkpoint, kind) = run.config.encode.source, exported_of(run, trained)
+    assert checkpoint is not None
     if trained.details.get("base_digest", digest_now := base_digest(source)) != digest_now:
         raise ConfigError(
             f"{source.model} is not the base that the weights were trained from",

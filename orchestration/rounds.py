@@ -60,7 +60,7 @@ def next_round(run: Run, newest: Snapshot) -> Round:
     """
     assert run.config.train is not None
     record = run.journal.record("train")
-    if record is None:
+    if record is None or "snapshot" not in record.details:  # an old record tells too little to go on from
         return Round(1, newest, None)
     done, number = Snapshot(**record.details["snapshot"]), int(record.details.get("round", 1))
     if run.config.train.rounds == "restart":
@@ -119,16 +119,20 @@ def parent_of(run: Run, record: StageRecord) -> Parent:
     checkpoint, weights = exported_of(run, record)
     if exported is not None and exported.details.get("training") == record.key:
         checkpoint, weights = exported.details["checkpoint"], exported.details["kind"]
+    checkpoint = checkpoint or details["checkpoint"]
     manifest = details.get("manifests", {}).get(checkpoint) or _manifest_digest(run.storage, checkpoint)
     lora = details.get("config", {}).get("lora")
     number = int(details.get("round", 1))
     return Parent(number, record.key, checkpoint, manifest, weights, details.get("base_digest", ""), lora)
 
 
-def exported_of(run: Run, record: StageRecord) -> tuple[str, str]:
-    """What `export` makes a model of, as it is configured now: a checkpoint's folder, and `raw` or `ema`."""
+def exported_of(run: Run, record: StageRecord) -> tuple[str | None, str]:
+    """What `export` makes a model of, as it is configured now: a checkpoint's folder, and `raw` or `ema`.
+
+    The folder is None if the record, an old one, does not say which was the best.
+    """
     export, details = run.config.export, record.details
-    checkpoint = details["checkpoint"] if export.checkpoint == "last" else details["best_checkpoint"]
+    checkpoint = details.get("checkpoint" if export.checkpoint == "last" else "best_checkpoint")
     has_average = bool(details.get("config", {}).get("ema"))
     return checkpoint, "ema" if export.weights == "ema" or (export.weights == "auto" and has_average) else "raw"
 
