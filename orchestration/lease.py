@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from orchestration.journal import now
+from orchestration.places import submission_id
 from pipelines.dataset.errors import LeaseError, MapoError
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
@@ -58,7 +59,7 @@ class Holder:
             pid=os.getpid(),
             started_at=now(),
             command=redact(command),
-            job=os.environ.get("RAY_JOB_SUBMISSION_ID") or None,
+            job=submission_id(),
             machine=_machine(),
             born=psutil.Process().create_time(),
         )

@@ -128,6 +128,7 @@ def _check(run: Run, stages: Sequence[Stage]) -> None:
         actions.check_model(config.encode)
     if config.train is not None:
         actions.check_training(config.train)
+        actions.check_rounds(run)
     if any(stage.name == "train" for stage in stages):
         actions.check_export(config)
     run.storage.check_writable()

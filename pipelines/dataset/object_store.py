@@ -7,6 +7,7 @@ it alone knows what must come out. The lower two get few attempts, so that all t
 import errno
 import hashlib
 import math
+import mimetypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,11 @@ class Upload:
         Raises:
             WrongBytes: The store holds something else now.
         """
-        options = {"chunksize": self._part_bytes} if _speaks_s3(fs) else {}
+        options: dict[str, Any] = {"chunksize": self._part_bytes} if _speaks_s3(fs) else {}
         try:
             if isinstance(self.content, bytes):
-                fs.pipe_file(path, self.content, **options)
+                kind, _ = mimetypes.guess_type(path)  # so that a browser shows a page; of files s3fs knows it itself
+                fs.pipe_file(path, self.content, **options, **({"ContentType": kind} if options and kind else {}))
             else:
                 fs.put_file(str(self.content), path, **options)
         except FileNotFoundError:

@@ -18,7 +18,7 @@ import yaml
 from factories import photo_pairs, write_parquet
 
 MAPO = Path(sys.executable).with_name("mapo")
-MAX_STEPS = 40
+MAX_STEPS = 120
 
 
 @pytest.fixture(scope="module")
