@@ -39,8 +39,8 @@ def hexadecimal(rng: np.random.Generator, count: int, digits: int) -> pa.Array:
     return pa.array([text[start : start + digits] for start in range(0, len(text), digits)])
 
 
-def make_table(storage: Storage, num_rows: int) -> None:
-    """Rows of the shape that ingest commits, about 97 % kept."""
+def make_table(storage: Storage, num_rows: int, units: list[str] | None = None) -> None:
+    """Rows of the shape that ingest commits, about 97 % kept; of these units, or of numbered ones."""
     rng = np.random.default_rng(0)
     for number, start in enumerate(range(0, num_rows, ROWS_A_COMMIT)):
         count = min(ROWS_A_COMMIT, num_rows - start)
@@ -65,7 +65,9 @@ def make_table(storage: Storage, num_rows: int) -> None:
         ]
         write_deltalake(
             storage.uri(PAIRS), pa.Table.from_arrays(arrays, schema=PAIRS_SCHEMA), mode="append",
-            commit_properties=CommitProperties(app_transactions=[Transaction(f"{number:032x}", 1)]),
+            commit_properties=CommitProperties(
+                app_transactions=[Transaction(units[number] if units else f"{number:032x}", 1)]
+            ),
         )  # fmt: skip
 
     pairs_table(storage).merge_files()  # as every ingest of many units ends

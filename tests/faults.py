@@ -1,0 +1,232 @@
+"""Faults in every stage of a run, at seeded moments, and what must come of them.
+
+A stage runs as the installed command in a process of its own, on a copy of a storage on which the stages before it are
+done. A fault comes at a moment of the stage's usual time. Then either the command has ended well, or it has ended with
+an error that names the cause; in both cases the same command again ends well, and what the stage has made is what an
+undisturbed one makes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from factories import photo_pairs, write_parquet
+
+from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
+from pipelines.dataset.storage import Storage
+
+MAPO = Path(sys.executable).with_name("mapo")
+STAGES = ("ingest", "encode", "train", "export", "evaluate")
+KINDS = ("driver killed", "driver stopped", "worker killed", "cluster killed", "disk full", "memory short")
+WITH_WORKERS = ("ingest", "encode", "train", "evaluate")
+DEADLINE_S = 240
+NAMED = {
+    "driver killed": (),
+    "driver stopped": ("stopped by SIGTERM",),
+    "worker killed": ("TrainingError", "EncodingError", "RayActorError", "ActorDiedError", "WorkerCrashedError"),
+    "cluster killed": ("TrainingError", "ClusterError", "Ray"),
+    "disk full": ("No space left on device", "no space left"),
+    "memory short": ("memory", "Memory"),
+}
+"""What an ended command says of a fault; one of these."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Args:
+        seed: What all else follows from.
+        stage: In which stage.
+        kind: One of KINDS.
+        ratio: Of the stage's usual time, when it comes.
+    """
+
+    seed: int
+    stage: str
+    kind: str
+    ratio: float
+
+    @staticmethod
+    def of(seed: int) -> "Fault":
+        """The fault of a seed: as many seeds after each other as there are pairs of stage and kind have each once."""
+        pairs = [
+            (stage, kind)
+            for kind in KINDS
+            for stage in STAGES
+            if kind not in ("worker killed", "cluster killed", "memory short") or stage in WITH_WORKERS
+        ]
+        chance = random.Random(seed)
+        stage, kind = pairs[seed % len(pairs)]
+        return Fault(seed, stage, kind, chance.uniform(0.05, 0.95))
+
+
+class Course:
+    """An undisturbed run: a copy of its storage before each stage, how long each took, what each made."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        write_parquet(folder / "data" / "pairs.parquet", photo_pairs(48, num_prompts=6, num_damaged=2), row_group_size=8)
+        train = {"num_workers": 2, "global_batch_size": 8, "micro_batch_size": 2, "max_steps": 8, "precision": "fp32"}
+        train |= {"learning_rate": 1e-4, "checkpoint_every": 2, "validate_every": 4, "max_failures": 3}
+        source = {"format": "pickapic", "path": str(folder / "data" / "*.parquet")}
+        settings = {
+            "name": "small",
+            "ingest": {"sources": [source], "validation_ratio": 0.3, "max_drop_ratio": 0.2, "max_shard_bytes": 65536},
+            "encode": {"model": str(model), "resolution": 64, "batch_size": 8},
+            "train": train,
+            "evaluate": {"num_samples": 2, "num_inference_steps": 2, "batch_size": 2},
+        }
+        storage = folder / "undisturbed"
+        self.config = folder / "small.yaml"
+        self.config.write_text(yaml.safe_dump(settings | {"storage": str(storage)}))
+        storage.mkdir()
+        self.seconds: dict[str, float] = {}
+        self.made: dict[str, Any] = {}
+        for stage in STAGES:
+            shutil.copytree(storage, folder / f"before-{stage}")
+            started = time.monotonic()
+            with Command(self, stage, storage) as command:
+                assert command.wait() == 0, command.errors
+            self.seconds[stage] = time.monotonic() - started
+            self.made[stage] = contents(stage, Storage(str(storage)))
+
+    def suffer(self, fault: Fault, place: Path) -> tuple[int, str]:
+        """Let a stage meet a fault; its exit code and what it said."""
+        shutil.copytree(self.folder / f"before-{fault.stage}", place, dirs_exist_ok=True)
+        environment = {"RAY_memory_usage_threshold": "0.01"} if fault.kind == "memory short" else {}
+        full = filled(place, fault) if fault.kind == "disk full" else contextlib.nullcontext()
+        with full, Command(self, fault.stage, place, environment) as command:
+            command.sleep(self.seconds[fault.stage] * fault.ratio)
+            if fault.kind in ("driver killed", "driver stopped"):
+                command.process.send_signal(signal.SIGKILL if fault.kind == "driver killed" else signal.SIGTERM)
+            elif fault.kind in ("worker killed", "cluster killed"):
+                command.kill_one("ray::" if fault.kind == "worker killed" else "gcs_server", random.Random(fault.seed))
+            return command.wait(), command.errors
+
+    def again(self, stage: str, place: Path) -> tuple[int, str]:
+        """The same command, undisturbed."""
+        with Command(self, stage, place) as command:
+            return command.wait(), command.errors
+
+
+@contextlib.contextmanager
+def filled(place: Path, fault: Fault) -> Iterator[None]:
+    """The place on a file system of its own with next to no room; room again afterwards."""
+    before = place.with_name(f"{place.name}-before")
+    place.rename(before)
+    place.mkdir()
+    used = sum(file.stat().st_size for file in before.rglob("*") if file.is_file())
+    room = random.Random(fault.seed).randrange(64 << 10, 256 << 10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * used + (8 << 20)}", "tmpfs", place], check=True)
+    try:
+        shutil.copytree(before, place, dirs_exist_ok=True)
+        ballast = place / "ballast"
+        free = shutil.disk_usage(place).free
+        ballast.write_bytes(bytes(max(0, free - room)))
+        yield
+        ballast.unlink()
+        shutil.rmtree(before)
+        shutil.copytree(place, before)
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+        place.rmdir()
+        before.rename(place)
+
+
+class Command:
+    """`mapo STAGE` in a process of its own; whatever it has started is gone afterwards."""
+
+    def __init__(self, course: Course, stage: str, storage: Path, environment: dict[str, str] | None = None) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.errors = ""
+        self.family: set[psutil.Process] = set()
+        self.process = subprocess.Popen(
+            [MAPO, stage, course.config, "-o", f"storage={storage}"],
+            env=inherited | {"PYTHONWARNINGS": "ignore"} | (environment or {}),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def sleep(self, seconds: float) -> None:
+        """Let it work, and remember what it starts."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            self._look()
+            time.sleep(0.05)
+
+    def _look(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.family.update(psutil.Process(self.process.pid).children(recursive=True))
+
+    def kill_one(self, name: str, chance: random.Random) -> None:
+        """SIGKILL one of its processes of this name, if there is one."""
+        self._look()
+        found = []
+        for each in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(each.cmdline()[:1])
+                if name in title and "IDLE" not in title:
+                    found.append(each)
+        if found:
+            chance.choice(sorted(found, key=lambda each: each.pid)).kill()
+
+    def wait(self) -> int:
+        """Its exit code, within the deadline."""
+        self._look()
+        _, self.errors = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode
+
+    def __exit__(self, *_: object) -> None:
+        self._look()
+        self.process.kill()
+        self.process.wait()
+        for each in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(list(self.family), timeout=10)
+        assert self.process.stderr
+        self.process.stderr.close()
+
+
+def contents(stage: str, storage: Storage) -> Any:
+    """What a stage has made, without what follows from the moment at which it was made."""
+    if stage == "ingest":
+        return _table(pairs_table(storage), storage)
+    if stage == "encode":
+        latents, text = fingerprints(storage, LATENTS), fingerprints(storage, TEXT)
+        return [_table(latents_table(storage, each), storage) for each in latents] + [
+            _table(text_table(storage, each), storage) for each in text
+        ]
+    run = Path(storage.path("runs/small"))
+    if stage == "train":
+        details = json.loads((run / "stages/train.json").read_text())["details"]
+        return details["digest"], _digests(Path(storage.path(details["checkpoint"])), "*.safetensors")
+    return _digests(run / ("model" if stage == "export" else "evaluation"), "*.safetensors", "*.png", "evaluation.json")
+
+
+def _table(table: Any, storage: Storage) -> Any:
+    rows = sorted(table.read().to_pylist(), key=lambda row: json.dumps(row, sort_keys=True, default=str))
+    shards = sorted({row["shard"] for row in rows if row["shard"]})
+    return rows, {shard: hashlib.sha256(storage.read(shard)).hexdigest() for shard in shards}
+
+
+def _digests(folder: Path, *patterns: str) -> dict[str, str]:
+    files = sorted(file for pattern in patterns for file in folder.rglob(pattern))
+    assert files
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
