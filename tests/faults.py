@@ -79,7 +79,8 @@ class Course:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        write_parquet(folder / "data" / "pairs.parquet", photo_pairs(48, num_prompts=6, num_damaged=2), row_group_size=8)
+        rows = photo_pairs(48, num_prompts=6, num_damaged=2)
+        write_parquet(folder / "data" / "pairs.parquet", rows, row_group_size=8)
         train = {"num_workers": 2, "global_batch_size": 8, "micro_batch_size": 2, "max_steps": 8, "precision": "fp32"}
         train |= {"learning_rate": 1e-4, "checkpoint_every": 2, "validate_every": 4, "max_failures": 3}
         source = {"format": "pickapic", "path": str(folder / "data" / "*.parquet")}
