@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What `make test` runs a short form of: every kind of kill, of ingest and encode (about 40 minutes on 2 cores).
+# What `make test` runs a short form of: faults of every kind in every stage (some hours on 2 cores).
 chaos: $(READY)
 	$(BIN)/python -m pytest -m slow
 
