@@ -1,4 +1,7 @@
-"""Chaos: whatever fails in whichever stage, the run ends as an undisturbed one, or says in time why it cannot."""
+"""Chaos: whatever fails in whichever stage, the run ends as an undisturbed one, or says in time why it cannot.
+
+The suite runs short forms elsewhere: test_driver.py, test_crash.py, test_encode_crash.py, test_resume.py.
+"""
 
 import os
 from pathlib import Path
@@ -9,7 +12,6 @@ from faults import KINDS, NAMED, STAGES, Course, Fault, contents
 from pipelines.dataset.storage import Storage
 
 SEEDS = range(54)
-SHORT = (8,)  # the export, stopped; tests/orchestration/test_driver.py stops and kills drivers of the other stages
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,6 @@ def check(course: Course, seed: int, place: Path) -> None:
         code, errors = course.again(fault.stage, place)
         assert code == 0, f"{fault}, again: {errors}"
     assert contents(fault.stage, Storage(str(place))) == course.made[fault.stage], fault
-
-
-@pytest.mark.parametrize("seed", SHORT)
-def test_a_stage_that_met_a_fault_ends_like_an_undisturbed_one(course: Course, seed: int, tmp_path: Path) -> None:
-    check(course, seed, tmp_path / "storage")
 
 
 @pytest.mark.slow

@@ -144,6 +144,7 @@ def test_a_second_driver_is_refused_and_a_stopped_or_killed_one_is_followed(fold
     assert newest_step(first.run) == MAX_STEPS
 
 
+@pytest.mark.slow
 def test_a_request_on_the_storage_stops_a_run(folder: Path) -> None:
     with Driver(folder, "train") as driver:
         driver.until(lambda: driver.step >= 1)

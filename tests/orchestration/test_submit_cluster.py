@@ -137,6 +137,7 @@ def first(head: RayHead, folder: Path) -> tuple[subprocess.CompletedProcess[str]
     return followed, again
 
 
+@pytest.mark.slow
 def test_a_submitted_run_ends_well_and_its_log_says_what_ran(first, folder: Path) -> None:
     followed, _ = first
     assert followed.returncode == 0, followed.stdout + followed.stderr
@@ -148,6 +149,7 @@ def test_a_submitted_run_ends_well_and_its_log_says_what_ran(first, folder: Path
     assert "job mapo-small-1 succeeded" in followed.stderr
 
 
+@pytest.mark.slow
 def test_a_live_run_is_not_submitted_twice(first, head: RayHead) -> None:
     _, again = first
     assert again.returncode == 1
@@ -155,6 +157,7 @@ def test_a_live_run_is_not_submitted_twice(first, head: RayHead) -> None:
     assert "hint: `mapo logs CONFIG --follow`" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_second_submit_skips_everything(first, head: RayHead, folder: Path) -> None:
     arguments = ["--address", head.url, "--include", "bright.py", "-o", "seed=3", "--follow"]
     again = mapo(head, "submit", "small.yaml", *arguments, cwd=folder)
@@ -164,6 +167,7 @@ def test_a_second_submit_skips_everything(first, head: RayHead, folder: Path) ->
         assert re.search(rf"^{stage} +up to date", again.stdout, re.MULTILINE), stage
 
 
+@pytest.mark.slow
 def test_metadata_say_what_runs_and_hold_no_secret(first, head: RayHead, folder: Path, jobs: Jobs) -> None:
     job = jobs.find("mapo-small-1")
     assert job is not None
@@ -178,6 +182,7 @@ def test_metadata_say_what_runs_and_hold_no_secret(first, head: RayHead, folder:
     assert not any(is_secret_name(name) for name in json.loads(described)["runtime_env"]["env_vars"])
 
 
+@pytest.mark.slow
 def test_status_shows_the_job(first, head: RayHead, folder: Path, jobs: Jobs, capsys, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     assert main(["status", "small.yaml", "-o", "seed=3", "--address", head.url, "--json"]) == 0

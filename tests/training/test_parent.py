@@ -264,6 +264,7 @@ def assert_same_weights(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, 
         assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
 
 
+@pytest.mark.slow
 def test_killed_in_its_second_half_a_round_ends_with_the_bits_of_an_undisturbed_one(
     undisturbed: tuple[TrainSpec, Trained],
 ) -> None:
@@ -295,6 +296,7 @@ def test_killed_in_its_second_half_a_round_ends_with_the_bits_of_an_undisturbed_
     assert_same_weights(undisturbed, (spec, trained))
 
 
+@pytest.mark.slow
 def test_one_worker_goes_on_where_two_were_with_the_same_curve(undisturbed: tuple[TrainSpec, Trained]) -> None:
     spec = round_of(undisturbed[0], "fewer", num_workers="1..1")
     storage = spec.storage
