@@ -178,6 +178,6 @@ def test_the_plan_is_printed_and_nothing_is_written(folder: Path) -> None:
     with Driver(folder, "run", "--dry-run", "-o", "storage=new") as driver:
         assert driver.wait() == 0, driver.errors
     lines = driver.output.splitlines()
-    assert re.fullmatch(r"ingest    to do       3 of 3 units, [\d.]+ MB, 48 rows", lines[0])
+    assert re.fullmatch(r"ingest    to do       1 of 1 units, [\d.]+ kB, 48 rows", lines[0])
     assert re.fullmatch(r"encode    waits       after ingest, 0 shards, 48 pairs, [\d.]+ kB of latents", lines[1])
     assert not (folder / "new").exists()

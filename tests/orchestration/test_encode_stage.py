@@ -16,7 +16,7 @@ from orchestration.config import RunConfig
 from orchestration.contact import choose_pairs, psnr, write_contact_sheet
 from orchestration.journal import Journal
 from orchestration.report import render_report
-from orchestration.report_data import _encoding, page_images, report_data
+from orchestration.report_data import Gathered, _encoding, page_images, report_data
 from orchestration.stages import run_stages
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, latents_table
@@ -142,6 +142,6 @@ def test_a_run_on_what_another_one_encoded_shows_what_is_there(tmp_path: Path, t
     snapshot |= {"latents_fingerprint": latents_fingerprint(encode), "text_fingerprint": text_fingerprint(encode)}
     old = {"latents": "old", "text": "old", "speed": {"latents": {"seconds": 1.0}}}
     journal.finish("encode", key="k", summary="s", seconds=1.0, details=old)
-    found = _encoding(storage, snapshot, journal.record("encode"))
+    found = _encoding(storage, snapshot, journal.record("encode"), Gathered())
     assert found is not None
     assert (found["pairs"], found["prompts"], found["speed"], found["contact"]) == (3, 1, None, [])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from report_sample import Page
 
+from orchestration import report_writer
 from orchestration.config import parse_config
 from orchestration.journal import Journal
 from orchestration.live_curves import SEEN, SeenSteps, live_history
@@ -181,6 +182,8 @@ def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr(Storage, "write", refuse)
     monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
+    for name, value in (("disabled", False), ("handlers", [caplog.handler]), ("propagate", False)):
+        monkeypatch.setattr(report_writer.log, name, value)  # whatever a library in the same process did to it
     with ReportWriter(run, command="mapo run", every_s=0.01):
         wait_for(lambda: len(tried) >= 2)
     assert "report not written: no space left" in caplog.text

@@ -317,6 +317,7 @@ def test_credentials_are_in_no_message_no_log_and_no_object(
     assert all(told)
     proxy.follow(Fault.LOST_ANSWER, method="PUT", key=f"{SHARDS}/")
     environment = {**s3_server, **CANARIES, **PATIENCE, "AWS_MAX_ATTEMPTS": "1", "AWS_ENDPOINT_URL": proxy.url}
+    environment["MAPO_STORAGE_PATIENCE_S"] = "0"  # a run would sit the outage out
     code, said = run_ingest(tmp_path, storage, photos, environment)
     assert (code, "StorageError" in said) == (1, True), said
     proxy.follow()
