@@ -92,7 +92,7 @@ def write_sources(folder: Path, url: str, num_pairs: int) -> None:
 
 def settings(work: Path, model: str) -> dict[str, Any]:
     """The run, without its storage."""
-    source = {"format": "jsonl", "path": str(work / "*.jsonl"), "allow_private_urls": True}
+    source = {"format": "jsonl", "path": str(work / "*.jsonl"), "allow_urls": True, "allow_private_urls": True}
     return {
         "name": "overlap",
         "ingest": {"sources": [source], "resources": {"ingest_node": 0.01}},
