@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -360,10 +358,10 @@ def report_is_done(run: Run, key: str) -> bool:
 
 def run_report(run: Run, key: str) -> Outcome:
     """One self-contained page, and the index of all runs."""
+    from orchestration.driver import command_line
     from orchestration.report_writer import write_report
 
-    command = shlex.join(["mapo", *sys.argv[1:]])
-    return Outcome(run.storage.uri(write_report(run, command=command, is_driven=False)))
+    return Outcome(run.storage.uri(write_report(run, command=command_line(), is_driven=False)))
 
 
 def describe_progress(progress: Progress) -> str:

@@ -1,14 +1,13 @@
 """The course of a run, from its journal: which stage ran when, how it ended, and where the run is now."""
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestration.journal import StageRecord
-from orchestration.lease import current_holder
+from orchestration.lease import Terms, current_holder
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.storage import Storage
 
@@ -118,9 +117,10 @@ def is_alive(storage: Storage, folder: str, now: datetime) -> bool:
     """Whether a driver holds the run's lease and has lately said so."""
     if current_holder(storage, folder) is None:
         return False
-    beats = [name for name in storage.names(f"{folder}/lease") if name.endswith(".beat")]
+    terms = Terms(storage, folder)
     with contextlib.suppress(MapoError, ValueError, KeyError):  # a new driver may tidy them away meanwhile
-        return now - _time(json.loads(storage.read(beats[-1]))["at"]) < SILENCE if beats else False
+        beat = terms.beat(terms.newest())
+        return now - _time(beat["at"]) < SILENCE if beat else False
     return True
 
 

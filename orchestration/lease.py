@@ -79,6 +79,45 @@ class Holder:
         return f"pid {self.pid} on {self.host}{job} (`{self.command}`, since {self.started_at})"
 
 
+class Terms:
+    """The terms of a run's lease as they lie on the storage.
+
+    Args:
+        storage: Of the run.
+        folder: The run's folder.
+    """
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self._storage, self.folder = storage, f"{folder}/lease"
+
+    def newest(self) -> int:
+        """The newest term; 0 before the first."""
+        found = (TERM.fullmatch(name.rpartition("/")[2]) for name in self._storage.names(self.folder))
+        return max((int(match[1]) for match in found if match), default=0)
+
+    def file(self, term: int, kind: str = "json") -> str:
+        """The name of a term's object, or of its `beat`."""
+        return f"{self.folder}/{term:06d}.{kind}"
+
+    def holder(self, term: int) -> Holder | None:
+        """Who took a term; None if it has been tidied away."""
+        content = self._read(self.file(term))
+        return Holder(**content) if content else None
+
+    def beat(self, term: int) -> dict[str, Any]:
+        """What its holder last said of a term; empty before the first beat."""
+        return self._read(self.file(term, "beat"))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self._storage.read(name))
+        except MapoError:
+            if self._storage.exists(name):
+                raise
+            return {}
+        return content
+
+
 class Lease:
     """The right to drive one run; a context manager that takes it and gives it back.
 
@@ -102,7 +141,7 @@ class Lease:
         on_beat: Callable[[], None] = lambda: None,
         on_lost: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        self._storage, self._folder, self._name = storage, f"{folder}/lease", folder.rpartition("/")[2]
+        self._storage, self._terms, self._name = storage, Terms(storage, folder), folder.rpartition("/")[2]
         self.holder = Holder.here(command)
         self._on_beat, self._on_lost = on_beat, on_lost
         self._term, self._num_beats = 0, 0
@@ -119,7 +158,7 @@ class Lease:
         self._closed.set()
         self._thread.join()
         with contextlib.suppress(MapoError):  # it runs out by itself
-            if self._newest() == self._term:
+            if self._terms.newest() == self._term:
                 self._write_beat(released=True)
 
     def confirm(self) -> None:
@@ -128,16 +167,16 @@ class Lease:
         Raises:
             LeaseError: Another driver has taken it over.
         """
-        if (newest := self._newest()) > self._term:
+        if (newest := self._terms.newest()) > self._term:
             raise LeaseError(self._lost(newest), "it goes on; `mapo status` shows where it is")
 
     def _try(self) -> bool:
         """Take the next term if the newest is free; False if another driver was faster."""
-        newest = self._newest()
+        newest = self._terms.newest()
         if newest:
             self._wait_until_free(newest)
         content = json.dumps(asdict(self.holder), indent=1).encode()
-        if not self._storage.create(self._file(newest + 1), content) or self._newest() != newest + 1:
+        if not self._storage.create(self._terms.file(newest + 1), content) or self._terms.newest() != newest + 1:
             return False  # the second: this one was slow, and its term had been taken, given back and tidied away
         self._term = newest + 1
         self._write_beat()
@@ -146,12 +185,12 @@ class Lease:
 
     def _wait_until_free(self, term: int) -> None:
         """Until the term was given back, or its holder is dead or has not renewed it for TTL_S; raises if it lives."""
-        holder, beat, seen = self._holder(term), self._beat(term), time.monotonic()
+        holder, beat, seen = self._terms.holder(term), self._terms.beat(term), time.monotonic()
         while not beat.get("released") and not (holder and holder.is_dead()):
-            if time.monotonic() - seen > TTL_S or self._newest() != term:
+            if time.monotonic() - seen > TTL_S or self._terms.newest() != term:
                 return
             time.sleep(POLL_S)
-            newest = self._beat(term)
+            newest = self._terms.beat(term)
             if newest.get("beats", 0) != beat.get("beats", 0) and not newest.get("released"):
                 raise LeaseError(
                     f"run {self._name} is driven by {holder or 'another driver'}",
@@ -162,7 +201,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._closed.wait(BEAT_S):
             try:
-                newest = self._newest()
+                newest = self._terms.newest()
                 if newest > self._term:
                     self._on_lost(self._lost(newest))
                     return
@@ -173,41 +212,17 @@ class Lease:
 
     def _lost(self, term: int) -> str:
         with contextlib.suppress(MapoError):
-            return f"run {self._name} was taken over by {self._holder(term) or 'another driver'}"
+            return f"run {self._name} was taken over by {self._terms.holder(term) or 'another driver'}"
         return f"run {self._name} was taken over by another driver"
-
-    def _newest(self) -> int:
-        """The newest term; 0 before the first."""
-        found = (TERM.fullmatch(name.rpartition("/")[2]) for name in self._storage.names(self._folder))
-        return max((int(match[1]) for match in found if match), default=0)
-
-    def _file(self, term: int, kind: str = "json") -> str:
-        return f"{self._folder}/{term:06d}.{kind}"
-
-    def _holder(self, term: int) -> Holder | None:
-        content = self._read(self._file(term))
-        return Holder(**content) if content else None
-
-    def _beat(self, term: int) -> dict[str, Any]:
-        return self._read(self._file(term, "beat"))
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(self._storage.read(name))
-        except MapoError:
-            if self._storage.exists(name):
-                raise
-            return {}
-        return content
 
     def _write_beat(self, *, released: bool = False) -> None:
         self._num_beats += 1
         beat = {"beats": self._num_beats, "at": now(), "released": released}
-        self._storage.write(self._file(self._term, "beat"), json.dumps(beat).encode())
+        self._storage.write(self._terms.file(self._term, "beat"), json.dumps(beat).encode())
 
     def _tidy(self) -> None:
         """Remove terms that are over; the newest always stays, so that numbers only grow."""
-        for name in self._storage.names(self._folder):
+        for name in self._storage.names(self._terms.folder):
             number = name.rpartition("/")[2].partition(".")[0]
             if number.isdigit() and int(number) < self._term:
                 self._storage.delete(name)
@@ -218,11 +233,11 @@ def current_holder(storage: Storage, folder: str) -> Holder | None:
 
     A driver that died on another machine is still named, until another takes over.
     """
-    lease = Lease(storage, folder, "")
-    term = lease._newest()
-    if not term or lease._beat(term).get("released"):
+    terms = Terms(storage, folder)
+    term = terms.newest()
+    if not term or terms.beat(term).get("released"):
         return None
-    holder = lease._holder(term)
+    holder = terms.holder(term)
     return None if holder is None or holder.is_dead() else holder
 
 

@@ -1,6 +1,5 @@
 """`mapo run --every`: the same run again and again, for those who have no scheduler of their own."""
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,6 @@ from orchestration.stages import run_all
 from pipelines.dataset.errors import ConfigError, JobError
 
 SHORTEST = timedelta(seconds=1)
-LOOK_S = 1.0
 
 
 def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
@@ -45,11 +43,4 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
             due = datetime.now(UTC) + timedelta(seconds=left_s)
             say(f"next run at {due:%Y-%m-%dT%H:%M:%SZ}")
             with Interruption().armed():
-                _wait(left_s)
-
-
-def _wait(seconds: float) -> None:
-    """Sleep, in parts, so that a signal is heard at once on every platform."""
-    end, never = time.monotonic() + seconds, threading.Event()
-    while (left_s := end - time.monotonic()) > 0:
-        never.wait(min(left_s, LOOK_S))
+                time.sleep(left_s)

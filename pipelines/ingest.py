@@ -30,7 +30,7 @@ from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
 from pipelines.unit_shard import from_ipc
 
-__all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_units", "plan_units", "write_unit"]
+__all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "pending_units", "plan_units", "write_unit"]
 
 T = TypeVar("T")
 
@@ -63,8 +63,13 @@ def _is_held_out(unit: Unit) -> bool:
 
 
 def pending_units(config: IngestConfig, storage: Storage) -> list[Unit]:
-    """The units that are not in the table yet."""
-    units = {unit.id: unit for unit in plan_units(config)}
+    """The units of all sources that are not in the table yet."""
+    return pending_of(plan_units(config), storage)
+
+
+def pending_of(planned: Sequence[Unit], storage: Storage) -> list[Unit]:
+    """Those of some units that are not in the table yet."""
+    units = {unit.id: unit for unit in planned}
     return [units[identity] for identity in pairs_table(storage).uncommitted(list(units))]
 
 

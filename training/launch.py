@@ -207,8 +207,7 @@ class _Fit:
 
     def wait(self) -> None:
         """Until it has ended."""
-        while not self.is_over(POLL_S):
-            pass
+        self._over.wait()
 
 
 class _ProgressFile:
