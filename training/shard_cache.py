@@ -185,7 +185,7 @@ class ShardCache:
         """Make room, and take it with a file of full length: a full disk is noticed before a byte is fetched."""
         with self._folder_lock():
             part.unlink(missing_ok=True)
-            files = {file: file.stat() for file in self._folder.iterdir() if OURS.fullmatch(file.name)}
+            files = self._files()
             for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
                 file.unlink(missing_ok=True)
                 del files[file]
@@ -203,6 +203,14 @@ class ShardCache:
             with part.open("wb") as out:
                 os.posix_fallocate(out.fileno(), 0, where.shard_bytes)
             return True
+
+    def _files(self) -> dict[Path, os.stat_result]:
+        files = {}
+        for file in self._folder.iterdir():
+            if OURS.fullmatch(file.name):
+                with contextlib.suppress(FileNotFoundError):  # it was renamed or removed meanwhile
+                    files[file] = file.stat()
+        return files
 
     def _is_abandoned(self, part: Path) -> bool:
         """Whether the process that fetched it is gone: a lock does not outlive its process."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -182,8 +183,10 @@ def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr(Storage, "write", refuse)
     monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
-    for name, value in (("disabled", False), ("handlers", [caplog.handler]), ("propagate", False)):
-        monkeypatch.setattr(report_writer.log, name, value)  # whatever a library in the same process did to it
+    log = logging.Logger("alone")  # a library in the same process may have changed the levels of all others
+    log.addHandler(caplog.handler)
+    monkeypatch.setattr(report_writer, "log", log)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     with ReportWriter(run, command="mapo run", every_s=0.01):
         wait_for(lambda: len(tried) >= 2)
     assert "report not written: no space left" in caplog.text

@@ -159,6 +159,13 @@ def test_a_damaged_file_is_fetched_again_and_no_error(
     assert cache.read(record.latents) == member(storage, record.latents)
 
 
+def test_a_file_that_goes_while_the_folder_is_listed_stops_no_fetch(
+    storage: Storage, cache: ShardCache, index: PairIndex, tmp_path: Path
+) -> None:
+    (tmp_path / "cache" / f"{'f' * 64}.part").symlink_to(tmp_path / "renamed meanwhile")
+    assert cache.fetch(one_of_each(index)[0].latents)
+
+
 def test_the_least_recently_used_shard_makes_room(storage: Storage, index: PairIndex, tmp_path: Path) -> None:
     first, second, third = one_of_each(index)
     folder, sizes = tmp_path / "cache", [record.latents.shard_bytes for record in (first, second, third)]
