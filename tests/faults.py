@@ -24,24 +24,49 @@ from typing import Any
 import psutil
 import yaml
 from factories import photo_pairs, write_parquet
+from s3_faults import Fault as S3Fault
+from s3_faults import FaultyProxy
 
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
-from pipelines.dataset.storage import Storage
+from pipelines.dataset.storage import PATIENCE, Storage
 
+OUTAGE = (S3Fault.SLOW_DOWN, S3Fault.RESET_UPLOAD, S3Fault.RESET_DOWNLOAD)
 MAPO = Path(sys.executable).with_name("mapo")
 STAGES = ("ingest", "encode", "train", "export", "evaluate")
-KINDS = ("driver killed", "driver stopped", "worker killed", "cluster killed", "disk full", "memory short")
 WITH_WORKERS = ("ingest", "encode", "train", "evaluate")
-DEADLINE_S = 240
+KINDS = {
+    "driver killed": STAGES,
+    "driver stopped": STAGES,
+    "worker killed": WITH_WORKERS,
+    "node killed": WITH_WORKERS,
+    "head killed": WITH_WORKERS,
+    "disk full": STAGES,
+    "memory short": WITH_WORKERS,
+    "storage away": STAGES,
+    "storage gone": STAGES,
+}
+"""Each kind of fault, and the stages that can meet it: the others have no process of Ray."""
+NUM_FAULTS = sum(map(len, KINDS.values()))
 NAMED = {
     "driver killed": (),
     "driver stopped": ("stopped by SIGTERM",),
     "worker killed": ("TrainingError", "EncodingError", "RayActorError", "ActorDiedError", "WorkerCrashedError"),
-    "cluster killed": ("TrainingError", "ClusterError", "Ray"),
+    "node killed": ("TrainingError", "node"),
+    "head killed": ("ClusterError",),
     "disk full": ("No space left on device", "no space left"),
     "memory short": ("memory", "Memory"),
+    "storage away": (),
+    "storage gone": ("StorageError",),
 }
 """What an ended command says of a fault; one of these."""
+DEADLINE_S = 240
+AWAY_S = 20.0
+PATIENCE_S = 5.0  # of a run whose storage does not come back
+NUM_NODES, CPUS_A_NODE = 3, 2  # beside a head without CPUs; training has two workers, so that one node can be lost
+QUICK = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,12 +88,7 @@ class Fault:
     @staticmethod
     def of(seed: int) -> "Fault":
         """The fault of a seed: as many seeds after each other as there are pairs of stage and kind have each once."""
-        pairs = [
-            (stage, kind)
-            for kind in KINDS
-            for stage in STAGES
-            if kind not in ("worker killed", "cluster killed", "memory short") or stage in WITH_WORKERS
-        ]
+        pairs = [(stage, kind) for kind, stages in KINDS.items() for stage in stages]
         chance = random.Random(seed)
         stage, kind = pairs[seed % len(pairs)]
         return Fault(seed, stage, kind, chance.uniform(0.05, 0.95))
@@ -106,22 +126,79 @@ class Course:
             self.made[stage] = contents(stage, Storage(str(storage)))
 
     def suffer(self, fault: Fault, place: Path) -> tuple[int, str]:
-        """Let a stage meet a fault; its exit code and what it said."""
+        """Let a stage meet a fault on this disk; its exit code and what it said."""
         shutil.copytree(self.folder / f"before-{fault.stage}", place, dirs_exist_ok=True)
         environment = {"RAY_memory_usage_threshold": "0.01"} if fault.kind == "memory short" else {}
-        full = filled(place, fault) if fault.kind == "disk full" else contextlib.nullcontext()
-        with full, Command(self, fault.stage, place, environment) as command:
+        with contextlib.ExitStack() as around:
+            nodes: Nodes | None = None
+            if fault.kind == "disk full":
+                around.enter_context(filled(place, fault))
+            elif fault.kind in ("node killed", "head killed"):
+                nodes = around.enter_context(Nodes())
+                environment = {"RAY_ADDRESS": nodes.address}
+            command = around.enter_context(Command(self, fault.stage, place, environment))
             command.sleep(self.seconds[fault.stage] * fault.ratio)
+            chance = random.Random(fault.seed)
             if fault.kind in ("driver killed", "driver stopped"):
                 command.process.send_signal(signal.SIGKILL if fault.kind == "driver killed" else signal.SIGTERM)
-            elif fault.kind in ("worker killed", "cluster killed"):
-                command.kill_one("ray::" if fault.kind == "worker killed" else "gcs_server", random.Random(fault.seed))
+            elif fault.kind == "worker killed":
+                command.kill_one("ray::", chance)
+            elif nodes is not None:
+                nodes.kill_one(chance) if fault.kind == "node killed" else nodes.kill_head()
             return command.wait(), command.errors
 
-    def again(self, stage: str, place: Path) -> tuple[int, str]:
+    def suffer_outage(self, fault: Fault, url: str, proxy: FaultyProxy) -> tuple[int, str]:
+        """Let a stage meet an outage of its object store, in front of which the proxy is."""
+        before, storage = self.folder / f"before-{fault.stage}", Storage(url)
+        for file in sorted(before.rglob("*")):
+            if file.is_file():
+                storage.write(str(file.relative_to(before)), file.read_bytes())
+        environment = {"AWS_ENDPOINT_URL": proxy.url}
+        is_gone = fault.kind == "storage gone"
+        if is_gone:
+            environment |= {PATIENCE: str(PATIENCE_S)}
+        with Command(self, fault.stage, url, environment) as command:
+            command.sleep(self.seconds[fault.stage] * fault.ratio)
+            proxy.follow(*OUTAGE, seed=fault.seed)
+            command.sleep(DEADLINE_S if is_gone else AWAY_S)
+            assert not is_gone or command.process.poll() is not None, "it waits longer than it was told to"
+            proxy.follow()
+            return command.wait(), command.errors
+
+    def again(self, stage: str, place: Path | str) -> tuple[int, str]:
         """The same command, undisturbed."""
         with Command(self, stage, place) as command:
             return command.wait(), command.errors
+
+
+class Nodes:
+    """A Ray cluster of several nodes on this machine, in processes of their own; a context manager."""
+
+    def __enter__(self) -> "Nodes":
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": QUICK}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes = [
+            self._cluster.add_node(num_cpus=CPUS_A_NODE, object_store_memory=100 << 20) for _ in range(NUM_NODES)
+        ]
+        self.address: str = self._cluster.address
+        return self
+
+    def kill_one(self, chance: random.Random) -> None:
+        """SIGKILL what Ray runs on a node other than the head; its workers end by themselves, as orphans do."""
+        self._kill(chance.choice(self._nodes))
+
+    def kill_head(self) -> None:
+        """SIGKILL what Ray runs on the head."""
+        self._kill(self._cluster.head_node)
+
+    def _kill(self, node: Any) -> None:
+        for each in [info.process for infos in node.all_processes.values() for info in infos]:
+            each.kill()
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.shutdown()
 
 
 @contextlib.contextmanager
@@ -151,7 +228,9 @@ def filled(place: Path, fault: Fault) -> Iterator[None]:
 class Command:
     """`mapo STAGE` in a process of its own; whatever it has started is gone afterwards."""
 
-    def __init__(self, course: Course, stage: str, storage: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, course: Course, stage: str, storage: Path | str, environment: dict[str, str] | None = None
+    ) -> None:
         inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.errors = ""
         self.family: set[psutil.Process] = set()
@@ -214,11 +293,10 @@ def contents(stage: str, storage: Storage) -> Any:
         return [_table(latents_table(storage, each), storage) for each in latents] + [
             _table(text_table(storage, each), storage) for each in text
         ]
-    run = Path(storage.path("runs/small"))
     if stage == "train":
-        details = json.loads((run / "stages/train.json").read_text())["details"]
-        return details["digest"], _digests(Path(storage.path(details["checkpoint"])), "*.safetensors")
-    return _digests(run / ("model" if stage == "export" else "evaluation"), "*.safetensors", "*.png", "evaluation.json")
+        details = json.loads(storage.read("runs/small/stages/train.json"))["details"]
+        return details["digest"], _digests(storage, details["checkpoint"])
+    return _digests(storage, "runs/small/" + ("model" if stage == "export" else "evaluation"))
 
 
 def _table(table: Any, storage: Storage) -> Any:
@@ -227,7 +305,7 @@ def _table(table: Any, storage: Storage) -> Any:
     return rows, {shard: hashlib.sha256(storage.read(shard)).hexdigest() for shard in shards}
 
 
-def _digests(folder: Path, *patterns: str) -> dict[str, str]:
-    files = sorted(file for pattern in patterns for file in folder.rglob(pattern))
-    assert files
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def _digests(storage: Storage, folder: str) -> dict[str, str]:
+    names = [name for name in storage.names(folder) if name.endswith((".safetensors", ".png", "evaluation.json"))]
+    assert names
+    return {name: hashlib.sha256(storage.read(name)).hexdigest() for name in names}
