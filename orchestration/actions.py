@@ -77,13 +77,12 @@ def check_export(config: RunConfig) -> None:
 
 
 def ingest_key(run: Run) -> str:
-    """The units of all sources as they are now."""
-    from pipelines.ingest import plan_units
+    """The units of all sources."""
     from pipelines.policy import Policy
 
     assert run.config.ingest
     policy = Policy.of(run.config.ingest)
-    return digest(sorted(unit.id for unit in plan_units(run.config.ingest)), asdict(policy))
+    return digest(sorted(unit.id for unit in run.units), asdict(policy))
 
 
 def ingest_is_done(run: Run, key: str) -> bool:
@@ -91,7 +90,7 @@ def ingest_is_done(run: Run, key: str) -> bool:
     from pipelines.ingest import check_drop_budget, is_up_to_date
 
     assert run.config.ingest
-    if not is_up_to_date(run.config.ingest, run.storage):
+    if not is_up_to_date(run.config.ingest, run.storage, run.units):
         return False
     check_drop_budget(run.config.ingest, run.storage)
     return True
@@ -103,7 +102,7 @@ def run_ingest(run: Run, key: str) -> Outcome:
 
     assert run.config.ingest
     with EncodeAhead(run) as ahead:
-        ingest(run.config.ingest, run.storage)
+        ingest(run.config.ingest, run.storage, run.units)
     return Outcome(summary_line(describe_dataset(run.storage)), {"encoded_ahead": ahead.passes} if ahead.passes else {})
 
 

@@ -77,14 +77,12 @@ def _plan(run: Run, stage: Stage, before: str | None, rows: int) -> StagePlan:
 
 
 def _ingest_work(run: Run, _: int) -> dict[str, int]:
-    from pipelines.ingest import pending_of, plan_units
+    from pipelines.ingest import pending_of
 
-    assert run.config.ingest
-    planned = plan_units(run.config.ingest)
-    pending = pending_of(planned, run.storage)
+    pending = pending_of(run.units, run.storage)
     rows = sum(unit.num_rows for unit in pending)
     counted = {"rows": rows} if all(unit.num_rows for unit in pending) else {}
-    return {"units": len(pending), "of_units": len(planned), "num_bytes": _bytes_of(pending, planned), **counted}
+    return {"units": len(pending), "of_units": len(run.units), "num_bytes": _bytes_of(pending, run.units), **counted}
 
 
 def _bytes_of(units: Sequence[Unit], planned: Sequence[Unit]) -> int:

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from orchestration.config import RunConfig
 from orchestration.journal import Journal
 from pipelines.dataset.layout import RUNS
 from pipelines.dataset.storage import Storage
+
+if TYPE_CHECKING:
+    from pipelines.sources.source import Unit
 
 Say = Callable[[str], None]
 """Shows one line to the user."""
@@ -36,6 +40,14 @@ class Run:
         """The run that a configuration names."""
         storage = Storage(config.storage)
         return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
+
+    @cached_property
+    def units(self) -> "list[Unit]":
+        """The units of all sources, as they were when they were first asked for: one command works on one listing."""
+        from pipelines.ingest import plan_units
+
+        assert self.config.ingest
+        return plan_units(self.config.ingest)
 
     @property
     def folder(self) -> str:

@@ -30,7 +30,7 @@ from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
 from pipelines.unit_shard import from_ipc
 
-__all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "pending_units", "plan_units", "write_unit"]
+__all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_units", "write_unit"]
 
 T = TypeVar("T")
 
@@ -62,25 +62,25 @@ def _is_held_out(unit: Unit) -> bool:
     return split in (VALIDATION, TEST)
 
 
-def pending_units(config: IngestConfig, storage: Storage) -> list[Unit]:
-    """The units of all sources that are not in the table yet."""
-    return pending_of(plan_units(config), storage)
-
-
 def pending_of(planned: Sequence[Unit], storage: Storage) -> list[Unit]:
     """Those of some units that are not in the table yet."""
     units = {unit.id: unit for unit in planned}
     return [units[identity] for identity in pairs_table(storage).uncommitted(list(units))]
 
 
-def is_up_to_date(config: IngestConfig, storage: Storage) -> bool:
-    """Whether the table has every unit, and every row is as the policy has it."""
+def is_up_to_date(config: IngestConfig, storage: Storage, planned: Sequence[Unit]) -> bool:
+    """Whether the table has every planned unit, and every row is as the policy has it."""
     table = pairs_table(storage)
-    return table.version is not None and not pending_units(config, storage) and is_applied(Policy.of(config), table)
+    return table.version is not None and not pending_of(planned, storage) and is_applied(Policy.of(config), table)
 
 
-def ingest(config: IngestConfig, storage: Storage) -> None:
+def ingest(config: IngestConfig, storage: Storage, planned: Sequence[Unit] | None = None) -> None:
     """Bring the table up to date with the sources and the policy. Needs a running Ray.
+
+    Args:
+        config: Of the sources and the policy.
+        storage: Of the data set.
+        planned: What `plan_units` has found already, so that the sources are not listed again.
 
     Raises:
         SourceError: A source is missing or unreadable.
@@ -89,7 +89,7 @@ def ingest(config: IngestConfig, storage: Storage) -> None:
     import ray
 
     quiet_ray_data()
-    units = _mark_known(pending_units(config, storage), storage)
+    units = _mark_known(pending_of(plan_units(config) if planned is None else planned, storage), storage)
     apply_policy(Policy.of(config), pairs_table(storage))
     if units:
         storage.check_writable()

@@ -30,7 +30,7 @@ from pipelines.ingest import (
     in_tasks,
     ingest,
     is_up_to_date,
-    pending_units,
+    pending_of,
     plan_units,
     write_unit,
 )
@@ -222,7 +222,7 @@ def test_reading_again_commits_nothing_and_changes_no_file(photos: Path, storage
 
     before, version = state(), pairs_table(storage).version
     ingest(config, storage)
-    assert pending_units(config, storage) == []
+    assert pending_of(plan_units(config), storage) == []
     assert (state(), pairs_table(storage).version) == (before, version)
 
 
@@ -327,7 +327,7 @@ def test_killed_again_and_again_it_ends_with_the_same_rows_and_bytes(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     assert driver.wait(0.002) == "killed", "it was done before it was killed"
             driver.kill()
-    assert pending_units(config, storage)
+    assert pending_of(plan_units(config), storage)
     ingest(config, storage)
     assert rows_in(storage) == rows_in(ingested)
     assert shards_in(storage) == shards_in(ingested)
@@ -369,7 +369,7 @@ def test_a_bad_file_within_the_budget_of_the_whole_is_read_to_its_end(tmp_path: 
     ingest(config_of(good, max_drop_ratio=0.1), storage)
     ingest(config_of(good, bad, max_drop_ratio=0.1), storage)
     assert len(rows_in(storage)) == 50
-    assert pending_units(config_of(good, bad), storage) == []
+    assert pending_of(plan_units(config_of(good, bad)), storage) == []
 
 
 def test_no_prompt_is_in_both_splits_and_the_ratio_is_kept(tmp_path: Path, storage: Storage) -> None:
@@ -426,7 +426,7 @@ def test_of_a_file_that_grew_or_changed_only_what_is_new_is_added(tmp_path: Path
     changed = rows.copy()
     changed[5] |= {"label_0": 1 - rows[5]["label_0"], "label_1": 1 - rows[5]["label_1"]}
     write_parquet(file, changed, row_group_size=4)
-    assert pending_units(config, storage), "it is seen as changed"
+    assert pending_of(plan_units(config), storage), "it is seen as changed"
     ingest(config, storage)
     found = pairs_table(storage).read().to_pylist()
     assert len(found) == 24 + 1, "eight new rows, and the changed one as it is now"
@@ -457,9 +457,9 @@ def test_a_changed_policy_is_applied_without_reading_the_sources(tmp_path: Path,
     file.write_bytes(hollow(file.read_bytes()))  # whoever reads more than its footer fails
     os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     config = config_of(file, ties="keep", validation_ratio=0.5)
-    assert not is_up_to_date(config, storage)
+    assert not is_up_to_date(config, storage, plan_units(config))
     ingest(config, storage)
-    assert is_up_to_date(config, storage)
+    assert is_up_to_date(config, storage, plan_units(config))
     assert Counter(status for status, _ in status_of(storage)) == {"kept": 20}
     assert {row["split"] for row in rows_in(storage)} == {"train", "validation"}
     assert shards_in(storage) == shards

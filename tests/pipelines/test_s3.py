@@ -17,7 +17,7 @@ from pipelines.dataset.errors import ShardCorrupt, SourceError, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.ingest import ingest, pending_units
+from pipelines.ingest import ingest, pending_of, plan_units
 from pipelines.sources.files import list_files
 from pipelines.verify import committed_shards, verify
 
@@ -149,7 +149,7 @@ def test_ingest_gives_the_same_rows_and_bytes_as_in_a_local_folder(
     ingest(config_of(photos), local)
     ingest_on_s3(config_of(photos), s3_storage, s3_server)
     assert contents(s3_storage) == contents(local)
-    assert pending_units(config_of(photos), s3_storage) == []
+    assert pending_of(plan_units(config_of(photos)), s3_storage) == []
     assert verify(s3_storage) == []
     name = committed_shards(s3_storage)[0].name  # a shard of repeats alone lies there too, and no row points to it
     s3_storage.write(name, s3_storage.read(name)[:-512])
@@ -176,9 +176,9 @@ def test_sources_on_s3_are_read_as_local_ones_and_only_once(
     for row in contents(storages[1])[0]:
         if row["shard"]:
             storages[1].read_range(row["shard"], row["offset_1"], row["length_1"], row["image_1_sha256"])
-    assert pending_units(config_of(paths[2]), storages[1]) == []
+    assert pending_of(plan_units(config_of(paths[2])), storages[1]) == []
     source.upload("deep/photos.parquet", write_parquet(tmp_path / "new.parquet", photo_pairs(3, seed=1)))
-    assert len(pending_units(config_of(source.url), storages[1])) == 1, "it has changed"
+    assert len(pending_of(plan_units(config_of(source.url)), storages[1])) == 1, "it has changed"
     with pytest.raises(SourceError, match="no file matches s3://"):
         list_files(f"{source.url}/*.csv", (".parquet",))
 
