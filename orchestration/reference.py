@@ -64,7 +64,7 @@ COMMANDS_TAIL = """## Environment
 | `MAPO_CACHE` | The node's folder for models fetched from a URL; default `~/.cache/mapo`. |
 | `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Read by the hub's client, for models named by a hub id. |
 | `AWS_*`, `GOOGLE_APPLICATION_CREDENTIALS` | Credentials of an object store; see [On a cluster](../guides/cluster.md#object-storage). |
-| `TORCH_EXTENSIONS_DIR` | Where DeepSpeed keeps the op that it compiles at the first start; default `~/.cache/torch_extensions`. |
+| `TORCH_EXTENSIONS_DIR` | Where what DeepSpeed compiles for `train.offload: nvme` is kept; default `~/.cache/torch_extensions`. |
 """  # noqa: E501
 
 Option = tuple[str, str, str]

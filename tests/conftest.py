@@ -33,6 +33,7 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",  # not one that happens to run on this machine
         num_cpus=6,
+        resources={"ingest_node": 1, "encode_node": 1},
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from pipelines.dataset.errors import ConfigError
 from training.config import TrainConfig
-from training.ops import build_ops
+from training.ops import leave_out_ops
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's default of 5e8 costs 2-3 GB a GPU; "auto" needs a hidden_size
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -194,8 +194,7 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
     The back end is named to accelerate: without it every CPU rank believes that it is rank 0.
     """
     quiet_libraries()
-    if not on_gpu:
-        build_ops()
+    leave_out_ops()
     plugin = DeepSpeedPlugin(
         hf_ds_config=deepspeed_config(config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
     )

@@ -1,33 +1,20 @@
-"""DeepSpeed's communication op, compiled at the first start on a machine: by one process, whatever became of others.
-
-torch marks a compilation by a file that a killed process leaves behind, and everyone after it would wait for ever.
-"""
+"""What DeepSpeed would compile at its start: nothing that training here does not use."""
 
 import os
 import sys
 from pathlib import Path
 
-import filelock
-from torch.utils import cpp_extension
-
-OP = "ShareMemCommBuilder"
-MARK = "lock"  # torch's
-OURS = "mapo.lock"  # held by a process, and let go when that dies
+INFERENCE_OP = "deepspeed_shm_comm"  # an all-reduce between the CPU ranks of a node
 
 
-def build_ops() -> None:
-    """Compile the op, or load what was compiled; of the workers of a machine one compiles and the others wait.
+def leave_out_ops() -> None:
+    """Call before DeepSpeed starts its process group.
 
-    With a GPU there is no such op, and nothing is done.
+    On a machine without GPUs `TorchBackend` compiles, a minute at the first start, an op that only DeepSpeed's
+    inference calls. What is asked for (`train.offload: nvme`) is still compiled: ninja lies beside this interpreter and
+    need not be on PATH.
     """
-    from deepspeed.accelerator import get_accelerator
+    import deepspeed.ops
 
-    builder = get_accelerator().create_op_builder(OP)
-    if builder is None or not hasattr(builder, "NAME"):
-        return
-    folder = Path(cpp_extension._get_build_directory(builder.NAME, verbose=False))
-    # ninja lies beside this interpreter and need not be on PATH.
+    deepspeed.ops.__compatible_ops__[INFERENCE_OP] = False
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    with filelock.FileLock(folder / OURS):
-        (folder / MARK).unlink(missing_ok=True)  # nobody else of ours compiles now
-        builder.load(verbose=False)
