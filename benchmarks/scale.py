@@ -24,7 +24,7 @@ from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.layout import PAIRS, pairs_table
 from pipelines.dataset.pair import PAIRS_SCHEMA
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import is_up_to_date, pending_units, write_unit
+from pipelines.ingest import is_up_to_date, pending_of, plan_units, write_unit
 from pipelines.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -82,8 +82,8 @@ def measure(storage: Storage, source: str) -> dict[str, float]:
     def note(what: str) -> None:
         times[what] = round(time.monotonic() - started - sum(times.values()), 2)
 
-    assert not is_up_to_date(config, storage)
-    (unit,) = pending_units(config, storage)
+    assert not is_up_to_date(config, storage, plan_units(config))
+    (unit,) = pending_of(plan_units(config), storage)
     note("plan_s")
     rows = write_unit(unit, storage)
     note("write_unit_s")
@@ -94,7 +94,7 @@ def measure(storage: Storage, source: str) -> dict[str, float]:
         committer.append(f"again {number}", judged)
     note("five_more_commits_s")
     check_drop_budget(config, storage)
-    assert is_up_to_date(config, storage)
+    assert is_up_to_date(config, storage, plan_units(config))
     note("check_s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return times | {"total_s": round(time.monotonic() - started, 2), "peak_bytes": peak}

@@ -9,7 +9,7 @@ from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import pending_units
+from pipelines.ingest import pending_of, plan_units
 from pipelines.pair_shards import write_unit
 
 
@@ -17,7 +17,7 @@ def keep(storage: Storage, *files: Path, **settings: Any) -> int:
     """Ingest Pick-a-Pic parquet files; how many units were new."""
     sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
     config = IngestConfig(sources=sources, max_drop_ratio=1.0, **{"max_shard_bytes": 65_536, **settings})
-    units = pending_units(config, storage)
+    units = pending_of(plan_units(config), storage)
     committer = Committer(pairs_table(storage))
     for unit in units:
         committer.append(unit.id, write_unit(unit, storage))

@@ -317,6 +317,7 @@ def rounds(ray_cluster: None, tiny_pipeline: Path, tmp_path_factory: pytest.Temp
     return {"run": run, "config": frozen, "records": records, "first_model": model, "said": said, "folder": folder}
 
 
+@pytest.mark.slow
 def test_of_ten_per_cent_new_rows_only_they_are_read_and_encoded(rounds: dict[str, Any]) -> None:
     """The old file was zeros by then but for its footer: not a byte of its rows was read again."""
     first, second = (each["encode"].details["speed"]["latents"] for each in rounds["records"])
@@ -328,6 +329,7 @@ def test_of_ten_per_cent_new_rows_only_they_are_read_and_encoded(rounds: dict[st
     assert text is None, "the prompts are the same"
 
 
+@pytest.mark.slow
 def test_the_second_round_starts_from_the_exported_weights_bit_for_bit(rounds: dict[str, Any]) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -338,6 +340,7 @@ def test_the_second_round_starts_from_the_exported_weights_bit_for_bit(rounds: d
     assert all(exported[name].numpy().tobytes() == weight.tobytes() for name, weight in at_its_end.items())
 
 
+@pytest.mark.slow
 def test_the_second_round_goes_on_where_the_first_one_ended_and_not_at_the_base(rounds: dict[str, Any]) -> None:
     first, second = (each["train"].details["history"] for each in rounds["records"])
     base, end, start = first["validations"][0], first["validations"][-1], second["validations"][0]
@@ -352,6 +355,7 @@ def test_the_second_round_goes_on_where_the_first_one_ended_and_not_at_the_base(
     assert [step["step"] for step in second["steps"]] == list(range(1, 7)), "steps of a round start anew"
 
 
+@pytest.mark.slow
 def test_the_second_round_knows_its_parent_and_again_does_nothing(rounds: dict[str, Any]) -> None:
     run, (first, second) = rounds["run"], rounds["records"]
     assert any(line.startswith("train     round 2 goes on from round 1 (") for line in rounds["said"])
@@ -364,6 +368,7 @@ def test_the_second_round_knows_its_parent_and_again_does_nothing(rounds: dict[s
     assert [each["round"] for each in rounds_of(run.storage, run.folder)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_lineage_answers_for_both_rounds(rounds: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     run = rounds["run"]
     moved = rounds["folder"] / "moved"

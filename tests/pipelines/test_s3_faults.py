@@ -25,7 +25,7 @@ from pipelines.dataset.errors import ShardCorrupt, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import MAX_ATTEMPTS, Storage
 from pipelines.dataset.table import Landed, Table
-from pipelines.ingest import ingest, pending_units
+from pipelines.ingest import ingest, pending_of, plan_units
 from pipelines.pair_shards import write_units
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
@@ -340,7 +340,7 @@ def state_of(storage: Storage) -> dict[str, tuple[bytes, int]]:
     return {name: (storage.read(name), Path(storage.path(name)).stat().st_mtime_ns) for name in storage.names(SHARDS)}
 
 
-def test_of_one_new_file_among_fifty_old_ones_only_it_is_read(
+def test_of_one_new_file_among_twenty_old_ones_only_it_is_read(
     proxy: FaultyProxy, storage: Storage, tmp_path: Path
 ) -> None:
     source, target = storage.child("source"), Storage(str(tmp_path / "target"))
@@ -354,22 +354,22 @@ def test_of_one_new_file_among_fifty_old_ones_only_it_is_read(
         return file.stat().st_size
 
     def bring_up_to_date() -> int:
-        units = pending_units(config, target)
+        units = pending_of(plan_units(config), target)
         for unit, rows in zip(units, write_units(units, target), strict=True):
             Committer(pairs_table(target)).append(unit.id, rows)
         return len(units)
 
-    old_bytes = sum(add_file(number) for number in range(50))
-    assert bring_up_to_date() == 50
+    old_bytes = sum(add_file(number) for number in range(20))
+    assert bring_up_to_date() == 20
     rows, shards = pairs_table(target).read(), state_of(target)
-    new_bytes = add_file(50)
+    new_bytes = add_file(20)
     proxy.follow()
     assert bring_up_to_date() == 1
     read = {key: size for key, size in proxy.downloaded.items() if key.endswith(".parquet") and "source/" in key}
-    footers = sum(size for key, size in read.items() if not key.endswith("50.parquet"))
-    assert 0 < footers <= 50 * FOOTER_BYTES < 0.2 * old_bytes, "of an old file its end, once"
-    of_new = next(size for key, size in read.items() if key.endswith("50.parquet"))
+    footers = sum(size for key, size in read.items() if not key.endswith("20.parquet"))
+    assert 0 < footers <= 20 * FOOTER_BYTES < 0.2 * old_bytes, "of an old file its end, once"
+    of_new = next(size for key, size in read.items() if key.endswith("20.parquet"))
     assert 0.9 * new_bytes < of_new < new_bytes + 2 * FOOTER_BYTES
     assert shards.items() < state_of(target).items()
-    assert len(state_of(target)) == len(shards) + 1 == 51
-    assert pairs_table(target).read().num_rows == rows.num_rows + 2 == 102
+    assert len(state_of(target)) == len(shards) + 1 == 21
+    assert pairs_table(target).read().num_rows == rows.num_rows + 2 == 42

@@ -80,8 +80,6 @@ CONFIGS = {
     "stage 2": with_(zero_stage=2, ema={"decay": 0.9}),
     "stage 3": with_(zero_stage=3, ema={"decay": 0.9}),
     "offload": with_(zero_stage=2, offload="cpu"),
-    "bf16 1": with_(zero_stage=1, precision="bf16"),
-    "bf16 2": with_(zero_stage=2, precision="bf16"),
     "bf16 3": with_(zero_stage=3, precision="bf16"),
 }
 LORA = with_(lora={"rank": 4})
@@ -97,7 +95,7 @@ def starts(spec: TrainSpec, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     unet.load_state_dict(weights_in(spec, "raw"), strict=False)
     unet.save_pretrained(base / "unet")
     plain = replace(spec, base=ModelSource(str(base)), parent=None)
-    cases |= {f"plain {name}": replace(plain, config=CONFIGS[name]) for name in ("stage 1", "stage 2", "stage 3")}
+    cases |= {f"plain {name}": replace(plain, config=CONFIGS[name]) for name in ("stage 2", "stage 3")}
     cases["average"] = replace(spec, parent=replace(spec.parent, weights="ema"))
     storage = Storage(str(folder / "adapters"))
     adapters = parent_of(storage, write_checkpoint(storage, FOLDER, 4, adapters_of(spec)), spec)
@@ -148,7 +146,7 @@ def test_every_stage_starts_from_the_parents_bits_with_a_fresh_optimizer(
     assert found[0]["steps"] == 2
 
 
-@pytest.mark.parametrize("case", ["stage 1", "stage 2", "stage 3"])
+@pytest.mark.parametrize("case", ["stage 2", "stage 3"])
 def test_from_there_it_trains_like_a_base_of_these_weights(case: str, starts: dict[str, Any]) -> None:
     """To rounding: other places in memory let kernels add up in another order."""
     assert starts[case][0]["curve"] == pytest.approx(starts[f"plain {case}"][0]["curve"], abs=1e-6)

@@ -163,6 +163,7 @@ def cut_off(undisturbed: tuple[TrainSpec, Trained], spec: TrainSpec, step: int) 
             storage.delete(f"{manifest.folder}/manifest.json")
 
 
+@pytest.mark.slow
 def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curve(data, undisturbed) -> None:
     """2 workers to step 8, whose checkpoint is damaged, then 3 from step 6; neither number divides the 5 slots."""
     spec = run_of(data, "elastic", num_workers="1..3", max_failures=0)

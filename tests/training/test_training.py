@@ -116,6 +116,7 @@ def test_tensorboard_has_the_curves(undisturbed) -> None:
     assert logged == pytest.approx([s["loss"] for s in trained.history["steps"]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_with_buckets_dropout_and_the_released_loss_trains(ray_cluster, tmp_path) -> None:
     changes = {"method": "mapo", "precision": "bf16", "prompt_dropout": 0.5, "gradient_checkpointing": True}
     config = CONFIG.model_copy(update={**changes, "max_steps": 6, "checkpoint_every": 6})
