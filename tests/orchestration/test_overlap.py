@@ -20,7 +20,7 @@ from pipelines.room import total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-NUM_PAIRS, DELAY_S = 48, 0.05
+NUM_PAIRS, DELAY_S = 32, 0.5  # an encoder takes ten seconds to start
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def config_of(tmp_path: Path, tiny_pipeline: Path) -> Any:
         write_sources(tmp_path, f"http://127.0.0.1:{server.server_port}", NUM_PAIRS)
         given = settings(tmp_path, str(tiny_pipeline))
         yield lambda name, **encode: RunConfig.model_validate(
-            given | {"storage": str(tmp_path / name), "encode": given["encode"] | {"resolution": 64} | encode}
+            given
+            | {"ingest": given["ingest"] | {"resources": {"ingest_node": 0.5}}}
+            | {"storage": str(tmp_path / name), "encode": given["encode"] | {"resolution": 64} | encode}
         )
         server.shutdown()
 
@@ -40,6 +42,7 @@ def commits(table: Table) -> list[int]:
     return sorted(c["timestamp"] for c in DeltaTable(table.uri).history() if c["operation"] == "WRITE")
 
 
+@pytest.mark.slow
 def test_shards_are_encoded_while_ingest_goes_on_as_they_are_afterwards(config_of: Callable[..., RunConfig]) -> None:
     apart, beside = config_of("apart"), config_of("beside")
     for names in (["ingest"], ["encode"]):
@@ -57,6 +60,7 @@ def test_shards_are_encoded_while_ingest_goes_on_as_they_are_afterwards(config_o
     assert "encoded_ahead" not in Run.open(apart, print).journal.record("ingest").details  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_an_encode_that_cannot_begin_does_not_end_the_ingest(config_of: Callable[..., RunConfig]) -> None:
     said: list[str] = []
     config = config_of("storage", resources={"of no node": 1})
