@@ -41,11 +41,13 @@ def test_no_prompt_is_in_two_splits_and_every_photo_is_in_all() -> None:
     assert all({scene.photo for scene in views} == set(SUBJECTS) for views in splits.values())
 
 
+@pytest.mark.slow
 def test_mismatch_rises_from_level_to_level(bench: Bench, outcome: tuple[dict[str, Any], Image.Image]) -> None:
     ratios = [level["error_ratio"] for level in outcome[0]["mismatch"].values()]
     assert 1 < ratios[0] < ratios[1] < ratios[2]
 
 
+@pytest.mark.slow
 def test_every_method_has_every_seed_at_every_level(outcome: tuple[dict[str, Any], Image.Image]) -> None:
     report, _ = outcome
     cells = [(row["level"], row["method"], row["seed"]) for row in report["runs"]]
@@ -60,6 +62,7 @@ def test_every_method_has_every_seed_at_every_level(outcome: tuple[dict[str, Any
                 assert found["low"] <= found["mean"] <= found["high"]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_repeated_and_another_seed_is_another_run(
     bench: Bench, outcome: tuple[dict[str, Any], Image.Image]
 ) -> None:
@@ -71,6 +74,7 @@ def test_a_run_can_be_repeated_and_another_seed_is_another_run(
         assert not all(torch.equal(bench.base.unet.state_dict()[name], weight) for name, weight in first.items())
 
 
+@pytest.mark.slow
 def test_scores_of_the_base_can_be_repeated(bench: Bench, outcome: tuple[dict[str, Any], Image.Image]) -> None:
     images = bench.samples(bench.base.unet, TEST)
     for level in LEVELS:
@@ -145,6 +149,7 @@ def test_an_interval_knows_that_seeds_and_prompts_vary() -> None:
         assert found["low"] < 0.45 < 0.55 < found["high"]
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_came_out(tmp_path: Path, outcome: tuple[dict[str, Any], Image.Image]) -> None:
     report, picture = outcome
     write(tmp_path, report, picture, SMALL)

@@ -17,12 +17,15 @@ import pytest
 import yaml
 from factories import photo_pairs, write_parquet
 
+from orchestration.config import RunConfig
+from orchestration.stages import run_stages
+
 MAPO = Path(sys.executable).with_name("mapo")
 MAX_STEPS = 120
 
 
 @pytest.fixture(scope="module")
-def encoded(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoded(ray_cluster: None, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a configuration whose pairs are encoded."""
     folder = tmp_path_factory.mktemp("driver")
     write_parquet(folder / "data" / "pairs.parquet", photo_pairs(48, num_prompts=6), row_group_size=16)
@@ -36,9 +39,8 @@ def encoded(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "train": train,
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
-    for stage in ("ingest", "encode"):
-        with Driver(folder, stage) as driver:
-            assert driver.wait() == 0, driver.errors
+    config = RunConfig.model_validate(settings | {"storage": str(folder / "storage")})
+    run_stages(config, ["ingest", "encode"], lambda line: None)
     return folder
 
 

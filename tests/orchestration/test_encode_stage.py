@@ -110,6 +110,7 @@ def test_the_sheet_has_a_pair_of_every_frequent_bucket(tmp_path: Path, tiny_pipe
     assert chosen == choose_pairs(storage, latents_fingerprint(config))
 
 
+@pytest.mark.slow
 def test_a_range_of_workers_takes_what_there_is_room_for(
     ray_cluster: None, tmp_path: Path, tiny_pipeline: Path
 ) -> None:

@@ -270,6 +270,7 @@ def test_all_pairs_may_go(tmp_path: Path) -> None:
     assert verify(storage) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_a_cluster_it_does_the_same(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -57,6 +57,7 @@ def check(config: IngestConfig, storage: Storage, seed: int, wanted: Any, enviro
     assert contents(storage) == wanted, kill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SHORT)
 def test_a_killed_ingest_ends_like_an_undisturbed_one(
     config: IngestConfig, undisturbed: Any, tmp_path: Path, seed: int

@@ -35,6 +35,7 @@ def test_every_stage_and_every_accumulation_gives_the_curve_of_plain_adamw(base)
         assert error <= 1e-5, f"stage {config.zero_stage}, micro-batch {config.micro_batch_size}: off by {error}"
 
 
+@pytest.mark.slow
 def test_one_rank_with_more_accumulation_gives_it_too(base) -> None:
     expected = plain_adamw(CONFIG, base, 20)[0]
     configs = [with_(num_workers=1, micro_batch_size=m) for m in (8, 4, 2)]  # 1 x 8, 2 x 4, 4 x 2

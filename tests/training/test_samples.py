@@ -134,6 +134,7 @@ def test_a_sample_is_what_the_diffusers_pipeline_gives(kind, tiny_pipeline, one_
     assert stored.size == grid.size
 
 
+@pytest.mark.slow
 def test_ranks_draw_one_grid_and_train_as_if_they_had_not(tmp_path, monkeypatch) -> None:
     """Three samples on two ranks, in buckets of two shapes; ZeRO-2 and ZeRO-3; against one plain UNet, to the bit."""
     base_folder = write_base(tmp_path / "base")
