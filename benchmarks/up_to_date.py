@@ -8,7 +8,6 @@ resident memory; and those of a plan for another run of the same storage, which 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from deltalake import write_deltalake
 
 from benchmarks.encode import write_model
 from benchmarks.scale import PAIRS_A_PROMPT, ROWS_A_COMMIT, make_table
+from orchestration.actions import encode_check, ingest_check
 from orchestration.config import RunConfig
 from orchestration.run import Run
 from orchestration.stages import ALL_STAGES, STAGES
@@ -62,6 +62,10 @@ def write_records(run: Run) -> None:
         key = STAGES[name].key(run)
         assert key is not None, name
         details: dict[str, Any] = {}
+        if name == "ingest":
+            details = {"checked": ingest_check(run, key)}
+        if name == "encode":
+            details = {"versions": encode_check(run, pairs_table(run.storage).version)}
         if name == "train":
             details = {"checkpoint": checkpoint, "best_checkpoint": checkpoint}
         if name == "export":
@@ -76,7 +80,9 @@ def measure(work: Path, num_rows: int) -> dict[str, Any]:
     sources = work / "sources"
     sources.mkdir()
     for number in range(-(-num_rows // ROWS_A_COMMIT)):
-        (sources / f"{number:05d}.jsonl").write_text(json.dumps({"prompt": f"p {number}", "label_0": 1}))
+        (sources / f"{number:05d}.jsonl").write_text(
+            json.dumps({"prompt": f"p {number}", "label_0": 1, "image_0": "0.jpg", "image_1": "1.jpg"})
+        )
     settings = {
         "name": "large", "storage": str(work / "storage"),
         "ingest": {"sources": [{"format": "jsonl", "path": str(sources / "*.jsonl")}], "max_drop_ratio": 1.0},
@@ -100,12 +106,16 @@ def measure(work: Path, num_rows: int) -> dict[str, Any]:
 
 def timed(command: list[str]) -> dict[str, Any]:
     """Seconds and memory of a command, and what it said of the first three stages."""
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert all("up to date" in line for line in lines[:2]), done.stdout
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return {"seconds": round(time.monotonic() - started, 2), "peak_bytes": peak, "said": lines[:6]}
+    with tempfile.TemporaryFile("w+") as output:
+        started = time.monotonic()
+        child = subprocess.Popen(command, stdout=output)
+        _, status, used = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - started
+        output.seek(0)
+        lines = output.read().splitlines()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert all("up to date" in line for line in lines[:2]), lines
+    return {"seconds": round(seconds, 2), "peak_bytes": used.ru_maxrss * 1024, "said": lines[:6]}
 
 
 def main() -> None:

@@ -308,4 +308,4 @@ def _table(table: Any, storage: Storage) -> Any:
 def _digests(storage: Storage, folder: str) -> dict[str, str]:
     names = [name for name in storage.names(folder) if name.endswith((".safetensors", ".png", "evaluation.json"))]
     assert names
-    return {name: hashlib.sha256(storage.read(name)).hexdigest() for name in names}
+    return {name.removeprefix(folder): hashlib.sha256(storage.read(name)).hexdigest() for name in names}
