@@ -1,6 +1,7 @@
 """The jobs of a Ray cluster: list, submit, follow, stop; every failure as one error of ours."""
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ from orchestration.dashboard import ADDRESS_HINT, TOKEN_HINT, Refused, ray_clien
 from pipelines.dataset.errors import ClusterError
 
 LIVE = ("PENDING", "RUNNING")
+NO_AGENT = "No available agent"  # Ray's words: a head that has just been started takes no job yet
+AGENT_WAIT_S = 60.0
 
 
 class IdTaken(Exception):
@@ -139,18 +142,25 @@ class Jobs:
         Raises:
             IdTaken: Another job has it.
         """
-        try:
-            with self._answers("take the job"):
-                self._client.submit_job(
-                    submission_id=job_id, entrypoint=entrypoint, runtime_env=dict(runtime_env),
-                    metadata=dict(metadata), **resources,
-                )  # fmt: skip
-        except ClusterError as error:
-            if isinstance(error.__cause__, Refused) and f"{job_id} already exists" in error.__cause__.text:
-                raise IdTaken(job_id) from error
-            if error.is_transient and self._was_taken(job_id, metadata):
+        deadline = time.monotonic() + AGENT_WAIT_S
+        while True:
+            try:
+                with self._answers("take the job"):
+                    self._client.submit_job(
+                        submission_id=job_id, entrypoint=entrypoint, runtime_env=dict(runtime_env),
+                        metadata=dict(metadata), **resources,
+                    )  # fmt: skip
                 return
-            raise
+            except ClusterError as error:
+                said = error.__cause__.text if isinstance(error.__cause__, Refused) else ""
+                if f"{job_id} already exists" in said:
+                    raise IdTaken(job_id) from error
+                if NO_AGENT in said and time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                if error.is_transient and self._was_taken(job_id, metadata):
+                    return
+                raise
 
     def _was_taken(self, job_id: str, metadata: Mapping[str, str]) -> bool:
         """Whether the job was begun although the answer was lost."""

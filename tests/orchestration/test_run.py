@@ -12,6 +12,12 @@ import torch
 import yaml
 from factories import photo_pairs, write_parquet
 
+from orchestration import actions
+from orchestration.config import load_config
+from orchestration.run import Run
+from pipelines.dataset.errors import DropBudgetExceeded
+from pipelines.dataset.table import Table
+
 MAPO = Path(sys.executable).with_name("mapo")
 CANARIES = {name: f"canary-of-{name.lower()}-7f3a" for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")}
 NUM_ROWS, NUM_TIES, NUM_DAMAGED = 96, 4, 8
@@ -96,6 +102,21 @@ def test_the_same_command_again_changes_no_object(finished, configuration) -> No
     for stage in ("ingest", "encode", "train", "export", "evaluate", "report"):
         assert re.search(rf"^{stage} +up to date", again.stdout, re.MULTILINE)
     assert state(storage) == before
+
+
+def test_a_table_that_has_not_changed_is_not_read_again_and_a_changed_limit_is_held_against_it(
+    finished, configuration, monkeypatch
+) -> None:
+    def is_done(*overrides: str) -> bool:
+        run = Run.open(load_config(configuration, overrides), print)
+        return actions.ingest_is_done(run, actions.ingest_key(run))
+
+    with pytest.raises(DropBudgetExceeded, match=f"dropped {NUM_DAMAGED} of {NUM_ROWS} rows"):
+        is_done("ingest.max_drop_ratio=0.01")
+    assert not is_done("ingest.validation_ratio=0.9")
+    monkeypatch.setattr(Table, "batches", None)
+    monkeypatch.setattr(Table, "read", None)
+    assert is_done()
 
 
 def test_data_show_accounts_for_every_row(finished) -> None:
