@@ -66,13 +66,21 @@ class Interruption:
 
 @contextlib.contextmanager
 def keeping_handlers() -> Iterator[None]:
-    """Put the signal handlers back that a library replaces in the block: `ray.init` takes SIGTERM for itself."""
+    """Put the signal handlers back that a library replaces in the block: `ray.init` takes SIGTERM for itself.
+
+    Raises:
+        Stopped: The signal came in the block, while an `Interruption` was armed; Ray's handler leaves the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     kept: dict[Any, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
+    except SystemExit as leaving:
+        if kept[signal.SIGTERM] is signal.SIG_DFL:
+            raise
+        raise Stopped(SIGNALS[signal.SIGTERM]) from leaving
     finally:
         for number, handler in kept.items():
             if handler is not signal.SIG_DFL:
