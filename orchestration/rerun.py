@@ -9,15 +9,16 @@ from orchestration.duration import parse_duration
 from orchestration.interruption import Interruption
 from orchestration.run import Say
 from orchestration.stages import run_all
-from pipelines.dataset.errors import ConfigError, JobError
+from pipelines.dataset.errors import ConfigError
 
 SHORTEST = timedelta(seconds=1)
+MAX_MESSAGE = 2000  # characters: of an error of Ray, which may be a worker's whole traceback
 
 
 def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
     """Run, wait until so much time after the start of that run, and run again; ends only by being stopped.
 
-    The configuration is read anew for each run. A run whose work failed is told and tried again at the next time; a
+    The configuration is read anew for each run. A run that failed is told and tried again at the next time; a
     wrong configuration ends it.
 
     Args:
@@ -36,8 +37,10 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
         started = time.monotonic()
         try:
             run_all(load(), say)
-        except JobError as error:
-            say(f"{type(error).__name__}: {error}")
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever it is: a cluster that went away may be back by then
+            say(f"{type(error).__name__}: {error}"[:MAX_MESSAGE])
         left_s = every.total_seconds() - (time.monotonic() - started)
         if left_s > 0:
             due = datetime.now(UTC) + timedelta(seconds=left_s)
