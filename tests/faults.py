@@ -9,20 +9,18 @@ undisturbed one makes.
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
+from command import DEADLINE_S, Command
 from factories import photo_pairs, write_parquet
 from s3_faults import Fault as S3Fault
 from s3_faults import FaultyProxy
@@ -31,7 +29,6 @@ from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table,
 from pipelines.dataset.storage import PATIENCE, Storage
 
 OUTAGE = (S3Fault.SLOW_DOWN, S3Fault.RESET_UPLOAD, S3Fault.RESET_DOWNLOAD)
-MAPO = Path(sys.executable).with_name("mapo")
 STAGES = ("ingest", "encode", "train", "export", "evaluate")
 WITH_WORKERS = ("ingest", "encode", "train", "evaluate")
 KINDS = {
@@ -59,7 +56,6 @@ NAMED = {
     "storage gone": ("StorageError",),
 }
 """What an ended command says of a fault; one of these."""
-DEADLINE_S = 240
 AWAY_S = 20.0
 PATIENCE_S = 5.0  # of a run whose storage does not come back
 NUM_NODES, CPUS_A_NODE = 3, 2  # beside a head without CPUs; training has two workers, so that one node can be lost
@@ -120,10 +116,13 @@ class Course:
         for stage in STAGES:
             shutil.copytree(storage, folder / f"before-{stage}")
             started = time.monotonic()
-            with Command(self, stage, storage) as command:
+            with self._command(stage, storage) as command:
                 assert command.wait() == 0, command.errors
             self.seconds[stage] = time.monotonic() - started
             self.made[stage] = contents(stage, Storage(str(storage)))
+
+    def _command(self, stage: str, storage: Path | str, environment: dict[str, str] | None = None) -> Command:
+        return Command(stage, self.config, "-o", f"storage={storage}", environment=environment)
 
     def suffer(self, fault: Fault, place: Path) -> tuple[int, str]:
         """Let a stage meet a fault on this disk; its exit code and what it said."""
@@ -136,7 +135,7 @@ class Course:
             elif fault.kind in ("node killed", "head killed"):
                 nodes = around.enter_context(Nodes())
                 environment = {"RAY_ADDRESS": nodes.address}
-            command = around.enter_context(Command(self, fault.stage, place, environment))
+            command = around.enter_context(self._command(fault.stage, place, environment))
             command.sleep(self.seconds[fault.stage] * fault.ratio)
             chance = random.Random(fault.seed)
             if fault.kind in ("driver killed", "driver stopped"):
@@ -157,7 +156,7 @@ class Course:
         is_gone = fault.kind == "storage gone"
         if is_gone:
             environment |= {PATIENCE: str(PATIENCE_S)}
-        with Command(self, fault.stage, url, environment) as command:
+        with self._command(fault.stage, url, environment) as command:
             command.sleep(self.seconds[fault.stage] * fault.ratio)
             proxy.follow(*OUTAGE, seed=fault.seed)
             command.sleep(DEADLINE_S if is_gone else AWAY_S)
@@ -167,7 +166,7 @@ class Course:
 
     def again(self, stage: str, place: Path | str) -> tuple[int, str]:
         """The same command, undisturbed."""
-        with Command(self, stage, place) as command:
+        with self._command(stage, place) as command:
             return command.wait(), command.errors
 
 
@@ -223,65 +222,6 @@ def filled(place: Path, fault: Fault) -> Iterator[None]:
         subprocess.run(["umount", "-l", place], check=True)
         place.rmdir()
         before.rename(place)
-
-
-class Command:
-    """`mapo STAGE` in a process of its own; whatever it has started is gone afterwards."""
-
-    def __init__(
-        self, course: Course, stage: str, storage: Path | str, environment: dict[str, str] | None = None
-    ) -> None:
-        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        self.errors = ""
-        self.family: set[psutil.Process] = set()
-        self.process = subprocess.Popen(
-            [MAPO, stage, course.config, "-o", f"storage={storage}"],
-            env=inherited | {"PYTHONWARNINGS": "ignore"} | (environment or {}),
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> "Command":
-        return self
-
-    def sleep(self, seconds: float) -> None:
-        """Let it work, and remember what it starts."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            self._look()
-            time.sleep(0.05)
-
-    def _look(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.family.update(psutil.Process(self.process.pid).children(recursive=True))
-
-    def kill_one(self, name: str, chance: random.Random) -> None:
-        """SIGKILL one of its processes of this name, if there is one."""
-        self._look()
-        found = []
-        for each in self.family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                title = " ".join(each.cmdline()[:1])
-                if name in title and "IDLE" not in title:
-                    found.append(each)
-        if found:
-            chance.choice(sorted(found, key=lambda each: each.pid)).kill()
-
-    def wait(self) -> int:
-        """Its exit code, within the deadline."""
-        self._look()
-        _, self.errors = self.process.communicate(timeout=DEADLINE_S)
-        return self.process.returncode
-
-    def __exit__(self, *_: object) -> None:
-        self._look()
-        self.process.kill()
-        self.process.wait()
-        for each in self.family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        psutil.wait_procs(list(self.family), timeout=10)
-        assert self.process.stderr
-        self.process.stderr.close()
 
 
 def contents(stage: str, storage: Storage) -> Any:

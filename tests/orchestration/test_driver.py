@@ -1,12 +1,9 @@
 """Who drives a run, and how it is stopped: the installed command in processes of its own."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +12,12 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from command import Command
 from factories import photo_pairs, write_parquet
 
 from orchestration.config import RunConfig
 from orchestration.stages import run_stages
 
-MAPO = Path(sys.executable).with_name("mapo")
 MAX_STEPS = 120
 
 
@@ -49,27 +46,15 @@ def folder(encoded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(encoded, tmp_path / "work"))
 
 
-class Driver:
-    """`mapo STAGE` on a folder's configuration; whatever it has started is gone afterwards."""
+class Driver(Command):
+    """`mapo STAGE` on a folder's configuration."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, stage: str, *options: str) -> None:
         self.run = folder / "storage" / "runs" / "small"
-        stage, *options = arguments
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-        environment.pop("RAY_ADDRESS", None)
-        self.process = subprocess.Popen(
-            [MAPO, stage, folder / "small.yaml", *options],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.output = self.errors = ""
-        self._family: list[psutil.Process] = []
+        super().__init__(stage, folder / "small.yaml", *options, cwd=folder)
 
     def __enter__(self) -> "Driver":
         return self
-
-    def wait(self) -> int:
-        self.output, self.errors = self.process.communicate(timeout=200)
-        return self.process.returncode
 
     def until(self, is_so: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -77,7 +62,7 @@ class Driver:
             assert self.process.poll() is None, f"it has ended\n{self.process.communicate()}"
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        self._family = psutil.Process(self.process.pid).children(recursive=True)
+        self.look()
 
     @property
     def step(self) -> int:
@@ -85,22 +70,6 @@ class Driver:
         progress = read_json(self.run / "progress.json")
         began = psutil.Process(self.process.pid).create_time()
         return int(progress["step"]) if progress and progress["started_at"] > began else 0
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self._family += psutil.Process(self.process.pid).children(recursive=True)
-            self.kill()
-        for each in self._family:
-            if each.is_running():
-                each.kill()
-        psutil.wait_procs(self._family, timeout=10)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe
-            pipe.close()
 
 
 def read_json(file: Path) -> Any:
