@@ -4,11 +4,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestration.config import RunConfig
+from orchestration.head_watch import HeadWatch
 from orchestration.interruption import keeping_handlers
+from pipelines.dataset.errors import ClusterError
 from pipelines.dataset.storage import PATIENCE
 
 INHERITED = (PATIENCE,)
@@ -16,19 +18,34 @@ SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers 
 
 
 @contextlib.contextmanager
-def connected(config: RunConfig) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS (a Ray job has it set), or start a local one and stop it at the end."""
+def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (a Ray job has it set), or start a local one and stop it at the end.
+
+    Args:
+        config: The run's.
+        on_lost: Told, from another thread, that the cluster's head does not answer any more.
+
+    Raises:
+        ClusterError: Instead of whatever Ray says without its head.
+    """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    with keeping_handlers(), _quiet_start():
+    given = HeadWatch(os.environ.get("RAY_ADDRESS", ""), on_lost)
+    if given.has_address and not given.answers():
+        raise given.error
+    watched = given if given.has_address else contextlib.nullcontext()  # it may go while Ray connects
+    with watched, keeping_handlers(), _quiet_start():
         _init(config)
+    watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost)
     try:
-        yield
+        with watch:
+            yield
     finally:
-        ray.shutdown()
+        if not watch.is_lost:  # it would wait for the head, and the process is about to end
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from orchestration.config import resolved_json
 from orchestration.interruption import Interruption
@@ -18,8 +19,21 @@ STOP_FILE = "stop.json"
 DEFAULT_PATIENCE_S = "300"
 
 
+@dataclass(frozen=True)
+class Driving:
+    """The driver of a run.
+
+    Args:
+        lease: That it holds.
+        interruption: How it is stopped.
+    """
+
+    lease: Lease
+    interruption: Interruption
+
+
 @contextlib.contextmanager
-def driving(run: Run) -> Iterator[Lease]:
+def driving(run: Run) -> Iterator[Driving]:
     """Hold the run's lease, and turn every way to stop it into `Stopped` in this thread.
 
     Raises:
@@ -37,7 +51,7 @@ def driving(run: Run) -> Iterator[Lease]:
         run.storage.delete(f"{run.folder}/{STOP_FILE}")  # of an earlier driver
         _note_settings(run)
         run.journal.event("started", by=str(lease.holder), job=lease.holder.job, stages=list(run.goal))
-        yield lease
+        yield Driving(lease, interruption)
 
 
 @contextlib.contextmanager

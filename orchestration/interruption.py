@@ -35,6 +35,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._error: Exception | None = None
         self._main = threading.main_thread()
         self._is_armed = False
 
@@ -44,7 +45,14 @@ class Interruption:
             self._reason = reason
             signal.pthread_kill(self._main.ident, signal.SIGTERM)
 
+    def fail(self, error: Exception) -> None:
+        """End the main thread's work with an error, from any thread: there is nothing to end cleanly."""
+        self._error = error
+        self.ask(str(error))
+
     def _raise(self, number: int, _: FrameType | None) -> None:
+        if self._error is not None:
+            raise self._error
         os.write(2, STOPPING)  # a handler may be called inside of a write to sys.stderr
         raise Stopped(self._reason or SIGNALS[signal.Signals(number)])
 

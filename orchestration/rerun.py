@@ -9,7 +9,7 @@ from orchestration.duration import parse_duration
 from orchestration.interruption import Interruption
 from orchestration.run import Say
 from orchestration.stages import run_all
-from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.errors import ClusterError, ConfigError
 
 SHORTEST = timedelta(seconds=1)
 MAX_MESSAGE = 2000  # characters: of an error of Ray, which may be a worker's whole traceback
@@ -28,6 +28,7 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
 
     Raises:
         ConfigError: The time or the configuration is wrong.
+        ClusterError: The cluster's head is lost, and Ray with it.
         Stopped: It was told to stop.
     """
     every = parse_duration(text, "--every")
@@ -37,9 +38,9 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
         started = time.monotonic()
         try:
             run_all(load(), say)
-        except ConfigError:
+        except (ConfigError, ClusterError):  # nor does a process survive the loss of its cluster's head
             raise
-        except Exception as error:  # whatever it is: a cluster that went away may be back by then
+        except Exception as error:  # whatever it is
             say(f"{type(error).__name__}: {error}"[:MAX_MESSAGE])
         left_s = every.total_seconds() - (time.monotonic() - started)
         if left_s > 0:

@@ -13,7 +13,7 @@ from typing import Any
 from orchestration import actions, telemetry
 from orchestration.cluster import connected
 from orchestration.config import RunConfig
-from orchestration.driver import command_line, driving, hurry
+from orchestration.driver import Driving, command_line, driving, hurry
 from orchestration.journal import StageRecord
 from orchestration.lease import Lease
 from orchestration.plan import plan_json, plan_stages, plan_text
@@ -102,11 +102,11 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
     if position == len(stages):
         return
     _check(run, stages[position:])
-    with driving(run) as lease:
+    with driving(run) as driver:
         if len(stages) > 1:
             for line in plan_text(plan_stages(run, stages[position:])):
                 say(f"plan      {line}")
-        _run_rest(run, stages[position:], lease)
+        _run_rest(run, stages[position:], driver)
 
 
 def plan_run(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
@@ -143,7 +143,7 @@ def _is_up_to_date(run: Run, stage: Stage) -> bool:
     return True
 
 
-def _run_rest(run: Run, stages: Sequence[Stage], lease: Lease) -> None:
+def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
     """Do what is to be done; another driver may have done some of it while this one waited for the lease."""
     with contextlib.ExitStack() as cluster, _growing_report(run) as report:
         is_connected = False
@@ -151,11 +151,11 @@ def _run_rest(run: Run, stages: Sequence[Stage], lease: Lease) -> None:
             if _is_up_to_date(run, stage):
                 continue
             if stage.needs_ray and not is_connected:
-                cluster.enter_context(connected(run.config))
+                cluster.enter_context(connected(run.config, driver.interruption.fail))
                 is_connected = True
             if stage.name == "report" and report is not None:
                 report.close()
-            run_stage(run, stage, lease)
+            run_stage(run, stage, driver.lease)
 
 
 @contextlib.contextmanager
