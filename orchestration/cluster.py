@@ -14,6 +14,8 @@ from pipelines.dataset.errors import ClusterError
 from pipelines.dataset.storage import PATIENCE
 
 INHERITED = (PATIENCE,)
+OOM_RETRIES = ("RAY_task_oom_retries", "6")  # read when Ray is imported; its default is for ever
+MAX_MESSAGE = 800  # characters of what Ray says
 SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers that hold one each
 
 
@@ -28,6 +30,7 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
     Raises:
         ClusterError: Instead of whatever Ray says without its head.
     """
+    os.environ.setdefault(*OOM_RETRIES)
     import ray
 
     if ray.is_initialized():
@@ -38,7 +41,13 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
         raise given.error
     watched = given if given.has_address else contextlib.nullcontext()  # it may go while Ray connects
     with watched, keeping_handlers(), _quiet_start():
-        _init(config)
+        try:
+            _init(config)
+        except Exception as error:
+            said = " ".join(str(error).split())[:MAX_MESSAGE]
+            raise ClusterError(
+                f"Ray did not start: {said}", "Ray's logs are in /tmp/ray/session_latest/logs"
+            ) from error
     watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost)
     try:
         with watch:
@@ -46,6 +55,31 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
     finally:
         if not watch.is_lost:  # it would wait for the head, and the process is about to end
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def ours(stage: str) -> Iterator[None]:
+    """Raise what Ray says of workers, nodes and objects that are gone as an error of ours.
+
+    Raises:
+        ClusterError: They are.
+    """
+    try:
+        yield
+    except Exception as error:
+        from ray import exceptions
+
+        gone: tuple[type[Exception], ...] = (
+            exceptions.RayActorError, exceptions.WorkerCrashedError, exceptions.NodeDiedError,
+            exceptions.ObjectLostError, exceptions.OutOfMemoryError, exceptions.RaySystemError,
+        )  # fmt: skip
+        if not isinstance(error, gone):
+            raise
+        said = " ".join(str(error).split())[:MAX_MESSAGE]
+        raise ClusterError(
+            f"{stage} lost what it worked with: {type(error).__name__}: {said}",
+            "what is done is on the storage: the same command goes on; `ray status` shows the nodes",
+        ) from error
 
 
 @contextlib.contextmanager

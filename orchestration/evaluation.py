@@ -15,6 +15,7 @@ from pipelines.encode_plan import located
 from pipelines.progress import Progress
 from pipelines.room import uses_gpu
 
+MAX_RESTARTS = 3  # of a model's actor, whose node may go
 EVALUATION = "evaluation"
 
 
@@ -72,7 +73,8 @@ def draw_samples(
     device = config.encode.device
     config = config.model_copy(update={"encode": located(config.encode)})
     environment = {"env_vars": TORCH_ENVIRONMENT}
-    actor = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(device)), runtime_env=environment)(SampleModel)
+    again = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}  # a sample follows from its seed alone
+    actor = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(device)), runtime_env=environment, **again)(SampleModel)
     size = config.evaluate.batch_size
     starts = range(0, len(prompts), size)
     try:

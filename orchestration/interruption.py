@@ -36,6 +36,7 @@ class Interruption:
     def __init__(self) -> None:
         self._reason: str | None = None
         self._error: Exception | None = None
+        self._raised: BaseException | None = None
         self._main = threading.main_thread()
         self._is_armed = False
 
@@ -51,10 +52,20 @@ class Interruption:
         self.ask(str(error))
 
     def _raise(self, number: int, _: FrameType | None) -> None:
-        if self._error is not None:
-            raise self._error
-        os.write(2, STOPPING)  # a handler may be called inside of a write to sys.stderr
-        raise Stopped(self._reason or SIGNALS[signal.Signals(number)])
+        if self._error is None:
+            os.write(2, STOPPING)  # a handler may be called inside of a write to sys.stderr
+        self._raised = self._error or Stopped(self._reason or SIGNALS[signal.Signals(number)])
+        raise self._raised
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Raise what a signal meant, where Ray's C++ core has made a plain `KeyboardInterrupt` of it."""
+        try:
+            yield
+        except KeyboardInterrupt as plain:
+            if self._raised is None or plain is self._raised:
+                raise
+            raise self._raised from plain
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[Interruption]:

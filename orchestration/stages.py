@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration import actions, telemetry
-from orchestration.cluster import connected
+from orchestration.cluster import connected, ours
 from orchestration.config import RunConfig
 from orchestration.driver import Driving, command_line, driving, hurry
 from orchestration.journal import StageRecord
-from orchestration.lease import Lease
 from orchestration.plan import plan_json, plan_stages, plan_text
 from orchestration.report_writer import ReportWriter
 from orchestration.run import Outcome, Run, Say
@@ -155,7 +154,7 @@ def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
                 is_connected = True
             if stage.name == "report" and report is not None:
                 report.close()
-            run_stage(run, stage, driver.lease)
+            run_stage(run, stage, driver)
 
 
 @contextlib.contextmanager
@@ -173,7 +172,7 @@ def _growing_report(run: Run) -> Iterator[ReportWriter | None]:
         raise
 
 
-def run_stage(run: Run, stage: Stage, lease: Lease) -> StageRecord:
+def run_stage(run: Run, stage: Stage, driver: Driving) -> StageRecord:
     """Do one stage and record it."""
     key = stage.key(run)
     assert key is not None, "the stages before this one have just run"
@@ -181,9 +180,9 @@ def run_stage(run: Run, stage: Stage, lease: Lease) -> StageRecord:
     run.journal.event("began", stage=stage.name)
     started = time.monotonic()
     try:
-        with telemetry.stage(run.config.name, stage.name):
+        with telemetry.stage(run.config.name, stage.name), driver.interruption.named(), ours(stage.name):
             outcome = stage.execute(run, key)
-        lease.confirm()
+        driver.lease.confirm()
     except BaseException as error:
         hurry()
         with contextlib.suppress(MapoError):  # the storage may be what failed

@@ -47,12 +47,12 @@ NUM_FAULTS = sum(map(len, KINDS.values()))
 NAMED = {
     "driver killed": (),
     "driver stopped": ("stopped by SIGTERM",),
-    "worker killed": ("TrainingError", "EncodingError", "RayActorError", "ActorDiedError", "WorkerCrashedError"),
-    "node killed": ("TrainingError", "node"),
+    "worker killed": ("TrainingError", "EncodingError", "ClusterError"),
+    "node killed": ("TrainingError", "EncodingError", "ClusterError"),
     "head killed": ("ClusterError",),
     "disk full": ("No space left on device", "no space left"),
     "memory short": ("memory", "Memory"),
-    "storage away": (),
+    "storage away": ("StorageError",),  # before it has answered once, nobody waits
     "storage gone": ("StorageError",),
 }
 """What an ended command says of a fault; one of these."""
