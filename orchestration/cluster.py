@@ -44,9 +44,8 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
         try:
             _init(config)
         except Exception as error:
-            said = " ".join(str(error).split())[:MAX_MESSAGE]
             raise ClusterError(
-                f"Ray did not start: {said}", "Ray's logs are in /tmp/ray/session_latest/logs"
+                f"Ray did not start: {_in_short(error)}", "Ray's logs are in /tmp/ray/session_latest/logs"
             ) from error
     watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost)
     try:
@@ -75,11 +74,17 @@ def ours(stage: str) -> Iterator[None]:
         )  # fmt: skip
         if not isinstance(error, gone):
             raise
-        said = " ".join(str(error).split())[:MAX_MESSAGE]
         raise ClusterError(
-            f"{stage} lost what it worked with: {type(error).__name__}: {said}",
+            f"{stage} lost what it worked with: {type(error).__name__}: {_in_short(error)}",
             "what is done is on the storage: the same command goes on; `ray status` shows the nodes",
         ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """What Ray says, in one line: of a traceback the beginning says where, and the end says what."""
+    said = " ".join(str(error).split())
+    half = MAX_MESSAGE // 2
+    return said if len(said) <= MAX_MESSAGE else f"{said[:half]} … {said[-half:]}"
 
 
 @contextlib.contextmanager
