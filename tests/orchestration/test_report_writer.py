@@ -153,7 +153,7 @@ def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, mo
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.01)
@@ -175,21 +175,17 @@ def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: 
 
 
 def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    tried = []
-
     def refuse(self: Storage, name: str, data: bytes) -> None:
-        tried.append(name)
         raise StorageError("no space left", "make room")
 
-    monkeypatch.setattr(Storage, "write", refuse)
-    monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
     log = logging.Logger("alone")  # a library in the same process may have changed the levels of all others
     log.addHandler(caplog.handler)
     monkeypatch.setattr(report_writer, "log", log)
     monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    monkeypatch.setattr(Storage, "write", refuse)
+    monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
     with ReportWriter(run, command="mapo run", every_s=0.01):
-        wait_for(lambda: len(tried) >= 2)
-    assert "report not written: no space left" in caplog.text
+        wait_for(lambda: caplog.text.count("report not written: no space left") >= 2)
 
 
 def test_a_closed_writer_drops_the_page_that_it_was_making(run: Run) -> None:
