@@ -37,10 +37,12 @@ class HeadWatch:
     @property
     def error(self) -> ClusterError:
         """What a run without its head ends with."""
-        return ClusterError(
+        found = ClusterError(
             f"the head of the Ray cluster, {self._address}, does not answer",
             "what is done is on the storage: the same command goes on once there is a cluster again",
         )
+        found.ends_process = self.is_lost
+        return found
 
     @property
     def has_address(self) -> bool:
@@ -83,5 +85,5 @@ class HeadWatch:
         os.close(self._stderr)
         if isinstance(error, Exception) and not self.answers():
             self.is_lost = True  # Ray noticed it first
-        if self.is_lost and error is not None and not isinstance(error, ClusterError):
+        if self.is_lost and error is not None and not getattr(error, "ends_process", False):
             raise self.error from error

@@ -8,11 +8,10 @@ from orchestration.config import RunConfig
 from orchestration.duration import parse_duration
 from orchestration.interruption import Interruption
 from orchestration.run import Say
-from orchestration.stages import run_all
+from orchestration.stages import MAX_MESSAGE, run_all
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 SHORTEST = timedelta(seconds=1)
-MAX_MESSAGE = 2000  # characters: of an error of Ray, which may be a worker's whole traceback
 
 
 def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
@@ -38,9 +37,11 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
         started = time.monotonic()
         try:
             run_all(load(), say)
-        except (ConfigError, ClusterError):  # nor does a process survive the loss of its cluster's head
+        except ConfigError:
             raise
         except Exception as error:  # whatever it is
+            if isinstance(error, ClusterError) and error.ends_process:
+                raise
             say(f"{type(error).__name__}: {error}"[:MAX_MESSAGE])
         left_s = every.total_seconds() - (time.monotonic() - started)
         if left_s > 0:

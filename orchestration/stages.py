@@ -20,7 +20,7 @@ from orchestration.report_writer import ReportWriter
 from orchestration.run import Outcome, Run, Say
 from pipelines.dataset.errors import ConfigError, MapoError
 
-MAX_MESSAGE = 2000  # characters of an error in the journal
+MAX_MESSAGE = 2000  # characters of an error in the journal: Ray's may be a worker's whole traceback
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class ClusterError(JobError):
 
     is_transient = False
     """Whether the same request may go well a moment later."""
+    ends_process = False
+    """Whether Ray takes this process down with the cluster that it was connected to."""
 
 
 class LeaseError(JobError):

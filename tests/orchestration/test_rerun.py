@@ -11,7 +11,7 @@ import pytest
 from orchestration.config import RunConfig
 from orchestration.interruption import Stopped
 from orchestration.rerun import run_every
-from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.errors import ClusterError, ConfigError
 
 
 @pytest.fixture
@@ -41,6 +41,20 @@ def test_work_that_failed_is_tried_again_and_the_configuration_is_read_each_time
     assert [line.split()[0] for line in said] == ["SourceError:", "next"] * 2
     assert starts[1] - starts[0] >= 1
     assert starts[2] - starts[1] >= 1
+
+
+def test_a_cluster_that_fails_is_tried_again_unless_this_process_goes_down_with_it() -> None:
+    final = ClusterError("its head is gone")
+    final.ends_process = True
+    errors = [ClusterError("a worker is gone"), final]
+    said: list[str] = []
+
+    def load() -> RunConfig:
+        raise errors.pop(0)
+
+    with pytest.raises(ClusterError, match="its head is gone"):
+        run_every("1s", load, said.append)
+    assert said[0] == "ClusterError: a worker is gone"
 
 
 def test_a_signal_ends_the_wait(config: RunConfig) -> None:
