@@ -129,5 +129,6 @@ def quiet_ray_data() -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # otherwise a UserCodeException without what caused it
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the console; the log file's handler is of another class
+        is_of_ray = type(handler).__module__.startswith("ray.")  # the user's own are left as they are
+        if is_of_ray and isinstance(handler, logging.StreamHandler):  # the console; the log file's is of another class
             handler.setLevel(logging.CRITICAL + 1)
