@@ -45,7 +45,7 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
             _init(config)
         except Exception as error:
             raise ClusterError(
-                f"Ray did not start: {_in_short(error)}", "Ray's logs are in /tmp/ray/session_latest/logs"
+                f"Ray did not start: {in_short(error)}", "Ray's logs are in /tmp/ray/session_latest/logs"
             ) from error
     watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost)
     try:
@@ -75,12 +75,12 @@ def ours(stage: str) -> Iterator[None]:
         if not isinstance(error, gone):
             raise
         raise ClusterError(
-            f"{stage} lost what it worked with: {type(error).__name__}: {_in_short(error)}",
+            f"{stage} lost what it worked with: {type(error).__name__}: {in_short(error)}",
             "what is done is on the storage: the same command goes on; `ray status` shows the nodes",
         ) from error
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What Ray says, in one line: of a traceback the beginning says where, and the end says what."""
     said = " ".join(str(error).split())
     half = MAX_MESSAGE // 2

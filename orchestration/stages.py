@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration import actions, telemetry
+from orchestration.canary import canary
 from orchestration.cluster import connected, ours
 from orchestration.config import RunConfig
 from orchestration.driver import Driving, command_line, driving, hurry
@@ -180,7 +181,8 @@ def run_stage(run: Run, stage: Stage, driver: Driving) -> StageRecord:
     run.journal.event("began", stage=stage.name)
     started = time.monotonic()
     try:
-        with telemetry.stage(run.config.name, stage.name), driver.interruption.named(), ours(stage.name):
+        living = canary(driver.interruption.fail) if stage.needs_ray else contextlib.nullcontext()
+        with telemetry.stage(run.config.name, stage.name), driver.interruption.named(), ours(stage.name), living:
             outcome = stage.execute(run, key)
         driver.lease.confirm()
     except BaseException as error:

@@ -1,7 +1,9 @@
-"""What DeepSpeed would compile at its start: nothing that training here does not use."""
+"""What DeepSpeed would compile and import at its start: nothing that training here does not use."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 INFERENCE_OP = "deepspeed_shm_comm"  # an all-reduce between the CPU ranks of a node
@@ -14,7 +16,21 @@ def leave_out_ops() -> None:
     inference calls. What is asked for (`train.offload: nvme`) is still compiled: ninja lies beside this interpreter and
     need not be on PATH.
     """
-    import deepspeed.ops
+    with _without_mlflow():
+        import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__[INFERENCE_OP] = False
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner imports it where it is installed: two seconds of the start of every worker."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # which makes an import of it fail
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]

@@ -1,13 +1,13 @@
 """What this process says while Ray Data works."""
 
+import importlib
 import logging
 
 from pipelines.progress import quiet_ray_data
 
 
 def test_ray_data_is_quiet_on_the_console_and_handlers_of_others_go_on() -> None:
-    import ray.data  # adds its own handlers
-
+    importlib.import_module("ray.data")  # adds its own handlers
     log = logging.getLogger("ray.data")
     own = [handler for handler in log.handlers if type(handler).__module__.startswith("ray.")]
     of_user = logging.StreamHandler()
