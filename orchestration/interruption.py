@@ -59,13 +59,17 @@ class Interruption:
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
-        """Raise what a signal meant, where Ray's C++ core has made a plain `KeyboardInterrupt` of it."""
+        """Raise what a signal meant, where a library's C code has made something else of it.
+
+        Ray's core makes a plain `KeyboardInterrupt` of it, Python a `SystemError` where C code went on without looking.
+        """
         try:
             yield
-        except KeyboardInterrupt as plain:
-            if self._raised is None or plain is self._raised:
-                raise
-            raise self._raised from plain
+        except BaseException as found:
+            is_other = self._raised is not None and found is not self._raised
+            if is_other and (self._error is not None or isinstance(found, KeyboardInterrupt | SystemError)):
+                raise self._raised from found  # type: ignore[misc]
+            raise
 
     @contextlib.contextmanager
     def armed(self) -> Iterator[Interruption]:

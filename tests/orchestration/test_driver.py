@@ -13,16 +13,18 @@ import psutil
 import pytest
 import yaml
 from command import Command
+from encode_steps import encode_here, ingest_here
 from factories import photo_pairs, write_parquet
 
 from orchestration.config import RunConfig
-from orchestration.stages import run_stages
+from pipelines.dataset.storage import Storage
+from pipelines.encoders import LatentEncoder, TextEncoder
 
 MAX_STEPS = 120
 
 
 @pytest.fixture(scope="module")
-def encoded(ray_cluster: None, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoded(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a configuration whose pairs are encoded."""
     folder = tmp_path_factory.mktemp("driver")
     write_parquet(folder / "data" / "pairs.parquet", photo_pairs(48, num_prompts=6), row_group_size=16)
@@ -37,7 +39,9 @@ def encoded(ray_cluster: None, tiny_pipeline: Path, tmp_path_factory: pytest.Tem
     }
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
     config = RunConfig.model_validate(settings | {"storage": str(folder / "storage")})
-    run_stages(config, ["ingest", "encode"], lambda line: None)
+    storage, source = Storage(config.storage), config.encode.source
+    ingest_here(storage, folder / "data" / "pairs.parquet")
+    encode_here(config.encode, storage, LatentEncoder(source), TextEncoder(source))
     return folder
 
 

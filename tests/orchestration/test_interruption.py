@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from orchestration.interruption import Interruption, Stopped, keeping_handlers
+from pipelines.dataset.errors import ClusterError, StorageError
 
 
 def leave(number: int, _: object) -> None:
@@ -43,3 +45,40 @@ def test_what_another_thread_asks_for_has_its_reason() -> None:
     interruption = Interruption()
     with interruption.armed(), pytest.raises(Stopped, match="by request of ada"):
         interruption.ask("stopped by request of ada")
+
+
+def told_instead(interruption: Interruption, interrupt: Callable[[], None], error: BaseException) -> BaseException:
+    """What comes out where something else is raised in place of what a signal raised."""
+    try:
+        with interruption.armed(), interruption.named():
+            try:
+                interrupt()
+                signal.sigtimedwait([], 0.1)
+            except BaseException:  # C code lost it
+                pass
+            raise error
+    except BaseException as found:
+        return found
+
+
+def by_sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_c_code_makes_of_a_signal_is_told_as_what_it_was() -> None:
+    for made in (KeyboardInterrupt(), SystemError("a result with an exception set")):
+        found = told_instead(Interruption(), by_sigterm, made)
+        assert str(found) == "stopped by SIGTERM"
+        assert found.__cause__ is made
+        assert told_instead(Interruption(), lambda: None, made) is made
+
+
+def test_what_fails_in_a_clean_end_is_told() -> None:
+    failed = StorageError("no space left", "make room")
+    assert told_instead(Interruption(), by_sigterm, failed) is failed
+
+
+def test_an_error_of_another_thread_comes_before_all_that_follows_from_it() -> None:
+    interruption, error = Interruption(), ClusterError("the head does not answer", "start it")
+    found = told_instead(interruption, lambda: interruption.fail(error), ValueError("what a library made of it"))
+    assert found is error

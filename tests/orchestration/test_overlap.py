@@ -20,7 +20,7 @@ from pipelines.room import total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-NUM_PAIRS, DELAY_S = 32, 0.5  # an encoder takes ten seconds to start
+NUM_PAIRS, DELAY_S = 32, 1.0  # ingest takes longer than an encoder takes to start
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ CONFIG = TrainConfig(
     ema={"decay": 0.9},
     keep_checkpoints=20,
 )
+SHORT = 12  # steps of what the suite runs
 KILLS = 7  # in a run of the matrix: 3 runs and 21 kills for each ZeRO stage
 MOMENTS = 10  # files that are seen before a kill: one checkpoint is about eight of them, with unfinished ones
 
@@ -107,16 +108,17 @@ def run_of(data: tuple[Path, TrainSpec], name: str, **changes) -> TrainSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, Trained]]:
-    """By ZeRO stage, made when it is asked for."""
+def undisturbed(ray_cluster, data) -> dict[tuple[int, int], tuple[TrainSpec, Trained]]:
+    """By ZeRO stage and steps, made when it is asked for."""
 
-    class ByStage(dict):
-        def __missing__(self, stage: int) -> tuple[TrainSpec, Trained]:
-            spec = run_of(data, f"undisturbed-{stage}", zero_stage=stage)
-            self[stage] = spec, train(spec, lambda progress: None)
-            return self[stage]
+    class Made(dict):
+        def __missing__(self, which: tuple[int, int]) -> tuple[TrainSpec, Trained]:
+            stage, steps = which
+            spec = run_of(data, f"undisturbed-{stage}-{steps}", zero_stage=stage, max_steps=steps)
+            self[which] = spec, train(spec, lambda progress: None)
+            return self[which]
 
-    return ByStage()
+    return Made()
 
 
 def weights(spec: TrainSpec, trained: Trained, kind: str) -> dict[str, np.ndarray]:
@@ -130,20 +132,20 @@ def assert_same_bits(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, Tra
         assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
 
 
-def check_killed_run(data, undisturbed, stage: int, seed: int, num_kills: int) -> None:
-    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage, max_failures=num_kills)
+def check_killed_run(data, undisturbed, stage: int, seed: int, num_kills: int, steps: int = STEPS) -> None:
+    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage, max_failures=num_kills, max_steps=steps)
     with Killer(spec, seed, num_kills) as killer:
         trained = train(spec, lambda progress: None)
     assert len(killer.killed) == num_kills, "the run ended before"
     assert trained.starts == num_kills + 1
-    expected_spec, expected = undisturbed[stage]
-    assert [step["step"] for step in trained.history["steps"]] == list(range(1, STEPS + 1)), "none twice, none missed"
+    expected_spec, expected = undisturbed[stage, steps]
+    assert [step["step"] for step in trained.history["steps"]] == list(range(1, steps + 1)), "none twice, none missed"
     assert trained.digest == expected.digest, "the same pairs at the same steps"
     assert_same_bits((expected_spec, expected), (spec, trained))
 
 
 def test_a_worker_killed_at_any_moment_costs_time_and_nothing_else(data, undisturbed) -> None:
-    check_killed_run(data, undisturbed, stage=2, seed=0, num_kills=1)
+    check_killed_run(data, undisturbed, stage=2, seed=0, num_kills=1, steps=SHORT)
 
 
 @pytest.mark.slow
@@ -167,9 +169,9 @@ def cut_off(undisturbed: tuple[TrainSpec, Trained], spec: TrainSpec, step: int) 
 def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curve(data, undisturbed) -> None:
     """2 workers to step 8, whose checkpoint is damaged, then 3 from step 6; neither number divides the 5 slots."""
     spec = run_of(data, "elastic", num_workers="1..3", max_failures=0)
-    expected_spec, expected = undisturbed[2]
+    expected_spec, expected = undisturbed[2, STEPS]
     assert spec.key == expected_spec.key, "the number of workers does not make it another training"
-    cut_off(undisturbed[2], spec, 8)
+    cut_off(undisturbed[2, STEPS], spec, 8)
     newest = committed(spec.storage, spec.checkpoints)[-1]
     file = Path(spec.storage.path(f"{newest.folder}/rank-00001.safetensors"))
     changed = bytearray(file.read_bytes())

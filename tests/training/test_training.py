@@ -28,12 +28,12 @@ CONFIG = TrainConfig(
     num_workers=2,
     global_batch_size=8,
     micro_batch_size=2,
-    max_steps=40,
-    learning_rate=2e-3,
+    max_steps=20,
+    learning_rate=4e-3,
     precision="fp32",
     gradient_checkpointing=False,
     checkpoint_every=10,
-    validate_every=20,
+    validate_every=10,
 )
 
 
@@ -81,7 +81,7 @@ def test_two_ranks_know_who_they_are_and_have_their_own_data(undisturbed) -> Non
     assert [(w["rank"], w["world_size"], w["zero_stage"]) for w in trained.workers] == [(0, 2, 2), (1, 2, 2)]
     assert first["engine"] == second["engine"] == "DeepSpeedEngine"
     assert first["pid"] != second["pid"]
-    assert first["num_pairs"] == second["num_pairs"] == 40 * 8 // 2
+    assert first["num_pairs"] == second["num_pairs"] == 20 * 8 // 2
     assert first["digest"] != second["digest"]
 
 
@@ -95,14 +95,14 @@ def test_the_first_step_is_the_mean_over_the_planned_global_batch(undisturbed) -
 def test_training_learns_the_preference(undisturbed) -> None:
     _, trained = undisturbed
     before, after = trained.history["validations"][0], trained.history["validations"][-1]
-    assert (before["step"], after["step"]) == (0, 40)
+    assert (before["step"], after["step"]) == (0, 20)
     assert after["loss"] < before["loss"] - 0.1
     assert after["num_pairs"] == 6
 
 
 def test_history_has_every_step_once(undisturbed) -> None:
     _, trained = undisturbed
-    assert [s["step"] for s in trained.history["steps"]] == list(range(1, 41))
+    assert [s["step"] for s in trained.history["steps"]] == list(range(1, 21))
     assert trained.history["steps"][-1]["learning_rate"] < CONFIG.learning_rate / 100
 
 
