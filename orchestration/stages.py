@@ -16,6 +16,7 @@ from orchestration.cluster import connected, ours
 from orchestration.config import RunConfig
 from orchestration.driver import Driving, command_line, driving, hurry
 from orchestration.journal import StageRecord
+from orchestration.lease import Lease
 from orchestration.plan import plan_json, plan_stages, plan_text
 from orchestration.report_writer import ReportWriter
 from orchestration.run import Outcome, Run, Say
@@ -145,7 +146,7 @@ def _is_up_to_date(run: Run, stage: Stage) -> bool:
 
 def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
     """Do what is to be done; another driver may have done some of it while this one waited for the lease."""
-    with contextlib.ExitStack() as cluster, _growing_report(run) as report:
+    with contextlib.ExitStack() as cluster, _growing_report(run, driver.lease) as report:
         is_connected = False
         for stage in stages:
             if _is_up_to_date(run, stage):
@@ -159,8 +160,11 @@ def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
 
 
 @contextlib.contextmanager
-def _growing_report(run: Run) -> Iterator[ReportWriter | None]:
-    """The run's page, written again and again while stages run; the last one of a run that fails tells why."""
+def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
+    """The run's page, written again and again while stages run; the last one of a run that fails tells why.
+
+    A driver whose run was taken over leaves that page to the other.
+    """
     if "report" not in run.goal:
         yield None
         return
@@ -169,7 +173,9 @@ def _growing_report(run: Run) -> Iterator[ReportWriter | None]:
         with writer:
             yield writer
     except BaseException:
-        writer.write(is_driven=False)
+        with contextlib.suppress(MapoError):
+            lease.confirm()
+            writer.write(is_driven=False)
         raise
 
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from report_sample import Page
 from orchestration import report_writer
 from orchestration.config import parse_config
 from orchestration.journal import Journal
+from orchestration.lease import Lease, Terms
 from orchestration.live_curves import SEEN, SeenSteps, live_history
 from orchestration.report_data import report_data
 from orchestration.report_writer import ReportWriter, write_report
 from orchestration.run import Run
 from orchestration.run_index import INDEX, SUMMARY
+from orchestration.stages import _growing_report
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import MANIFEST, STATE, Manifest
@@ -186,6 +189,24 @@ def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytes
     monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
     with ReportWriter(run, command="mapo run", every_s=0.01):
         wait_for(lambda: caplog.text.count("report not written: no space left") >= 2)
+
+
+@pytest.mark.parametrize("is_taken_over", [False, True])
+def test_the_last_page_of_a_failed_run_is_written_by_whoever_drives_it(
+    run: Run, is_taken_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bool] = []
+    monkeypatch.setattr(ReportWriter, "write", lambda self, *, is_driven: written.append(is_driven))
+
+    def fail() -> None:
+        if is_taken_over:
+            run.storage.create(Terms(run.storage, run.folder).file(2), b"{}")
+        raise ValueError("it fails")
+
+    lease = Lease(run.storage, run.folder, "mapo run")
+    with pytest.raises(ValueError, match="it fails"), lease, _growing_report(replace(run, goal=("report",)), lease):
+        fail()
+    assert written == ([] if is_taken_over else [False])
 
 
 def test_a_closed_writer_drops_the_page_that_it_was_making(run: Run) -> None:
