@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,8 +53,18 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
         with watch:
             yield
     finally:
-        if not watch.is_lost:  # it would wait for the head, and the process is about to end
+        if not watch.is_lost and not _is_in_use():  # without a head it would wait, and the process is about to end
             ray.shutdown()
+
+
+def _is_in_use() -> bool:
+    """Whether a training that was stopped before it began still waits in Ray, whose end would crash the process.
+
+    The process is about to end: the system kills a Ray that it started, and a cluster notices that its driver is gone.
+    """
+    from training.stop_request import WAITS_IN_RAY
+
+    return any(thread.name == WAITS_IN_RAY for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pipelines.dataset.storage import Storage
 from training.account import Consumed
 from training.checkpoint_format import Manifest, Reader, best_of, committed
 from training.spec import TrainSpec
-from training.stop_request import new_flag
+from training.stop_request import WAITS_IN_RAY, new_flag
 
 POLL_S = 1.0
 
@@ -72,7 +72,8 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
             progress.look()
         progress.look()
     except KeyboardInterrupt:
-        if progress.has_begun:  # otherwise there is nothing to keep, and perhaps no worker that would hear
+        # Otherwise there is nothing to keep, and perhaps no worker that would hear; the thread ends with the process.
+        if progress.has_begun:
             ray.get(flag.set.remote())
             fit.wait()
         raise
@@ -191,7 +192,7 @@ class _Fit:
         self.error: Exception | None = None
         # An event and no join: Python 3.11 takes a thread for ended once a signal has interrupted its join.
         self._over = threading.Event()
-        threading.Thread(target=self._run, name="ray-train", daemon=True).start()
+        threading.Thread(target=self._run, name=WAITS_IN_RAY, daemon=True).start()
 
     def _run(self) -> None:
         try:

@@ -8,6 +8,8 @@ from typing import Any
 import ray
 
 ASK_EVERY_S = 1.0
+WAITS_IN_RAY = "ray-train"
+"""The name of the driver's thread that is in Ray Train: Ray must not be shut down under it."""
 
 
 class _Flag:

@@ -131,6 +131,20 @@ def test_a_stopped_driver_leaves_a_checkpoint_from_which_the_next_goes_on(folder
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 2, 4, 6, 8])
+def test_a_driver_is_stopped_while_its_workers_start(folder: Path, seconds: int) -> None:
+    with Driver(folder, "train") as driver:
+        driver.until(lambda: ("began", "train") in events(driver.run))
+        driver.sleep(seconds)
+        driver.process.send_signal(signal.SIGTERM)
+        assert driver.wait() == 130, driver.errors
+        assert psutil.wait_procs(list(driver._family), timeout=90)[1] == [], (
+            "Ray's agents notice within a minute that it is gone"
+        )
+    assert "stopped by SIGTERM; run the same command again to go on" in driver.errors
+
+
+@pytest.mark.slow
 def test_a_request_on_the_storage_stops_a_run(folder: Path) -> None:
     with Driver(folder, "train") as driver:
         driver.until(lambda: driver.step >= 1)
