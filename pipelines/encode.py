@@ -31,7 +31,6 @@ from pipelines.unit_shard import from_ipc, to_ipc
 
 LOOK_AGAIN_S = 1.0
 MIN_UNITS_AHEAD = 4  # or one for each encoder: a pass starts actors, which takes seconds
-MAX_RESTARTS = 20  # of one actor: more than MAX_ATTEMPTS, which names the unit; it may also die before it has one
 UNITS_AT_ONCE = 3  # of an actor: one is read, one is encoded, one is written
 
 
@@ -189,7 +188,6 @@ class _Stage:
                 max_tasks_in_flight_per_actor=at_once,  # more would wait for this actor while another is free
                 enable_true_multi_threading=True,
             ),
-            ray_remote_args_fn=lambda: {"max_restarts": MAX_RESTARTS},  # as a plain argument it is deprecated
             fn_constructor_args=(
                 self.config,
                 self.storage,
