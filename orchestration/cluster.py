@@ -53,14 +53,15 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
         with watch:
             yield
     finally:
-        if not watch.is_lost and not _is_in_use():  # without a head it would wait, and the process is about to end
+        # Without a head it would wait, and under a thread that is in Ray it would crash; the process is about to end.
+        if not watch.is_lost and not _is_in_use():
             ray.shutdown()
 
 
 def _is_in_use() -> bool:
-    """Whether a training that was stopped before it began still waits in Ray, whose end would crash the process.
+    """Whether a training that was stopped before it began still waits in Ray.
 
-    The process is about to end: the system kills a Ray that it started, and a cluster notices that its driver is gone.
+    The system kills a Ray that this process started; a cluster notices that its driver is gone.
     """
     from training.stop_request import WAITS_IN_RAY
 
