@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from orchestration.dataset_view import MAX_TOKENS, describe_dataset, describe_encoding, summary_line
-from orchestration.overlap import EncodeAhead
 from orchestration.run import Outcome, Run
 from pipelines.dataset.errors import ConfigError, MapoError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
@@ -113,9 +112,10 @@ def run_ingest(run: Run, key: str) -> Outcome:
     from pipelines.ingest import ingest
 
     assert run.config.ingest
-    with EncodeAhead(run) as ahead:
-        ingest(run.config.ingest, run.storage, run.units)
-    details: dict[str, Any] = {"encoded_ahead": ahead.passes} if ahead.passes else {}
+    if "encode" in run.goal and run.config.encode:
+        run.ahead.begin(run.config.ingest, run.config.encode)
+    ingest(run.config.ingest, run.storage, run.units)
+    details: dict[str, Any] = {} if (ahead := run.ahead.speed()) is None else {"encoded_ahead": [ahead]}
     checked = ingest_check(run, key)  # before the look: another run may commit at any time
     if ingest_is_done(run, key):
         details["checked"] = checked
@@ -157,14 +157,19 @@ def encode_check(run: Run, pairs_version: int | None) -> list[Any]:
 
 
 def run_encode(run: Run, key: str) -> Outcome:
-    """Pair shards to latent and text shards, and a contact sheet that shows whether they are right."""
+    """Pair shards to latent and text shards, and a contact sheet that shows whether they are right.
+
+    What went on beside ingest comes first: it holds devices.
+    """
     from orchestration.contact import write_contact_sheet
     from pipelines.encode import encode
 
     config = run.config.encode
     assert config
     version = pairs_table(run.storage).version  # what others commit meanwhile may not be encoded
+    rest = run.ahead.finish()
     speed = encode(config, run.storage)
+    speed["latents"] = speed["latents"] or rest
     latents, text = _fingerprints(run)
     facts = describe_encoding(run.storage, latents, text)
     contact = write_contact_sheet(config, run.storage, run.folder)

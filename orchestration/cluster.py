@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from orchestration import overlap
 from orchestration.config import RunConfig
 from orchestration.head_watch import HeadWatch
 from orchestration.interruption import keeping_handlers
@@ -59,13 +60,13 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
 
 
 def _is_in_use() -> bool:
-    """Whether a training that was stopped before it began still waits in Ray.
+    """Whether a training or an encode beside ingest that was stopped before it began still waits in Ray.
 
     The system kills a Ray that this process started; a cluster notices that its driver is gone.
     """
     from training.stop_request import WAITS_IN_RAY
 
-    return any(thread.name == WAITS_IN_RAY for thread in threading.enumerate())
+    return any(thread.name in (WAITS_IN_RAY, overlap.WAITS_IN_RAY) for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

@@ -3,60 +3,72 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from orchestration.run import Run
 from pipelines.dataset.errors import MapoError
 from pipelines.room import uses_gpu
 
+if TYPE_CHECKING:
+    from pipelines.config import EncodeConfig, IngestConfig
+    from pipelines.dataset.storage import Storage
+    from pipelines.encode_ahead import LatentsAhead
+
+WAITS_IN_RAY = "encode-ahead"
+"""The name of its thread: Ray must not be shut down under it."""
+MAX_STOP_S = 20.0  # a unit takes less; the first one may wait for a node for ever
+
 
 class EncodeAhead:
-    """While it is entered, latents of shards that ingest has committed are encoded in a thread of the driver.
+    """Begun by the stage `ingest`, ended by the stage `encode`, or by `stop`: in between, a thread of the driver
+    encodes the latents of what ingest has committed.
 
-    Does nothing where both stages would only take CPUs from each other: there must be GPUs, or nodes of encode's own by
-    `encode.resources`. An error does not end the ingest: the stage `encode`, which comes next, meets it again.
+    An error does not end the ingest: the stage `encode` meets it again.
 
     Args:
-        run: Its goal must hold `encode`.
+        storage: Of the data set.
+        say: Where lines go.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._over, self._stopped = run, threading.Event(), threading.Event()
-        self.passes: list[dict[str, Any]] = []
+    def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
+        self._storage, self._say = storage, say
+        self._ahead: LatentsAhead | None = None
         self._thread: threading.Thread | None = None
-        ingest, encode = run.config.ingest, run.config.encode
-        if "encode" in run.goal and ingest and encode:
-            has_own_nodes = bool(encode.resources) and encode.resources != ingest.resources
-            if has_own_nodes or uses_gpu(encode.device):
-                self._thread = threading.Thread(target=self._encode, name="encode-ahead", daemon=True)
 
-    def _encode(self) -> None:
-        from pipelines.encode import encode_ahead
+    def begin(self, ingest: IngestConfig, encode: EncodeConfig) -> None:
+        """Begin, unless both stages would only take CPUs from each other: there must be GPUs, or nodes of encode's own
+        by `encode.resources`.
+        """
+        from pipelines.encode_ahead import LatentsAhead
 
-        assert self._run.config.encode
-        try:
-            self.passes = encode_ahead(
-                self._run.config.encode,
-                self._run.storage,
-                is_over=self._over.is_set,
-                is_stopped=self._stopped.is_set,
-            )
-        except MapoError as error:
-            self._run.say(f"encode    beside ingest: {error.message}; it is tried again after ingest")
-        except Exception as error:  # of Ray, which may be going down
-            self._run.say(f"encode    beside ingest: {type(error).__name__}; it is tried again after ingest")
-
-    def __enter__(self) -> EncodeAhead:
-        if self._thread is not None:
+        has_own_nodes = bool(encode.resources) and encode.resources != ingest.resources
+        if has_own_nodes or uses_gpu(encode.device):
+            self._ahead = LatentsAhead(encode, self._storage)
+            self._thread = threading.Thread(target=self._run, args=(self._ahead,), name=WAITS_IN_RAY, daemon=True)
             self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        if kind is not None:
-            self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+    def _run(self, ahead: LatentsAhead) -> None:
+        try:
+            ahead.run()
+        except MapoError as error:
+            self._say(f"encode    beside ingest: {error.message}; it is tried again after ingest")
+        except Exception as error:  # of Ray, which may be going down
+            self._say(f"encode    beside ingest: {type(error).__name__}; it is tried again after ingest")
+
+    def speed(self) -> dict[str, Any] | None:
+        """What was done since this was last asked, and how fast; None if nothing."""
+        return None if self._ahead is None else self._ahead.take_speed()
+
+    def finish(self) -> dict[str, Any] | None:
+        """Wait until all that is committed is encoded; the speed of this rest."""
+        if self._ahead is None or self._thread is None:
+            return None
+        self._ahead.finish()
+        self._thread.join()
+        return self.speed()
+
+    def stop(self) -> None:
+        """End it after the next unit, if it goes on; one that waits for a node is left behind."""
+        if self._ahead is not None and self._thread is not None:
+            self._ahead.stop()
+            self._thread.join(MAX_STOP_S)

@@ -11,6 +11,7 @@ from pipelines.dataset.layout import RUNS
 from pipelines.dataset.storage import Storage
 
 if TYPE_CHECKING:
+    from orchestration.overlap import EncodeAhead
     from pipelines.sources.source import Unit
 
 Say = Callable[[str], None]
@@ -48,6 +49,13 @@ class Run:
 
         assert self.config.ingest
         return plan_units(self.config.ingest)
+
+    @cached_property
+    def ahead(self) -> "EncodeAhead":
+        """What encodes beside ingest."""
+        from orchestration.overlap import EncodeAhead
+
+        return EncodeAhead(self.storage, self.say)
 
     @property
     def folder(self) -> str:

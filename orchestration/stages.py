@@ -154,6 +154,9 @@ def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
             if stage.needs_ray and not is_connected:
                 cluster.enter_context(connected(run.config, driver.interruption.fail))
                 is_connected = True
+                cluster.callback(run.ahead.stop)
+            if stage.name not in ("ingest", "encode"):
+                run.ahead.stop()
             if stage.name == "report" and report is not None:
                 report.close()
             run_stage(run, stage, driver)

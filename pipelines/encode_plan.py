@@ -78,6 +78,12 @@ def pending(config: EncodeConfig, storage: Storage) -> Pending:
     )
 
 
+def pending_latents(storage: Storage, fingerprint: str) -> list[Unit]:
+    """The missing units of latents alone, also where there is no pair yet."""
+    kept = pairs_table(storage).read(_IMAGE_COLUMNS, _KEPT)
+    return latent_units(kept, storage, fingerprint) if kept.num_rows else []
+
+
 def is_encoded(config: EncodeConfig, storage: Storage) -> bool:
     """Whether no kept pair and no prompt is missing, and there is a kept pair; of 10 million pairs in seconds.
 

@@ -24,7 +24,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.pair_shards import WriteShards, write_unit
 from pipelines.policy import Policy, apply_policy, is_applied
 from pipelines.progress import Progress, quiet_ray_data
-from pipelines.room import total_of
+from pipelines.room import no_room, total_of
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
@@ -144,6 +144,7 @@ def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: 
     budget = DropBudget(config, storage, units)
     planned = {unit.id: unit for unit in units}
     with Progress("ingest", len(units), "units") as progress:
+        progress.say(no_room("ingest", "CPU", config.resources))
         for unit in written:
             rows = committer.append(unit["unit_id"], from_ipc(unit["rows"]))
             budget.add(planned[unit["unit_id"]], rows)

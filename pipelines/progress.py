@@ -84,8 +84,17 @@ class Progress:
             line = f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}{self._volume(now)}"
             sys.stderr.write(f"{line}\n")
 
-    def say(self, line: str) -> None:
-        """Show a line beside the bar."""
+    def expect(self, count: int) -> None:
+        """Raise the total by what has come."""
+        self._total += count
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()
+
+    def say(self, line: str | None) -> None:
+        """Show a line beside the bar, if there is one."""
+        if line is None:
+            return
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

@@ -1,5 +1,6 @@
 """Encode beside ingest: it begins before ingest ends, makes what it would have made afterwards, and fails alone."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from benchmarks.overlap import UNITS, SlowImages, contents, settings, write_sour
 from orchestration.config import RunConfig
 from orchestration.run import Run
 from orchestration.stages import run_stages
-from pipelines.dataset.errors import EncodingError
+from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.fingerprint import latents_fingerprint
-from pipelines.room import total_of
+from pipelines.room import no_room, total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -61,13 +62,25 @@ def test_shards_are_encoded_while_ingest_goes_on_as_they_are_afterwards(config_o
 
 
 @pytest.mark.slow
-def test_an_encode_that_cannot_begin_does_not_end_the_ingest(config_of: Callable[..., RunConfig]) -> None:
+def test_an_encode_that_fails_beside_ingest_does_not_end_it(
+    config_of: Callable[..., RunConfig], tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    vae = shutil.copytree(tiny_pipeline / "vae", tmp_path / "vae")
+    weights = next(vae.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
     said: list[str] = []
-    config = config_of("storage", resources={"of no node": 1})
-    with pytest.raises(EncodingError, match="of no node"):
+    config = config_of("storage", vae=str(vae))
+    with pytest.raises(ModelError):
         run_stages(config, ["ingest", "encode"], said.append)
     assert pairs_table(Storage(config.storage)).count_rows() == NUM_PAIRS
     assert any("beside ingest: " in line for line in said)
+
+
+def test_where_no_node_has_what_encoders_ask_for_it_is_said(ray_cluster: None) -> None:
+    assert no_room("encode", "CPU", {"encode_node": 1}) is None
+    line = no_room("encode", "CPU", {"of no node": 1})
+    assert line == "encode: no node of the cluster has CPU and of no node; it waits for one"
+    assert no_room("encode", "GPU", {}) == "encode: no node of the cluster has GPU; it waits for one"
 
 
 def test_the_cpus_of_nodes_that_have_what_is_asked_for_are_counted() -> None:

@@ -1,0 +1,124 @@
+"""Latents of what an ingest has committed, encoded while it goes on, by one execution that stays until all is done.
+
+Prompts are left to `encode`: which of them share a shard would follow from the moment. Latents do not: a unit is a
+shard, whenever it is encoded.
+"""
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+from pipelines.config import EncodeConfig
+from pipelines.dataset.layout import LATENTS, latents_table, pairs_table
+from pipelines.dataset.storage import Storage
+from pipelines.encode_plan import Unit, located, pending_latents
+from pipelines.fingerprint import fingerprint_of, latents_parts, note_parts
+from pipelines.progress import Progress
+from pipelines.tally import Tally
+from pipelines.unit_feed import UnitFeed
+from pipelines.unit_pool import divide_cluster, encoded, waits_for_node
+
+LOOK_AGAIN_S = 1.0
+MAX_LOOK_RATIO = 0.1  # of the time: a look at 10 million pairs takes seconds
+MIN_UNITS = 4  # or one for each encoder: no device is taken for less
+
+
+class LatentsAhead:
+    """`run` belongs to a thread of its own; the other methods are for the thread that ingests.
+
+    Args:
+        config: As for `encode`.
+        storage: Where the ingest commits to.
+    """
+
+    def __init__(self, config: EncodeConfig, storage: Storage) -> None:
+        self._config, self._storage = located(config), storage
+        self._is_over, self._is_stopped = threading.Event(), threading.Event()
+        self._given: set[str] = set()
+        self._tally: Tally | None = None
+        self._counting = threading.Lock()
+        self._failed: Exception | None = None
+
+    def finish(self) -> None:
+        """The ingest is over: let `run` end when all that it committed is encoded."""
+        self._is_over.set()
+
+    def stop(self) -> None:
+        """Let `run` end after the next unit."""
+        self._is_stopped.set()
+        self._is_over.set()
+
+    def take_speed(self) -> dict[str, Any] | None:
+        """What was done since this was last asked, and how fast, as `encode` gives it; None if nothing."""
+        with self._counting:
+            if self._tally is None or not self._tally.num_items:
+                return None
+            taken, self._tally = self._tally, self._tally.anew()
+        return taken.speed()
+
+    def run(self) -> None:
+        """Encode what is committed, until `finish` and the last of it, or until `stop`. Needs a running Ray.
+
+        Raises:
+            MapoError: As for `encode`; what is encoded stays.
+        """
+        parts = latents_parts(self._config)
+        fingerprint = fingerprint_of(parts)
+        while len(self._look(fingerprint)) < min(MIN_UNITS, self._config.worker_range[0]):
+            if self._is_over.wait(LOOK_AGAIN_S):
+                return  # `encode` does as well
+        note_parts(self._storage, LATENTS, parts)
+        feed = UnitFeed()
+        with Progress("encode latents", 0, "pairs") as progress:
+            feeding = (feed, fingerprint, progress)
+            feeder = threading.Thread(target=self._feed, args=feeding, name="encode-feed", daemon=True)
+            feeder.start()
+            try:
+                self._encode(feed, fingerprint, progress)
+            finally:
+                self._is_over.set()
+                feeder.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _encode(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
+        """Commit units as they are done, until the feed is closed."""
+        progress.say(waits_for_node("latents", self._config))
+        pool, table = divide_cluster(self._config), latents_table(self._storage, fingerprint)
+        self._tally = Tally("latents", self._config, pool.most)
+        done = encoded("latents", self._config, self._storage, fingerprint, pool, feed.dataset())
+        with contextlib.closing(done):
+            for unit, rows, effort in done:
+                table.append(unit, rows)
+                with self._counting:
+                    less_memory = self._tally.add(rows, effort)
+                progress.say(less_memory)
+                progress.advance(rows.num_rows)
+                if self._is_stopped.is_set():
+                    break
+
+    def _look(self, fingerprint: str) -> list[Unit]:
+        """Units of committed shards that were not given out, with pairs that are not encoded."""
+        found = pending_latents(self._storage, fingerprint)
+        return [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
+
+    def _feed(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
+        """Give out what is committed, until the ingest is over; in a thread."""
+        try:
+            is_over, version, pause_s = False, None, 0.0
+            while not is_over:
+                is_over = self._is_over.wait(pause_s)
+                started = time.monotonic()
+                if (now := pairs_table(self._storage).version) != version:
+                    version = now
+                    units = self._look(fingerprint)
+                    feed.add(units)
+                    self._given.update(unit.rows["shard"][0].as_py() for unit in units)
+                    progress.expect(sum(unit.rows.num_rows for unit in units))
+                pause_s = max(LOOK_AGAIN_S, (time.monotonic() - started) / MAX_LOOK_RATIO)
+        except Exception as error:
+            self._failed = error
+        finally:
+            with contextlib.suppress(Exception):  # of Ray, which may be going down
+                feed.close()

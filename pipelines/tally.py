@@ -1,0 +1,67 @@
+"""What an execution of encode has done so far, and how fast: for progress, the journal and the report."""
+
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.config import EncodeConfig
+from pipelines.dataset.pair import Status
+from pipelines.effort import PARTS, Effort
+
+
+class Tally:
+    """Counts committed units; its clock starts when it is made.
+
+    Args:
+        kind: `text` or `latents`.
+        config: Of the encoding.
+        num_actors: At most.
+    """
+
+    def __init__(self, kind: str, config: EncodeConfig, num_actors: int) -> None:
+        self._kind, self._config, self._num_actors = kind, config, num_actors
+        self._effort = Effort()
+        self._started = time.monotonic()
+        self.num_items = self.num_dropped = 0
+
+    def anew(self) -> "Tally":
+        """An empty one of the same kind."""
+        return Tally(self._kind, self._config, self._num_actors)
+
+    def add(self, rows: pa.Table, effort: Effort) -> str | None:
+        """Count a unit; a line for the user if its actor had less memory than those before."""
+        less_memory = effort.batch_size < (self._effort.batch_size or self._config.batch_size)
+        self._effort.add(effort)
+        self.num_items += rows.num_rows
+        self.num_dropped += count_dropped(rows)
+        if not less_memory:
+            return None
+        return (
+            f"encode {self._kind}: {effort.device} had no memory for {self._config.batch_size} at once; "
+            f"goes on with {effort.batch_size} a pass"
+        )
+
+    def speed(self) -> dict[str, Any]:
+        """What was done since the tally was made, as plain data."""
+        seconds, effort = time.monotonic() - self._started, self._effort
+        return {
+            "seconds": round(seconds, 3),
+            "items": self.num_items,
+            "items_per_s": round(self.num_items / seconds, 3),
+            "images": effort.num_images,
+            "image_slots": effort.num_slots,
+            "images_per_s": round(effort.num_images / seconds, 3),
+            "busy_ratio": round(effort.busy_ratio, 4),
+            "num_actors": self._num_actors,
+            "device": effort.device,
+            "batch_size": self._config.batch_size,
+            "halved_to": effort.batch_size if effort.batch_size < self._config.batch_size else None,
+            "seconds_by_part": {part: round(effort.seconds[part], 3) for part in PARTS if effort.seconds[part]},
+        }
+
+
+def count_dropped(rows: pa.Table) -> int:
+    """Quarantined ones of some table rows."""
+    return int(pc.sum(pc.equal(rows["status"], str(Status.QUARANTINED))).as_py() or 0)
