@@ -12,6 +12,7 @@ from orchestration import overlap
 from orchestration.config import RunConfig
 from orchestration.head_watch import HeadWatch
 from orchestration.interruption import keeping_handlers
+from orchestration.last_words import LastWords
 from pipelines.dataset.errors import ClusterError
 from pipelines.dataset.storage import PATIENCE
 
@@ -38,7 +39,15 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
     if ray.is_initialized():
         yield
         return
-    given = HeadWatch(os.environ.get("RAY_ADDRESS", ""), on_lost)
+    with LastWords() as last_words, _connected(config, on_lost, last_words):
+        yield
+
+
+@contextlib.contextmanager
+def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], last_words: LastWords) -> Iterator[None]:
+    import ray
+
+    given = HeadWatch(os.environ.get("RAY_ADDRESS", ""), on_lost, last_words)
     if given.has_address and not given.answers():
         raise given.error
     watched = given if given.has_address else contextlib.nullcontext()  # it may go while Ray connects
@@ -49,7 +58,7 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
             raise ClusterError(
                 f"Ray did not start: {in_short(error)}", "Ray's logs are in /tmp/ray/session_latest/logs"
             ) from error
-    watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost)
+    watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost, last_words)
     try:
         with watch:
             yield

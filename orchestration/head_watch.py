@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from orchestration.last_words import LastWords
 from pipelines.dataset.errors import ClusterError
 
 LOOK_S = 2.0
@@ -25,10 +26,11 @@ class HeadWatch:
     Args:
         address: HOST:PORT of the GCS.
         on_lost: Called once, from another thread.
+        last_words: Told what to say where the process ends at once.
     """
 
-    def __init__(self, address: str, on_lost: Callable[[ClusterError], None]) -> None:
-        self._address, self._on_lost = address, on_lost
+    def __init__(self, address: str, on_lost: Callable[[ClusterError], None], last_words: LastWords) -> None:
+        self._address, self._on_lost, self._last_words = address, on_lost, last_words
         self._patience_s = float(os.environ.get(GIVES_UP_VARIABLE, RAY_GIVES_UP_S)) / 2
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="head-watch", daemon=True)
@@ -68,12 +70,11 @@ class HeadWatch:
                 self.is_lost = True
                 self._on_lost(self.error)
                 if not self._closed.wait(self._patience_s / 2):
-                    os.write(self._stderr, f"ClusterError: {self.error}\n".encode())
+                    self._last_words.say(f"ClusterError: {self.error}")
                     os._exit(self.error.exit_code)
                 return
 
     def __enter__(self) -> HeadWatch:
-        self._stderr = os.dup(2)  # while Ray starts, 2 leads nowhere
         self._thread.start()
         return self
 
@@ -82,7 +83,6 @@ class HeadWatch:
     ) -> None:
         self._closed.set()
         self._thread.join()
-        os.close(self._stderr)
         if isinstance(error, Exception) and not self.answers():
             self.is_lost = True  # Ray noticed it first
         if self.is_lost and error is not None and not getattr(error, "ends_process", False):

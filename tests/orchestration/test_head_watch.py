@@ -10,12 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from orchestration.head_watch import GIVES_UP_VARIABLE, HeadWatch
+from orchestration.last_words import LastWords
 from pipelines.dataset.errors import ClusterError
 
 HANGING = """
 import socket, threading, time
 from orchestration.head_watch import HeadWatch
-with HeadWatch("127.0.0.1:1", lambda error: None):
+from orchestration.last_words import LastWords
+with LastWords() as last_words, HeadWatch("127.0.0.1:1", lambda error: None, last_words):
     time.sleep(60)
 """
 
@@ -40,7 +42,7 @@ def test_the_main_thread_is_told_once_the_head_is_gone_for_long_enough(
         told.append(error)
         lost.set()
 
-    with HeadWatch(address_of(head), on_lost) as watch:
+    with LastWords() as last_words, HeadWatch(address_of(head), on_lost, last_words) as watch:
         assert not lost.wait(5)
         assert not watch.is_lost
         head.close()
@@ -53,7 +55,7 @@ def test_the_main_thread_is_told_once_the_head_is_gone_for_long_enough(
 
 
 def test_what_ray_says_without_its_head_becomes_our_error(head: socket.socket) -> None:
-    watch = HeadWatch(address_of(head), lambda error: None)
+    watch = HeadWatch(address_of(head), lambda error: None, LastWords())
     with pytest.raises(ClusterError, match="does not answer") as raised, watch:  # noqa: PT012
         head.close()
         raise RuntimeError("something of Ray")
@@ -62,7 +64,10 @@ def test_what_ray_says_without_its_head_becomes_our_error(head: socket.socket) -
 
 
 def test_with_its_head_an_error_is_what_it_was(head: socket.socket) -> None:
-    with pytest.raises(RuntimeError, match="something else"), HeadWatch(address_of(head), lambda error: None):
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        HeadWatch(address_of(head), lambda error: None, LastWords()),
+    ):
         raise RuntimeError("something else")
 
 
