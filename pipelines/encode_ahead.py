@@ -7,6 +7,7 @@ shard, whenever it is encoded.
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from pipelines.config import EncodeConfig
@@ -65,9 +66,8 @@ class LatentsAhead:
         """
         parts = latents_parts(self._config)
         fingerprint = fingerprint_of(parts)
-        while len(self._look(fingerprint)) < min(MIN_UNITS, self._config.worker_range[0]):
-            if self._is_over.wait(LOOK_AGAIN_S):
-                return  # `encode` does as well
+        if not self._is_worth_it(fingerprint):
+            return
         note_parts(self._storage, LATENTS, parts)
         feed = UnitFeed()
         with Progress("encode latents", 0, "pairs") as progress:
@@ -98,25 +98,32 @@ class LatentsAhead:
                 if self._is_stopped.is_set():
                     break
 
-    def _look(self, fingerprint: str) -> list[Unit]:
-        """Units of committed shards that were not given out, with pairs that are not encoded."""
-        found = pending_latents(self._storage, fingerprint)
-        return [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
+    def _is_worth_it(self, fingerprint: str) -> bool:
+        """Wait for enough to do; False if the ingest ends before."""
+        enough = min(MIN_UNITS, self._config.worker_range[0])
+        return any(len(units) >= enough for units in self._looks(fingerprint)) and not self._is_over.is_set()
+
+    def _looks(self, fingerprint: str) -> Iterator[list[Unit]]:
+        """After each change of the table the units of shards that were not given out, until the ingest is over."""
+        table, version, pause_s, is_over = pairs_table(self._storage), None, 0.0, False
+        while not is_over:
+            is_over = self._is_over.wait(pause_s)
+            if self._is_stopped.is_set():
+                return
+            started = time.monotonic()
+            if (now := table.version) != version:
+                version = now
+                found = pending_latents(self._storage, fingerprint)
+                yield [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
+            pause_s = max(LOOK_AGAIN_S, (time.monotonic() - started) / MAX_LOOK_RATIO)
 
     def _feed(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
         """Give out what is committed, until the ingest is over; in a thread."""
         try:
-            is_over, version, pause_s = False, None, 0.0
-            while not is_over:
-                is_over = self._is_over.wait(pause_s)
-                started = time.monotonic()
-                if (now := pairs_table(self._storage).version) != version:
-                    version = now
-                    units = self._look(fingerprint)
-                    feed.add(units)
-                    self._given.update(unit.rows["shard"][0].as_py() for unit in units)
-                    progress.expect(sum(unit.rows.num_rows for unit in units))
-                pause_s = max(LOOK_AGAIN_S, (time.monotonic() - started) / MAX_LOOK_RATIO)
+            for units in self._looks(fingerprint):
+                feed.add(units)
+                self._given.update(unit.rows["shard"][0].as_py() for unit in units)
+                progress.expect(sum(unit.rows.num_rows for unit in units))
         except Exception as error:
             self._failed = error
         finally:
