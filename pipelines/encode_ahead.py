@@ -111,11 +111,12 @@ class LatentsAhead:
             if self._is_stopped.is_set():
                 return
             started = time.monotonic()
-            if (now := table.version) != version:
-                version = now
-                found = pending_latents(self._storage, fingerprint)
-                yield [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
+            now = table.version
+            found = pending_latents(self._storage, fingerprint) if now != version else []
             pause_s = max(LOOK_AGAIN_S, (time.monotonic() - started) / MAX_LOOK_RATIO)
+            if now != version:
+                version = now
+                yield [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
 
     def _feed(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
         """Give out what is committed, until the ingest is over; in a thread."""
