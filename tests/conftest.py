@@ -55,10 +55,15 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_python() -> Callable[[str], str]:
-    """Runs code in a fresh interpreter; gives what it printed."""
+    """Runs code in a fresh interpreter; gives what it printed.
+
+    It leaves as `mapo` does, without a teardown in which Arrow's threads may end it with SIGABRT.
+    """
 
     def run(code: str) -> str:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        code += "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
         return done.stdout
 
     return run

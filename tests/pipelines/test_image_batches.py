@@ -122,7 +122,8 @@ for number, image in enumerate(images):
     batches.add((str(number), (256, 256)), image)
 print(len(batches.finish()), size.size)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     count, size = map(int, done.stdout.split()[-2:])
     assert count == 32
     assert 1 <= size < 32
