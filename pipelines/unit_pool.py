@@ -89,7 +89,7 @@ def encoded(
         storage: Where pairs are and shards go.
         fingerprint: Of the model and the settings, as the driver has it.
         pool: The actors.
-        dataset: Of units, as `given` or `fed` make it.
+        dataset: Of units, from `given` or `UnitFeed.dataset`.
     """
     import ray.data
 
