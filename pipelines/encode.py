@@ -78,7 +78,7 @@ class _Stage:
         self._check_dropped()
         return speed
 
-    def _encode(self) -> dict[str, Any]:
+    def _encode(self) -> dict[str, Any] | None:
         note_parts(self.storage, self.folder, self.parts)
         num_planned = sum(unit.rows.num_rows for unit in self.units)
         max_dropped = self._max_dropped(num_planned)
@@ -94,7 +94,7 @@ class _Stage:
                 progress.advance(rows.num_rows)
                 if tally.num_dropped > max_dropped:
                     break  # without the rest: nothing in it could lower the drops
-        return tally.speed()
+        return tally.take()
 
     def _max_dropped(self, num_planned: int) -> float:
         """How many of the planned rows may be quarantined, beside those of earlier runs."""

@@ -38,7 +38,6 @@ class LatentsAhead:
         self._is_over, self._is_stopped = threading.Event(), threading.Event()
         self._given: set[str] = set()
         self._tally: Tally | None = None
-        self._counting = threading.Lock()
         self._failed: Exception | None = None
 
     def finish(self) -> None:
@@ -52,11 +51,7 @@ class LatentsAhead:
 
     def take_speed(self) -> dict[str, Any] | None:
         """What was done since this was last asked, and how fast, as `encode` gives it; None if nothing."""
-        with self._counting:
-            if self._tally is None or not self._tally.num_items:
-                return None
-            taken, self._tally = self._tally, self._tally.anew()
-        return taken.speed()
+        return None if self._tally is None else self._tally.take()
 
     def run(self) -> None:
         """Encode what is committed, until `finish` and the last of it, or until `stop`. Needs a running Ray.
@@ -91,9 +86,7 @@ class LatentsAhead:
         with contextlib.closing(done):
             for unit, rows, effort in done:
                 table.append(unit, rows)
-                with self._counting:
-                    less_memory = self._tally.add(rows, effort)
-                progress.say(less_memory)
+                progress.say(self._tally.add(rows, effort))
                 progress.advance(rows.num_rows)
                 if self._is_stopped.is_set():
                     break

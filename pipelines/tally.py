@@ -1,5 +1,6 @@
 """What an execution of encode has done so far, and how fast: for progress, the journal and the report."""
 
+import threading
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipelines.effort import PARTS, Effort
 
 
 class Tally:
-    """Counts committed units; its clock starts when it is made.
+    """Counts committed units; its clock starts when it is made. Its methods may be called from any thread.
 
     Args:
         kind: `text` or `latents`.
@@ -22,20 +23,20 @@ class Tally:
 
     def __init__(self, kind: str, config: EncodeConfig, num_actors: int) -> None:
         self._kind, self._config, self._num_actors = kind, config, num_actors
-        self._effort = Effort()
-        self._started = time.monotonic()
-        self.num_items = self.num_dropped = 0
+        self._counting = threading.Lock()
+        self._begin()
 
-    def anew(self) -> "Tally":
-        """An empty one of the same kind."""
-        return Tally(self._kind, self._config, self._num_actors)
+    def _begin(self) -> None:
+        self._effort, self._started = Effort(), time.monotonic()
+        self._num_items = self.num_dropped = 0
 
     def add(self, rows: pa.Table, effort: Effort) -> str | None:
         """Count a unit; a line for the user if its actor had less memory than those before."""
-        less_memory = effort.batch_size < (self._effort.batch_size or self._config.batch_size)
-        self._effort.add(effort)
-        self.num_items += rows.num_rows
-        self.num_dropped += count_dropped(rows)
+        with self._counting:
+            less_memory = effort.batch_size < (self._effort.batch_size or self._config.batch_size)
+            self._effort.add(effort)
+            self._num_items += rows.num_rows
+            self.num_dropped += count_dropped(rows)
         if not less_memory:
             return None
         return (
@@ -43,13 +44,21 @@ class Tally:
             f"goes on with {effort.batch_size} a pass"
         )
 
-    def speed(self) -> dict[str, Any]:
-        """What was done since the tally was made, as plain data."""
+    def take(self) -> dict[str, Any] | None:
+        """What was done since the tally was made or this was last asked, as plain data; None if nothing."""
+        with self._counting:
+            if not self._num_items:
+                return None
+            taken = self._speed()
+            self._begin()
+        return taken
+
+    def _speed(self) -> dict[str, Any]:
         seconds, effort = time.monotonic() - self._started, self._effort
         return {
             "seconds": round(seconds, 3),
-            "items": self.num_items,
-            "items_per_s": round(self.num_items / seconds, 3),
+            "items": self._num_items,
+            "items_per_s": round(self._num_items / seconds, 3),
             "images": effort.num_images,
             "image_slots": effort.num_slots,
             "images_per_s": round(effort.num_images / seconds, 3),
