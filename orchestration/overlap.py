@@ -51,9 +51,9 @@ class EncodeAhead:
         try:
             ahead.run()
         except MapoError as error:
-            self._say(f"encode    beside ingest: {error.message}; it is tried again after ingest")
+            self._say(f"encode    beside ingest ended, and is tried again after it: {error.message}")
         except Exception as error:  # of Ray, which may be going down
-            self._say(f"encode    beside ingest: {type(error).__name__}; it is tried again after ingest")
+            self._say(f"encode    beside ingest ended, and is tried again after it: {type(error).__name__}")
 
     def speed(self) -> dict[str, Any] | None:
         """What was done since this was last asked, and how fast; None if nothing."""

@@ -5,23 +5,19 @@ a distinct prompt is embedded once, a distinct image of a shard once; the bytes 
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
 from pipelines.config import EncodeConfig
-from pipelines.dataset.errors import DropBudgetExceeded, SnapshotError
+from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
-from pipelines.dataset.pair import Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.encode_plan import Pending, Unit, check_settings, located, pending
 from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.progress import Progress
-from pipelines.tally import Tally, count_dropped
+from pipelines.tally import Tally, check_dropped, count_dropped
 from pipelines.unit_pool import divide_cluster, encoded, given, waits_for_node
 
 
@@ -75,7 +71,7 @@ class _Stage:
     def run(self) -> dict[str, Any] | None:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""
         speed = self._encode() if self.units else None
-        self._check_dropped()
+        check_dropped(self.kind, self.item, self.table, self.config)
         return speed
 
     def _encode(self) -> dict[str, Any] | None:
@@ -100,18 +96,3 @@ class _Stage:
         """How many of the planned rows may be quarantined, beside those of earlier runs."""
         rows = self.table.read(["status"])
         return self.config.max_drop_ratio * float(rows.num_rows + num_planned) - count_dropped(rows)
-
-    def _check_dropped(self) -> None:
-        rows = self.table.read(["status", "reason"])
-        dropped = rows.filter(pc.equal(rows["status"], str(Status.QUARANTINED)))
-        if dropped.num_rows <= self.config.max_drop_ratio * rows.num_rows:
-            return
-        (reason, times), *_ = Counter(dropped["reason"].to_pylist()).most_common(1)
-        raise DropBudgetExceeded(
-            f"encode ({self.kind}) dropped {dropped.num_rows:,} of {rows.num_rows:,} {self.item}s "
-            f"({dropped.num_rows / rows.num_rows:.1%}, limit {self.config.max_drop_ratio:.1%}).\n"
-            f"Most common reason: {reason} ({times:,}).",
-            "numbers that are not finite come from damaged weights, or overflow the stored type: "
-            "set `encode.dtype` to bfloat16 or float32, or `encode.vae` to another VAE; "
-            "raise `encode.max_drop_ratio` to accept them",
-        )

@@ -16,7 +16,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.encode_plan import Unit, located, pending_latents
 from pipelines.fingerprint import fingerprint_of, latents_parts, note_parts
 from pipelines.progress import Progress
-from pipelines.tally import Tally
+from pipelines.tally import Tally, check_dropped, count_dropped
 from pipelines.unit_feed import UnitFeed
 from pipelines.unit_pool import divide_cluster, encoded, waits_for_node
 
@@ -37,6 +37,7 @@ class LatentsAhead:
         self._config, self._storage = located(config), storage
         self._is_over, self._is_stopped = threading.Event(), threading.Event()
         self._given: set[str] = set()
+        self._num_given = 0
         self._tally: Tally | None = None
         self._failed: Exception | None = None
 
@@ -57,7 +58,8 @@ class LatentsAhead:
         """Encode what is committed, until `finish` and the last of it, or until `stop`. Needs a running Ray.
 
         Raises:
-            MapoError: As for `encode`; what is encoded stays.
+            MapoError: As for `encode`; what is encoded stays. More drops than the limit allows of all that was given
+                out so far end it, so that nobody waits for the last source file to hear of a wrong VAE.
         """
         parts = latents_parts(self._config)
         fingerprint = fingerprint_of(parts)
@@ -83,11 +85,15 @@ class LatentsAhead:
         pool, table = divide_cluster(self._config), latents_table(self._storage, fingerprint)
         self._tally = Tally("latents", self._config, pool.most)
         done = encoded("latents", self._config, self._storage, fingerprint, pool, feed.dataset())
+        num_dropped = 0
         with contextlib.closing(done):
             for unit, rows, effort in done:
                 table.append(unit, rows)
                 progress.say(self._tally.add(rows, effort))
                 progress.advance(rows.num_rows)
+                num_dropped += count_dropped(rows)
+                if num_dropped > self._config.max_drop_ratio * self._num_given:
+                    check_dropped("latents", "pair", table, self._config)
                 if self._is_stopped.is_set():
                     break
 
@@ -115,9 +121,11 @@ class LatentsAhead:
         """Give out what is committed, until the ingest is over; in a thread."""
         try:
             for units in self._looks(fingerprint):
-                feed.add(units)
+                num_rows = sum(unit.rows.num_rows for unit in units)
+                self._num_given += num_rows
                 self._given.update(unit.rows["shard"][0].as_py() for unit in units)
-                progress.expect(sum(unit.rows.num_rows for unit in units))
+                feed.add(units)
+                progress.expect(num_rows)
         except Exception as error:
             self._failed = error
         finally:

@@ -2,13 +2,16 @@
 
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.config import EncodeConfig
+from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.pair import Status
+from pipelines.dataset.table import Table
 from pipelines.effort import PARTS, Effort
 
 
@@ -74,3 +77,30 @@ class Tally:
 def count_dropped(rows: pa.Table) -> int:
     """Quarantined ones of some table rows."""
     return int(pc.sum(pc.equal(rows["status"], str(Status.QUARANTINED))).as_py() or 0)
+
+
+def check_dropped(kind: str, item: str, table: Table, config: EncodeConfig) -> None:
+    """Hold what a table has by now against the limit of quarantined rows.
+
+    Args:
+        kind: `text` or `latents`.
+        item: What a row is: `prompt` or `pair`.
+        table: Of the encoding.
+        config: Has the limit.
+
+    Raises:
+        DropBudgetExceeded: There are more; the message has the numbers and the most common reason.
+    """
+    rows = table.read(["status", "reason"])
+    dropped = rows.filter(pc.equal(rows["status"], str(Status.QUARANTINED)))
+    if dropped.num_rows <= config.max_drop_ratio * rows.num_rows:
+        return
+    (reason, times), *_ = Counter(dropped["reason"].to_pylist()).most_common(1)
+    raise DropBudgetExceeded(
+        f"encode ({kind}) dropped {dropped.num_rows:,} of {rows.num_rows:,} {item}s "
+        f"({dropped.num_rows / rows.num_rows:.1%}, limit {config.max_drop_ratio:.1%}).\n"
+        f"Most common reason: {reason} ({times:,}).",
+        "numbers that are not finite come from damaged weights, or overflow the stored type: "
+        "set `encode.dtype` to bfloat16 or float32, or `encode.vae` to another VAE; "
+        "raise `encode.max_drop_ratio` to accept them",
+    )

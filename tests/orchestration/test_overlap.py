@@ -73,7 +73,7 @@ def test_an_encode_that_fails_beside_ingest_does_not_end_it(
     with pytest.raises(ModelError):
         run_stages(config, ["ingest", "encode"], said.append)
     assert pairs_table(Storage(config.storage)).count_rows() == NUM_PAIRS
-    assert any("beside ingest: " in line for line in said)
+    assert any("beside ingest ended" in line for line in said)
 
 
 def test_where_no_node_has_what_encoders_ask_for_it_is_said(ray_cluster: None) -> None:

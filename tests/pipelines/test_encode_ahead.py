@@ -14,7 +14,7 @@ from encode_steps import encode_here, ingest_here
 from factories import photo_pairs, write_parquet
 
 from pipelines.config import EncodeConfig
-from pipelines.dataset.errors import ShardCorrupt
+from pipelines.dataset.errors import DropBudgetExceeded, ShardCorrupt
 from pipelines.dataset.layout import latents_table
 from pipelines.dataset.storage import Storage
 from pipelines.encode_ahead import LatentsAhead
@@ -122,3 +122,13 @@ def test_an_error_ends_it_and_is_that_of_the_stage(
     with pytest.raises(ShardCorrupt):
         LatentsAhead(config, storage).run()
     assert not [thread for thread in threading.enumerate() if thread.name == "encode-feed"]
+
+
+def test_more_drops_than_the_limit_end_it_before_ingest_does(
+    ray_cluster: None, tmp_path: Path, storage: Storage, config: EncodeConfig
+) -> None:
+    for number in range(4):
+        rows = [row | {"jpg_0": row["jpg_0"][:-200]} for row in photo_pairs(2, seed=number + 1, num_prompts=1)]
+        ingest_here(storage, write_parquet(tmp_path / f"{number}.parquet", rows), image_check="header")
+    with pytest.raises(DropBudgetExceeded, match=r"dropped (2|4|6|8) of (2|4|6|8) pairs \(100.0%"):
+        LatentsAhead(config, storage).run()
