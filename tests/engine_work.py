@@ -1,9 +1,11 @@
 """What the ranks of the engine's tests do: real steps of the real loop's parts, on synthetic pairs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from pipelines.dataset.model_files import ModelSource
@@ -12,7 +14,7 @@ from training.batch import Batch
 from training.checkpoint import Checkpointer, gather_parts, restore
 from training.config import TrainConfig
 from training.ema import ShardedEma
-from training.engine import Engine, build_engine
+from training.engine import Engine, build_engine, dtype_of
 from training.losses import pair_loss
 from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora, load_base
@@ -63,7 +65,7 @@ def make(config: TrainConfig, base_folder: str, accumulation_steps: int) -> tupl
     if config.lora:
         add_lora(base.unet, config.lora, seed=0)
     needs = config.method in NEEDS_REFERENCE
-    frozen = Reference.copy_of(base.unet, torch.device("cpu"), torch.float32) if needs and not config.lora else None
+    frozen = Reference.copy_of(base.unet, torch.device("cpu"), dtype_of(config)) if needs and not config.lora else None
     engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps, on_gpu=False)
     reference = (frozen or Reference.of_adapters(engine.unet)) if needs else None
     denoiser = Denoiser(engine.unet, reference, base, config, device=engine.device, dtype=engine.dtype)
@@ -146,4 +148,10 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
     with checkpointer.closing():
         checkpointer.save(num_steps, gather_parts(state, ema), account=engine.identity(), state=shared)
     torch.distributed.barrier()
-    return {"first": first, "curve": curve}
+    return {"first": first, "curve": curve, **shared}
+
+
+def in_half(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work` where DeepSpeed takes this CPU for one with fp16: torch computes in it, though slowly."""
+    get_accelerator().is_fp16_supported = lambda: True
+    return work(*arguments)

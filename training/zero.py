@@ -61,6 +61,8 @@ class ZeroState:
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
         """The fragments of one of KINDS: float32 vectors, of the engine's own memory unless offloaded or of 8 bits."""
+        if kind in MOMENTS and not self.num_steps():
+            self._create_moments(0)  # AdamW makes them at its first step; fp16 may have left out all so far
         flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
         for fragment, weight in self._owned:
             view = self._view(weight, kind) if flats is None else self._cut(flats, weight)
@@ -188,7 +190,7 @@ class ZeroState:
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _create_moments(self, num_steps: int) -> None:
-        """AdamW makes its states at its first step; a resumed one needs them before."""
+        """Give AdamW the states that it makes at its first step; what there is stays, but for the count of steps."""
         optimizer = self._zero.optimizer
         if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
             self._zero._set_fp32_optimizer_param_groups()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from encoded import write_base
-from engine_work import CONFIG, losses_of_configs, plain_adamw, train_and_save
+from engine_work import CONFIG, in_half, losses_of_configs, plain_adamw, train_and_save
 from ranks import on_ranks
 
 from pipelines.dataset.storage import Storage
@@ -50,6 +50,7 @@ ROUNDING = [
     with_(gradient_checkpointing="transformers", attention="math"),
 ]
 BF16 = [with_(zero_stage=s, precision="bf16", learning_rate=1e-4, weight_decay=0.0) for s in (1, 2, 3)]
+FP16 = [config.model_copy(update={"precision": "fp16"}) for config in BF16]
 LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=3e-2) for s in (1, 2, 3)]
 REFERENCE = [
     with_(method=method, loss={"beta": 100.0}, **more)
@@ -60,8 +61,8 @@ REFERENCE = [
 @pytest.fixture(scope="module")
 def curves(base) -> dict[str, list[float]]:
     """Four steps of many ways to train, in the same two processes."""
-    configs = [*ROUNDING, *BF16, *LORA, *REFERENCE, with_(learning_rate=1e-12)]
-    found = on_ranks(2, losses_of_configs, configs, base, 4)[0]
+    configs = [*ROUNDING, *BF16, *FP16, *LORA, *REFERENCE, with_(learning_rate=1e-12)]
+    found = on_ranks(2, in_half, losses_of_configs, configs, base, 4)[0]
     return {config.model_dump_json(): curve for config, curve in zip(configs, found, strict=True)}
 
 
@@ -71,13 +72,34 @@ def test_offload_partial_checkpointing_and_attention_back_ends_change_nothing_bu
         assert curves[config.model_dump_json()] == pytest.approx(expected, abs=1e-5)
 
 
-def test_bf16_keeps_float32_masters(base, curves) -> None:
+def test_half_precision_keeps_float32_masters(base, curves) -> None:
     """A rate at which one step is below half a unit in the last place of bf16: only float32 masters move."""
     expected = plain_adamw(with_(learning_rate=1e-4, weight_decay=0.0), base, 4)[0]
-    for config in BF16:
-        curve = curves[config.model_dump_json()]
-        assert curve == pytest.approx(expected, rel=0.02)
-        assert curve[-1] < curve[0]
+    for configs, tolerance in ((BF16, 0.02), (FP16, 1e-3)):
+        for config in configs:
+            curve = curves[config.model_dump_json()]
+            assert curve == pytest.approx(expected, rel=tolerance)
+            assert curve[-1] < curve[0]
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_fp16_searches_its_loss_scale_and_goes_on_from_before_its_first_step(stage, base, tmp_path: Path) -> None:
+    """DPO's gradients overflow at the first scales: at the checkpoint AdamW has not made one step."""
+    dpo = {"method": "dpo", "loss": {"beta": 300.0}, "ema": {"decay": 0.5}, "learning_rate": 1e-4}
+    config = with_(precision="fp16", zero_stage=stage, **dpo)
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    undisturbed = on_ranks(2, in_half, train_and_save, config, base, whole, 6)[0]
+    first, second = (on_ranks(2, in_half, train_and_save, config, base, parts, step)[0] for step in (2, 6))
+    assert first["num_adam_steps"] == 0
+    assert 0 < undisturbed["num_adam_steps"] < 6
+    assert first["curve"] + second["curve"] == undisturbed["curve"]
+    assert second["loss_scale"] == undisturbed["loss_scale"]
+    for kind in ("raw", "ema"):
+        expected, found = (
+            read_weights(storage, committed(storage, "checkpoints")[-1].folder, kind)
+            for storage in (Storage(whole), Storage(parts))
+        )
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_a_model_that_equals_its_reference_starts_at_the_anchor(curves) -> None:
