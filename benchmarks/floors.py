@@ -110,7 +110,7 @@ def bench_loader(work: Path, num_pairs: int) -> dict[str, Any]:
     shard = work / "latents.tar"
     members, num_bytes, _ = write_shard(shard, [(f"{i}.safetensors", data) for i in range(num_pairs)] + [("t", text)])
     storage = Storage(str(work))
-    *pairs, prompt = [Location(shard.name, m.offset, m.length, m.sha256) for m in members]
+    *pairs, prompt = [Location(shard.name, m.offset, m.length, m.sha256, m.crc32) for m in members]
     records = [PairRecord(str(i), "p", 1.0, where, "benchmark") for i, where in enumerate(pairs)]
     groups = [(i, records[i : i + 8]) for i in range(0, num_pairs, 8)]
     ours = best_of(lambda: list(PairLoader(PairReader(storage, {"p": prompt}), groups)))

@@ -2,7 +2,7 @@
 
 The same pairs (SDXL latents at 1024 x 1024 and prompt embeddings, float16) are kept by each hand as its users keep
 them, and read shuffled, in batches of 8, from the local disk's page cache and from an S3 server on this machine. Ours
-checks the sha256 of every sample and keeps text once a prompt; the others check nothing and keep text with every pair.
+checks the CRC-32 of every sample and keeps text once a prompt; the others check nothing and keep text with every pair.
 Ours reads with threads of one process, the others with two worker processes; all have the same CPUs.
 
 Every number is of a process of its own, round after round; the best of each hand counts. Prints samples a second,

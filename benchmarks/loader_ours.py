@@ -1,4 +1,4 @@
-"""Our hand of `benchmarks.loader`: latents once a pair, text once a prompt, every sample checked by its sha256."""
+"""Our hand of `benchmarks.loader`: latents once a pair, text once a prompt, every sample checked by its CRC-32."""
 
 import json
 from collections.abc import Iterator
@@ -137,7 +137,7 @@ def _commit(storage: Storage, shard: str, members: list[tuple[str, bytes]]) -> N
         {
             "prompt_id" if is_text else "pair_key": member.name.split(".")[0], "status": "kept", "unit": shard,
             "shard": shard, "shard_bytes": num_bytes, "shard_sha256": sha256, "offset": member.offset,
-            "length": member.length, "sha256": member.sha256, **own,
+            "length": member.length, "sha256": member.sha256, "crc32": member.crc32, **own,
         }
         for member in written
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def write_data(storage: Storage, bench: Bench, num_pairs: int) -> Snapshot:
         for member in written:
             row = dict.fromkeys(schema.names) | {name: member.name.split(".")[0], "status": "kept", "unit": "unit"}
             row |= {"shard": shard, "shard_bytes": num_bytes, "shard_sha256": sha256, "sha256": member.sha256}
-            row |= {"offset": member.offset, "length": member.length}
+            row |= {"offset": member.offset, "length": member.length, "crc32": member.crc32}
             size = {"bucket_height": 8 * bench.side, "bucket_width": 8 * bench.side} if kind == "latents" else {}
             rows.append(row | size)
         table(storage, FINGERPRINTS[kind]).append("unit", pa.Table.from_pylist(rows, schema))

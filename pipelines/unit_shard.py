@@ -63,7 +63,7 @@ class UnitShard:
         """Append a member and its row."""
         member = self._writer.add(f"{key}.safetensors", data)
         self._num_members += 1
-        place = {"offset": member.offset, "length": member.length, "sha256": member.sha256}
+        place = {name: getattr(member, name) for name in ("offset", "length", "sha256", "crc32")}
         self._rows.append({**row, **place, "status": str(Status.KEPT), "unit": self._unit, "shard": self._name})
 
     def quarantine(self, row: Row, reason: Reason) -> None:

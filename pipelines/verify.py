@@ -1,6 +1,7 @@
 """Is every committed byte still there? Shards against the digests in the tables, each object read once."""
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ class CommittedShard:
     num_bytes: int
     sha256: str
     members: pa.Table
-    """Rows of `what` (for people), `offset`, `length`, `sha256` of the payload."""
+    """Rows of `what` (for people), `offset`, `length`, `sha256` of the payload, and `crc32` of it where it is known."""
 
 
 def committed_shards(storage: Storage) -> list[CommittedShard]:
@@ -75,7 +76,7 @@ def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
             yield f"{place}: missing, with the {num_rows:,} members that rows point to"
             return
         num_bytes = storage.size(shard.name)
-        sha256, payloads = _digests(storage, shard, num_bytes)
+        sha256, payloads, checksums = _digests(storage, shard, num_bytes)
     except MapoError as error:
         yield f"{place}: {error.message}"
         return
@@ -83,19 +84,21 @@ def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
         yield f"{place}: {num_bytes:,} bytes, {shard.num_bytes:,} were committed"
     elif sha256 != shard.sha256:
         yield f"{place}: sha256 is {sha256}, {shard.sha256} was committed"
-    for member, payload in zip(shard.members.to_pylist(), payloads, strict=True):
+    for member, payload, crc32 in zip(shard.members.to_pylist(), payloads, checksums, strict=True):
         where = f"{place}: {member['what']} at {member['offset']:,}"
         if member["offset"] + member["length"] > num_bytes:
             yield f"{where} ends at {member['offset'] + member['length']:,}, past the end at {num_bytes:,}"
         elif payload != member["sha256"]:
             yield f"{where}: sha256 is {payload}, {member['sha256']} was committed"
+        elif member["crc32"] not in (None, crc32):
+            yield f"{where}: the bytes are as committed, but their CRC-32 is {crc32}, not {member['crc32']}"
 
 
-def _digests(storage: Storage, shard: CommittedShard, num_bytes: int) -> tuple[str, list[str]]:
-    """The digest of the object and of each member's range, from one pass over the object."""
+def _digests(storage: Storage, shard: CommittedShard, num_bytes: int) -> tuple[str, list[str], list[int]]:
+    """The digest of the object, and digest and CRC-32 of each member's range, from one pass over the object."""
     whole = hashlib.sha256()
     starts, lengths = shard.members["offset"].to_pylist(), shard.members["length"].to_pylist()
-    payloads = [hashlib.sha256() for _ in starts]
+    payloads, checksums = [hashlib.sha256() for _ in starts], [0 for _ in starts]
     first = 0  # members before this one end before the block; they are sorted by offset
     for start in range(0, num_bytes, BLOCK_BYTES):
         block = memoryview(storage.read_range(shard.name, start, min(BLOCK_BYTES, num_bytes - start)))
@@ -105,23 +108,26 @@ def _digests(storage: Storage, shard: CommittedShard, num_bytes: int) -> tuple[s
         for i in range(first, len(starts)):
             if starts[i] >= start + len(block):
                 break
-            payloads[i].update(block[max(0, starts[i] - start) : max(0, starts[i] + lengths[i] - start)])
-    return whole.hexdigest(), [payload.hexdigest() for payload in payloads]
+            part = block[max(0, starts[i] - start) : max(0, starts[i] + lengths[i] - start)]
+            payloads[i].update(part)
+            checksums[i] = zlib.crc32(part, checksums[i])
+    return whole.hexdigest(), [payload.hexdigest() for payload in payloads], checksums
 
 
 def _images(table: Table, side: int) -> pa.Table:
     columns = ["shard", "shard_bytes", "shard_sha256", "pair_key"]
     columns += [f"offset_{side}", f"length_{side}", f"image_{side}_sha256"]
-    return _members(table.read(columns, COMMITTED), f"image {side} of pair ")
+    rows = table.read(columns, COMMITTED)
+    return _members(rows.append_column("crc32", pa.nulls(rows.num_rows, pa.int64())), f"image {side} of pair ")
 
 
 def _tensors(table: Table, what: str, key: str) -> pa.Table:
-    columns = ["shard", "shard_bytes", "shard_sha256", key, "offset", "length", "sha256"]
+    columns = ["shard", "shard_bytes", "shard_sha256", key, "offset", "length", "sha256", "crc32"]
     return _members(table.read(columns, COMMITTED), what)
 
 
 def _members(rows: pa.Table, what: str) -> pa.Table:
-    rows = rows.rename_columns(["shard", "shard_bytes", "shard_sha256", "what", "offset", "length", "sha256"])
+    rows = rows.rename_columns(["shard", "shard_bytes", "shard_sha256", "what", "offset", "length", "sha256", "crc32"])
     return rows.set_column(3, "what", pc.binary_join_element_wise(what, rows["what"], ""))
 
 

@@ -88,7 +88,7 @@ def _commit(storage, work, table, shard, unit, members, sizes):
     for position, member in enumerate(written):
         row = dict.fromkeys(table.schema.names)
         row.update(status="kept", unit=unit, shard=shard, shard_bytes=num_bytes, shard_sha256=sha256)
-        row.update(offset=member.offset, length=member.length, sha256=member.sha256)
+        row.update(offset=member.offset, length=member.length, sha256=member.sha256, crc32=member.crc32)
         key = member.name.split(".")[0]
         if sizes is None:
             row.update(prompt_id=key, num_tokens=3)

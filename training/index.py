@@ -20,17 +20,22 @@ PREFERRED = 0.5  # image_0 is chosen where label_0 is this or above
 
 Labels = Literal["soft", "hard"]
 KEY_DIGITS, SHA256_DIGITS = 32, 64  # hex
-PLACE = ["shard", "offset", "length", "sha256", "shard_bytes", "shard_sha256"]
+PLACE = ["shard", "offset", "length", "sha256", "crc32", "shard_bytes", "shard_sha256"]
+NO_CRC32 = -1
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where one safetensors member lies; what its whole shard is, for who keeps shards (0 and "" if unknown)."""
+    """Where one safetensors member lies; what its whole shard is, for who keeps shards (0 and "" if unknown).
+
+    Of data sets encoded before there was a CRC-32, that is None.
+    """
 
     shard: str
     offset: int
     length: int
     sha256: str
+    crc32: int | None = None
     shard_bytes: int = 0
     shard_sha256: str = ""
 
@@ -59,7 +64,7 @@ class PairRecord:
 class PairIndex:
     """All usable pairs of one split, grouped by aspect bucket, ordered by key within a bucket.
 
-    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair takes about 120
+    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair takes about 130
     bytes and is found in constant time: hex digits are kept as the bytes they stand for, repeated text once.
     """
 
@@ -81,6 +86,7 @@ class PairIndex:
         self._label_0, self._source_row, self._offset, self._length, self._shard_bytes = (
             rows[name].to_numpy()[order] for name in numbers
         )
+        self._crc32 = pc.fill_null(rows["crc32"], NO_CRC32).to_numpy()[order]
         repeated = ("shard", "shard_sha256", "source_uri")
         self._shard, self._shard_sha256, self._source_uri = (_Repeated(rows[name], order) for name in repeated)
 
@@ -104,6 +110,7 @@ class PairIndex:
                 int(self._offset[row]),
                 int(self._length[row]),
                 self._sha256[row].tobytes().hex(),
+                None if (crc32 := int(self._crc32[row])) == NO_CRC32 else crc32,
                 int(self._shard_bytes[row]),
                 self._shard_sha256[row],
             ),
@@ -204,8 +211,8 @@ def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:
     columns: list[Any] = [rows[name].to_pylist() for name in rows.column_names]
     shared = {text: text for name in ("shard", "shard_sha256") for text in pc.unique(rows[name]).to_pylist()}
     texts = {
-        prompt: Location(shared[shard], offset, length, sha256, num_bytes, shared[shard_sha256])
-        for prompt, shard, offset, length, sha256, num_bytes, shard_sha256 in zip(*columns, strict=True)
+        prompt: Location(shared[shard], offset, length, sha256, crc32, num_bytes, shared[shard_sha256])
+        for prompt, shard, offset, length, sha256, crc32, num_bytes, shard_sha256 in zip(*columns, strict=True)
     }
     if NULL_PROMPT_ID not in texts:
         raise SnapshotError(

@@ -1,4 +1,4 @@
-"""Pairs by range: every sample is checked against its digest and knows its origin."""
+"""Pairs by range: every sample is checked against its CRC-32 and knows its origin."""
 
 import contextlib
 import functools
@@ -47,12 +47,12 @@ class PairReader:
         self._recent = _Recent(max_text_bytes)
 
     def _read(self, where: Location) -> bytes:
-        """The bytes of one member, equal to their digest."""
+        """The bytes of one member, as they were written."""
         found = self._cache.read(where) if self._cache else None
         if found is None:
             is_fetching = self._cache is not None and self._cache.is_fetching
             with self._few if is_fetching else contextlib.nullcontext():
-                found = self._storage.read_range(where.shard, where.offset, where.length, where.sha256)
+                found = self._storage.read_range(where.shard, where.offset, where.length, where.sha256, where.crc32)
         return found
 
     def _read_text(self, prompt_id: str) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipelines.dataset.errors import ConfigError, ShardCorrupt
-from pipelines.dataset.storage import Storage
+from pipelines.dataset.storage import Storage, is_whole
 from training.index import Location
 from training.threads import MAX_EXIT_S, Threads
 
@@ -67,7 +67,7 @@ class ShardCache:
             ) from error
 
     def read(self, where: Location) -> bytes | None:
-        """A member, equal to its digest; None if its shard is not here, and then it is fetched in the background."""
+        """A member, as it was written; None if its shard is not here, and then it is fetched in the background."""
         if not where.shard_sha256 or where.shard_bytes > self._max_bytes:
             return None
         file = self._file(where)
@@ -80,7 +80,7 @@ class ShardCache:
         except OSError:  # not here, or a bad disk
             self._want(where)
             return None
-        if hashlib.sha256(data).hexdigest() == where.sha256:
+        if is_whole(data, where.sha256, where.crc32):
             self._touch(file)
             return data
         self._warn(f"{file.name} is damaged; it is fetched again")

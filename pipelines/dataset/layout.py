@@ -26,6 +26,7 @@ LATENTS_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("sha256", pa.string()),  # of the member's payload
+        ("crc32", pa.int64()),  # of the same, for training; null in rows of before 2026-11-27
     ]
 )
 """One row for every pair that was encoded under one fingerprint."""
@@ -43,6 +44,7 @@ TEXT_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("sha256", pa.string()),
+        ("crc32", pa.int64()),
     ]
 )
 """One row for every distinct prompt that was embedded under one fingerprint."""

@@ -8,6 +8,7 @@ passes silently through every tar iterator.
 import hashlib
 import io
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ class Member:
     offset: int
     length: int
     sha256: str
+    crc32: int
 
 
 class ShardWriter:
@@ -54,7 +56,7 @@ class ShardWriter:
         offset = self.num_bytes
         self._write(data)
         self._write(b"\0" * (-len(data) % BLOCK_BYTES))
-        return Member(name, offset, len(data), sha256 or hashlib.sha256(data).hexdigest())
+        return Member(name, offset, len(data), sha256 or hashlib.sha256(data).hexdigest(), zlib.crc32(data))
 
     def close(self) -> str:
         """Write the end of the tar; returns the sha256 (hex) of the whole shard."""

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -194,6 +194,7 @@ class Table:
                     self._table,
                     rows.select(self.schema.names).cast(self.schema),
                     mode="overwrite",
+                    schema_mode=self._schema_mode(),
                     predicate=f"unit IN ({listed})",
                     storage_options=storage_options(self.uri),
                     commit_properties=CommitProperties(custom_metadata={NAME_OF_COMMIT: name}, max_commit_retries=0),
@@ -225,6 +226,11 @@ class Table:
             self._table = None
         return before, len(self.files())
 
+    def _schema_mode(self) -> Literal["merge"] | None:
+        """A table of an earlier version gets the columns that it lacks; those of a later one are null in our rows."""
+        assert self._table is not None
+        return None if set(self.schema.names) == {field.name for field in self._table.schema().fields} else "merge"
+
     def _is_marked(self, mark: str) -> bool:
         """Whether one of the newest commits is the one with this mark, whatever its writer was told."""
         table = self._open()
@@ -244,6 +250,7 @@ class Table:
             self.uri if self._table is None else self._table,
             rows,
             mode="error" if is_new else "append",
+            schema_mode=None if is_new else self._schema_mode(),
             configuration=CONFIGURATION if is_new else None,
             storage_options=storage_options(self.uri),
             commit_properties=CommitProperties(
@@ -265,9 +272,18 @@ class Table:
         if table is None:
             return
         try:
-            yield from _dataset(table).to_batches(columns=columns, filter=where)
+            found = _dataset(table)
+            known = [name for name in columns if name in found.schema.names]
+            for batch in found.to_batches(columns=known, filter=where):
+                yield batch if known == columns else self._filled(batch, columns)
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
+
+    def _filled(self, batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
+        """With nulls for columns that the table did not have when it was made."""
+        missing = {name: pa.nulls(batch.num_rows, self.schema.field(name).type) for name in columns}
+        parts = [batch[name] if name in batch.schema.names else missing[name] for name in columns]
+        return pa.RecordBatch.from_arrays(parts, names=columns)
 
     def dataset(self) -> Any:
         """The newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -176,22 +177,26 @@ def test_a_range_is_exactly_its_bytes(storage: Storage) -> None:
     storage.write("object", bytes(range(256)))
     assert storage.read_range("object", 250, 6) == bytes(range(250, 256))
     assert storage.read_range("object", 3, 2, hashlib.sha256(b"\3\4").hexdigest()) == b"\3\4"
+    assert storage.read_range("object", 3, 2, crc32=zlib.crc32(b"\3\4")) == b"\3\4"
+    assert storage.read_range("object", 3, 2, "of which the CRC-32 is the faster", zlib.crc32(b"\3\4")) == b"\3\4"
 
 
 @pytest.mark.parametrize(
-    ("offset", "length", "sha256", "says"),
+    ("offset", "length", "known", "says"),
     [
-        (250, 7, None, "6 of 7 bytes at 250"),
-        (300, 7, None, "0 of 7 bytes at 300"),
-        (3, 2, "ab" * 32, "the 2 bytes at 3 differ from their digest abababababab"),
+        (250, 7, (), "6 of 7 bytes at 250"),
+        (300, 7, (), "0 of 7 bytes at 300"),
+        (3, 2, ("ab" * 32,), "the 2 bytes at 3 differ from their digest abababababab"),
+        (3, 2, (None, 0xAB), "the 2 bytes at 3 differ from their CRC-32 000000ab"),
+        (3, 2, (hashlib.sha256(b"\3\4").hexdigest(), 0), "the 2 bytes at 3 differ from their CRC-32 00000000"),
     ],
 )
 def test_short_or_wrong_bytes_are_an_error_never_data(
-    storage: Storage, no_waiting: None, offset: int, length: int, sha256: str | None, says: str
+    storage: Storage, no_waiting: None, offset: int, length: int, known: tuple[Any, ...], says: str
 ) -> None:
     storage.write("object", bytes(range(256)))
     with pytest.raises(ShardCorrupt) as caught:
-        storage.read_range("object", offset, length, sha256)
+        storage.read_range("object", offset, length, *known)
     assert caught.value.message == f"cannot read {storage.url}/object: {says}"
     assert "mapo data verify" in str(caught.value.hint)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -165,6 +166,57 @@ def test_rows_of_another_schema_are_refused(table: Table) -> None:
     with pytest.raises(pa.ArrowInvalid):
         table.append("a", pa.table({"unit": ["a"], "number": ["not a number"]}))
     assert table.version is None
+
+
+WIDER = SCHEMA.append(pa.field("added", pa.int64()))
+
+
+def wider_rows(unit: str) -> pa.Table:
+    return rows_of(unit).append_column("added", pa.array([7, 8, 9]))
+
+
+def test_columns_that_came_later_are_null_in_old_rows(table: Table, tmp_path: Path) -> None:
+    table.append("old", rows_of("old"))
+    storage = Storage(str(Path(table.uri).parent))
+    wider = Table(storage, "table", WIDER)
+    assert wider.read().to_pylist() == [row | {"added": None} for row in rows_of("old").to_pylist()]
+    assert wider.read(["added", "number"], pc.field("number") > 1).to_pylist() == [{"added": None, "number": 2}]
+    assert wider.append("new", wider_rows("new"))
+    assert not wider.append("new", wider_rows("new"))
+    assert wider.read(["unit", "added"]).sort_by("unit").to_pylist() == [
+        *({"unit": "new", "added": number} for number in (7, 8, 9)), *[{"unit": "old", "added": None}] * 3,
+    ]  # fmt: skip
+    pinned = Table(storage, "table", WIDER, version=0)
+    assert pinned.read(["added"])["added"].null_count == pinned.count_rows() == 3
+    assert table.append("third", rows_of("third")), "an earlier version of us still writes to it"
+    assert wider.read(["added"])["added"].null_count == 6
+
+
+def test_rows_of_a_table_that_lacks_a_column_can_be_rewritten(table: Table, tmp_path: Path) -> None:
+    table.append("a", rows_of("a"))
+    table.append("b", rows_of("b"))
+    wider = Table(Storage(str(Path(table.uri).parent)), "table", WIDER)
+    where = (pc.field("unit") == "a") & (pc.field("number") < 100)
+
+    def raised(rows: pa.Table) -> pa.Table:
+        return rows.set_column(1, "number", pc.add(rows["number"], 100)).set_column(2, "added", rows["number"])
+
+    assert wider.rewrite(raised, where, name="raised") == 3
+    assert wider.read(None, pc.field("unit") == "a").sort_by("number").to_pylist() == [
+        {"unit": "a", "number": 100 + number, "added": number} for number in range(3)
+    ]
+    assert wider.read(["added"], pc.field("unit") == "b")["added"].null_count == 3
+
+
+def test_of_writers_that_bring_a_new_column_at_once_every_unit_lands_once(table: Table, tmp_path: Path) -> None:
+    table.append("old", rows_of("old"))
+    writers = [Table(Storage(str(Path(table.uri).parent)), "table", WIDER) for _ in range(4)]
+    for writer in writers:
+        assert writer.version == 0
+    with ThreadPoolExecutor(4) as pool:
+        landed = list(pool.map(lambda i: writers[i].append(f"unit {i % 3}", wider_rows(f"unit {i % 3}")), range(4)))
+    assert landed.count(True) == 3
+    assert table.count_rows() == 12
 
 
 def test_duckdb_and_delta_queries_read_it(table: Table) -> None:

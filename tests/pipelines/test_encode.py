@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,7 @@ def test_what_is_stored_has_the_configured_type_and_nothing_more(
     for row in rows:
         data = storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
         assert {tensor.dtype for tensor in load(data).values()} == {getattr(torch, dtype)}
+        assert row["crc32"] == zlib.crc32(data)
         assert row["length"] < 2 * 4 * 16 * 16 * getattr(torch, dtype).itemsize + 400  # not the batch's whole memory
 
 

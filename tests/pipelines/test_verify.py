@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from encoded import LATENTS, TEXT, write_encoded
 from factories import photo_pairs, write_parquet
@@ -11,7 +13,7 @@ from orchestration.cli import main
 from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import SnapshotError
-from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.ingest import plan_units, write_unit
 from pipelines.verify import committed_shards, verify
@@ -80,6 +82,21 @@ def test_latents_and_texts_are_held_to_their_digests(storage: Storage, name: str
     whole, member = verify(storage)
     assert whole.startswith(f"{storage.url}/{name}: sha256 is ")
     assert member.startswith(f"{storage.url}/{name}: {what}")
+
+
+def test_a_checksum_that_would_stop_a_training_is_seen_where_the_bytes_are_as_committed(storage: Storage) -> None:
+    table = latents_table(storage, LATENTS)
+    shard = f"dataset/latents/{LATENTS}/unit.tar"
+
+    def wrong(rows: pa.Table) -> pa.Table:
+        known = rows["crc32"].to_pylist()
+        return rows.set_column(rows.schema.get_field_index("crc32"), "crc32", pa.array([5, *known[1:]], pa.int64()))
+
+    (first, *_), right = table.read()["pair_key"].to_pylist(), table.read()["crc32"][0].as_py()
+    table.rewrite(wrong, pc.field("crc32") == right, name="wrong")
+    (line,) = verify(storage)
+    assert line.startswith(f"{storage.url}/{shard}: latents of pair {first} at ")
+    assert line.endswith(f": the bytes are as committed, but their CRC-32 is {right}, not 5")
 
 
 def test_a_cut_shard_names_every_member_that_is_lost(storage: Storage) -> None:

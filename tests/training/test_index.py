@@ -1,5 +1,6 @@
 """What a training may take: pairs that were kept, encoded, and whose prompt was embedded; all else is named."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import write_deltalake
 from encoded import write_encoded
 
-from pipelines.dataset.errors import SnapshotError
+from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import TEXT_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import Reason, Status, prompt_id
 from pipelines.dataset.storage import Storage
 from training.index import PairIndex, PairRecord, load_index, load_texts
+from training.reader import PairReader
 from training.spec import Snapshot
 
 OTHER = "c" * 32
@@ -56,12 +59,35 @@ def test_a_record_says_what_the_tables_say(storage: Storage, tmp_path: Path) -> 
         assert vars(where) == {name: texts[identity][name] for name in vars(where)}
 
 
+def test_a_table_from_before_there_was_a_crc_32_has_none_and_the_digest_is_asked(
+    storage: Storage, tmp_path: Path
+) -> None:
+    snapshot = write_encoded(storage, tmp_path, num_train=6)
+    for table in (
+        latents_table(storage, snapshot.latents_fingerprint), text_table(storage, snapshot.text_fingerprint)
+    ):  # fmt: skip
+        rows = table.read().drop_columns(["crc32"])
+        shutil.rmtree(table.uri)
+        write_deltalake(table.uri, rows)
+    (record, *_), texts = records_of(load_index(storage, snapshot, "train")), load_texts(storage, snapshot)
+    assert record.latents.crc32 is None
+    assert all(where.crc32 is None for where in texts.values())
+    reader = PairReader(storage, texts)
+    assert reader.read([record]).records == [record]
+    data = bytearray(storage.read(record.latents.shard))
+    data[record.latents.offset + record.latents.length - 1] ^= 1
+    storage.write(record.latents.shard, bytes(data))
+    with pytest.raises(ShardCorrupt, match=f"differ from their digest {record.latents.sha256[:12]}"):
+        reader.read([record])
+
+
 def test_the_order_follows_from_the_pairs_alone() -> None:
     rng = np.random.default_rng(0)
     rows = pa.table({
         "pair_key": [f"{key:032x}" for key in range(100)], "prompt_id": ["ab" * 16] * 100, "label_0": [1.0] * 100,
         "source_uri": ["u"] * 100, "source_row": range(100), "sha256": ["cd" * 32] * 100, "shard": ["s"] * 100,
         "shard_sha256": ["e"] * 100, "shard_bytes": [9] * 100, "offset": range(100), "length": [1] * 100,
+        "crc32": pa.array([None, 7] * 50, pa.int64()),
         "bucket_height": rng.integers(1, 3, 100), "bucket_width": rng.integers(1, 4, 100),
     })  # fmt: skip
     pieces = [rows.take(part) for part in np.array_split(rng.permutation(100), 7)]

@@ -87,10 +87,10 @@ def test_no_read_waits_for_a_shard(
     is_allowed = threading.Event()
 
     class Slow(Storage):
-        def read_range(self, name: str, offset: int, length: int, sha256: str | None = None) -> bytes:
+        def read_range(self, name: str, offset: int, length: int, *known: Any) -> bytes:
             if threading.current_thread().name.startswith("shard-fetcher"):
                 assert is_allowed.wait(60)
-            return super().read_range(name, offset, length, sha256)
+            return super().read_range(name, offset, length, *known)
 
     slow = Slow(storage.url)
     index = load_index(storage, snapshot, "train")
@@ -115,18 +115,18 @@ def test_few_ranges_are_read_beside_a_fetch(storage: Storage, snapshot: Snapshot
     now = most = 0
 
     class Counting(Storage):
-        def read_range(self, name: str, offset: int, length: int, sha256: str | None = None) -> bytes:
+        def read_range(self, name: str, offset: int, length: int, *known: Any) -> bytes:
             nonlocal now, most
             if threading.current_thread().name.startswith("shard-fetcher"):
                 assert done.wait(60)
-                return super().read_range(name, offset, length, sha256)
+                return super().read_range(name, offset, length, *known)
             with changed:
                 now += 1
                 most = max(most, now)
                 changed.notify_all()
                 assert changed.wait_for(lambda: most >= READS_BESIDE_FETCHES, 60), "so many come at once"
                 now -= 1
-            return super().read_range(name, offset, length, sha256)
+            return super().read_range(name, offset, length, *known)
 
     index = load_index(storage, snapshot, "train")
     counting = Counting(storage.url)
