@@ -1,5 +1,6 @@
 """What the ranks of the engine's tests do: real steps of the real loop's parts, on synthetic pairs."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from accelerate.state import AcceleratorState
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+import training.engine
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.batch import Batch
@@ -149,6 +151,20 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
         checkpointer.save(num_steps, gather_parts(state, ema), account=engine.identity(), state=shared)
     torch.distributed.barrier()
     return {"first": first, "curve": curve, **shared}
+
+
+def on_nvme(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work` with partitions so small that there are several; without CUDA DeepSpeed does not link libaio."""
+    ctypes.CDLL("libaio.so.1", ctypes.RTLD_GLOBAL)
+    settings_of = training.engine.deepspeed_config
+
+    def in_parts(*given: Any, **named: Any) -> dict[str, Any]:
+        settings = settings_of(*given, **named)
+        settings["zero_optimization"]["sub_group_size"] = 800_000
+        return settings
+
+    training.engine.deepspeed_config = in_parts
+    return work(*arguments)
 
 
 def in_half(work: Callable[..., Any], *arguments: Any) -> Any:

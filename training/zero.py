@@ -6,11 +6,14 @@ tile every parameter. DeepSpeed's own checkpoints cannot change the world size, 
 offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from training import eight_bit
@@ -60,13 +63,18 @@ class ZeroState:
         return [fragment for fragment, _ in self._owned]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
-        """The fragments of one of KINDS: float32 vectors, of the engine's own memory unless offloaded or of 8 bits."""
+        """The fragments of one of KINDS: float32 vectors, of the engine's own memory unless on NVMe or of 8 bits."""
         if kind in MOMENTS and not self.num_steps():
             self._create_moments(0)  # AdamW makes them at its first step; fp16 may have left out all so far
         flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
-        for fragment, weight in self._owned:
-            view = self._view(weight, kind) if flats is None else self._cut(flats, weight)
-            yield fragment, view.detach()[: fragment.numel]
+        for group, owned in self._by_partition():
+            with self._in_memory(group) as is_lent:
+                found = []
+                for fragment, weight in owned:
+                    view = self._view(weight, kind) if flats is None else self._cut(flats, weight)
+                    view = view.detach()[: fragment.numel]
+                    found.append((fragment, view.clone() if is_lent else view))
+            yield from found
 
     def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
         """The magnitudes of 8-bit moments by kind; none of others."""
@@ -101,12 +109,14 @@ class ZeroState:
             loss_scale: From `loss_scale`.
         """
         self._create_moments(num_steps)
-        for kind in KINDS:
-            if self._is_eight_bit and kind in MOMENTS:
-                self._pack(kind, tensors)
-                continue
-            for fragment, weight in self._owned:
-                self._set(weight, kind, tensors[kind][fragment.name])
+        by_bits = MOMENTS if self._is_eight_bit else ()
+        for kind in by_bits:
+            self._pack(kind, tensors)
+        for group, owned in self._by_partition():
+            with self._in_memory(group, is_written=True):
+                for kind in (kind for kind in KINDS if kind not in by_bits):
+                    for fragment, weight in owned:
+                        self._set(weight, kind, tensors[kind][fragment.name])
         for name, value in loss_scale.items():
             setattr(self._zero.loss_scaler, name, value)
         self._publish_weights()
@@ -118,8 +128,10 @@ class ZeroState:
             weights: By the names of `fragments`.
         """
         self._create_moments(0)
-        for fragment, weight in self._owned:
-            self._set(weight, WEIGHT, weights[fragment.name])
+        for group, owned in self._by_partition():
+            with self._in_memory(group, is_written=True):
+                for fragment, weight in owned:
+                    self._set(weight, WEIGHT, weights[fragment.name])
         self._publish_weights()
 
     # 8-bit states
@@ -165,22 +177,39 @@ class ZeroState:
         return int(weight._hp_mapping.param_group_index), int(address.start), int(address.numel)
 
     def _view(self, weight: Any, kind: str) -> Tensor:
-        view: Tensor
-        if self.stage == 3:  # through DeepSpeed's own door: what lies on NVMe is brought in
-            view = self._zero.get_local_fp32_param(weight, None if kind == WEIGHT else kind)
-        elif kind == WEIGHT:
-            view = weight._hp_mapping.hp_fragment
-        else:
-            view = self._cut([self._zero.optimizer.state[flat][kind] for flat in self._flat_partitions()], weight)
-        return view
+        if self.stage < 3 and kind == WEIGHT:
+            fragment: Tensor = weight._hp_mapping.hp_fragment
+            return fragment
+        group, start, numel = self._place(weight)
+        flat: Tensor = self._flat_partitions()[group]
+        values: Tensor = flat if kind == WEIGHT else self._zero.optimizer.state[flat][kind]
+        return values.narrow(0, start, numel)
 
     def _set(self, weight: Any, kind: str, value: Tensor) -> None:
-        if self.stage < 3:
-            self._view(weight, kind).detach().copy_(value)
+        view = self._view(weight, kind).detach()
+        view[: value.numel()].copy_(value)
+        view[value.numel() :].zero_()  # the padding of stage 3's last rank
+
+    def _by_partition(self) -> Iterator[tuple[int, list[tuple[Fragment, Any]]]]:
+        """What this rank owns by stage 3's flat partition; all at once in stages that keep everything in memory."""
+        groups = itertools.groupby(self._owned, lambda each: self._place(each[1])[0] if self.stage == 3 else 0)
+        return ((group, list(owned)) for group, owned in groups)
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int, *, is_written: bool = False) -> Iterator[bool]:
+        """While it is entered, a flat partition and its states, which may lie on NVMe; whether their memory is lent."""
+        zero = self._zero
+        if self.stage == 3 and not get_accelerator().resolves_data_dependency():
+            zero.reduce_and_partition_stream.synchronize()
+        if self.stage < 3 or not zero._swappable_optimizer_subgroup(group):
+            yield False
             return
-        padded = torch.zeros(weight.ds_tensor.numel())
-        padded[: value.numel()] = value
-        self._zero.set_local_hp_param(padded, weight, None if kind == WEIGHT else kind)
+        zero._optimizer_states_and_gradient_swap_in(group)
+        yield True
+        if is_written:
+            zero._optimizer_states_and_gradient_swap_out(group)
+        else:
+            zero._release_swap_buffers(group)
 
     def _flat_partitions(self) -> list[Any]:
         if self.stage == 3:
@@ -195,15 +224,16 @@ class ZeroState:
         if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
             self._zero._set_fp32_optimizer_param_groups()
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        for flat in self._flat_partitions():
+        for group, flat in enumerate(self._flat_partitions()):
             if self._is_eight_bit:
                 eight_bit.create(optimizer, flat, num_steps)
                 continue
-            state = optimizer.state[flat]
-            for kind in MOMENTS:
-                if kind not in state and flat.numel():
-                    state[kind] = torch.zeros_like(flat)
-            state["step"] = torch.tensor(float(num_steps), device=flat.device if on_device else "cpu")
+            with self._in_memory(group, is_written=True):
+                state = optimizer.state[flat]
+                for kind in MOMENTS:
+                    if kind not in state and flat.numel():
+                        state[kind] = torch.zeros_like(flat)
+                state["step"] = torch.tensor(float(num_steps), device=flat.device if on_device else "cpu")
         if self.stage == 3:
             self._zero._clear_fp32_optimizer_param_groups()
 
@@ -213,5 +243,6 @@ class ZeroState:
             return
         self._zero._partition_all_parameters()
         for group in range(len(self._zero.fp32_partitioned_groups_flat)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            with self._in_memory(group):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero._post_step([])

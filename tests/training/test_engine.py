@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from encoded import write_base
-from engine_work import CONFIG, in_half, losses_of_configs, plain_adamw, train_and_save
+from engine_work import CONFIG, in_half, losses_of_configs, on_nvme, plain_adamw, train_and_save
 from ranks import on_ranks
 
 from pipelines.dataset.storage import Storage
@@ -80,6 +81,30 @@ def test_half_precision_keeps_float32_masters(base, curves) -> None:
             curve = curves[config.model_dump_json()]
             assert curve == pytest.approx(expected, rel=tolerance)
             assert curve[-1] < curve[0]
+
+
+def test_what_lies_on_nvme_trains_as_in_memory_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("apt install libaio-dev")
+    base = str(write_base(tmp_path / "base", channels=(64, 128)))  # DeepSpeed leaves less than a megabyte in memory
+    in_memory = with_(zero_stage=3, ema={"decay": 0.5})
+    (tmp_path / "nvme").mkdir()
+    config = TrainConfig.model_validate(
+        in_memory.model_dump() | {"offload": "nvme", "offload_path": str(tmp_path / "nvme")}
+    )
+    curves, weights = {}, {}
+    for name, wanted, turns in (("memory", in_memory, [4]), ("nvme", config, [4]), ("parts", config, [2, 4])):
+        storage = Storage(str(tmp_path / name))
+        parts = [on_ranks(2, on_nvme, train_and_save, wanted, base, storage.url, step)[0] for step in turns]
+        curves[name] = [loss for part in parts for loss in part["curve"]]
+        newest = committed(storage, "checkpoints")[-1].folder
+        weights[name] = [read_weights(storage, newest, kind) for kind in ("raw", "ema")]
+    assert curves["nvme"] == pytest.approx(curves["memory"], abs=1e-5)
+    assert curves["parts"] == curves["nvme"]
+    for expected, found in zip(weights["nvme"], weights["parts"], strict=True):
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
+    for expected, found in zip(weights["memory"], weights["nvme"], strict=True):
+        assert max(abs(found[name] - expected[name]).max() for name in expected) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
