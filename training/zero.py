@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from training import eight_bit
@@ -198,6 +197,8 @@ class ZeroState:
     @contextlib.contextmanager
     def _in_memory(self, group: int, *, is_written: bool = False) -> Iterator[bool]:
         """While it is entered, a flat partition and its states, which may lie on NVMe; whether their memory is lent."""
+        from deepspeed.accelerator import get_accelerator  # here: `mapo status` reads checkpoints without DeepSpeed
+
         zero = self._zero
         if self.stage == 3 and not get_accelerator().resolves_data_dependency():
             zero.reduce_and_partition_stream.synchronize()
