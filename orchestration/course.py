@@ -12,6 +12,7 @@ from pipelines.dataset.errors import MapoError
 from pipelines.dataset.storage import Storage
 
 STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
+OF_STORAGE = ("ingest", "encode")
 SILENCE = timedelta(minutes=3)
 """A driver without a beat for so long is taken to be gone: beats come every few seconds, clocks differ a little."""
 UNDONE = ("failed", "stopped", "lost")
@@ -99,7 +100,7 @@ def read_course(
     elif last is not None and ended:
         state = last.state
     else:
-        state = "finished" if all(records.values()) else "partial"
+        state = "finished" if all(_is_done(stage, records) for stage in STAGES_SHOWN) else "partial"
     shown = last if last is not None and (ended or last.state == "running") else None
     return Course(
         state=state,
@@ -164,8 +165,14 @@ def _states(
         elif attempt is not None:
             states[stage] = attempt.state
         else:
-            states[stage] = "done" if records[stage] else "not run"
+            states[stage] = "done" if _is_done(stage, records) else "not run"
     return states
+
+
+def _is_done(stage: str, records: Mapping[str, Any]) -> bool:
+    """Whether a stage has ever gone well. Another run may have ingested and encoded: a later success says so."""
+    later = STAGES_SHOWN[STAGES_SHOWN.index(stage) :] if stage in OF_STORAGE else (stage,)
+    return any(records[each] for each in later)
 
 
 def _command(holder: str) -> str | None:

@@ -1,0 +1,38 @@
+"""The course of a run: what of it is done, also where another run of the storage has done it."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from orchestration.course import STAGES_SHOWN, Course, read_course
+from orchestration.journal import StageRecord
+
+OWN = ("train", "export", "evaluate")
+
+
+def course_of(*done: str) -> Course:
+    """After a success of these stages."""
+    records = {
+        stage: StageRecord(stage, "0" * 16, "", 1.0, "2026-11-27T00:00:00Z") if stage in done else None
+        for stage in STAGES_SHOWN
+    }
+    return read_course([], records, now=datetime.now(UTC), is_driven=False)
+
+
+def test_what_another_run_has_ingested_and_encoded_is_done() -> None:
+    course = course_of(*OWN)
+    assert course.state == "finished"
+    assert set(course.stages.values()) == {"done"}
+
+
+@pytest.mark.parametrize("missing", OWN)
+def test_a_stage_of_the_runs_own_is_done_by_itself_alone(missing: str) -> None:
+    course = course_of(*(stage for stage in STAGES_SHOWN if stage != missing))
+    assert course.state == "partial"
+    assert [stage for stage, state in course.stages.items() if state == "not run"] == [missing]
+
+
+def test_encode_says_that_ingest_went_well_and_nothing_of_what_follows() -> None:
+    course = course_of("encode")
+    assert course.state == "partial"
+    assert course.stages == dict.fromkeys(("ingest", "encode"), "done") | dict.fromkeys(OWN, "not run")
