@@ -281,9 +281,9 @@ class Table:
 
     def _filled(self, batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
         """With nulls for columns that the table did not have when it was made."""
-        missing = {name: pa.nulls(batch.num_rows, self.schema.field(name).type) for name in columns}
-        parts = [batch[name] if name in batch.schema.names else missing[name] for name in columns]
-        return pa.RecordBatch.from_arrays(parts, names=columns)
+        for name in set(columns) - set(batch.schema.names):
+            batch = batch.append_column(name, pa.nulls(batch.num_rows, self.schema.field(name).type))
+        return batch.select(columns)
 
     def dataset(self) -> Any:
         """The newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.
