@@ -111,11 +111,7 @@ class ZeroState:
         by_bits = MOMENTS if self._is_eight_bit else ()
         for kind in by_bits:
             self._pack(kind, tensors)
-        for group, owned in self._by_partition():
-            with self._in_memory(group, is_written=True):
-                for kind in (kind for kind in KINDS if kind not in by_bits):
-                    for fragment, weight in owned:
-                        self._set(weight, kind, tensors[kind][fragment.name])
+        self._write(tensors, [kind for kind in KINDS if kind not in by_bits])
         for name, value in loss_scale.items():
             setattr(self._zero.loss_scaler, name, value)
         self._publish_weights()
@@ -127,10 +123,7 @@ class ZeroState:
             weights: By the names of `fragments`.
         """
         self._create_moments(0)
-        for group, owned in self._by_partition():
-            with self._in_memory(group, is_written=True):
-                for fragment, weight in owned:
-                    self._set(weight, WEIGHT, weights[fragment.name])
+        self._write({WEIGHT: weights}, [WEIGHT])
         self._publish_weights()
 
     # 8-bit states
@@ -183,6 +176,12 @@ class ZeroState:
         flat: Tensor = self._flat_partitions()[group]
         values: Tensor = flat if kind == WEIGHT else self._zero.optimizer.state[flat][kind]
         return values.narrow(0, start, numel)
+
+    def _write(self, tensors: Tensors, kinds: list[str]) -> None:
+        for group, owned in self._by_partition():
+            with self._in_memory(group, is_written=True):
+                for kind, (fragment, weight) in itertools.product(kinds, owned):
+                    self._set(weight, kind, tensors[kind][fragment.name])
 
     def _set(self, weight: Any, kind: str, value: Tensor) -> None:
         view = self._view(weight, kind).detach()
