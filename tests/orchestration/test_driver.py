@@ -1,9 +1,11 @@
 """Who drives a run, and how it is stopped: the installed command in processes of its own."""
 
+import contextlib
 import json
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +70,26 @@ class Driver(Command):
             time.sleep(0.05)
         self.look()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop what Ray has started for it, and what Ray still starts: it lives, and gets no further."""
+        is_over = threading.Event()
+
+        def hold() -> None:
+            while not is_over.wait(0.05):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for each in psutil.Process(self.process.pid).children(recursive=True):
+                        if "ray::" in " ".join(each.cmdline()[:1]):
+                            each.suspend()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
     @property
     def step(self) -> int:
         """Where its training is; 0 before the first step of this driver."""
@@ -96,22 +118,36 @@ def events(run: Path) -> Iterator[tuple[str, str | None]]:
         yield event["event"], event.get("stage")
 
 
-def test_a_second_driver_is_refused_and_a_killed_one_is_followed(folder: Path) -> None:
-    options = ("-o", "train.max_steps=24", "-o", "train.checkpoint_every=4")
-    with Driver(folder, "train", *options) as first:
-        first.until(lambda: newest_step(first.run) >= 4)
-        with Driver(folder, "run", *options) as second:
+def check_two_drivers(folder: Path, stage: str, *options: str, has_begun: Callable[[], bool]) -> Driver:
+    """One works on a stage, another is refused; the first is killed, and a third that has ended well is returned."""
+    with Driver(folder, stage, *options) as first:
+        first.until(has_begun)
+        with first.held(), Driver(folder, "run", *options) as second:  # it could be done before the second has looked
             assert second.wait() == 1
         assert re.search(rf"LeaseError: run small is driven by pid {first.process.pid} on ", second.errors)
         assert second.errors.count("hint: ") == 1
-        left_at = newest_step(first.run)
         first.kill()
-        with Driver(folder, "train", *options) as third:
+        with Driver(folder, stage, *options) as third:
             assert third.wait() == 0, third.errors
+    return third
+
+
+def test_a_second_driver_is_refused_and_a_killed_one_is_followed(folder: Path) -> None:
+    run = folder / "other/runs/small"
+    third = check_two_drivers(
+        folder, "ingest", "-o", "storage=other", has_begun=lambda: ("began", "ingest") in events(run)
+    )
+    assert "48 rows: 48 kept" in third.output
+
+
+@pytest.mark.slow
+def test_one_that_is_killed_in_a_training_is_followed_from_its_newest_checkpoint(folder: Path) -> None:
+    run, options = folder / "storage/runs/small", ("-o", "train.max_steps=24", "-o", "train.checkpoint_every=4")
+    third = check_two_drivers(folder, "train", *options, has_begun=lambda: newest_step(run) >= 4)
     goes_on = re.search(r"start 2: goes on from step (\d+)", third.output)
     assert goes_on
-    assert left_at <= int(goes_on[1]) < 24  # its workers may live a moment longer than it
-    assert newest_step(first.run) == 24
+    assert 4 <= int(goes_on[1]) < 24
+    assert newest_step(run) == 24
 
 
 @pytest.mark.slow

@@ -3,25 +3,20 @@
 import json
 import os
 import pickle
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from encoded import write_base, write_encoded
+from killer import check_killed_run
 
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import committed
 from training.config import TrainConfig
-from training.export import read_weights
 from training.launch import Trained, train
 from training.spec import TrainSpec, base_digest
 
@@ -39,57 +34,7 @@ CONFIG = TrainConfig(
     ema={"decay": 0.9},
     keep_checkpoints=20,
 )
-SHORT = 12  # steps of what the suite runs
 KILLS = 7  # in a run of the matrix: 3 runs and 21 kills for each ZeRO stage
-MOMENTS = 10  # files that are seen before a kill: one checkpoint is about eight of them, with unfinished ones
-
-
-class Killer:
-    """SIGKILL to one rank, several times in a run, each once so many new checkpoint files, whole or not, are seen."""
-
-    def __init__(self, spec: TrainSpec, seed: int, num_kills: int) -> None:
-        self._spec, self._num_kills, self._chance = spec, num_kills, random.Random(seed)
-        self.killed: list[int] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while len(self.killed) < self._num_kills and not self._ended.is_set():
-            if self._wait_for_start(len(self.killed) + 1):
-                self._kill_once()
-
-    def _wait_for_start(self, number: int) -> bool:
-        """Until the workers have been started so often and stepped."""
-        file = f"{self._spec.folder}/progress.json"
-        while not self._ended.wait(0.02):
-            if self._spec.storage.exists(file) and json.loads(self._spec.storage.read(file))["starts"] == number:
-                return True
-        return False
-
-    def _kill_once(self) -> None:
-        folder = Path(self._spec.storage.path(self._spec.checkpoints))
-        moment, delay_s, rank = self._chance.randrange(MOMENTS), self._chance.random() * 0.05, self._chance.randrange(2)
-        old, seen = {str(file) for file in folder.rglob("*")}, set()
-        while not self._ended.wait(0.001):
-            seen.update(str(file) for file in folder.rglob("*") if str(file) not in old)
-            if len(seen) > moment:
-                time.sleep(delay_s)
-                pid = pid_of(self._spec, rank)
-                os.kill(pid, signal.SIGKILL)
-                self.killed.append(pid)
-                return
-
-    def __enter__(self) -> "Killer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def pid_of(spec: TrainSpec, rank: int) -> int:
-    return int(json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"][rank]["pid"])
 
 
 @pytest.fixture(scope="module")
@@ -108,44 +53,16 @@ def run_of(data: tuple[Path, TrainSpec], name: str, **changes) -> TrainSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, data) -> dict[tuple[int, int], tuple[TrainSpec, Trained]]:
-    """By ZeRO stage and steps, made when it is asked for."""
+def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, Trained]]:
+    """By ZeRO stage, made when it is asked for."""
 
     class Made(dict):
-        def __missing__(self, which: tuple[int, int]) -> tuple[TrainSpec, Trained]:
-            stage, steps = which
-            spec = run_of(data, f"undisturbed-{stage}-{steps}", zero_stage=stage, max_steps=steps)
-            self[which] = spec, train(spec, lambda progress: None)
-            return self[which]
+        def __missing__(self, stage: int) -> tuple[TrainSpec, Trained]:
+            spec = run_of(data, f"undisturbed-{stage}", zero_stage=stage)
+            self[stage] = spec, train(spec, lambda progress: None)
+            return self[stage]
 
     return Made()
-
-
-def weights(spec: TrainSpec, trained: Trained, kind: str) -> dict[str, np.ndarray]:
-    return read_weights(spec.storage, trained.checkpoint, kind)
-
-
-def assert_same_bits(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, Trained]) -> None:
-    for kind in ("raw", "ema"):
-        expected, found = weights(*one, kind), weights(*other, kind)
-        assert expected.keys() == found.keys()
-        assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
-
-
-def check_killed_run(data, undisturbed, stage: int, seed: int, num_kills: int, steps: int = STEPS) -> None:
-    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage, max_failures=num_kills, max_steps=steps)
-    with Killer(spec, seed, num_kills) as killer:
-        trained = train(spec, lambda progress: None)
-    assert len(killer.killed) == num_kills, "the run ended before"
-    assert trained.starts == num_kills + 1
-    expected_spec, expected = undisturbed[stage, steps]
-    assert [step["step"] for step in trained.history["steps"]] == list(range(1, steps + 1)), "none twice, none missed"
-    assert trained.digest == expected.digest, "the same pairs at the same steps"
-    assert_same_bits((expected_spec, expected), (spec, trained))
-
-
-def test_a_worker_killed_at_any_moment_costs_time_and_nothing_else(data, undisturbed) -> None:
-    check_killed_run(data, undisturbed, stage=2, seed=0, num_kills=1, steps=SHORT)
 
 
 @pytest.mark.slow
@@ -153,7 +70,8 @@ def test_a_worker_killed_at_any_moment_costs_time_and_nothing_else(data, undistu
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_matrix(stage, seed, data, undisturbed) -> None:
-    check_killed_run(data, undisturbed, stage, 100 * stage + seed, KILLS)
+    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage, max_failures=KILLS)
+    check_killed_run(spec, undisturbed[stage], 100 * stage + seed, KILLS)
 
 
 def cut_off(undisturbed: tuple[TrainSpec, Trained], spec: TrainSpec, step: int) -> None:
@@ -169,9 +87,9 @@ def cut_off(undisturbed: tuple[TrainSpec, Trained], spec: TrainSpec, step: int) 
 def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curve(data, undisturbed) -> None:
     """2 workers to step 8, whose checkpoint is damaged, then 3 from step 6; neither number divides the 5 slots."""
     spec = run_of(data, "elastic", num_workers="1..3", max_failures=0)
-    expected_spec, expected = undisturbed[2, STEPS]
+    expected_spec, expected = undisturbed[2]
     assert spec.key == expected_spec.key, "the number of workers does not make it another training"
-    cut_off(undisturbed[2, STEPS], spec, 8)
+    cut_off(undisturbed[2], spec, 8)
     newest = committed(spec.storage, spec.checkpoints)[-1]
     file = Path(spec.storage.path(f"{newest.folder}/rank-00001.safetensors"))
     changed = bytearray(file.read_bytes())

@@ -4,16 +4,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from encoded import write_base, write_encoded
+from killer import check_killed_run
 
 from pipelines.dataset.errors import TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
-from training.export import read_weights
 from training.index import load_index, load_texts
 from training.launch import Trained, train
 from training.loader import PairLoader, PairReader
@@ -32,8 +31,9 @@ CONFIG = TrainConfig(
     learning_rate=4e-3,
     precision="fp32",
     gradient_checkpointing=False,
-    checkpoint_every=10,
+    checkpoint_every=2,
     validate_every=10,
+    ema={"decay": 0.9},
 )
 
 
@@ -43,10 +43,6 @@ def make_spec(folder: Path, config: TrainConfig = CONFIG, sides: tuple[int, ...]
     base = write_base(folder / "base")
     source = ModelSource(str(base))
     return TrainSpec(storage.url, "test", source, base_digest(source), 0, config, snapshot)
-
-
-def weights(spec: TrainSpec, trained: Trained) -> dict[str, np.ndarray]:
-    return read_weights(spec.storage, trained.checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +110,12 @@ def test_tensorboard_has_the_curves(undisturbed) -> None:
     events.Reload()
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx([s["loss"] for s in trained.history["steps"]], rel=1e-5)
+
+
+def test_a_worker_killed_at_any_moment_costs_time_and_nothing_else(undisturbed) -> None:
+    """One kill; `make chaos` has more of them, in every stage."""
+    spec = replace(undisturbed[0], run="killed")
+    check_killed_run(spec, undisturbed, seed=0, num_kills=1)
 
 
 @pytest.mark.slow
