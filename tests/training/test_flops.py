@@ -53,12 +53,12 @@ def test_the_count_is_that_of_a_real_pass(unet_config) -> None:
 
 
 def test_attention_is_counted(unet_config) -> None:
-    """Only self-attention grows with the square of the area: 4 layers of 32 channels at half the resolution."""
+    """Only self-attention grows with the square of the area: 2 layers of 32 channels at half the resolution."""
     by_area = [counted(unet_config, height, 8, method_needs_reference=True).model for height in (8, 16, 24)]
     without = [counted(unet_config, height, 8).model for height in (8, 16, 24)]
     forward = [(a - b) / 2 for a, b in zip(by_area, without, strict=True)]
     layer = 4 * 32 / 4**2  # queries by keys, and weights by values: 2 * 2 * channels * tokens^2; tokens = area / 4
-    assert forward[2] - 2 * forward[1] + forward[0] == 4 * layer * 2 * 64**2
+    assert forward[2] - 2 * forward[1] + forward[0] == 2 * layer * 2 * 64**2
 
 
 def test_parts_of_checkpointing_add_up_to_all_of_it(unet_config) -> None:
