@@ -99,7 +99,7 @@ def _commit(storage, work, table, shard, unit, members, sizes):
     table.append(unit, pa.Table.from_pylist(rows, schema))
 
 
-def write_base(folder: Path, channels: tuple[int, int] = (16, 32)) -> Path:
+def write_base(folder: Path, channels: tuple[int, int] = (16, 32), first_up_block: str = "UpBlock2D") -> Path:
     """The parts of an SDXL pipeline that training reads: a tiny UNet, a noise schedule, a VAE's configuration."""
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
@@ -111,7 +111,7 @@ def write_base(folder: Path, channels: tuple[int, int] = (16, 32)) -> Path:
         layers_per_block=1,
         block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        up_block_types=(first_up_block, "UpBlock2D"),
         norm_num_groups=8,
         cross_attention_dim=EMBEDDING,
         attention_head_dim=8,

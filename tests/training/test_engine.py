@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from encoded import write_base
@@ -53,7 +52,7 @@ ROUNDING = [
 ]
 BF16 = [with_(zero_stage=s, precision="bf16", learning_rate=1e-4, weight_decay=0.0) for s in (1, 2, 3)]
 FP16 = [config.model_copy(update={"precision": "fp16"}) for config in BF16]
-LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=1e-1) for s in (1, 2, 3)]
+LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=3e-1) for s in (1, 2, 3)]
 REFERENCE = [
     with_(method=method, loss={"beta": 100.0}, **more)
     for method, more in (("dpo", {}), ("ipo", {"zero_stage": 3}), ("dpo", {"lora": {"rank": 4}, "zero_stage": 3}))
@@ -141,11 +140,12 @@ def test_adapters_learn_the_same_in_every_stage(curves) -> None:
     assert one == pytest.approx(two, abs=1e-5)
     assert one == pytest.approx(three, abs=1e-5)
     assert one[0] == pytest.approx(unchanged[0], abs=1e-5), "adapters change nothing before the first step"
-    assert sum(one) < sum(unchanged) - 0.004
+    assert sum(one) < sum(unchanged) - 0.01
 
 
-def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(base, tmp_path: Path) -> None:
+def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(tmp_path: Path) -> None:
     """2 ranks of ZeRO-2 -> 1 of ZeRO-3 -> 2 of ZeRO-1, against one process by hand; the average too."""
+    base = str(write_base(tmp_path / "base", first_up_block="CrossAttnUpBlock2D"))
     two = with_(ema={"decay": 0.5})
     expected, weights, average = plain_adamw(two, base, 12)
     storage = Storage(str(tmp_path / "run"))
@@ -160,9 +160,7 @@ def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(bas
     for kind, by_hand in (("raw", weights), ("ema", average)):
         found = read_weights(storage, newest, kind)
         assert found.keys() == by_hand.keys()
-        apart = np.concatenate([abs(found[name] - by_hand[name].numpy()).ravel() for name in by_hand])
-        assert apart.mean() < 1e-6
-        assert apart.max() < two.learning_rate, "a gradient of mere rounding is a step to any side"
+        assert max(abs(found[name] - by_hand[name].numpy()).max() for name in by_hand) < 1e-4
 
 
 def test_eight_bit_states_come_back_code_by_code_and_fit_other_ranks(base, tmp_path: Path) -> None:
