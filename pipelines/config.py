@@ -113,6 +113,8 @@ class EncodeConfig(Config):
     """Side of a square image after resizing, in pixels; the area of every bucket of the default list."""
     buckets: Annotated[bool | tuple[tuple[int, int], ...], BeforeValidator(_buckets)] = True
     """Aspect buckets: SDXL's own list, scaled (true), a list of [height, width], or the square centre crop (false)."""
+    flips: bool = False
+    """Encode every image mirrored as well, so that `train.flips` can draw one of the two: twice the time and bytes."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of the stored numbers."""
     batch_size: int = Field(8, ge=1)

@@ -1,12 +1,12 @@
 """Configuration of training, export and evaluation. Imports neither ray nor torch."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipelines.dataset.config import Config, Device, WorkerCount, worker_range
 from pipelines.dataset.errors import ConfigError
-from training.methods import NEEDS_REFERENCE, check_parameters
+from training.methods import NEEDS_REFERENCE, check_parameters, default_rate
 
 Action = Literal["stop", "warn", "ignore"]
 
@@ -26,7 +26,10 @@ class EmaConfig(Config):
     """Exponential moving average of the weights, in float32, each rank its own part."""
 
     decay: float = Field(0.9999, gt=0.0, lt=1.0)
-    """Share of the average that stays at each optimizer step."""
+    """Largest share of the average that stays at an optimizer step."""
+    warmup: bool = True
+    """Let the share rise as (1 + s) / (10 + s) with the finished steps s, up to `decay`: without it a short training
+    exports mostly its base."""
 
 
 class TroubleConfig(Config):
@@ -48,11 +51,15 @@ class TroubleConfig(Config):
     """Steps after which a run that has learnt no preference is in trouble."""
 
 
+def _default_learning_rate(given: dict[str, Any]) -> float:
+    return default_rate(given.get("method", ""), with_adapters=given.get("lora") is not None).value
+
+
 class TrainConfig(Config):
     """MaPO on DeepSpeed ZeRO."""
 
     method: str = "mapo_paper"
-    """A loss: mapo_paper, mapo, sft, dpo, ipo, simpo or orpo."""
+    """A loss: mapo_paper, mapo_paper_linear, mapo, sft, dpo, ipo, simpo or orpo."""
     loss: dict[str, float] = Field(default_factory=dict)
     """The method's own parameters; what is left out has the method's default."""
     labels: Literal["soft", "hard"] = "soft"
@@ -68,8 +75,11 @@ class TrainConfig(Config):
     """Pairs of one forward pass."""
     max_steps: int = Field(2000, ge=1)
     """Optimizer steps."""
-    learning_rate: float = Field(1e-7, gt=0)
-    """The highest learning rate of the schedule."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
+    learning_rate: float = Field(default_factory=_default_learning_rate, gt=0)
+    """The highest learning rate of the schedule; by default the published one of the method, for all weights or for
+    adapters, which the plan names with its source."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -99,8 +109,13 @@ class TrainConfig(Config):
     """Compile the repeated transformer blocks with torch.compile; each shape compiles once, at its first batch."""
     prompt_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of pairs whose prompt becomes the null conditioning, the same for both images."""
-    lora: LoraConfig | None = None
-    """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
+    null_prompt: Literal["auto", "zeros", "empty"] = "auto"
+    """What a dropped prompt becomes: what the base's pipeline takes for guidance (auto: zeros for SDXL, the embedding
+    of "" for SD 1.x and 2.x), zeros, or the embedding of "" (empty), as Diffusion-DPO's script trains."""
+    flips: Literal["none", "pair", "image"] = "none"
+    """Mirror half of the pairs, both images alike (pair), or half of all images (image); needs `encode.flips`."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base predicts, where its scheduler file is known to be wrong; by default what that file says."""
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the weights, such as {decay: 0.9999}."""
     checkpoint_every: int = Field(500, ge=1)

@@ -6,6 +6,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from pipelines.dataset.errors import ConfigError
@@ -14,6 +15,7 @@ METHODS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         "mapo": MappingProxyType({"beta": 0.1, "snr": 0.5}),  # as the released code
         "mapo_paper": MappingProxyType({"beta": 8.0}),  # as the paper's general alignment
+        "mapo_paper_linear": MappingProxyType({"beta": 8.0}),  # the paper's other reading, with the same beta
         "sft": MappingProxyType({}),
         "dpo": MappingProxyType({"beta": 5000.0}),  # as Diffusion-DPO trained SDXL; 2000 for SD 1.5
         "ipo": MappingProxyType({"beta": 2500.0}),  # half of dpo's: the same pull to the reference
@@ -23,11 +25,34 @@ METHODS: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """Method name -> its parameters with their defaults: the only place where these are written."""
 
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate, and who published it for what."""
+
+    value: float
+    source: str
+
+
+RATES: Mapping[str, tuple[Rate, Rate]] = MappingProxyType(
+    {
+        "mapo_paper": (Rate(1e-7, "provisional"), Rate(5e-5, "provisional")),
+    }
+)
+"""Method name -> the default learning rate of all weights, and of adapters."""
+
+
+def default_rate(method: str, *, with_adapters: bool) -> Rate:
+    """Return the learning rate that a training has where `train.learning_rate` is left out, with its source."""
+    return RATES.get(method, RATES["mapo_paper"])[with_adapters]
+
+
 NEEDS_REFERENCE: frozenset[str] = frozenset({"dpo", "ipo"})
 """Methods that compare with a frozen reference model: one more forward pass a step, and its weights in memory."""
 
-_POSITIVE = frozenset({("mapo_paper", "beta"), ("ipo", "beta"), ("dpo", "beta"), ("simpo", "beta")})
-# Parameters for which 0 is refused: the first two losses divide by it, the last two would have no gradient.
+_POSITIVE = frozenset(
+    (method, "beta") for method in ("mapo_paper", "mapo_paper_linear", "ipo", "dpo", "simpo")
+)  # for which 0 is refused: the first three losses divide by it, the last two would have no gradient
 
 
 def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, float]:
@@ -39,8 +64,8 @@ def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, 
 
     Raises:
         ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0
-            (> 0 for the beta of mapo_paper and ipo, which is divided by, and of dpo and simpo, which
-            learn nothing without it).
+            (> 0 for the beta of both paper's forms and of ipo, which is divided by, and of dpo and simpo,
+            which learn nothing without it).
     """
     if method not in METHODS:
         raise ConfigError(

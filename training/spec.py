@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from pipelines.dataset.layout import RUNS
 from pipelines.dataset.model_files import ModelSource, file_digests, read_config, weight_files
@@ -20,6 +20,10 @@ UNSHAPING = (
     "channels_last", "compile",
 )  # fmt: skip
 """Keys of `train` that do not tell one training from another."""
+ADDED = ("null_prompt", "flips", "prediction_type")
+"""Keys that came after there were trainings: at their default they are not part of the training's key."""
+RATE_BEFORE = 1e-7
+"""What `learning_rate` was by default, whatever the method, before each had its own."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class TrainSpec:
         snapshot: Pinned tables.
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
+        masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
+            ones, or at those rounded to 16 bits, as versions before December 2026 did.
     """
 
     storage_url: str
@@ -103,6 +109,7 @@ class TrainSpec:
     snapshot: Snapshot
     round: int = 1
     parent: Parent | None = None
+    masters: Literal["float32", "rounded"] = "float32"
 
     @property
     def storage(self) -> Storage:
@@ -118,7 +125,7 @@ class TrainSpec:
     def key(self) -> str:
         """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
         shaping = {
-            "config": self.config.model_dump(mode="json", exclude=set(UNSHAPING)),
+            "config": _shaping_config(self.config),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
             "seed": self.seed,
             "base": self.base_digest,
@@ -126,7 +133,28 @@ class TrainSpec:
         }
         if self.parent is not None:
             shaping["parent"] = self.parent.identity
+        if self.starts_from_float32:
+            shaping["masters"] = self.masters
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def starts_from_float32(self) -> bool:
+        """Whether the float32 weights are given the base's own: of a 16-bit model the engine would round them first."""
+        is_rounded = self.config.precision != "fp32" and self.config.lora is None and self.parent is None
+        return is_rounded and self.masters == "float32"
+
+    def as_before(self) -> "TrainSpec":
+        """Return this training as versions before December 2026 did it, under the key that it had there.
+
+        Their 16-bit trainings started from rounded weights, an average had no warm-up, and `learning_rate` was 1e-7
+        where it was left out.
+        """
+        changes: dict[str, Any] = {}
+        if "learning_rate" not in self.config.model_fields_set:
+            changes["learning_rate"] = RATE_BEFORE
+        if self.config.ema is not None and "warmup" not in self.config.ema.model_fields_set:
+            changes["ema"] = self.config.ema.model_copy(update={"warmup": False})
+        return replace(self, config=self.config.model_copy(update=changes), masters="rounded")
 
     @property
     def checkpoints(self) -> str:
@@ -137,3 +165,14 @@ class TrainSpec:
     def stop_file(self) -> str:
         """Where the workers say why they stopped a run that went wrong."""
         return f"{self.checkpoints}/stopped.json"
+
+
+def _shaping_config(config: TrainConfig) -> dict[str, Any]:
+    """The section `train` as far as it shapes weights; what came later and is at its default is left out."""
+    shaping = config.model_dump(mode="json", exclude=set(UNSHAPING))
+    for name in ADDED:
+        if shaping[name] == TrainConfig.model_fields[name].default:
+            del shaping[name]
+    if config.ema is not None and not config.ema.warmup:  # there was none
+        del shaping["ema"]["warmup"]
+    return shaping
