@@ -14,7 +14,7 @@ from benchmarks.gpu_peak import Row, first_line, settle
 from benchmarks.train_gpu_trial import NARROW_UNET_CONFIG, SMALL_UNET_CONFIG, Bench, Trainee, Way, made_up, new_base
 from pipelines.dataset.storage import Storage
 from training.checkpoint import Checkpointer, gather_parts, restore
-from training.config import LoraConfig, TrainConfig
+from training.config import EmaConfig, LoraConfig, TrainConfig
 from training.ema import ShardedEma
 from training.engine import set_gradient_checkpointing
 from training.losses import pair_loss
@@ -167,11 +167,11 @@ def checkpoints(bench: Bench) -> Iterator[Row]:
     storage = Storage(str(bench.work / "storage"))
     made = trainee(bench)
     state = ZeroState(made.engine.unet)
-    ema = ShardedEma(state, 0.5)
+    ema = ShardedEma(state, EmaConfig(decay=0.5, warmup=False))
     averages = [view.double() for _, view in state.views(WEIGHT)]
-    for _ in range(2):
+    for number in range(2):
         step(made)
-        ema.update()
+        ema.update(number)
         averages = [a.lerp(view.double(), 0.5) for a, (_, view) in zip(averages, state.views(WEIGHT), strict=True)]
     error = max(float((a - b).abs().max()) for a, b in zip(averages, ema.fragments().values(), strict=True))
     yield {"check": "EMA against float64", "loss off by": error, "ok": bench.verify("EMA", error <= 1e-6)}
@@ -187,7 +187,7 @@ def checkpoints(bench: Bench) -> Iterator[Row]:
     made.close()
     made = trainee(bench)
     state = ZeroState(made.engine.unet)
-    ema = ShardedEma(state, 0.5)
+    ema = ShardedEma(state, EmaConfig(decay=0.5, warmup=False))
     for weight in made.base.unet.parameters():
         weight.data.zero_()  # what is not restored shows
     restore(storage, "checkpoints", state, ema, note=print)

@@ -11,7 +11,7 @@ from orchestration.dataset_view import MAX_TOKENS, describe_dataset, describe_en
 from orchestration.run import Outcome, Run
 from pipelines.dataset.errors import ConfigError, MapoError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.pair import VALIDATION
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, VALIDATION
 
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
@@ -146,14 +146,15 @@ def encode_is_done(run: Run, key: str) -> bool:
     record = run.journal.record("encode")
     if record is not None and record.details.get("versions") == encode_check(run, pairs_table(run.storage).version):
         return True
-    return is_encoded(run.config.encode, run.storage)
+    return is_encoded(run.config.encode, run.storage, with_empty=run.config.wants_empty_prompt)
 
 
 def encode_check(run: Run, pairs_version: int | None) -> list[Any]:
     """Which version of the pairs was encoded, under which fingerprints, and the versions of their tables."""
     latents, text = _fingerprints(run)
     tables = latents_table(run.storage, latents), text_table(run.storage, text)
-    return [pairs_version, latents, text, *(table.version for table in tables)]
+    beside = [EMPTY_PROMPT_ID] if run.config.wants_empty_prompt else []
+    return [pairs_version, latents, text, *(table.version for table in tables), *beside]
 
 
 def run_encode(run: Run, key: str) -> Outcome:
@@ -168,7 +169,7 @@ def run_encode(run: Run, key: str) -> Outcome:
     assert config
     version = pairs_table(run.storage).version  # what others commit meanwhile may not be encoded
     rest = run.ahead.finish()
-    speed = encode(config, run.storage)
+    speed = encode(config, run.storage, with_empty=run.config.wants_empty_prompt)
     speed["latents"] = speed["latents"] or rest
     latents, text = _fingerprints(run)
     facts = describe_encoding(run.storage, latents, text)
@@ -187,6 +188,7 @@ def run_encode(run: Run, key: str) -> Outcome:
 def train_spec(run: Run) -> TrainSpec | None:
     """The run's next round, pinned to the newest snapshot; None while something is not encoded."""
     from orchestration.rounds import check_parent, next_round
+    from pipelines.empty_prompt import version_without_it
     from pipelines.encode_plan import located
     from training.spec import Snapshot, TrainSpec, base_digest
 
@@ -197,7 +199,8 @@ def train_spec(run: Run) -> TrainSpec | None:
         return None
     latents, text = _fingerprints(run)
     versions = [pairs_table(run.storage).version, latents_table(run.storage, latents).version]
-    versions.append(text_table(run.storage, text).version)
+    newest = text_table(run.storage, text).version
+    versions.append(newest if config.wants_empty_prompt else version_without_it(run.storage, text))
     assert None not in versions
     base = located(config.encode).source
     snapshot = Snapshot(versions[0], latents, versions[1], text, versions[2])  # type: ignore[arg-type]
@@ -213,8 +216,24 @@ def train_spec(run: Run) -> TrainSpec | None:
         round=following.number,
         parent=following.parent,
     )
+    spec = as_begun(run, spec)
     check_parent(spec)
     return spec
+
+
+def as_begun(run: Run, spec: TrainSpec) -> TrainSpec:
+    """Return a training as this run has it on storage: one of before December 2026 stays what it is.
+
+    It is up to date where it has finished, and goes on where it has not, with the arithmetic that it began with.
+    """
+    from training.checkpoint_format import committed
+
+    before, record = spec.as_before(), run.journal.record("train")
+    recorded = None if record is None else record.key
+    if before.key in (spec.key, recorded) or recorded == spec.key:
+        return before if recorded == before.key else spec
+    is_begun_anew = committed(run.storage, spec.checkpoints)
+    return before if not is_begun_anew and committed(run.storage, before.checkpoints) else spec
 
 
 def train_key(run: Run) -> str | None:
@@ -229,7 +248,7 @@ def train_refusal(run: Run) -> MapoError | None:
 
     if run.config.encode is None or pairs_table(run.storage).version is None:
         return None
-    return refusal(run.config.encode, run.storage)
+    return refusal(run.config.encode, run.storage, with_empty=run.config.wants_empty_prompt)
 
 
 def run_train(run: Run, key: str) -> Outcome:

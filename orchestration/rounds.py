@@ -127,14 +127,18 @@ def parent_of(run: Run, record: StageRecord) -> Parent:
 
 
 def exported_of(run: Run, record: StageRecord) -> tuple[str | None, str]:
-    """What `export` makes a model of, as it is configured now: a checkpoint's folder, and `raw` or `ema`.
+    """Return what `export` makes a model of, as it is configured now: a checkpoint's folder, and `raw` or `ema`.
 
-    The folder is None if the record, an old one, does not say which was the best.
+    The best checkpoint is the one whose exported weights were the best; a record of before December 2026 knows only
+    which was the best of the raw ones. The folder is None if the record, a still older one, knows of none.
     """
     export, details = run.config.export, record.details
-    checkpoint = details.get("checkpoint" if export.checkpoint == "last" else "best_checkpoint")
     has_average = bool(details.get("config", {}).get("ema"))
-    return checkpoint, "ema" if export.weights == "ema" or (export.weights == "auto" and has_average) else "raw"
+    kind = "ema" if export.weights == "ema" or (export.weights == "auto" and has_average) else "raw"
+    if export.checkpoint == "last":
+        return details.get("checkpoint"), kind
+    best = details.get("best_checkpoint")
+    return details.get("best_average_checkpoint", best) if kind == "ema" else best, kind
 
 
 def _manifest_digest(storage: Storage, checkpoint: str) -> str:
@@ -211,7 +215,7 @@ def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: in
     """
     storage, name = run.storage, f"{run.folder}/rounds/{spec.round:04d}.json"
     parent = None if spec.parent is None else asdict(spec.parent)
-    checkpoints = {trained.checkpoint, trained.best_checkpoint}
+    checkpoints = {trained.checkpoint, trained.best_checkpoint, trained.best_average_checkpoint}
     manifests = {checkpoint: _manifest_digest(storage, checkpoint) for checkpoint in sorted(checkpoints)}
     if not storage.exists(name) or json.loads(storage.read(name))["key"] != spec.key:
         found = describe_round(

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from training.config import TrainConfig
 from training.ema import ShardedEma
 from training.engine import Engine, build_engine, dtype_of
 from training.losses import pair_loss
+from training.masters import StoredWeights, start_from_base
 from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora, load_base
-from training.zero import ZeroState
+from training.zero import WEIGHT, ZeroState
 
 PAIRS = 8  # of a global batch
 CONFIG = TrainConfig(
@@ -111,7 +113,6 @@ def plain_adamw(
     base.unet.train()
     weights = dict(base.unet.named_parameters())
     average = {name: weight.detach().clone() for name, weight in weights.items()}
-    decay = config.ema.decay if config.ema else 0.0
     optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     denoiser = Denoiser(base.unet, None, base, config, device=torch.device("cpu"), dtype=torch.float32)
     loss_of = pair_loss(config.method, config.loss, num_train_timesteps=1000)
@@ -124,6 +125,7 @@ def plain_adamw(
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())
+        decay = min(config.ema.decay, (1 + step) / (10 + step)) if config.ema and step else 0.0
         for name, weight in weights.items():
             average[name] = decay * average[name] + (1 - decay) * weight.detach()
     return curve, {name: weight.detach() for name, weight in weights.items()}, average
@@ -134,14 +136,14 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
     storage = Storage(storage_url)
     engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // config.worker_range[0])
     state = ZeroState(engine.unet)
-    ema = ShardedEma(state, config.ema.decay) if config.ema else None
+    ema = ShardedEma(state, config.ema) if config.ema else None
     restored = restore(storage, "checkpoints", state, ema, note=lambda text: None)
     first = 0 if restored is None else restored.state["step"]
     curve = []
     for step in range(first, num_steps):
         curve.append(train_step(engine, denoiser, config, step))
         if ema:
-            ema.update()
+            ema.update(step)
     checkpointer = Checkpointer(
         storage, "checkpoints", rank=engine.rank, world_size=engine.world_size, zero_stage=config.zero_stage,
         attempt=f"{num_steps:08d}", keep=10, keep_best=False, timeout_s=60,
@@ -151,6 +153,55 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
         checkpointer.save(num_steps, gather_parts(state, ema), account=engine.identity(), state=shared)
     torch.distributed.barrier()
     return {"first": first, "curve": curve, **shared}
+
+
+def move(config: TrainConfig, base_folder: str, num_steps: int, from_float32: bool) -> dict[str, float]:
+    """How far training moves the weights, and how much of that the forward pass sees.
+
+    Returns:
+        `projection`: the move of the model's own weights, projected on the masters'; 1 if all of it arrives.
+        `gain`: the change of the loss of one held-out batch.
+        `off`: how far masters are from the base's float32 weights before the first step, at most.
+    """
+    engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // config.worker_range[0])
+    state = ZeroState(engine.unet)
+    if from_float32:
+        start_from_base(Path(base_folder) / "unet", None, state, None)
+    stored = StoredWeights.of(Path(base_folder) / "unet", None)
+    off = max(float((view - stored.read(fragment)).abs().max()) for fragment, view in state.views(WEIGHT))
+    masters = [view.clone() for _, view in state.views(WEIGHT)]
+    model = [view.clone().double() for _, view in state.model_views()]
+    before = held_out_loss(engine, denoiser, config)
+    for step in range(num_steps):
+        train_step(engine, denoiser, config, step)
+    along = squared = 0.0
+    for (_, now), (_, seen), old, old_seen in zip(
+        state.views(WEIGHT), state.model_views(), masters, model, strict=True
+    ):
+        moved = now.double() - old.double()
+        along += float(moved @ (seen.double() - old_seen))
+        squared += float(moved @ moved)
+    along, squared = engine.sum(torch.tensor([along, squared], dtype=torch.float64)).tolist()
+    return {
+        "projection": along / squared, "gain": held_out_loss(engine, denoiser, config) - before,
+        "off": off, "squared": squared,
+    }  # fmt: skip
+
+
+def moves(configs: list[tuple[TrainConfig, bool]], base_folder: str, num_steps: int) -> list[dict[str, float]]:
+    """`move` of each configuration, in the same processes."""
+    return [move(config, base_folder, num_steps, from_float32) for config, from_float32 in configs]
+
+
+def held_out_loss(engine: Engine, denoiser: Denoiser, config: TrainConfig) -> float:
+    """The mean chosen error over four batches that no step sees."""
+    engine.unet.eval()
+    total = 0.0
+    with torch.no_grad():
+        for number in range(4):
+            total += float(denoiser.errors(*global_batch(-number - 1)).chosen.double().mean()) / 4
+    engine.unet.train()
+    return total
 
 
 def on_nvme(work: Callable[..., Any], *arguments: Any) -> Any:

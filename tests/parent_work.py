@@ -20,7 +20,7 @@ def started(specs: list[TrainSpec], num_steps: int) -> list[dict[str, Any]]:
         ranks = config.worker_range[0]
         engine, denoiser, _ = make(config, spec.base.model, PAIRS // config.micro_batch_size // ranks)
         state = ZeroState(engine.unet)
-        ema = ShardedEma(state, config.ema.decay) if config.ema else None
+        ema = ShardedEma(state, config.ema) if config.ema else None
         try:
             if spec.parent is not None:
                 start_from_parent(spec, engine.unet.module, state, ema)

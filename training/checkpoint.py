@@ -25,6 +25,8 @@ from training.ema import EMA, ShardedEma
 from training.zero import KINDS, Fragment, ZeroState
 
 POLL_S = 0.1
+LOSSES = ("validation_loss", "average_validation_loss")
+"""What of a state tells which checkpoint is the best: of the weights, and of their average."""
 Parts = Mapping[tuple[str, Fragment], Tensor]
 
 
@@ -39,7 +41,7 @@ class Checkpointer:
         zero_stage: As it is noted in the manifest.
         attempt: Names this start of the workers; the same on all ranks, and never used before.
         keep: How many of the newest are kept.
-        keep_best: Keep the one with the least validation loss too.
+        keep_best: Keep the one with the least validation loss too, and that of the average.
         timeout_s: How long rank 0 waits for the others' parts.
     """
 
@@ -71,7 +73,7 @@ class Checkpointer:
             step: Finished steps; a second save of the same step does nothing.
             parts: This rank's fragments by kind; copied before this returns.
             account: What this rank is and consumed.
-            state: What all ranks share; rank 0 writes it. `validation_loss` of it goes into the manifest.
+            state: What all ranks share; rank 0 writes it. Its LOSSES go into the manifest.
 
         Raises:
             TrainingError: The checkpoint before could not be written.
@@ -82,7 +84,8 @@ class Checkpointer:
         self.last_step = step
         copied = {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in parts.items()}
         folder = f"{self._folder}/step-{step:08d}-{self._attempt}"
-        work = (folder, step, copied, dict(account), json.dumps(state), state.get("validation_loss"))
+        losses = {name: state.get(name) for name in LOSSES}
+        work = (folder, step, copied, dict(account), json.dumps(state), losses)
         self._thread = threading.Thread(target=self._write, args=work, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -118,16 +121,16 @@ class Checkpointer:
         parts: Parts,
         account: Mapping[str, Any],
         state: str,
-        validation_loss: float | None,
+        losses: Mapping[str, float | None],
     ) -> None:
         try:
             write_rank(self._storage, folder, self._rank, parts, account=account)
             if self._rank == 0:
-                self._commit(folder, step, state.encode(), validation_loss)
+                self._commit(folder, step, state.encode(), losses)
         except BaseException as error:  # raised again in the training thread
             self._error = error
 
-    def _commit(self, folder: str, step: int, state: bytes, validation_loss: float | None) -> None:
+    def _commit(self, folder: str, step: int, state: bytes, losses: Mapping[str, float | None]) -> None:
         indices = self._wait_for_all(folder)
         self._storage.write(f"{folder}/{STATE}", state)
         contents = {**indices, STATE: state}
@@ -139,7 +142,7 @@ class Checkpointer:
             step=step,
             world_size=self._world_size,
             zero_stage=self._zero_stage,
-            validation_loss=validation_loss,
+            **losses,
             sha256={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
             sizes=sizes,
         )
@@ -181,9 +184,8 @@ def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, att
     """Remove all checkpoints but the newest and the best, and what other starts left unfinished; manifests go first."""
     found = committed(storage, folder)
     kept = {manifest.folder for manifest in found[-keep:]}
-    best = best_of(found)
-    if keep_best and best is not None:
-        kept.add(best.folder)
+    best = [best_of(found), best_of(found, of_average=True)] if keep_best else []
+    kept |= {each.folder for each in best if each is not None}
     names = storage.names(folder)
     folders = {
         name.removeprefix(f"{folder}/").partition("/")[0] for name in names if name.count("/") > folder.count("/") + 1

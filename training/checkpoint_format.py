@@ -55,6 +55,7 @@ class Manifest:
         validation_loss: The last one before it; None if nothing is held out.
         sha256: Digest of each file but the tensors', whose digests the index files hold.
         sizes: Bytes of each file.
+        average_validation_loss: As `validation_loss`, of the average of the weights; None if there is no average.
     """
 
     folder: str
@@ -64,6 +65,7 @@ class Manifest:
     validation_loss: float | None
     sha256: dict[str, str]
     sizes: dict[str, int]
+    average_validation_loss: float | None = None
 
     @property
     def name(self) -> str:
@@ -71,8 +73,10 @@ class Manifest:
         return self.folder.rsplit("/", 1)[-1]
 
     def to_json(self) -> bytes:
-        """With a digest of itself, so that a damaged one is known."""
+        """Return it as JSON with a digest of itself, so that a damaged one is known."""
         body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if k != "folder"}}
+        if self.average_validation_loss is None:  # so that versions before it read what they could read
+            del body["average_validation_loss"]
         return json.dumps(body | {"digest": _digest_of(body)}, indent=1, sort_keys=True).encode()
 
     @staticmethod
@@ -116,10 +120,11 @@ def remove_checkpoints(storage: Storage, folder: str) -> int:
     return len(names)
 
 
-def best_of(manifests: list[Manifest]) -> Manifest | None:
-    """The one with the least validation loss; None if none has one."""
-    measured = [manifest for manifest in manifests if manifest.validation_loss is not None]
-    return min(measured, key=lambda manifest: (manifest.validation_loss, manifest.step), default=None)
+def best_of(manifests: list[Manifest], *, of_average: bool = False) -> Manifest | None:
+    """Return the one with the least validation loss, of the weights or of their average; None if none has one."""
+    name = "average_validation_loss" if of_average else "validation_loss"
+    measured = [(getattr(each, name), each.step, each) for each in manifests if getattr(each, name) is not None]
+    return min(measured, key=lambda each: each[:2])[2] if measured else None
 
 
 class Reader:

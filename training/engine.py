@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -94,18 +93,6 @@ def dtype_of(config: TrainConfig) -> torch.dtype:
 def set_threads(sharers: int) -> None:
     """Share this node's cores among `sharers` processes; Ray would leave each with one thread."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, sharers)))
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of an optimizer step, counted from 0: linear warm-up, then the schedule down to 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    if config.lr_schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    if config.lr_schedule == "linear":
-        return config.learning_rate * (1 - done)
-    return config.learning_rate
 
 
 def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> dict[str, Any]:

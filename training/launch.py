@@ -33,6 +33,7 @@ class Trained:
     Args:
         checkpoint: Folder of the last checkpoint, relative to the storage.
         best_checkpoint: The one with the least validation loss; the last one if nothing is held out.
+        best_average_checkpoint: The same of the average of the weights.
         steps: Finished optimizer steps.
         history: Numbers by step and by validation.
         workers: What each rank was and consumed.
@@ -42,6 +43,7 @@ class Trained:
 
     checkpoint: str
     best_checkpoint: str
+    best_average_checkpoint: str
     steps: int
     history: dict[str, Any]
     workers: list[dict[str, Any]]
@@ -116,9 +118,11 @@ def _work(work: dict[str, Any]) -> None:
 def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
     """What the newest of a run's checkpoints says about it."""
     reader, best = Reader(storage, manifests[-1]), best_of(manifests)
+    best_average = best_of(manifests, of_average=True) or best
     return Trained(
         checkpoint=manifests[-1].folder,
         best_checkpoint=best.folder if best else manifests[-1].folder,
+        best_average_checkpoint=best_average.folder if best_average else manifests[-1].folder,
         steps=manifests[-1].step,
         history=reader.state["history"],
         workers=reader.ranks,

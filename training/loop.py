@@ -9,8 +9,9 @@ from torch import Tensor
 from pipelines.dataset.errors import TrainingError
 from training.account import Consumed
 from training.checkpoint import Checkpointer, gather_parts
+from training.config import NullPrompt
 from training.ema import ShardedEma
-from training.engine import Engine, learning_rate_at
+from training.engine import Engine
 from training.loader import Batch, PairLoader, PairReader
 from training.losses import PairLoss
 from training.metrics import NUM_SUMS, History, means_of, pair_sums
@@ -18,6 +19,7 @@ from training.model import Denoiser
 from training.order import noise_seed
 from training.preemption import Notice
 from training.samples import SampleGrid
+from training.schedule import learning_rate_at
 from training.spec import TrainSpec
 from training.stop_request import StopRequest
 from training.trouble import Watch
@@ -118,7 +120,7 @@ def optimizer_step(loop: Loop, step: int, batches: Any, speed: Speed) -> Tensor:
             speed.count(batch)
             loop.consumed.add(step, slot, (record.pair_key for record in batch.records))
     if loop.ema is not None:
-        loop.ema.update()
+        loop.ema.update(step)
     return sums
 
 
@@ -135,11 +137,17 @@ def draw(batch: Batch, loop: Loop, *, step: int, slot: int) -> tuple[Tensor, Ten
         loop.reader,
         loop.denoiser.base.num_train_timesteps,
         loop.spec.config.prompt_dropout,
+        loop.spec.config.null_prompt,
     )
 
 
 def draw_with(
-    generator: torch.Generator, batch: Batch, reader: PairReader, num_train_timesteps: int, prompt_dropout: float
+    generator: torch.Generator,
+    batch: Batch,
+    reader: PairReader,
+    num_train_timesteps: int,
+    prompt_dropout: float,
+    null_prompt: NullPrompt = "auto",
 ) -> tuple[Tensor, Tensor, Batch]:
     """Noise (B, C, H, W), timesteps (B,), and the batch with dropped prompts, the same for both images of a pair."""
     shape = batch.chosen_BCHW.shape
@@ -148,12 +156,20 @@ def draw_with(
     dropped = torch.rand(shape[0], generator=generator) < prompt_dropout
     if not dropped.any():
         return noise, timesteps, batch
-    null_SD, null_P = reader.null_conditioning
+    null_SD, null_P = dropped_prompt(batch, reader, null_prompt)
     embeds = torch.where(dropped[:, None, None], null_SD, batch.prompt_embeds_BSD)
     pooled = batch.pooled_BP
     if null_P is not None and pooled is not None:
         pooled = torch.where(dropped[:, None], null_P, pooled)
     return noise, timesteps, replace(batch, prompt_embeds_BSD=embeds, pooled_BP=pooled)
+
+
+def dropped_prompt(batch: Batch, reader: PairReader, null_prompt: NullPrompt) -> tuple[Tensor, Tensor | None]:
+    """What a dropped prompt becomes: embeddings (S, D) and pooled (P,), if the base has them."""
+    if null_prompt == "zeros":
+        pooled = batch.pooled_BP
+        return torch.zeros_like(batch.prompt_embeds_BSD[0]), None if pooled is None else torch.zeros_like(pooled[0])
+    return reader.empty_conditioning if null_prompt == "empty" else reader.null_conditioning
 
 
 def step_metrics(loop: Loop, sums: Tensor, speed: Speed, *, step: int) -> dict[str, float]:
@@ -196,6 +212,7 @@ def checkpoint(loop: Loop, step: int) -> None:
         "num_adam_steps": loop.state.num_steps(),
         "loss_scale": loop.state.loss_scale(),
         "validation_loss": newest.get("loss"),
+        "average_validation_loss": newest.get("average_loss"),
         "history": history.to_dict(),
     }
     account = loop.consumed.to_dict() | loop.engine.identity()

@@ -95,7 +95,7 @@ def start_from_parent(spec: TrainSpec, unet: Any, state: ZeroState, ema: Sharded
         with _named(parent):
             return {part.name: torch.from_numpy(array.copy()) for part, array in zip(fragments, arrays, strict=True)}
 
-    weights = _on_all_ranks(read)
+    weights = on_all_ranks(read)
     state.start_from(weights)
     if ema is not None:
         ema.load(weights)
@@ -137,8 +137,8 @@ def _check_shapes(
         )
 
 
-def _on_all_ranks(read: Callable[[], Any]) -> Any:
-    """What `read` gives; an error of one rank is raised on all, so that none waits for another in a collective."""
+def on_all_ranks(read: Callable[[], Any]) -> Any:
+    """Return what `read` gives; raise one rank's error on all, so that none waits for another in a collective."""
     result, problem = None, None
     try:
         result = read()

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.ema import ShardedEma
 from training.engine import Engine
 from training.index import PairIndex, PairRecord
 from training.loader import PairLoader, PairReader
 from training.losses import PairLoss
-from training.metrics import NUM_SUMS, means_of, pair_sums
+from training.metrics import AVERAGE, NO_CURVE, NUM_SUMS, means_of, pair_sums
 from training.model import Denoiser
 from training.order import validation_seed
 from training.spec import TrainSpec
@@ -29,25 +30,42 @@ class Validation:
         spec: The run; its seed fixes noise and timesteps.
         engine: The weights that are measured.
         denoiser: Computes their errors.
+        ema: The average of the weights, which is measured too; None if the training keeps none.
     """
 
     def __init__(
-        self, held_out: PairIndex, reader: PairReader, spec: TrainSpec, engine: Engine, denoiser: Denoiser
+        self,
+        held_out: PairIndex,
+        reader: PairReader,
+        spec: TrainSpec,
+        engine: Engine,
+        denoiser: Denoiser,
+        ema: ShardedEma | None = None,
     ) -> None:
         config = spec.config
         self._groups = validation_groups(
             held_out, config.micro_batch_size, config.max_validation_pairs, engine.world_size
         )
         self._reader, self._spec, self._engine, self._denoiser = reader, spec, engine, denoiser
+        self._ema = ema
 
     def measure(self, loss_of: PairLoss) -> dict[str, float]:
-        """Mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
+        """Return mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
 
         Implicit accuracy is the share of (pair, timestep) draws whose chosen error is the smaller one; `num_pairs`
-        counts each pair once.
+        counts each pair once. Numbers of the average of the weights have the prefix AVERAGE; those without it are of
+        the weights that train.
         """
         if not self._groups:
             return {}
+        metrics = self._measured(loss_of)
+        if self._ema is not None:
+            with self._ema.in_place_of_the_weights():
+                of_average = self._measured(loss_of)
+            metrics |= {f"{AVERAGE}{name}": value for name, value in of_average.items() if name not in NO_CURVE}
+        return metrics
+
+    def _measured(self, loss_of: PairLoss) -> dict[str, float]:
         engine, length = self._engine, self._denoiser.base.num_train_timesteps
         mine = self._groups[engine.rank :: engine.world_size]
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=engine.device)

@@ -20,10 +20,11 @@ from training.index import PairIndex, PairRecord, load_index, load_texts
 from training.loader import PairLoader, PairReader
 from training.loop import Loop, Turn, run
 from training.losses import pair_loss
+from training.masters import start_from_base
 from training.methods import NEEDS_REFERENCE
 from training.metrics import History
 from training.model import Base, Denoiser, Reference, add_lora, load_base
-from training.order import Plan
+from training.order import Plan, flips_of
 from training.parent import load_parent, start_from_parent
 from training.samples import SampleGrid
 from training.shard_cache import ShardCache
@@ -52,26 +53,33 @@ def train_worker(work: Mapping[str, Any]) -> None:
         held_out = load_index(spec.storage, spec.snapshot, VALIDATION, labels=config.labels)
         plan = make_plan(index, spec)
     with start_up.part("model"):
-        base = load_base(spec.base)
+        # The engine casts a whole UNet anyway, and adapters are made before it does.
+        dtype = torch.float32 if config.lora is not None else dtype_of(config)
+        base = load_base(spec.base, dtype=dtype)
     with start_up.part("engine"):
         engine, denoiser = build(
             base, spec, accumulation_steps=plan.accumulation_steps(context.get_world_size()), on_gpu=on_gpu
         )
     state = ZeroState(engine.unet)
-    ema = ShardedEma(state, config.ema.decay) if config.ema else None
+    ema = ShardedEma(state, config.ema) if config.ema else None
     notes: list[str] = []
     with start_up.part("restore"):
         restored = restore(spec.storage, spec.checkpoints, state, ema, note=notes.append)
     if restored is None and spec.parent is not None:
         with start_up.part("parent"):
             start_from_parent(spec, engine.unet.module, state, ema)
+    if restored is None and spec.starts_from_float32:
+        with start_up.part("masters"):
+            note = start_from_base(spec.base.folder() / "unet", spec.base.variant, state, ema)
+        notes += [note] if note else []
     attempt = agree_on_attempt(spec, engine)
     step, history, consumed = 0, History(), Consumed()
     if restored is not None:
         step, history = restored.state["step"], History.from_dict(restored.state["history"])
         consumed = Consumed.sum(restored.ranks[engine.rank :: engine.world_size])
     cache = make_cache(spec)
-    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot), cache=cache)
+    texts = load_texts(spec.storage, spec.snapshot, with_empty=config.null_prompt == "empty")
+    reader = PairReader(spec.storage, texts, cache=cache)
     samples = SampleGrid(held_out, reader, spec, engine, base) if config.sample_every else None
     if samples is not None and samples.note:
         notes.append(samples.note)
@@ -85,7 +93,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
         loss_of=pair_loss(config.method, config.loss, num_train_timesteps=base.num_train_timesteps),
         loader=PairLoader(reader, turns(plan, index, engine, first_step=step), read_ahead=config.read_ahead),
         reader=reader,
-        validation=Validation(held_out, reader, spec, engine, denoiser),
+        validation=Validation(held_out, reader, spec, engine, denoiser, ema),
         checkpointer=Checkpointer(
             spec.storage,
             spec.checkpoints,
@@ -148,7 +156,9 @@ def turns(plan: Plan, index: PairIndex, engine: Engine, *, first_step: int) -> I
     for step in range(first_step, engine.config.max_steps):
         for slot, weight in shares:
             group = plan.group(step, slot)
-            yield (step, slot, weight), [index.pair(group.bucket, int(element)) for element in group.elements]
+            flips = flips_of(plan.seed, step, slot, len(group.elements), engine.config.flips)
+            drawn = zip(group.elements, flips, strict=True)
+            yield (step, slot, weight), [index.pair(group.bucket, int(element), sides) for element, sides in drawn]
 
 
 def make_cache(spec: TrainSpec) -> ShardCache | None:

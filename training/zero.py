@@ -75,6 +75,12 @@ class ZeroState:
                     found.append((fragment, view.clone() if is_lent else view))
             yield from found
 
+    def model_views(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """Yield what the forward pass computes with, by fragment: vectors in the engine's type, of its own memory."""
+        for fragment, weight in self._owned:
+            flat = weight.ds_tensor if self.stage == 3 else weight.detach().flatten()[fragment.start :]
+            yield fragment, flat[: fragment.numel]
+
     def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
         """The magnitudes of 8-bit moments by kind; none of others."""
         for kind in MOMENTS if self._is_eight_bit else ():
@@ -124,6 +130,23 @@ class ZeroState:
         """
         self._create_moments(0)
         self._write({WEIGHT: weights}, [WEIGHT])
+        self._publish_weights()
+
+    def exchange_weights(self, others: Mapping[Fragment, Tensor]) -> None:
+        """Let weights and `others` change places, and give every rank the weights that come of it; collective.
+
+        Bit for bit: a second call brings everything back.
+
+        Args:
+            others: A float32 vector for each of `fragments`; takes the weights in place.
+        """
+        with torch.no_grad():
+            for group, owned in self._by_partition():
+                with self._in_memory(group, is_written=True):
+                    for fragment, weight in owned:
+                        kept = self._view(weight, WEIGHT).detach()[: fragment.numel].to(others[fragment], copy=True)
+                        self._set(weight, WEIGHT, others[fragment])
+                        others[fragment].copy_(kept)
         self._publish_weights()
 
     # 8-bit states

@@ -1,0 +1,93 @@
+"""What is trained is what the forward pass sees: 16-bit trainings start from the base's float32 weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from encoded import write_base
+from engine_work import CONFIG, in_half, moves
+from ranks import on_ranks
+
+from pipelines.dataset.errors import ModelError
+from training.config import TrainConfig
+from training.masters import StoredWeights, note_on
+from training.zero import Fragment
+
+RATE = 5e-6  # in 20 steps the whole move of 2000 cosine steps at the default rate of 1e-7
+STEPS = 20
+
+
+def with_(**changes) -> TrainConfig:
+    return TrainConfig.model_validate(CONFIG.model_dump() | {"learning_rate": RATE} | changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def fp32(base) -> dict[str, float]:
+    return on_ranks(2, moves, [(with_(), True)], str(base), STEPS)[0][0]
+
+
+def test_in_bf16_the_forward_pass_sees_what_is_trained_in_every_stage(base, fp32) -> None:
+    """And without the float32 start it does not: the test would notice if DeepSpeed's own masters were enough."""
+    configs = [(with_(precision="bf16", zero_stage=stage), True) for stage in (1, 2, 3)]
+    *ours, rounded = on_ranks(2, moves, [*configs, (with_(precision="bf16"), False)], str(base), STEPS)[0]
+    for stage, found in enumerate(ours, start=1):
+        assert found["off"] == 0, f"stage {stage} does not start at the base"
+        assert 0.95 <= found["projection"] <= 1.05, f"stage {stage}: {found}"
+        assert found["gain"] == pytest.approx(fp32["gain"], rel=0.1), f"stage {stage}"
+        assert found["squared"] == pytest.approx(fp32["squared"], rel=0.02), "the masters move as in float32"
+    assert rounded["off"] > 1e-4
+    assert rounded["projection"] < 0.6
+    assert rounded["gain"] > 0.7 * fp32["gain"], "both are negative"
+
+
+def test_fp16_starts_at_the_base_too(base, fp32) -> None:
+    configs = [(with_(precision="fp16", zero_stage=stage), True) for stage in (2, 3)]
+    for found in on_ranks(2, in_half, moves, configs, str(base), STEPS)[0]:
+        assert found["off"] == 0
+        assert 0.95 <= found["projection"] <= 1.05
+        assert found["gain"] == pytest.approx(fp32["gain"], rel=0.1)
+
+
+def test_any_fragment_of_any_stored_type_is_read_exactly(tmp_path: Path) -> None:
+    weights = {"a.weight": torch.randn(5, 3), "b.bias": torch.randn(7)}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        folder.mkdir()
+        file = folder / "diffusion_pytorch_model.safetensors"
+        safetensors.torch.save_file({name: weight.to(dtype) for name, weight in weights.items()}, file)
+        stored = StoredWeights.of(folder, None)
+        assert stored.dtypes == {dtype}
+        for name, weight in weights.items():
+            flat = weight.to(dtype).float().flatten()
+            for start, numel in ((0, len(flat)), (2, 4), (len(flat) - 1, 1), (3, 0)):
+                read = stored.read(Fragment(name, start, numel, tuple(weight.shape)))
+                assert read.dtype == torch.float32
+                assert torch.equal(read, flat[start : start + numel])
+        with pytest.raises(ModelError, match="lack c"):
+            stored.read(Fragment("c", 0, 1, (1,)))
+        with pytest.raises(ModelError, match=r"shape \(5, 3\)"):
+            stored.read(Fragment("a.weight", 0, 1, (3, 5)))
+
+
+def test_weights_in_several_files_are_one(base, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    unet.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    stored = StoredWeights.of(tmp_path, None)
+    for name, weight in unet.named_parameters():
+        read = stored.read(Fragment(name, 0, weight.numel(), tuple(weight.shape)))
+        assert np.array_equal(read.numpy(), weight.detach().flatten().numpy())
+
+
+def test_a_base_of_16_bits_alone_is_said() -> None:
+    assert note_on({torch.float32}) is None
+    assert "stored in float16: training starts from weights that were rounded" in str(note_on({torch.float16}))

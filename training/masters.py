@@ -1,0 +1,132 @@
+"""The float32 weights that the optimizer steps on ("masters"), started at the base's own.
+
+DeepSpeed casts the model to 16 bits first and takes its masters from the cast weights. Each then sits in the middle of
+a rounding cell, and its 16-bit copy, with which the model computes, moves only once the master has moved by half a
+unit in the last place: at a learning rate of 1e-7 three quarters of a whole training never reach the forward pass
+(docs/concepts/training.md has the figures). Here each rank reads the fragments that it owns from the base's files, by
+place; no rank holds the UNet in float32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import weight_files
+from training.ema import ShardedEma
+from training.parent import on_all_ranks
+from training.tensors import LENGTH_BYTES, Layout, Part, layout_of_header
+from training.zero import Fragment, ZeroState
+
+STEM = "diffusion_pytorch_model"
+NUMPY = {torch.float32: np.dtype("<f4"), torch.float16: np.dtype("<f2"), torch.bfloat16: np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of a model as they lie in its safetensors files.
+
+    Args:
+        places: By name: the file, and where in it.
+    """
+
+    places: Mapping[str, tuple[Path, Part]]
+
+    @staticmethod
+    def of(folder: Path, variant: str | None) -> "StoredWeights":
+        """Open the weights of a model's part; reads headers alone.
+
+        Args:
+            folder: Of the part, such as `<model>/unet`.
+            variant: Such as fp16.
+
+        Raises:
+            ModelError: They are missing, damaged, or of a type that training does not read.
+        """
+        places: dict[str, tuple[Path, Part]] = {}
+        for file in weight_files(folder, STEM, variant):
+            if file.suffix == ".safetensors":
+                places |= {name: (file, part) for name, part in _header(file).parts.items()}
+        return StoredWeights(places)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the stored numbers."""
+        return {part.dtype for _, part in self.places.values()}
+
+    def read(self, fragment: Fragment) -> Tensor:
+        """Read a part of a parameter as float32, exactly.
+
+        Raises:
+            ModelError: The files lack the parameter, or have it in another shape.
+        """
+        if fragment.name not in self.places:
+            raise ModelError(
+                f"the base's files lack {fragment.name}, one of {len(self.places):,} weights", "fetch the model again"
+            )
+        file, part = self.places[fragment.name]
+        if part.shape != fragment.shape:
+            raise ModelError(
+                f"{file} has {fragment.name} of shape {part.shape}, the model of {fragment.shape}",
+                "fetch the model again",
+            )
+        dtype = NUMPY[part.dtype]
+        start = part.start + fragment.start * dtype.itemsize
+        stored = np.fromfile(file, dtype, fragment.numel, offset=start)
+        if len(stored) != fragment.numel:
+            raise ModelError(f"{file} ends within {fragment.name}", "fetch the model again")
+        if part.dtype == torch.bfloat16:  # the upper half of a float32
+            return torch.from_numpy((stored.astype("<u4") << 16).view("<f4"))
+        return torch.from_numpy(stored.astype("<f4", copy=False))
+
+
+def start_from_base(folder: Path, variant: str | None, state: ZeroState, ema: ShardedEma | None) -> str | None:
+    """Give this rank's masters, and their average, the values that the base has on disk; collective.
+
+    Args:
+        folder: Of the base's UNet.
+        variant: Which of its weights.
+        state: Of the engine, before its first step.
+        ema: Its average, if the training keeps one.
+
+    Returns:
+        A word for the user where the base has no float32 weights; None where it has.
+
+    Raises:
+        ModelError: The files do not hold what the engine trains; on every rank alike.
+    """
+
+    def read() -> tuple[StoredWeights, dict[str, Tensor]]:
+        stored = StoredWeights.of(folder, variant)
+        return stored, {fragment.name: stored.read(fragment) for fragment in state.fragments}
+
+    stored, weights = on_all_ranks(read)
+    state.start_from(weights)
+    if ema is not None:
+        ema.load(weights)
+    return note_on(stored.dtypes)
+
+
+def note_on(dtypes: set[torch.dtype]) -> str | None:
+    """Return a word on weights that exist in 16 bits alone: training starts from their rounding."""
+    if dtypes == {torch.float32}:
+        return None
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return (
+        f"the base's UNet is stored in {names}: training starts from weights that were rounded once. A base with "
+        "float32 weights (leave `encode.variant` out) starts from those"
+    )
+
+
+def _header(file: Path) -> Layout:
+    with file.open("rb") as opened:
+        length = opened.read(LENGTH_BYTES)
+        header = opened.read(int.from_bytes(length, "little"))
+    try:
+        return layout_of_header(header)
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}", "save the base in float32, float16 or bfloat16") from error

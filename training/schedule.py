@@ -1,0 +1,53 @@
+"""What follows from the step alone: the learning rate, and how much of the past a moving average keeps.
+
+Imports no torch: the plan and the model card ask too.
+"""
+
+import math
+
+from training.config import EmaConfig, TrainConfig
+
+MIN_SHARE = 0.5
+"""Below this share of the training, an average is more the base than what was trained."""
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of an optimizer step, counted from 0: linear warm-up, then the schedule down to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.lr_schedule == "linear":
+        return config.learning_rate * (1 - done)
+    return config.learning_rate
+
+
+def decay_at(step: int, ema: EmaConfig) -> float:
+    """Return the share of the average that stays at an optimizer step, counted from 0.
+
+    min(decay, (1 + step) / (10 + step)), and 0 at the first step. Source: diffusers, training_utils.py
+    (EMAModel.get_decay with its defaults).
+    """
+    if not ema.warmup:
+        return ema.decay
+    return min(ema.decay, (1 + step) / (10 + step)) if step else 0.0
+
+
+def average_share(config: TrainConfig, num_steps: int | None = None) -> float:
+    """Return how much of a steady training the average holds at its end, from 0 (its start) to 1 (its end).
+
+    Steady: each step moves the weights in one direction by its learning rate, as AdamW roughly does.
+
+    Args:
+        config: With a section `ema`; without one the weights themselves are exported, which hold all.
+        num_steps: Finished steps; `max_steps` by default.
+    """
+    if config.ema is None:
+        return 1.0
+    moved = average = 0.0
+    for step in range(config.max_steps if num_steps is None else num_steps):
+        moved += learning_rate_at(step, config)
+        decay = decay_at(step, config.ema)
+        average = decay * average + (1 - decay) * moved
+    return average / moved if moved else 1.0
