@@ -7,10 +7,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.config import Config
@@ -59,6 +59,21 @@ class RunConfig(Config):
         if not NAME.fullmatch(value):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
         return value
+
+    @model_validator(mode="after")
+    def flips_are_encoded(self) -> Self:
+        """Training reads what was encoded: it cannot mirror a latent."""
+        if self.train is not None and self.train.flips != "none" and (self.encode is None or not self.encode.flips):
+            raise ValueError(
+                f"train.flips is {self.train.flips}, but mirrored images are not encoded: a mirrored latent is not the "
+                "latent of a mirrored image\nhint: set `encode.flips: true`, or `train.flips: none`"
+            )
+        return self
+
+    @property
+    def wants_empty_prompt(self) -> bool:
+        """Whether training takes the embedding of "" for dropped prompts, so that `encode` has to store it."""
+        return self.train is not None and self.train.null_prompt == "empty"
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
-from pipelines.dataset.pair import NULL_PROMPT_ID, Status
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 
@@ -53,7 +53,8 @@ def describe_encoding(storage: Storage, latents: str, text: str) -> dict[str, An
     pairs = latents_table(storage, latents).read(["status", "reason", "length"])
     texts = text_table(storage, text).read(["prompt_id", "status", "reason", "length", "num_tokens"])
     kept = pc.equal(pairs["status"], str(Status.KEPT))
-    texts = texts.filter(pc.not_equal(texts["prompt_id"], NULL_PROMPT_ID))
+    of_no_pair = pc.is_in(texts["prompt_id"], pa.array([NULL_PROMPT_ID, EMPTY_PROMPT_ID]))
+    texts = texts.filter(pc.invert(of_no_pair))
     num_pairs, latents_bytes = pc.sum(kept).as_py() or 0, pc.sum(pairs["length"]).as_py() or 0
     text_bytes, mean_text = pc.sum(texts["length"]).as_py() or 0, pc.mean(texts["length"]).as_py()
     reasons = Counter([*pairs["reason"].drop_null().to_pylist(), *texts["reason"].drop_null().to_pylist()])

@@ -21,8 +21,13 @@ from pipelines.tally import Tally, check_dropped, count_dropped
 from pipelines.unit_pool import divide_cluster, encoded, given, waits_for_node
 
 
-def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] | None]:
+def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> dict[str, dict[str, Any] | None]:
     """Bring latents and text embeddings up to date with the kept pairs. Needs a running Ray.
+
+    Args:
+        config: What to encode with.
+        storage: Of the data set.
+        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
 
     Returns:
         For `text` and `latents` what was done and how fast, as plain data; None where nothing was missing.
@@ -35,7 +40,7 @@ def encode(config: EncodeConfig, storage: Storage) -> dict[str, dict[str, Any] |
         EncodingError: There is no memory for even one image, or actors die of a unit again and again.
     """
     config = located(config)
-    todo = pending(config, storage)
+    todo = pending(config, storage, with_empty=with_empty)
     if not todo.num_kept:
         raise SnapshotError(
             f"there is no kept pair in {storage.uri('dataset/pairs')}, so there is nothing to encode",

@@ -18,7 +18,7 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import SDXL, read_config, read_family
-from pipelines.dataset.pair import NULL_PROMPT_ID, Status
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.fingerprint import fingerprint_of, latents_parts, text_parts
@@ -59,8 +59,13 @@ class Pending:
         return not self.latents and not self.texts
 
 
-def pending(config: EncodeConfig, storage: Storage) -> Pending:
+def pending(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> Pending:
     """Plan the missing units.
+
+    Args:
+        config: What to encode with.
+        storage: Of the data set.
+        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -72,7 +77,7 @@ def pending(config: EncodeConfig, storage: Storage) -> Pending:
     return Pending(
         kept.num_rows,
         latent_units(kept.select(_IMAGE_COLUMNS), storage, fingerprint_of(of_latents)),
-        text_units(kept["prompt_id"], storage, fingerprint_of(of_text)),
+        text_units(kept["prompt_id"], storage, fingerprint_of(of_text), with_empty=with_empty),
         of_latents,
         of_text,
     )
@@ -84,8 +89,13 @@ def pending_latents(storage: Storage, fingerprint: str) -> list[Unit]:
     return latent_units(kept, storage, fingerprint) if kept.num_rows else []
 
 
-def is_encoded(config: EncodeConfig, storage: Storage) -> bool:
+def is_encoded(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> bool:
     """Whether no kept pair and no prompt is missing, and there is a kept pair; of 10 million pairs in seconds.
+
+    Args:
+        config: What to encode with.
+        storage: Of the data set.
+        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -98,7 +108,8 @@ def is_encoded(config: EncodeConfig, storage: Storage) -> bool:
     kept = _distinct(pairs, "pair_key", _KEPT)
     if not len(kept) or not _holds(_distinct(latents, "pair_key"), kept):
         return False
-    wanted = [_distinct(pairs, "prompt_id", _KEPT), keys_of(pa.array([NULL_PROMPT_ID]))]
+    beside = [NULL_PROMPT_ID, EMPTY_PROMPT_ID] if with_empty else [NULL_PROMPT_ID]
+    wanted = [_distinct(pairs, "prompt_id", _KEPT), keys_of(pa.array(beside))]
     return _holds(_distinct(text, "prompt_id"), np.concatenate(wanted))
 
 
@@ -131,13 +142,29 @@ def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Uni
     return units
 
 
-def text_units(kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str) -> list[Unit]:
-    """The distinct prompts (and the null conditioning) that have no embedding, sorted, so many to a unit."""
+def text_units(
+    kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str, *, with_empty: bool = False
+) -> list[Unit]:
+    """The distinct prompts (and the null conditioning) that have no embedding, sorted, so many to a unit.
+
+    The embedding of "", where it is wanted, has the last unit alone: those of before are the same with and without it.
+    """
     wanted = pa.concat_arrays([pa.array([NULL_PROMPT_ID]), kept_prompt_ids.unique()])
-    done = text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"]
-    missing = wanted.filter(pc.invert(pc.is_in(wanted, pa.array(done.unique()))))
-    if not len(missing):
-        return []
+    done = pa.array(text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"].unique())
+    missing = wanted.filter(pc.invert(pc.is_in(wanted, done)))
+    units = _prompt_units(missing, storage, fingerprint) if len(missing) else []
+    if with_empty and pc.index(done, EMPTY_PROMPT_ID).as_py() < 0:
+        rows = pa.table({"prompt_id": [EMPTY_PROMPT_ID], "prompt": [""]})
+        units.append(Unit(empty_unit_id(fingerprint), rows))
+    return units
+
+
+def empty_unit_id(fingerprint: str) -> str:
+    """The id of the unit of the embedding of ""."""
+    return _unit_id("text", fingerprint, EMPTY_PROMPT_ID)
+
+
+def _prompt_units(missing: pa.Array, storage: Storage, fingerprint: str) -> list[Unit]:
     found = pairs_table(storage).read(["prompt_id", "prompt"], _KEPT & pc.field("prompt_id").isin(missing))
     prompts = dict(zip(found["prompt_id"].to_pylist(), found["prompt"].to_pylist(), strict=True))
     identities = sorted(missing.to_pylist())

@@ -80,7 +80,8 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
             f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to a VAE of the base's own family"
         )
     weights = weight_files(folder, "diffusion_pytorch_model", config.source.vae_variant)
-    return {
+    flips = {"flips": True} if config.flips else {}  # latents of before have no such part
+    return flips | {
         "kind": "latents",
         "version": LATENTS_VERSION,
         "dtype": config.dtype,

@@ -157,6 +157,17 @@ def place(image: Image.Image, bucket: Bucket) -> Placed:
     return Placed(np.array(resized, dtype=np.uint8), time_ids)
 
 
+def mirror(placed: Placed) -> Placed:
+    """An image in its bucket, mirrored left to right, as if the image had been mirrored before it was resized.
+
+    The crop's left edge is that of the mirrored image: where a crop cuts off an odd number of columns, it is one off.
+    """
+    height, width, top, left, *bucket = placed.time_ids
+    cut_off = cover(height, width, (bucket[0], bucket[1])).width - bucket[1]
+    time_ids = (height, width, top, cut_off - left, bucket[0], bucket[1])
+    return Placed(np.ascontiguousarray(placed.pixels[:, ::-1]), time_ids)
+
+
 def place_pair(data_0: bytes, data_1: bytes, buckets: tuple[Bucket, ...]) -> tuple[Bucket, Placed, Placed]:
     """Both images of a pair, decoded and in their common bucket."""
     image_0, image_1 = open_image(data_0), open_image(data_1)

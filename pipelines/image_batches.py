@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,17 +19,22 @@ from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
 from pipelines.encoders import Launched
-from pipelines.geometry import Bucket, Placed, choose_bucket, open_image, place
+from pipelines.geometry import Bucket, Placed, choose_bucket, mirror, open_image, place
 from pipelines.unit_actor import BatchSize
 
 Pair = dict[str, Any]
 """A kept row of the pairs table: its key, its shard, and where both images lie in it."""
-ImageKey = tuple[str, Bucket]
-"""An image's digest and its bucket: equal keys give equal latents."""
-
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on a bad image
 SIDEWAYS = 5  # EXIF orientations from here on swap height and width
 MAX_GAP_BYTES = 65_536  # between the images of a pair; in our own tars a header and padding
+
+
+class ImageKey(NamedTuple):
+    """An image's digest, its bucket, and whether it is mirrored: equal keys give equal latents."""
+
+    digest: str
+    bucket: Bucket
+    is_mirrored: bool = False
 
 
 class Encoder(Protocol):
@@ -50,7 +55,7 @@ class Planned:
     @property
     def keys(self) -> tuple[ImageKey, ImageKey]:
         """What its two images are known by."""
-        return (self.row["image_0_sha256"], self.bucket), (self.row["image_1_sha256"], self.bucket)
+        return ImageKey(self.row["image_0_sha256"], self.bucket), ImageKey(self.row["image_1_sha256"], self.bucket)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def plan_pairs(pairs: Iterable[Pair], buckets: tuple[Bucket, ...]) -> list[Plann
     planned = []
     for pair in pairs:
         bucket = choose_bucket(_upright_size(pair, 0), _upright_size(pair, 1), buckets)
-        keys = [(pair[f"image_{side}_sha256"], bucket) for side in (0, 1)]
+        keys = [ImageKey(pair[f"image_{side}_sha256"], bucket) for side in (0, 1)]
         new = tuple(side for side in (0, 1) if keys[side] not in seen)
         seen.update(keys)
         planned.append(Planned(pair, bucket, new))
@@ -79,8 +84,10 @@ def _upright_size(pair: Pair, side: int) -> tuple[int, int]:
     return size if (pair[f"orientation_{side}"] or 1) < SIDEWAYS else size[::-1]
 
 
-def load(planned: Planned, storage: Storage, effort: Effort) -> list[tuple[ImageKey, Placed | Reason]]:
-    """The new images of a pair in their bucket; a reason for one that cannot be decoded.
+def load(
+    planned: Planned, storage: Storage, effort: Effort, *, flips: bool = False
+) -> list[tuple[ImageKey, Placed | Reason]]:
+    """The new images of a pair in their bucket, with `flips` mirrored as well; a reason for one that has no pixels.
 
     Raises:
         ShardCorrupt: Bytes differ from their digest.
@@ -90,7 +97,8 @@ def load(planned: Planned, storage: Storage, effort: Effort) -> list[tuple[Image
     with effort.measured("fetch"):
         files = _read(planned, storage)
     with effort.measured("decode", time.thread_time):
-        return [(planned.keys[side], _placed(data, planned.bucket)) for side, data in files.items()]
+        placed = [(planned.keys[side], _placed(data, planned.bucket)) for side, data in files.items()]
+        return placed + [_mirrored(*each) for each in placed] if flips else placed
 
 
 def _placed(data: bytes, bucket: Bucket) -> Placed | Reason:
@@ -98,6 +106,10 @@ def _placed(data: bytes, bucket: Bucket) -> Placed | Reason:
         return place(open_image(data), bucket)
     except DAMAGED:
         return Reason.TRUNCATED_IMAGE
+
+
+def _mirrored(key: ImageKey, image: Placed | Reason) -> tuple[ImageKey, Placed | Reason]:
+    return key._replace(is_mirrored=True), image if isinstance(image, Reason) else mirror(image)
 
 
 def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
@@ -120,7 +132,8 @@ def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
 class Batches:
     """Gathers the images of a unit by bucket, and encodes whenever a bucket has a batch.
 
-    One pass runs while the next batch is gathered.
+    One pass runs while the next batch is gathered. Mirrored images have batches of their own, so that the others are
+    in the same ones, and have the same bits, with and without them.
 
     Args:
         encoder: Runs the passes.
@@ -131,7 +144,7 @@ class Batches:
 
     def __init__(self, encoder: Encoder, batch_size: BatchSize, dtype: torch.dtype, effort: Effort) -> None:
         self._encoder, self._batch_size, self._dtype, self._effort = encoder, batch_size, dtype, effort
-        self._waiting: dict[Bucket, list[tuple[ImageKey, Placed]]] = {}
+        self._waiting: dict[tuple[Bucket, bool], list[tuple[ImageKey, Placed]]] = {}
         self._running: list[tuple[list[tuple[ImageKey, Placed]], Launched]] = []
         self._done: dict[ImageKey, Latents | Reason] = {}
 
@@ -140,10 +153,11 @@ class Batches:
         if isinstance(image, Reason):
             self._done[key] = image
             return
-        images = self._waiting.setdefault(key[1], [])
+        kind = key.bucket, key.is_mirrored
+        images = self._waiting.setdefault(kind, [])
         images.append((key, image))
         if len(images) >= self._batch_size.size:
-            self._encode(self._waiting.pop(key[1]))
+            self._encode(self._waiting.pop(kind))
 
     def finish(self) -> dict[ImageKey, Latents | Reason]:
         """Encode what is left; the latents of every image, or why there are none."""
@@ -161,7 +175,7 @@ class Batches:
 
     def _launch(self, images: list[tuple[ImageKey, Placed]]) -> bool:
         """Start a pass and take in the one before it; False if there is no memory for so many images."""
-        height, width = images[0][0][1]
+        height, width = images[0][0].bucket
         launched = self._batch_size.attempt(
             lambda: self._encoder.launch(np.stack([image.pixels for _, image in images])),
             len(images),

@@ -22,6 +22,9 @@ from pipelines.unit_shard import UnitShard, pack
 
 READERS = 8  # reads from a storage wait; two would feed a GPU with JPEGs of 1024 x 1024 from a local disk
 
+NAMES = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
+"""Of the tensors and the metadata of a pair's images, each with the side after it; then of the mirrored images."""
+
 Loaded = Ahead[Planned, list[tuple[ImageKey, Placed | Reason]]]
 
 
@@ -30,7 +33,7 @@ class WriteLatents(UnitActor):
 
     In:       A unit's pairs.        Out: its table rows, in the unit's order, and what it cost.
     Runs as:  Ray Data actor, one GPU or CPU, called for several units at once: one is read, one is encoded, one is
-              written. The latents of two units in memory (half a GB for a shard of 256 MB).
+              written. The latents of two units in memory (half a GB for a shard of 256 MB; twice that with `flips`).
     Retry:    safe: name and bytes follow from the unit alone.
     Drops:    nothing: what cannot be encoded is a quarantined row with its reason.
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
@@ -61,7 +64,7 @@ class LatentWriter:
     ) -> None:
         self._storage, self._fingerprint, self._encoder = storage, fingerprint, encoder
         self._buckets = bucket_list(config.resolution, config.buckets)
-        self._dtype = getattr(torch, config.dtype)
+        self._dtype, self._flips = getattr(torch, config.dtype), config.flips
         self._batch_size = BatchSize(config.batch_size)
         self._num_ahead = READERS + config.batch_size  # the next batch is ready, and the readers stay busy
         self._readers = ThreadPoolExecutor(READERS, "reader")
@@ -69,9 +72,11 @@ class LatentWriter:
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
         """Write the shard of a unit; returns one row for every pair, in order, and what it cost."""
-        effort = Effort(num_slots=2 * rows.num_rows)
+        effort = Effort(num_slots=(4 if self._flips else 2) * rows.num_rows)
         planned = plan_pairs(rows.to_pylist(), self._buckets)
-        loaded: Loaded = Ahead(lambda pair: load(pair, self._storage, effort), planned, self._readers, self._num_ahead)
+        loaded: Loaded = Ahead(
+            lambda pair: load(pair, self._storage, effort, flips=self._flips), planned, self._readers, self._num_ahead
+        )
         try:
             latents = self._device.run(lambda: self._encode(loaded, effort), effort)
         finally:
@@ -80,7 +85,7 @@ class LatentWriter:
         with UnitShard(self._storage, name, unit, LATENTS_SCHEMA, effort) as shard:
             with effort.measured("pack", time.thread_time):
                 for pair in planned:
-                    _write_pair(pair, latents, shard)
+                    _write_pair(pair, latents, shard, flips=self._flips)
             return shard.publish(), effort
 
     def _encode(self, loaded: Loaded, effort: Effort) -> dict[ImageKey, Latents | Reason]:
@@ -93,14 +98,15 @@ class LatentWriter:
         return latents
 
 
-def _write_pair(planned: Planned, latents: dict[ImageKey, Latents | Reason], shard: UnitShard) -> None:
+def _write_pair(planned: Planned, latents: dict[ImageKey, Latents | Reason], shard: UnitShard, *, flips: bool) -> None:
     row = {"pair_key": planned.row["pair_key"], "bucket_height": planned.bucket[0], "bucket_width": planned.bucket[1]}
-    sides = [latents[key] for key in planned.keys]
-    for side in sides:
-        if isinstance(side, Reason):
-            shard.quarantine(row, side)
-            return
-    kept = [side for side in sides if isinstance(side, Latents)]
-    time_ids = {f"time_ids_{side}": json.dumps(list(each.time_ids)) for side, each in enumerate(kept)}
-    tensors = {f"latents_{side}": each.latents_CHW for side, each in enumerate(kept)}
+    tensors, time_ids = {}, {}
+    for is_mirrored, (of_latents, of_time_ids) in enumerate(NAMES if flips else NAMES[:1]):
+        for side, key in enumerate(planned.keys):
+            found = latents[key._replace(is_mirrored=bool(is_mirrored))]
+            if isinstance(found, Reason):
+                shard.quarantine(row, found)
+                return
+            tensors[f"{of_latents}_{side}"] = found.latents_CHW
+            time_ids[f"{of_time_ids}_{side}"] = json.dumps(list(found.time_ids))
     shard.keep(row, planned.row["pair_key"], pack(tensors, time_ids))

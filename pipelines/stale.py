@@ -7,19 +7,25 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, text_table
 from pipelines.dataset.model_files import SDXL
+from pipelines.dataset.pair import EMPTY_PROMPT_ID
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import Unit, pending
+from pipelines.encode_plan import Pending, Unit, pending
 from pipelines.fingerprint import fingerprint_of, noted_parts
 
 MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12
 MISSING = "nothing"
-UNSAID = {"pipeline": SDXL.pipeline_class}
+UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False}
 """What a part is where a fingerprint is made without it."""
 
 
-def refusal(config: EncodeConfig, storage: Storage) -> SnapshotError | None:
+def refusal(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> SnapshotError | None:
     """An error that names the fingerprints that lack something, and what differs from those that are there.
+
+    Args:
+        config: What training would read.
+        storage: Of the data set.
+        with_empty: Whether training takes the embedding of "" for dropped prompts.
 
     Returns:
         None if nothing is missing.
@@ -27,7 +33,7 @@ def refusal(config: EncodeConfig, storage: Storage) -> SnapshotError | None:
     Raises:
         ModelError: The model is missing, damaged or of another family.
     """
-    todo = pending(config, storage)
+    todo = pending(config, storage, with_empty=with_empty)
     if not todo.num_kept:
         return SnapshotError(f"there is no kept pair in {storage.uri('dataset/pairs')}", "run `mapo ingest` first")
     lines = [
@@ -36,11 +42,22 @@ def refusal(config: EncodeConfig, storage: Storage) -> SnapshotError | None:
     ]
     if not lines:
         return None
+    if _is_only_empty(todo):
+        return SnapshotError(
+            'the embedding of "", which `train.null_prompt: empty` gives to dropped prompts, is not stored under the '
+            f"fingerprint {fingerprint_of(todo.text_parts)}",
+            "`mapo encode` with this configuration adds it and leaves the rest alone",
+        )
     return SnapshotError(
         "\n".join(lines),
         "`mapo encode` with this configuration makes what is missing and leaves the others alone; to train on one of "
         "those, give the settings and the model that it was made with",
     )
+
+
+def _is_only_empty(todo: Pending) -> bool:
+    """Whether all that is missing is the embedding of ""."""
+    return not todo.latents and [unit.rows["prompt_id"].to_pylist() for unit in todo.texts] == [[EMPTY_PROMPT_ID]]
 
 
 def _missing(

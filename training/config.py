@@ -9,6 +9,8 @@ from pipelines.dataset.errors import ConfigError
 from training.methods import NEEDS_REFERENCE, check_parameters, default_rate
 
 Action = Literal["stop", "warn", "ignore"]
+NullPrompt = Literal["auto", "zeros", "empty"]
+Flips = Literal["none", "pair", "image"]
 
 
 class LoraConfig(Config):
@@ -109,10 +111,10 @@ class TrainConfig(Config):
     """Compile the repeated transformer blocks with torch.compile; each shape compiles once, at its first batch."""
     prompt_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of pairs whose prompt becomes the null conditioning, the same for both images."""
-    null_prompt: Literal["auto", "zeros", "empty"] = "auto"
+    null_prompt: NullPrompt = "auto"
     """What a dropped prompt becomes: what the base's pipeline takes for guidance (auto: zeros for SDXL, the embedding
     of "" for SD 1.x and 2.x), zeros, or the embedding of "" (empty), as Diffusion-DPO's script trains."""
-    flips: Literal["none", "pair", "image"] = "none"
+    flips: Flips = "none"
     """Mirror half of the pairs, both images alike (pair), or half of all images (image); needs `encode.flips`."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the base predicts, where its scheduler file is known to be wrong; by default what that file says."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.pair import NULL_PROMPT_ID, Status
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from training.spec import Snapshot
@@ -49,6 +49,8 @@ class PairRecord:
     label_0: float
     latents: Location
     origin: str  # source URI and row
+    flipped: tuple[bool, bool] = (False, False)
+    """Whether image 0, and image 1, is read mirrored."""
 
     @property
     def chosen(self) -> int:
@@ -98,8 +100,8 @@ class PairIndex:
         """Pairs in each bucket."""
         return [int(size) for size in np.diff(self._starts)]
 
-    def pair(self, bucket: int, element: int) -> PairRecord:
-        """The pair number `element` of a bucket."""
+    def pair(self, bucket: int, element: int, flipped: tuple[bool, bool] = (False, False)) -> PairRecord:
+        """The pair number `element` of a bucket, to be read with these of its two images mirrored."""
         row = self._starts[bucket] + element
         return PairRecord(
             pair_key=self._keys[row].tobytes().hex(),
@@ -115,6 +117,7 @@ class PairIndex:
                 self._shard_sha256[row],
             ),
             origin=f"{self._source_uri[row]} row {self._source_row[row]}",
+            flipped=flipped,
         )
 
 
@@ -200,11 +203,16 @@ def _check_whole(what: str, at: pa.ChunkedArray, fingerprint: str) -> None:
         )
 
 
-def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:
+def load_texts(storage: Storage, snapshot: Snapshot, *, with_empty: bool = False) -> dict[str, Location]:
     """Where each prompt's embeddings lie, by prompt_id; NULL_PROMPT_ID is the null conditioning.
 
+    Args:
+        storage: Of the data set.
+        snapshot: The pinned versions.
+        with_empty: Whether the embedding of "" is needed, as EMPTY_PROMPT_ID.
+
     Raises:
-        SnapshotError: The null conditioning is missing.
+        SnapshotError: The null conditioning is missing, or the embedding of "".
     """
     table = text_table(storage, snapshot.text_fingerprint, snapshot.text_version)
     rows = table.read(["prompt_id", *PLACE], pc.field("status") == str(Status.KEPT))
@@ -217,5 +225,11 @@ def load_texts(storage: Storage, snapshot: Snapshot) -> dict[str, Location]:
     if NULL_PROMPT_ID not in texts:
         raise SnapshotError(
             f"the text embeddings under {snapshot.text_fingerprint} lack the null conditioning", "run `mapo encode`"
+        )
+    if with_empty and EMPTY_PROMPT_ID not in texts:
+        raise SnapshotError(
+            f'the text embeddings under {snapshot.text_fingerprint} lack the embedding of "", which '
+            "`train.null_prompt: empty` gives to dropped prompts",
+            "run `mapo encode` with this configuration: it adds what is missing",
         )
     return texts

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ConfigError
+from training.config import Flips
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment, 2^64 / golden ratio
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's factors
@@ -229,6 +230,24 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
 def noise_seed(seed: int, step: int, slot: int) -> int:
     """63 bits for the noise and timesteps of one slot; the same on any number of workers."""
     return _hash("noise", seed, step, slot) >> 1
+
+
+def flips_of(seed: int, step: int, slot: int, num_pairs: int, flips: Flips) -> list[tuple[bool, bool]]:
+    """Which images of a slot's pairs are read mirrored, image 0 and image 1 of each: fair coins, known before reading.
+
+    Args:
+        seed: The run's.
+        step: Optimizer step.
+        slot: Micro-batch of the global batch.
+        num_pairs: Pairs of the micro-batch.
+        flips: none, one coin for both images of a pair, or one for each image.
+    """
+    if flips == "none":
+        return [(False, False)] * num_pairs
+    drawn = hashlib.shake_256(repr(["flips", int(seed), int(step), int(slot)]).encode()).digest(2 * num_pairs)
+    coins = [byte & 1 == 1 for byte in drawn]
+    zeroth, first = coins[::2], coins[1::2]
+    return list(zip(zeroth, zeroth if flips == "pair" else first, strict=True))
 
 
 def validation_seed(seed: int, pair_key: str) -> int:

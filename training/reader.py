@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pipelines.dataset.errors import MapoError, ShardCorrupt
-from pipelines.dataset.pair import NULL_PROMPT_ID
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
 from training.batch import Batch, BatchRows
 from training.index import Location, PairRecord
@@ -20,6 +20,8 @@ from training.tensors import layout_of
 MAX_TEXT_BYTES = 512 << 20  # 1,688 prompts of SDXL
 READS_BESIDE_FETCHES = 4  # in flight: a shard brings a thousand pairs for the work of thirty such reads
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+UNFLIPPED, FLIPPED = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
+"""The tensors and the metadata of an image in its pair's member, each with the side after it."""
 
 
 class PairReader:
@@ -64,8 +66,20 @@ class PairReader:
 
     @functools.cached_property
     def null_conditioning(self) -> tuple[Tensor, Tensor | None]:
-        """What a dropped prompt becomes: embeddings (S, D) and pooled (P,), if the base has them."""
-        data = self._read_text(NULL_PROMPT_ID)
+        """What the base's pipeline guides away from: embeddings (S, D) and pooled (P,), if the base has them."""
+        return self._embedded(NULL_PROMPT_ID)
+
+    @functools.cached_property
+    def empty_conditioning(self) -> tuple[Tensor, Tensor | None]:
+        """The embedding of "" in the same parts.
+
+        Raises:
+            KeyError: It is not stored: see `load_texts`.
+        """
+        return self._embedded(EMPTY_PROMPT_ID)
+
+    def _embedded(self, prompt_id: str) -> tuple[Tensor, Tensor | None]:
+        data = self._read_text(prompt_id)
         parts = layout_of(data).parts
         return parts[EMBEDS].tensor(data), parts[POOLED].tensor(data) if POOLED in parts else None
 
@@ -89,10 +103,11 @@ class PairReader:
     def _fill_latents(self, rows: BatchRows, row: int, record: PairRecord) -> None:
         data = self._read(record.latents)
         layout = layout_of(data)
-        chosen, rejected = record.chosen, 1 - record.chosen
-        rows.write("chosen_BCHW", row, data, layout.parts[f"latents_{chosen}"])
-        rows.write("rejected_BCHW", row, data, layout.parts[f"latents_{rejected}"])
-        times = [_time_ids(layout.metadata[f"time_ids_{side}"]) for side in (chosen, rejected)]
+        times = []
+        for name, side in (("chosen_BCHW", record.chosen), ("rejected_BCHW", 1 - record.chosen)):
+            latents, time_ids = FLIPPED if record.flipped[side] else UNFLIPPED
+            rows.write(name, row, data, layout.parts[f"{latents}_{side}"])
+            times.append(_time_ids(layout.metadata[f"{time_ids}_{side}"]))
         rows.write_time_ids(row, *times)
 
     def _fill_text(self, rows: BatchRows, row: int, record: PairRecord) -> None:

@@ -117,6 +117,8 @@ def prompt_id(prompt: str) -> str:
 
 NULL_PROMPT_ID = "0" * 32
 """Names the null conditioning (what a dropped prompt becomes), which is not the embedding of any prompt."""
+EMPTY_PROMPT_ID = prompt_id("")
+"""Names the embedding of "" itself, which is stored where a training asks for it; no kept pair has that prompt."""
 
 
 def split_of(prompt_identifier: str, validation_ratio: float) -> str:

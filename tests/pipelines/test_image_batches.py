@@ -25,7 +25,7 @@ from pipelines.effort import Effort
 from pipelines.encode_plan import pending
 from pipelines.encoders import LatentEncoder, Launched
 from pipelines.geometry import bucket_list, place_pair
-from pipelines.image_batches import Batches, load, plan_pairs
+from pipelines.image_batches import Batches, ImageKey, load, plan_pairs
 from pipelines.latents import LatentWriter
 from pipelines.unit_actor import BatchSize
 
@@ -106,7 +106,7 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.effort import Effort
 from pipelines.encoders import LatentEncoder
 from pipelines.geometry import Placed
-from pipelines.image_batches import Batches
+from pipelines.image_batches import Batches, ImageKey
 from pipelines.unit_actor import BatchSize
 
 torch.set_num_threads(1)
@@ -119,7 +119,7 @@ status = dict(line.split(":") for line in Path("/proc/self/status").read_text().
 now = int(status["VmSize"].split()[0]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 27), -1))
 for number, image in enumerate(images):
-    batches.add((str(number), (256, 256)), image)
+    batches.add(ImageKey(str(number), (256, 256)), image)
 print(len(batches.finish()), size.size)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -193,8 +193,8 @@ def test_an_image_that_cannot_be_decoded_takes_its_pairs_and_no_others(
     vae: LatentEncoder,
 ) -> None:
     batches = Batches(vae, BatchSize(2), torch.float32, Effort())
-    batches.add(("bad", (64, 64)), Reason.TRUNCATED_IMAGE)
-    assert batches.finish() == {("bad", (64, 64)): Reason.TRUNCATED_IMAGE}
+    batches.add(ImageKey("bad", (64, 64)), Reason.TRUNCATED_IMAGE)
+    assert batches.finish() == {ImageKey("bad", (64, 64)): Reason.TRUNCATED_IMAGE}
 
 
 def test_units_overlap_in_an_actor_and_only_one_is_encoded_at_a_time(
