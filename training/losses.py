@@ -117,6 +117,33 @@ def mapo_paper_loss(
     return (chosen - logsigmoid(margin) / beta).float()
 
 
+def mapo_paper_linear_loss(
+    mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
+) -> Float[Tensor, " pair"]:
+    """Compute the per-pair MaPO loss in the paper's other reading, in which beta multiplies phi; average over the batch.
+
+    loss = mse_chosen - (1 / beta) * logsigmoid(beta * (phi(mse_chosen) - phi(mse_rejected)))
+    The paper writes phi with a subscript beta; that it is an exponent, as in `mapo_paper_loss`, follows from "bounded
+    in (0, 1)" alone. Read so, equal errors have the same gradient for every beta.
+
+    Args:
+        mse_chosen: Denoising error of the preferred image, mean over C, H, W; float32, >= 0.
+        mse_rejected: The same for the other image, with the same noise and timestep.
+        beta: Sharpness of the margin, > 0: the larger, the sooner a pair in the right order stops counting.
+
+    Raises:
+        ValueError: The shapes differ or are not 1-D, an input is not float32, or beta is not positive.
+
+    Source: arXiv 2406.06424v2, eq. 9-11. Equal errors give exactly mse_chosen + ln 2 / beta.
+    """
+    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    if not beta > 0:
+        raise ValueError(f"mapo_paper_linear_loss divides by beta, which is {beta}. Use beta > 0, or sft_loss.")
+    chosen, rejected = mse_chosen.double(), mse_rejected.double()
+    margin = beta * (log_phi(chosen).exp() - log_phi(rejected).exp())
+    return (chosen - logsigmoid(margin) / beta).float()
+
+
 def sft_loss(mse_chosen: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
     """Plain fine-tuning on the chosen image: the denoising error itself.
 
@@ -253,6 +280,7 @@ def log_phi(x: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
 LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "mapo": lambda e, t, beta, snr: mapo_loss(e.chosen, e.rejected, beta=beta, snr=snr, num_train_timesteps=t),
     "mapo_paper": lambda e, t, beta: mapo_paper_loss(e.chosen, e.rejected, beta=beta),
+    "mapo_paper_linear": lambda e, t, beta: mapo_paper_linear_loss(e.chosen, e.rejected, beta=beta),
     "sft": lambda e, t: sft_loss(e.chosen),
     "dpo": lambda e, t, beta: dpo_loss(e.chosen, e.rejected, e.ref_chosen, e.ref_rejected, beta=beta),
     "ipo": lambda e, t, beta: ipo_loss(e.chosen, e.rejected, e.ref_chosen, e.ref_rejected, beta=beta),

@@ -21,6 +21,7 @@ from training.losses import (
     ipo_loss,
     log_phi,
     mapo_loss,
+    mapo_paper_linear_loss,
     mapo_paper_loss,
     orpo_loss,
     pair_loss,
@@ -49,6 +50,10 @@ def paper(beta: float = 8.0) -> Loss:
     return lambda c, r: mapo_paper_loss(c, r, beta=beta)
 
 
+def linear(beta: float = 8.0) -> Loss:
+    return lambda c, r: mapo_paper_linear_loss(c, r, beta=beta)
+
+
 def dpo(beta: float = 5000.0) -> Loss:
     return lambda c, r, ref_c, ref_r: dpo_loss(c, r, ref_c, ref_r, beta=beta)
 
@@ -73,6 +78,7 @@ def with_references(loss: Loss, method: str) -> Loss:
 BY_HAND: dict[str, Loss] = {
     "mapo": mapo(0.1, 0.5, 1000),
     "mapo_paper": paper(8),
+    "mapo_paper_linear": linear(8),
     "sft": lambda c, r: sft_loss(c),
     "dpo": dpo(5000),
     "ipo": ipo(2500),
@@ -117,6 +123,13 @@ def exact_paper(c: float, r: float, beta: float) -> list[mpmath.mpf]:
     return [value, 1 - pull * phi_c ** (beta - 1) * slope_c, pull * phi_r ** (beta - 1) * slope_r]
 
 
+def exact_linear(c: float, r: float, beta: float) -> list[mpmath.mpf]:
+    (phi_c, slope_c), (phi_r, slope_r) = exact_phi(mpmath.mpf(c)), exact_phi(mpmath.mpf(r))
+    margin = beta * (phi_c - phi_r)
+    pull = 1 / (1 + mpmath.exp(margin))
+    return [c + mpmath.log1p(mpmath.exp(-margin)) / beta, 1 - pull * slope_c, pull * slope_r]
+
+
 def exact_margin(z: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
     """-log sigmoid(z) and its derivative."""
     return mpmath.log1p(mpmath.exp(-z)), -1 / (1 + mpmath.exp(z))
@@ -147,6 +160,7 @@ def exact_orpo(c: float, r: float, beta: float) -> list[mpmath.mpf]:
 EXACT: dict[str, Exact] = {
     "mapo": lambda c, r, ref_c, ref_r: exact_mapo(c, r, 0.1, 0.5, 1000),
     "mapo_paper": lambda c, r, ref_c, ref_r: exact_paper(c, r, 8),
+    "mapo_paper_linear": lambda c, r, ref_c, ref_r: exact_linear(c, r, 8),
     "sft": lambda c, r, ref_c, ref_r: [mpmath.mpf(c), mpmath.mpf(1), mpmath.mpf(0)],
     "dpo": lambda c, r, ref_c, ref_r: exact_dpo(c, r, ref_c, ref_r, beta=5000),
     "ipo": lambda c, r, ref_c, ref_r: exact_ipo(c, r, ref_c, ref_r, beta=2500),
@@ -204,6 +218,11 @@ def test_the_papers_form_and_its_gradient_are_exact_over_fifteen_decades(beta: f
     assert_exact(paper(beta), lambda c, r: exact_paper(c, r, beta), *PLANE)
 
 
+@pytest.mark.parametrize("beta", [1.0, 8.0, 1024.0])
+def test_the_papers_other_reading_and_its_gradient_are_exact_over_fifteen_decades(beta: float) -> None:
+    assert_exact(linear(beta), lambda c, r: exact_linear(c, r, beta), *PLANE)
+
+
 @pytest.mark.parametrize(("beta", "gamma"), [(100.0, 1.0), (1.0, 0.0), (5000.0, 3.0)])
 def test_simpo_and_its_gradient_are_exact_over_fifteen_decades(beta: float, gamma: float) -> None:
     assert_exact(simpo(beta, gamma), lambda c, r: exact_simpo(c, r, beta, gamma), *PLANE)
@@ -250,8 +269,9 @@ def test_equal_errors_give_the_error_and_beta_ln_2(error: float, beta: float) ->
     error = torch.tensor(error).item()
     values, _, _ = value_and_gradients(mapo(beta), [error], [error])
     assert values == pytest.approx([error + beta * math.log(2)], rel=1e-7)
-    values, _, _ = value_and_gradients(paper(beta), [error], [error])
-    assert values == pytest.approx([error + math.log(2) / beta], rel=1e-7)
+    for loss in (paper(beta), linear(beta)):
+        values, _, _ = value_and_gradients(loss, [error], [error])
+        assert values == pytest.approx([error + math.log(2) / beta], rel=1e-7)
 
 
 @settings(deadline=None)
@@ -288,6 +308,8 @@ def test_orpo_never_rewards_a_larger_error_of_the_chosen_image(chosen: float, re
         (paper(8), 1.170, -0.170),
         (paper(32), 1.051, -0.0506),
         (paper(1024), 1, 0),
+        (linear(8), 1.242, -0.242),
+        (linear(1024), 1.242, -0.242),
         (BY_HAND["sft"], 1, 0),
         (dpo(), 1250, -1250),
         (ipo(), 4e-4, -4e-4),
@@ -457,7 +479,7 @@ def test_anything_but_one_float32_a_pair_is_refused(chosen: Tensor, rejected: Te
         PairErrors(chosen, rejected)
 
 
-@pytest.mark.parametrize("loss", [paper(0.0), ipo(0.0), ipo(-1.0), ipo(math.nan)])
+@pytest.mark.parametrize("loss", [paper(0.0), linear(0.0), ipo(0.0), ipo(-1.0), ipo(math.nan)])
 def test_a_beta_that_is_divided_by_is_positive(loss: Loss) -> None:
     ones = [torch.ones(1)] * len(inspect.signature(loss).parameters)
     with pytest.raises(ValueError, match=r"divides by beta, which is (0|-1|nan)"):
@@ -542,7 +564,7 @@ def test_a_tie_has_no_order(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tie_of_equal_errors_pulls_both_images_alike(method: str) -> None:
     _, by_chosen, by_rejected = weighed(method, [[0.1], [0.1], [0.1], [0.1]], [0.5])
-    half = 0.5 if method in ("mapo", "mapo_paper", "sft", "orpo") else 0.0  # those that fine-tune as well
+    half = 0.0 if method in ("dpo", "ipo", "simpo") else 0.5  # those that fine-tune as well
     assert [*by_chosen, *by_rejected] == pytest.approx([half, half], abs=1e-6)
 
 
@@ -593,7 +615,7 @@ def test_a_method_with_a_reference_refuses_to_go_without(method: str, absent: se
     columns: dict[str, Any] = vars(make_errors([0.1], [0.2], [0.1], [0.2]))
     errors = PairErrors(**{**columns, **dict.fromkeys(absent)})
     message = (
-        f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: mapo, mapo_paper, sft, simpo, orpo"
+        f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: mapo, mapo_paper, mapo_paper_linear, sft, simpo, orpo"
     )
     with pytest.raises(ValueError, match=message):
         pair_loss(method, {}, num_train_timesteps=1000)(errors, torch.ones(1))
@@ -621,6 +643,7 @@ def test_given_parameters_replace_defaults_one_by_one() -> None:
     runs: list[tuple[str, dict[str, float], Loss]] = [
         ("mapo", {"beta": 0.3}, mapo(0.3, 0.5, 77)),
         ("mapo_paper", {"beta": 64}, paper(64)),
+        ("mapo_paper_linear", {"beta": 64}, linear(64)),
         ("dpo", {"beta": 2000}, dpo(2000)),
         ("ipo", {"beta": 50}, ipo(50)),
         ("simpo", {"gamma": 0.5}, simpo(100, 0.5)),
@@ -635,8 +658,8 @@ def test_given_parameters_replace_defaults_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("method", "parameters", "message", "hint"),
     [
-        ("mapo-paper", {}, "'mapo-paper', which is not one of: mapo, mapo_paper, sft, dpo, ipo", "`mapo_paper`"),
-        ("xyz", {}, "'xyz'", "`mapo` or `mapo_paper` or `sft` or `dpo` or `ipo` or `simpo` or `orpo`"),
+        ("mapo-paper", {}, "'mapo-paper', which is not one of: mapo, mapo_paper, mapo_paper_linear, sft, dpo, ipo", "`mapo_paper`"),
+        ("xyz", {}, "'xyz'", "`mapo` or `mapo_paper` or `mapo_paper_linear` or `sft` or `dpo` or `ipo` or `simpo` or `orpo`"),
         ("mapo", {"bta": 1}, r"bta is not a parameter.*beta \(default 0.1\), snr \(default 0.5\)", "`beta`"),
         ("mapo_paper", {"snr": 1}, "snr is not a parameter of method mapo_paper", "`beta`"),
         ("sft", {"beta": 1}, "sft has no parameters", "remove `loss:`"),
@@ -661,7 +684,7 @@ def test_a_wrong_method_or_parameter_is_named_with_the_way_out(
 
 
 def test_the_loss_of_a_run_is_checked_by_the_same_rules() -> None:
-    with pytest.raises(ConfigError, match="'kto', which is not one of: mapo, mapo_paper, sft"):
+    with pytest.raises(ConfigError, match="'kto', which is not one of: mapo, mapo_paper, mapo_paper_linear, sft"):
         pair_loss("kto", {}, num_train_timesteps=1000)
     with pytest.raises(ConfigError, match="snr is not a parameter of method mapo_paper"):
         pair_loss("mapo_paper", {"snr": 0.5}, num_train_timesteps=1000)
