@@ -13,14 +13,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from pipelines.dataset.base_model import LatentSpace, check_denoiser
 from pipelines.dataset.errors import ConfigError, ModelError
-from pipelines.dataset.model_files import CHOOSE_A_BASE, ModelSource, read_config
+from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig
 from training.loader import Batch
 from training.losses import PairErrors
 
 ADAPTER = "default"
-SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
 ATTENTION = {
     "flash": torch.backends.cuda.enable_flash_sdp,  # for every device, in spite of the module's name
     "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
@@ -32,11 +32,32 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Base:
-    """The base model's parts that training needs: the UNet in float32, its noise schedule, the latents' scale."""
+    """The base model's parts that training needs: the UNet, its noise schedule, the latents' scale."""
 
     unet: Any
     scheduler: Any
     scaling_factor: float
+    latents_mean: tuple[float, ...] | None = None
+    """For each channel, of VAEs that have such statistics; None for most."""
+    latents_std: tuple[float, ...] | None = None
+
+    def scaled(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents as the VAE gives them, as the UNet has them; what diffusers' SDXL pipelines do."""
+        if self.latents_mean is None:
+            return latents_BCHW * self.scaling_factor
+        mean_C11, std_C11 = self._statistics(latents_BCHW)
+        return (latents_BCHW - mean_C11) * self.scaling_factor / std_C11
+
+    def unscaled(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents of the UNet as the VAE decodes them."""
+        if self.latents_mean is None:
+            return latents_BCHW / self.scaling_factor
+        mean_C11, std_C11 = self._statistics(latents_BCHW)
+        return latents_BCHW * std_C11 / self.scaling_factor + mean_C11
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (latents.new_tensor(each).view(-1, 1, 1) for each in (self.latents_mean, self.latents_std))
+        return mean, std
 
     @property
     def has_time_ids(self) -> bool:
@@ -49,29 +70,46 @@ class Base:
         return int(self.scheduler.config.num_train_timesteps)
 
 
-def load_base(source: ModelSource) -> Base:
+def load_base(source: ModelSource, *, dtype: torch.dtype = torch.float32, prediction_type: str | None = None) -> Base:
     """Load the UNet and the constants of a diffusers pipeline.
 
+    Args:
+        source: The pipeline.
+        dtype: What the UNet's weights become; each rank holds them all once, 5.1 GB of SDXL's in 16 bits.
+        prediction_type: `train.prediction_type`, which overrides the scheduler file.
+
     Raises:
-        ModelError: A part is missing, or it predicts neither noise nor velocity.
+        ModelError: A part is missing, or of a kind that training does not know.
     """
     folder = source.folder()
+    facts = check_denoiser(source, prediction_type=prediction_type)
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", use_safetensors=True, variant=source.variant, dtype=torch.float32
+        unet, info = UNet2DConditionModel.from_pretrained(
+            folder,
+            subfolder="unet",
+            use_safetensors=True,
+            variant=source.variant,
+            dtype=dtype,
+            output_loading_info=True,
         )
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-        scaling_factor = float(
-            read_config(source.vae_folder() / "config.json").get("scaling_factor", SD_SCALING_FACTOR)
-        )
-    except (OSError, ValueError, KeyError) as error:
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", prediction_type=facts.prediction_type)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole pipeline?") from error
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    _check_complete(info, source)
+    space: LatentSpace = facts.latents
+    return Base(unet, scheduler, space.scaling_factor, space.mean, space.std)
+
+
+def _check_complete(loading_info: dict[str, Any], source: ModelSource) -> None:
+    """Weights that the file lacks would otherwise be random, without a word."""
+    lacking = [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]
+    if lacking:
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in lacking)
         raise ModelError(
-            f"{source.model} predicts {scheduler.config.prediction_type}; training knows epsilon and v_prediction",
-            CHOOSE_A_BASE,
+            f"the weights of the unet of {source.model} lack {len(names)} tensors, or have them in another shape, such "
+            f"as {names[0]}",
+            "unet/config.json and the weights are of different models; fetch the model again",
         )
-    return Base(unet, scheduler, scaling_factor)
 
 
 def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
@@ -177,7 +215,7 @@ class Denoiser:
         """
         device, dtype, scheduler = self._device, self._dtype, self.base.scheduler
         latents = torch.cat([batch.chosen_BCHW, batch.rejected_BCHW]).to(device, torch.float32, non_blocking=True)
-        latents = latents * self.base.scaling_factor
+        latents = self.base.scaled(latents)
         noise = noise_BCHW.to(device, non_blocking=True).repeat(2, 1, 1, 1)
         timesteps = timesteps_B.to(device, non_blocking=True).repeat(2)
         noisy = scheduler.add_noise(latents, noise, timesteps)

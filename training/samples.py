@@ -161,7 +161,7 @@ class SampleGrid:
         vae.enable_tiling()  # of what is larger than the VAE's own size
         vae.eval().to(device)
         with sdpa_kernel(VAE_ATTENTION):
-            images = [_image(vae.decode(each / self._base.scaling_factor, return_dict=False)[0]) for each in latents]
+            images = [_image(vae.decode(self._base.unscaled(each), return_dict=False)[0]) for each in latents]
         del vae
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -55,7 +55,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
     with start_up.part("model"):
         # The engine casts a whole UNet anyway, and adapters are made before it does.
         dtype = torch.float32 if config.lora is not None else dtype_of(config)
-        base = load_base(spec.base, dtype=dtype)
+        base = load_base(spec.base, dtype=dtype, prediction_type=config.prediction_type)
     with start_up.part("engine"):
         engine, denoiser = build(
             base, spec, accumulation_steps=plan.accumulation_steps(context.get_world_size()), on_gpu=on_gpu

@@ -35,6 +35,8 @@ IGNORED = ("*onnx*", "*openvino*", "*flax*")
 VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
 """The variants that hub repositories hold beside the plain weights; others are fetched too if they are there."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Endings of whole checkpoints in one file, as the original repositories and Civitai give them."""
 HASHERS = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -138,6 +140,8 @@ def resolve_model(
             f"{model} has no revision {revision}: only a model on the hub has revisions",
             "remove `encode.revision`, or give a hub id as `encode.model`",
         )
+    if Path(model).suffix.lower() in SINGLE_FILES and not (is_folder and Path(model).expanduser().is_dir()):
+        raise ModelError(_single_file(model, is_there=is_folder or "://" in model), _turn_into_folder(model, marker))
     if "://" in model:
         folder = _fetch(model, variant)
     elif is_folder and Path(model).expanduser().is_dir():
@@ -152,10 +156,26 @@ def resolve_model(
     if not (folder / marker).is_file():
         raise ModelError(
             f"{model} has no {marker}",
-            "a diffusers folder is what `save_pretrained` writes; a single .safetensors checkpoint is turned into one "
-            f"with `{SDXL.pipeline_class}.from_single_file(...).save_pretrained(...)`, or that of its own family",
+            "a diffusers folder is what `save_pretrained` writes; " + _turn_into_folder("FILE.safetensors", marker),
         )
     return folder
+
+
+def _single_file(model: str, *, is_there: bool) -> str:
+    if is_there:
+        return f"{model} is a checkpoint in a single file, not the folder of a pipeline that diffusers saved"
+    return f"there is no file {Path(model).expanduser().absolute()}, nor would a checkpoint in a single file be read"
+
+
+def _turn_into_folder(file: str, marker: str) -> str:
+    """How a checkpoint in a single file becomes a folder."""
+    kind, key = (SDXL.pipeline_class, "encode.model") if marker == MODEL_INDEX else ("AutoencoderKL", "encode.vae")
+    name = Path(file).stem
+    other = f" ({STABLE_DIFFUSION.pipeline_class} for Stable Diffusion 1.x and 2.x)" if marker == MODEL_INDEX else ""
+    return (
+        "a single-file checkpoint is turned into a folder once, with diffusers: "
+        f'`{kind}.from_single_file("{file}").save_pretrained("{name}")`{other}; then set `{key}: {name}`'
+    )
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -240,21 +260,40 @@ def _digest_of_state(file: Path, size: int, changed_ns: int, changed_status_ns: 
     return file_sha256(file)
 
 
-def _check_safetensors(file: Path) -> None:
-    """The header is JSON and the file is as long as the header says."""
-    size = file.stat().st_size
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in safetensors files, from their headers; other files are passed over.
+
+    Raises:
+        ModelError: A header is not whole.
+    """
+    headers = [_read_header(file)[0] for file in files if file.suffix == ".safetensors"]
+    return {
+        name: tuple(entry["shape"])
+        for header in headers
+        for name, entry in header.items()
+        if name != "__metadata__" and "shape" in entry
+    }
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its last tensor ends."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size
         header = opened.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
     try:
         entries = json.loads(header)
         end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise ModelError(f"{file} is not a safetensors file", "the model folder is damaged; fetch it again") from None
-    if size != 8 + length + end:
-        raise ModelError(
-            f"{file} is damaged: {size:,} bytes where its header says {8 + length + end:,}", "fetch the model again"
-        )
+    return entries, 8 + length + int(end)
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header is JSON and the file is as long as the header says."""
+    size, (_, end) = file.stat().st_size, _read_header(file)
+    if size != end:
+        raise ModelError(f"{file} is damaged: {size:,} bytes where its header says {end:,}", "fetch the model again")
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:

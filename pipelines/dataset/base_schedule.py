@@ -1,0 +1,190 @@
+"""Whether training understands a base's noise schedule: betas that are written down, and what the model predicts.
+
+Training adds noise as `DDPMScheduler` does, which fills what a scheduler file leaves out with betas of its own: a
+flow-matching or EDM model would train to the end on noise that it has never seen. Needs neither ray nor torch.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import CHOOSE_A_BASE
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+BETA_SCHEDULERS = frozenset((
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler",
+))  # fmt: skip
+"""Schedulers whose configuration says the betas that the model was trained with."""
+DISTILLED_SCHEDULERS = {"LCMScheduler": "a latent consistency model", "TCDScheduler": "a consistency model"}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+WITHOUT_BOUNDS = ("squaredcos_cap_v2",)  # its betas follow from their number alone
+DIFFUSERS_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+
+DISTILLED_ANYWHERE = ("turbo", "lightning", "schnell")
+DISTILLED_WORDS = frozenset(("hyper", "hypersd", "lcm", "dmd", "tcd", "pcm", "flash", "sprint", "nitro"))
+"""Words of a model's name that say it was distilled to a few steps; of these only whole words count."""
+PARTS_OF_NAMES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+ANOTHER_BASE = f"training knows noise of betas alone; {CHOOSE_A_BASE}"
+
+
+def check_schedule(
+    config: dict[str, Any],
+    *,
+    model: str,
+    pipeline_scheduler: str | None,
+    names: Sequence[str],
+    prediction_type: str | None,
+) -> str:
+    """Check a base's scheduler file.
+
+    Args:
+        config: `scheduler/scheduler_config.json`.
+        model: The base, for messages.
+        pipeline_scheduler: The scheduler's class in `model_index.json`, if it says one.
+        names: What the base is called, here and in its files.
+        prediction_type: `train.prediction_type`: the user knows better than the file.
+
+    Returns:
+        What the UNet predicts: epsilon or v_prediction.
+
+    Raises:
+        ModelError: Training would add other noise than the model knows, or spoil a distilled one.
+    """
+    classes = [str(found) for found in (config.get("_class_name"), pipeline_scheduler) if found]
+    _check_kind(config, classes, model)
+    _check_betas(config, model)
+    if prediction_type is not None:
+        return prediction_type
+    found = config.get("prediction_type") or "epsilon"  # files of 2022 do not say
+    if found not in PREDICTION_TYPES:
+        raise ModelError(
+            f"scheduler.prediction_type of {model} is {found}; training knows {' and '.join(PREDICTION_TYPES)}",
+            f"{CHOOSE_A_BASE}; or, if the file is wrong, set `train.prediction_type` to what the model predicts",
+        )
+    _check_distilled(config, classes, model, names, found)
+    if found == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise ModelError(
+            f"scheduler.rescale_betas_zero_snr of {model} is true, but prediction_type is epsilon: with zero terminal "
+            "SNR the last step is all noise, which tells a model of epsilon nothing, so such bases predict velocity",
+            "set `train.prediction_type: v_prediction`; or `epsilon`, if that is what the model predicts",
+        )
+    return str(found)
+
+
+def schedule_note(config: dict[str, Any]) -> str | None:
+    """A word on betas that are most likely not the model's own."""
+    if any(config.get(key) != value for key, value in DIFFUSERS_DEFAULTS.items()):
+        return None
+    return (
+        "the scheduler file of the base has diffusers' default betas (linear, 0.0001..0.02), with which no published "
+        "model of the family was trained (scaled_linear, 0.00085..0.012)"
+    )
+
+
+def _check_kind(config: dict[str, Any], classes: Sequence[str], model: str) -> None:
+    """The schedulers of flow matching, EDM and consistency models have no betas, or none that were trained with."""
+    if not classes:
+        raise ModelError(f"scheduler._class_name of {model} is missing", "the model folder is damaged; fetch it again")
+    for name in classes:
+        if "Flow" in name:
+            raise ModelError(f"the scheduler of {model} is {name}: a flow-matching model", ANOTHER_BASE)
+        if name.startswith("CMStochastic"):
+            raise ModelError(f"the scheduler of {model} is {name}: a consistency model", ANOTHER_BASE)
+        if name.startswith("EDM"):
+            raise ModelError(f"the scheduler of {model} is {name}: an EDM model", ANOTHER_BASE)
+    signs = (
+        ("use_flow_sigmas", bool(config.get("use_flow_sigmas")), "a flow-matching model"),
+        ("prediction_type", "flow" in str(config.get("prediction_type")), "a flow-matching model"),
+        ("timestep_type", config.get("timestep_type") == "continuous", "an EDM model"),
+        ("sigma_data", config.get("sigma_data") is not None, "an EDM model"),
+    )
+    for key, is_so, what in signs:
+        if is_so:
+            raise ModelError(f"scheduler.{key} of {model} is {config[key]}: {what}", ANOTHER_BASE)
+    for name in classes:
+        if name not in BETA_SCHEDULERS and name not in DISTILLED_SCHEDULERS:
+            raise ModelError(
+                f"the scheduler of {model} is {name}, which does not say the betas that the model was trained with",
+                f"{CHOOSE_A_BASE}; or put a scheduler_config.json with those betas into its scheduler folder (and its "
+                "class into model_index.json), such as that of EulerDiscreteScheduler",
+            )
+
+
+def _check_betas(config: dict[str, Any], model: str) -> None:
+    """What the file leaves out would be a default of diffusers, which is no base's."""
+    steps, trained, name = (config.get(key) for key in ("num_train_timesteps", "trained_betas", "beta_schedule"))
+    wanted = ["num_train_timesteps", *(["beta_schedule"] if trained is None else [])]
+    if trained is None and name not in WITHOUT_BOUNDS:
+        wanted += ["beta_start", "beta_end"]
+    if lacking := [key for key in wanted if config.get(key) is None]:
+        raise ModelError(
+            f"the scheduler file of {model} does not say {', '.join(lacking)}, and a default may not be what the model "
+            "was trained with",
+            "if it was trained with betas, add them to scheduler/scheduler_config.json (SDXL and Stable Diffusion have "
+            "beta_schedule scaled_linear, beta_start 0.00085, beta_end 0.012, num_train_timesteps 1000); if not, "
+            f"{CHOOSE_A_BASE}",
+        )
+    wrong = None
+    if type(steps) is not int or steps < 2:
+        wrong = f"num_train_timesteps of {model} is {steps}, not a number of steps"
+    elif trained is not None:
+        if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
+            size = len(trained) if isinstance(trained, list) else 0
+            wrong = f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
+    elif name not in BETA_SCHEDULES:
+        wrong = f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
+    elif name not in WITHOUT_BOUNDS:
+        start, end = config["beta_start"], config["beta_end"]
+        if not (_is_beta(start) and _is_beta(end) and start <= end):
+            wrong = f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
+    if wrong is not None:
+        raise ModelError(
+            f"scheduler.{wrong}",
+            f"set it in scheduler/scheduler_config.json to what the model was trained with; or {CHOOSE_A_BASE}",
+        )
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _check_distilled(
+    config: dict[str, Any], classes: Sequence[str], model: str, names: Sequence[str], predicted: str
+) -> None:
+    """A model that was distilled to a few steps loses them in training on all of its timesteps."""
+    reasons = [
+        f"the scheduler is {name}, of {DISTILLED_SCHEDULERS[name]}" for name in classes if name in DISTILLED_SCHEDULERS
+    ]
+    reasons += [f"it is called {name}" for name in names if is_distilled_name(name)]
+    spacing = config.get("timestep_spacing")
+    if predicted == "epsilon" and spacing == "trailing" and not config.get("rescale_betas_zero_snr"):
+        reasons.append(
+            "scheduler.timestep_spacing is trailing with prediction_type epsilon, as Turbo and Lightning have it"
+        )
+    if reasons:
+        raise ModelError(
+            f"{model} looks like a base that was distilled to a few steps: {reasons[0]}; training would spoil that "
+            "without a word",
+            "train the base that it was distilled from; if it is not distilled, or you want its many-step behaviour, "
+            f"set `train.prediction_type: {predicted}`",
+        )
+
+
+def is_distilled_name(name: str) -> bool:
+    """Whether a model's name says that it was distilled to a few steps, as that of `sdxl-turbo` does."""
+    words = {word.lower() for word in PARTS_OF_NAMES.findall(name)}
+    return any(word in name.lower() for word in DISTILLED_ANYWHERE) or bool(words & DISTILLED_WORDS)
+
+
+def short_name(name: str) -> str:
+    """The part of a path, URL or hub id that names the model itself.
+
+    A hub's cache names it above the snapshot, and a part's own folder says nothing.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part and part != "unet"]
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached or parts or [name])[-1].split("--")[-1]
