@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
 
     try:
-        options.action(options)
+        return options.action(options) or 0
     except MapoError as error:
         if options.debug:
             traceback.print_exc()
@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{type(cause).__name__}: {str(cause).strip() or 'no message'}"
         sys.stderr.write(f"{redact(what)}\nhint: this looks like a bug in mapo; `--debug` shows where\n")
         return EXIT_FAILED
-    return 0
 
 
 def entry() -> None:
@@ -109,7 +108,7 @@ def _command(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
     text: str,
-    action: Callable[[argparse.Namespace], None],
+    action: Callable[[argparse.Namespace], int | None],
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -138,7 +137,8 @@ def _load(options: argparse.Namespace) -> "RunConfig":
     return load_located(options.config, options.overrides)[0]
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    from orchestration.plan import BLOCKED
     from orchestration.rerun import run_every
     from orchestration.stages import plan_run, run_all
 
@@ -150,10 +150,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         described, lines = plan_run(load())
         _say(_json(described) if options.json else "\n".join(lines))
-    elif options.every is None:
+        return EXIT_FAILED if any(stage["state"] == BLOCKED for stage in described["stages"]) else 0
+    if options.every is None:
         run_all(load(), _say)
     else:
         run_every(options.every, load, _say)
+    return 0
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration import actions, telemetry
+from orchestration.base_check import check_base_model
 from orchestration.canary import canary
 from orchestration.cluster import connected, ours
 from orchestration.config import RunConfig
@@ -58,6 +59,8 @@ def recorded(name: str) -> Callable[[Run, str], bool]:
     return is_done
 
 
+MADE_FOR_BASE = ("ingest", "encode", "train")
+"""Stages whose work would be lost on a base model that training does not understand."""
 ALL_STAGES = ("ingest", "encode", "train", "export", "evaluate", "report")
 
 STAGES: dict[str, Stage] = {
@@ -104,7 +107,7 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
         return
     _check(run, stages[position:])
     with driving(run) as driver:
-        if len(stages) > 1:
+        if len(stages) > 1 or stages[0].name == "train":
             for line in plan_text(plan_stages(run, stages[position:])):
                 say(f"plan      {line}")
         _run_rest(run, stages[position:], driver)
@@ -120,13 +123,18 @@ def plan_run(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
 def _check(run: Run, stages: Sequence[Stage]) -> None:
     """What can be wrong before any work: what the first stage needs, models, trackers, the export, the storage."""
     first, config = stages[0], run.config
+    if config.encode is not None:
+        if any(stage.name in MADE_FOR_BASE for stage in stages):
+            for note in check_base_model(config):
+                if len(stages) == 1:  # else the plan says it
+                    run.say(f"{stages[0].name:<9} note: {note}")
+        else:  # what is trained already can be exported as ever
+            actions.check_model(config.encode)
     if first.key(run) is None:
         raise first.refusal(run) or ConfigError(
             f"{first.name} needs the stage before it, which has not run for this configuration",
             "`mapo run` does all stages in order",
         )
-    if config.encode is not None:
-        actions.check_model(config.encode)
     if config.train is not None:
         actions.check_training(config.train)
         actions.check_rounds(run)

@@ -116,6 +116,7 @@ class Sampler:
         resolution: Side of the square samples, in pixels.
         variant: Which of the pipeline's weights; the plain ones by default.
         unet: Folder of a UNet that takes the place of the pipeline's own, or None.
+        prediction_type: What the UNet predicts, where the pipeline's scheduler file is wrong.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Sampler:
         resolution: int,
         variant: str | None = None,
         unet: str | None = None,
+        prediction_type: str | None = None,
     ) -> None:
         import diffusers
         import torch
@@ -143,6 +145,9 @@ class Sampler:
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
             model, dtype=dtype, use_safetensors=True, variant=variant, **parts
         )
+        if prediction_type is not None:
+            schedule = pipeline.scheduler
+            pipeline.scheduler = type(schedule).from_config(schedule.config, prediction_type=prediction_type)
         self._pipeline = pipeline.to("cuda" if on_gpu else "cpu")
         self._pipeline.set_progress_bar_config(disable=True)
         self._config, self._resolution = config, resolution

@@ -4,6 +4,7 @@
 `load_lora_weights` on top of the base.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
-from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_model_index, weight_files
+from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
 from pipelines.dataset.storage import Storage
 from training.checkpoint_format import Reader, committed, read_parameters
 from training.config import ExportConfig, LoraConfig
@@ -19,6 +20,7 @@ from training.ema import EMA
 from training.zero import WEIGHT
 
 UNET, VAE, LORA = "unet", "vae", "lora"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STEM = "diffusion_pytorch_model"
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it goes on from the newest whole checkpoint"
@@ -39,6 +41,7 @@ def export_model(
     config: ExportConfig | None = None,
     lora: LoraConfig | None = None,
     beside: Mapping[str, bytes] | None = None,
+    prediction_type: str | None = None,
 ) -> None:
     """Write the base pipeline with the trained UNet to the folder `target` of the storage.
 
@@ -55,6 +58,7 @@ def export_model(
         config: What to write; the whole pipeline, of the average if there is one, by default.
         lora: The adapters that were trained; None if it was the whole UNet.
         beside: More files of the folder, by name.
+        prediction_type: What the UNet predicts, where the base's scheduler file is wrong: that one key is corrected.
 
     Raises:
         ModelError: The checkpoint is not there, lacks what is asked for, or is of another UNet; or the hub refused.
@@ -68,6 +72,7 @@ def export_model(
         exported.mkdir()
         if config.parts == "pipeline":
             _copy_pipeline(source, exported)
+            correct_schedule(exported / SCHEDULER_FILE, prediction_type)
         _save_unet(source, weights, lora, exported)
         (exported / "README.md").write_text(card)
         for name, data in (beside or {}).items():
@@ -143,6 +148,15 @@ def _copy_pipeline(source: ModelSource, exported: Path) -> None:
                 shutil.copyfile(file, exported / VAE / file.name)
         elif is_part and part != UNET:
             _copy_part(base / part, exported / part, source.variant)
+
+
+def correct_schedule(file: Path, prediction_type: str | None) -> None:
+    """Let a scheduler file say what the UNet was trained to predict; one that says so already stays byte for byte."""
+    config = read_config(file)
+    if prediction_type in (None, config.get("prediction_type") or "epsilon"):  # where it is left out it is epsilon
+        return
+    config["prediction_type"] = prediction_type
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _copy_part(part: Path, target: Path, variant: str | None) -> None:

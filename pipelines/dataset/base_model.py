@@ -20,9 +20,9 @@ from pipelines.dataset.model_files import (
     ModelSource,
     read_config,
     read_model_index,
-    tensor_shapes,
     weight_files,
 )
+from pipelines.dataset.safetensors_header import tensor_shapes
 
 UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
 SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import CHOOSE_A_BASE, SDXL, Family, read_config, tensor_shapes, weight_files
+from pipelines.dataset.model_files import CHOOSE_A_BASE, SDXL, Family, read_config, weight_files
+from pipelines.dataset.safetensors_header import tensor_shapes
 
 DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77, "vocab_size": 49408}
 """Of transformers' `CLIPTextConfig`, for files that leave a key out."""

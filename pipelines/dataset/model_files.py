@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.object_store import Upload, WrongBytes
+from pipelines.dataset.safetensors_header import check_safetensors
 from pipelines.dataset.storage import Storage, file_sha256, retry
 
 MODEL_INDEX = "model_index.json"
@@ -38,7 +39,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Endings of whole checkpoints in one file, as the original repositories and Civitai give them."""
 HASHERS = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,16 @@ class ModelSource:
         if separate.is_dir() and (separate / MODEL_INDEX).is_file():
             return resolve_model(self.vae) / "vae"
         return resolve_model(self.vae, marker="config.json")
+
+    def is_fetched(self) -> bool:
+        """Whether the pipeline and the VAE are on this machine, so that `folder` and `vae_folder` fetch nothing.
+
+        Raises:
+            ModelError: A URL cannot be listed.
+        """
+        if not _is_fetched(self.model, self.revision, self.variant):
+            return False
+        return self.vae is None or _is_fetched(self.vae, None, None)
 
     @property
     def vae_variant(self) -> str | None:
@@ -240,7 +250,7 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
                 "only safetensors are read, of the variant `encode.variant` or the plain ones: load the pipeline with "
                 "diffusers and `save_pretrained` it once",
             )
-        _check_safetensors(file)
+        check_safetensors(file)
     return [*([index] if index.name else []), *files]
 
 
@@ -258,42 +268,6 @@ def _digest(file: Path) -> str:
 @lru_cache(maxsize=1024)
 def _digest_of_state(file: Path, size: int, changed_ns: int, changed_status_ns: int) -> str:
     return file_sha256(file)
-
-
-def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in safetensors files, from their headers; other files are passed over.
-
-    Raises:
-        ModelError: A header is not whole.
-    """
-    headers = [_read_header(file)[0] for file in files if file.suffix == ".safetensors"]
-    return {
-        name: tuple(entry["shape"])
-        for header in headers
-        for name, entry in header.items()
-        if name != "__metadata__" and "shape" in entry
-    }
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its last tensor ends."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        size = file.stat().st_size
-        header = opened.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
-    try:
-        entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise ModelError(f"{file} is not a safetensors file", "the model folder is damaged; fetch it again") from None
-    return entries, 8 + length + int(end)
-
-
-def _check_safetensors(file: Path) -> None:
-    """The header is JSON and the file is as long as the header says."""
-    size, (_, end) = file.stat().st_size, _read_header(file)
-    if size != end:
-        raise ModelError(f"{file} is damaged: {size:,} bytes where its header says {end:,}", "fetch the model again")
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
@@ -317,19 +291,10 @@ def _fetch(url: str, variant: str | None) -> Path:
     storage = Storage(url)
     if storage.is_local:
         return Path(storage.path())
-    try:
-        listing = storage.fs.find(storage.path(), detail=True)
-    except Exception as error:  # each fsspec back end has its own exception tree
-        raise ModelError(f"cannot list the model {url}: {error}", "check the URL and the credentials") from error
-    found = {str(path).removeprefix(storage.path() + "/"): info for path, info in listing.items()}
-    infos = {name: info for name, info in found.items() if _is_wanted(name, variant)}
-    if not infos:
-        raise ModelError(f"there is no model at {url}", "set `encode.model` to the folder of a diffusers pipeline")
-    marks = sorted((name, int(info["size"]), _mark(info)) for name, info in infos.items())
-    cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "models"
-    folder = cache / hashlib.sha256(json.dumps([url, marks]).encode()).hexdigest()[:32]
+    folder, infos = _place(storage, url, variant)
     if folder.is_dir():
         return folder
+    cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{folder.name}.lock"):
         if folder.is_dir():  # another process was first
@@ -340,6 +305,37 @@ def _fetch(url: str, variant: str | None) -> Path:
                 list(readers.map(lambda name: _fetch_file(storage, name, target / name), infos))
             target.rename(folder)
     return folder
+
+
+def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, dict[str, Any]]:
+    """Where in the node's cache a remote folder belongs in its present state, and its files that are wanted."""
+    try:
+        listing = storage.fs.find(storage.path(), detail=True)
+    except Exception as error:  # each fsspec back end has its own exception tree
+        raise ModelError(f"cannot list the model {url}: {error}", "check the URL and the credentials") from error
+    found = {str(path).removeprefix(storage.path() + "/"): info for path, info in listing.items()}
+    infos = {name: info for name, info in found.items() if _is_wanted(name, variant)}
+    if not infos:
+        raise ModelError(f"there is no model at {url}", "set `encode.model` to the folder of a diffusers pipeline")
+    marks = sorted((name, int(info["size"]), _mark(info)) for name, info in infos.items())
+    cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "models"
+    return cache / hashlib.sha256(json.dumps([url, marks]).encode()).hexdigest()[:32], infos
+
+
+def _is_fetched(model: str, revision: str | None, variant: str | None) -> bool:
+    """Whether a model is here; of one that is nowhere too, which `resolve_model` has the words for."""
+    if "://" in model:
+        storage = Storage(model)
+        return storage.is_local or _place(storage, model, variant)[0].is_dir()
+    if Path(model).expanduser().exists() or not HUB_ID.fullmatch(model):
+        return True
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception:  # the hub's tree and OSError: it is not in the hub's cache
+        return False
+    return any(_is_wanted(file.relative_to(folder).as_posix(), variant) for file in folder.rglob("*.safetensors"))
 
 
 def _fetch_file(storage: Storage, name: str, target: Path) -> None:

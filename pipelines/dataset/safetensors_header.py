@@ -1,0 +1,50 @@
+"""The header of a safetensors file: is the file whole, and which shapes do its tensors have? Reads no tensor."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.dataset.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+
+
+def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in safetensors files, from their headers; other files are passed over.
+
+    Raises:
+        ModelError: A header is not whole.
+    """
+    headers = [_read_header(file)[0] for file in files if file.suffix == ".safetensors"]
+    return {
+        name: tuple(entry["shape"])
+        for header in headers
+        for name, entry in header.items()
+        if name != "__metadata__" and "shape" in entry
+    }
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its last tensor ends."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        size = file.stat().st_size
+        header = opened.read(length) if 0 < length <= min(size, MAX_HEADER_BYTES) else b""
+    try:
+        entries = json.loads(header)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise ModelError(f"{file} is not a safetensors file", "the model folder is damaged; fetch it again") from None
+    return entries, 8 + length + int(end)
+
+
+def check_safetensors(file: Path) -> None:
+    """Check that the header is JSON and the file is as long as the header says.
+
+    Raises:
+        ModelError: It is not a safetensors file, or it is cut.
+    """
+    size, (_, end) = file.stat().st_size, _read_header(file)
+    if size != end:
+        raise ModelError(f"{file} is damaged: {size:,} bytes where its header says {end:,}", "fetch the model again")
