@@ -9,7 +9,7 @@ import torch
 
 from pipelines.ahead import Ahead
 from pipelines.config import EncodeConfig
-from pipelines.dataset.layout import LATENTS, LATENTS_SCHEMA
+from pipelines.dataset.layout import FLIPPED, LATENTS, LATENTS_SCHEMA, UNFLIPPED
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
@@ -21,9 +21,6 @@ from pipelines.unit_actor import BatchSize, Device, UnitActor, check_same_model
 from pipelines.unit_shard import UnitShard, pack
 
 READERS = 8  # reads from a storage wait; two would feed a GPU with JPEGs of 1024 x 1024 from a local disk
-
-NAMES = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
-"""Of the tensors and the metadata of a pair's images, each with the side after it; then of the mirrored images."""
 
 Loaded = Ahead[Planned, list[tuple[ImageKey, Placed | Reason]]]
 
@@ -101,9 +98,10 @@ class LatentWriter:
 def _write_pair(planned: Planned, latents: dict[ImageKey, Latents | Reason], shard: UnitShard, *, flips: bool) -> None:
     row = {"pair_key": planned.row["pair_key"], "bucket_height": planned.bucket[0], "bucket_width": planned.bucket[1]}
     tensors, time_ids = {}, {}
-    for is_mirrored, (of_latents, of_time_ids) in enumerate(NAMES if flips else NAMES[:1]):
+    for is_mirrored in (False, True) if flips else (False,):
+        of_latents, of_time_ids = FLIPPED if is_mirrored else UNFLIPPED
         for side, key in enumerate(planned.keys):
-            found = latents[key._replace(is_mirrored=bool(is_mirrored))]
+            found = latents[key._replace(is_mirrored=is_mirrored)]
             if isinstance(found, Reason):
                 shard.quarantine(row, found)
                 return

@@ -64,9 +64,11 @@ def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "he
         Committer(table).append(identity, write_unit(units[identity], storage))
 
 
-def encode_here(config: EncodeConfig, storage: Storage, vae: Any, text: Any, num_threads: int = 1) -> Pending:
+def encode_here(
+    config: EncodeConfig, storage: Storage, vae: Any, text: Any, num_threads: int = 1, *, with_empty: bool = False
+) -> Pending:
     """Encode without Ray: the same units, shards and commits."""
-    todo = pending(config, storage)
+    todo = pending(config, storage, with_empty=with_empty)
     for folder, parts in ((LATENTS, todo.latents_parts), (TEXT, todo.text_parts)):
         note_parts(storage, folder, parts)
     name = fingerprint_of(todo.text_parts)

@@ -29,6 +29,8 @@ def write_encoded(
     dtype: torch.dtype = torch.float16,
     pooled: bool = True,
     num_shards: int = 1,
+    flips: bool = False,
+    with_empty: bool = False,
 ) -> Snapshot:
     """Pairs whose chosen latents are near +1 and rejected near -1, image 0 being chosen in a tie.
 
@@ -42,6 +44,8 @@ def write_encoded(
         dtype: What everything is stored in.
         pooled: Whether prompts have a pooled embedding; those of SD 1.5 have none.
         num_shards: Of the latents; a pair's is its number modulo this.
+        flips: Whether mirrored images have latents too; those of an image are its own mirrored, and 3 more.
+        with_empty: Whether the embedding of "" is stored.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [f"prompt {i}" for i in range(4)]
@@ -56,7 +60,14 @@ def write_encoded(
             for side, sign in enumerate(signs)
         }
         time_ids = json.dumps([8 * size, 8 * size, 0, 0, 8 * size, 8 * size])
-        data = safetensors.torch.save(tensors, {"time_ids_0": time_ids, "time_ids_1": time_ids})
+        metadata = {"time_ids_0": time_ids, "time_ids_1": time_ids}
+        if flips:
+            tensors |= {f"flipped_{side}": tensors[f"latents_{side}"].flip(-1) + 3 for side in (0, 1)}
+            metadata |= {
+                f"flipped_time_ids_{side}": json.dumps([8 * size, 8 * size, 0, 1, 8 * size, 8 * size])
+                for side in (0, 1)
+            }
+        data = safetensors.torch.save(tensors, metadata)
         members.append((f"{key}.safetensors", data))
         row = dict.fromkeys(PAIRS_SCHEMA.names)
         row.update(pair_key=key, prompt=prompt, prompt_id=prompt_id(prompt), label_0=label, status="kept")
@@ -70,7 +81,7 @@ def write_encoded(
         mine, unit = slice(number, None, num_shards), f"unit-{number}" if number else "unit"
         _commit(storage, work, table, f"dataset/latents/{LATENTS}/{unit}.tar", unit, members[mine], sizes[mine])
     texts = []
-    for identity in [NULL_PROMPT_ID, *map(prompt_id, prompts)]:
+    for identity in [NULL_PROMPT_ID, *map(prompt_id, [*prompts, ""] if with_empty else prompts)]:
         scale = 0.0 if identity == NULL_PROMPT_ID else 1.0
         tensors = {"prompt_embeds": (scale * torch.randn(TOKENS, EMBEDDING, generator=generator)).to(dtype)}
         if pooled:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pipelines.dataset.errors import MapoError, ShardCorrupt
+from pipelines.dataset.layout import FLIPPED, UNFLIPPED
 from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
 from training.batch import Batch, BatchRows
@@ -20,8 +21,6 @@ from training.tensors import layout_of
 MAX_TEXT_BYTES = 512 << 20  # 1,688 prompts of SDXL
 READS_BESIDE_FETCHES = 4  # in flight: a shard brings a thousand pairs for the work of thirty such reads
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
-UNFLIPPED, FLIPPED = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
-"""The tensors and the metadata of an image in its pair's member, each with the side after it."""
 
 
 class PairReader:

@@ -12,6 +12,9 @@ LATENTS = "dataset/latents"
 TEXT = "dataset/text"
 RUNS = "runs"
 
+UNFLIPPED, FLIPPED = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
+"""The tensors and the metadata of an image in its pair's member of latents, each with the side after it."""
+
 LATENTS_SCHEMA = pa.schema(
     [
         ("pair_key", pa.string()),
