@@ -5,17 +5,19 @@ Numbers are counted where the tables and file listings tell them, and are upper 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from orchestration.base_check import BaseLook, look_at_base
 from orchestration.run import Run
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.layout import pairs_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from orchestration.stages import Stage
     from pipelines.config import EncodeConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 VAE_FACTOR, LATENT_CHANNELS = 8, 4
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 UP_TO_DATE, TO_DO, WAITS, NOT_SET, BLOCKED = "up to date", "to do", "waits", "not set", "blocked"
+OF_BASE = ("encode", "train")
+"""Stages that a base model of a kind that training does not know is refused for; the first that has work says so."""
 LABELS = {"num_bytes": "bytes", "latent_bytes": "bytes of latents"}
 
 
@@ -36,21 +40,28 @@ class StagePlan:
         state: `up to date`, `to do`, `waits` (for one before it), `not set` (no section) or `blocked` (by an error).
         work: How much of what; empty where nothing is known.
         note: A word on it: the record's summary, what it waits for, or the error.
+        settings: What it takes where the configuration leaves a choice, by name.
+        remarks: Lines on those settings and on the base model, for people.
     """
 
     stage: str
     state: str
     work: dict[str, int] = field(default_factory=dict)
     note: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def plan_stages(run: Run, stages: Sequence[Stage]) -> list[StagePlan]:
     """Plan these stages in their order; reads the storage and the sources, writes nothing, needs no Ray."""
     plans: list[StagePlan] = []
+    base = functools.cache(lambda: look_at_base(run))
     before: str | None = None  # the last stage that has work
     rows = 0  # that ingest would add at most
     for stage in stages:
-        plan = _plan(run, stage, before, rows)
+        plan = _plan(run, stage, before, rows, base)
+        if stage.name == "train" and plan.state in (TO_DO, WAITS, UP_TO_DATE):
+            plan = _with_settings(run, plan)
         if plan.state in (TO_DO, WAITS, BLOCKED):
             before = stage.name
         if stage.name == "ingest" and plan.state == TO_DO:
@@ -59,19 +70,24 @@ def plan_stages(run: Run, stages: Sequence[Stage]) -> list[StagePlan]:
     return plans
 
 
-def _plan(run: Run, stage: Stage, before: str | None, rows: int) -> StagePlan:
+def _plan(run: Run, stage: Stage, before: str | None, rows: int, base: Callable[[], BaseLook]) -> StagePlan:
     if stage.section is not None and getattr(run.config, stage.section) is None:
         return StagePlan(stage.name, NOT_SET, note=f"the configuration has no `{stage.section}` section")
     try:
-        if before is not None:
-            return StagePlan(stage.name, WAITS, WORK[stage.name](run, rows), f"after {before}")
-        key = stage.key(run)
+        key = stage.key(run) if before is None else None
         if key is not None and stage.is_done(run, key):
             record = run.journal.record(stage.name)
             return StagePlan(stage.name, UP_TO_DATE, note=record.summary if record else "")
+        reads_base = stage.name in OF_BASE and before not in OF_BASE
+        if reads_base and (refusal := base().refusal) is not None:
+            return StagePlan(stage.name, BLOCKED, note=str(refusal))
+        remarks = list(base().remarks) if stage.name == "encode" else []
+        if before is not None:
+            return StagePlan(stage.name, WAITS, WORK[stage.name](run, rows), f"after {before}", remarks=remarks)
         if key is None and (refusal := stage.refusal(run)) is not None:
-            return StagePlan(stage.name, BLOCKED, note=refusal.message)
-        return StagePlan(stage.name, TO_DO if key is not None else WAITS, WORK[stage.name](run, rows))
+            return StagePlan(stage.name, BLOCKED, note=str(refusal))
+        state = TO_DO if key is not None else WAITS
+        return StagePlan(stage.name, state, WORK[stage.name](run, rows), remarks=remarks)
     except MapoError as error:
         return StagePlan(stage.name, BLOCKED, note=str(error))
 
@@ -132,6 +148,20 @@ def _train_work(run: Run, _: int) -> dict[str, int]:
     return work | {"workers": config.worker_range[0]}
 
 
+def _with_settings(run: Run, plan: StagePlan) -> StagePlan:
+    from orchestration.actions import train_spec
+    from orchestration.training_notes import training_notes, training_settings, version_notes
+
+    config = run.config.train
+    assert config
+    spec = train_spec(run) if plan.state in (TO_DO, UP_TO_DATE) else None
+    begun, versions = (None, []) if spec is None else (spec.config, version_notes(spec))
+    if plan.state == UP_TO_DATE:
+        return replace(plan, remarks=versions)
+    settings, remarks = training_settings(config, begun), training_notes(config, begun)
+    return replace(plan, settings=settings, remarks=[*remarks, *versions])
+
+
 def _evaluate_work(run: Run, _: int) -> dict[str, int]:
     return {"samples": 2 * run.config.evaluate.num_samples}
 
@@ -156,8 +186,13 @@ def plan_json(run: Run, plans: Sequence[StagePlan]) -> dict[str, Any]:
 
 
 def plan_text(plans: Sequence[StagePlan]) -> list[str]:
-    """The plan for a terminal, a line a stage."""
-    return [f"{plan.stage:<9} {plan.state:<11} {_detail(plan)}".rstrip() for plan in plans]
+    """The plan for a terminal: a line a stage, and below it its way out and its remarks."""
+    lines = []
+    for plan in plans:
+        lines.append(f"{plan.stage:<9} {plan.state:<11} {_detail(plan)}".rstrip())
+        way_out = plan.note.splitlines()[1:] if plan.state == BLOCKED else []
+        lines += [f"{'':<21} {line}" for line in (*way_out, *plan.remarks)]
+    return lines
 
 
 def _detail(plan: StagePlan) -> str:

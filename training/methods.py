@@ -34,16 +34,51 @@ class Rate:
     source: str
 
 
+_PAPER = "arXiv 2406.06424v2, Training Details"
+_DPO_SCRIPT = "SalesforceAIResearch/DiffusionDPO 5233e75, launchers/sdxl.sh:18"
+_DIFFUSERS = "huggingface/diffusers 58eb52c, examples"
+_ORPO_README = "huggingface/diffusers 1d9a6a8, examples/research_projects/diffusion_orpo/README.md:49"
+_MAPO_PAPER = (
+    Rate(1e-7, f"{_PAPER}, general alignment at batch 2048"),
+    Rate(5e-5, f"{_PAPER}, the UNet of personalization"),
+)
+_OF_DPO = 1e-8 * 16 * 128  # --scale_lr: by 16 GPUs, 128 steps of accumulation and 1 pair of each, so at batch 2048
+
 RATES: Mapping[str, tuple[Rate, Rate]] = MappingProxyType(
     {
-        "mapo_paper": (Rate(1e-7, "provisional"), Rate(5e-5, "provisional")),
+        "mapo": (
+            Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:54, at batch 16"),
+            Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:83, at batch 16"),
+        ),
+        "mapo_paper": _MAPO_PAPER,
+        "mapo_paper_linear": _MAPO_PAPER,  # one text with two readings
+        "sft": (
+            Rate(1e-9 * 2048, "arXiv 2311.12908, section 5: 1e-9, scaled to batch 2048 as its script does"),
+            Rate(1e-4, f"{_DIFFUSERS}/text_to_image/README_sdxl.md:172, fine-tuning on captions"),
+        ),
+        "dpo": (
+            Rate(_OF_DPO, f"{_DPO_SCRIPT}, 1e-8 scaled to batch 2048"),
+            Rate(1e-5, f"{_DIFFUSERS}/research_projects/diffusion_dpo/README.md:52, at batch 16"),
+        ),
+        "ipo": (Rate(_OF_DPO, "none published; that of dpo"), Rate(1e-5, "none published; that of dpo")),
+        "simpo": (
+            Rate(1e-7, "none published; that of mapo_paper, a small one since nothing holds this loss back"),
+            Rate(1e-5, "none published; that of dpo"),
+        ),
+        "orpo": (
+            Rate(1e-7, "none published; that of mapo_paper"),
+            Rate(3e-5, f"{_ORPO_README}, at batch 64"),
+        ),
     }
 )
-"""Method name -> the default learning rate of all weights, and of adapters."""
+"""Method name -> the default learning rate of all weights, and of adapters. `docs/guides/recipes.md` tells the rest."""
 
 
 def default_rate(method: str, *, with_adapters: bool) -> Rate:
-    """Return the learning rate that a training has where `train.learning_rate` is left out, with its source."""
+    """Return the learning rate that a training has where `train.learning_rate` is left out, with its source.
+
+    A method that does not exist is `check_parameters`'s to report; it gets some rate here.
+    """
     return RATES.get(method, RATES["mapo_paper"])[with_adapters]
 
 
