@@ -371,9 +371,13 @@ def run_evaluate(run: Run, key: str) -> Outcome:
     """Samples and scores of base and aligned model."""
     from orchestration.evaluation import evaluate
 
-    trained = run.journal.record("train")
+    trained, exported = run.journal.record("train"), run.journal.record("export")
     assert trained is not None
-    results = evaluate(run.config, run.storage, folder=run.folder, version=trained.details["snapshot"]["pairs_version"])
+    assert exported is not None
+    manifest = trained.details.get("manifests", {}).get(exported.details.get("checkpoint"))
+    weights = [exported.details.get("weights", exported.key), manifest]
+    version = trained.details["snapshot"]["pairs_version"]
+    results = evaluate(run.config, run.storage, folder=run.folder, version=version, weights=weights)
     parts = [f"{s['name']} {s['base']['mean']:.2f} → {s['aligned']['mean']:.2f}" for s in results["scores"]]
     held_out = "" if results["split"] == VALIDATION else " of training prompts, for none is held out"
     return Outcome(", ".join([f"{results['num_samples']} samples each{held_out}", *parts]), results)

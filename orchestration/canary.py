@@ -67,5 +67,5 @@ def _lost(error: Exception) -> ClusterError:
     return ClusterError(
         f"even an actor that does nothing died {MAX_DEATHS} times on this cluster: {in_short(error)}",
         "is there no memory left on its nodes, or does something kill their processes? "
-        "what is done is on the storage: the same command goes on",
+        "finished work is on the storage; rerun the same command to resume",
     )

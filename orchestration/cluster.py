@@ -98,7 +98,7 @@ def ours(stage: str) -> Iterator[None]:
             raise
         raise ClusterError(
             f"{stage} lost what it worked with: {type(error).__name__}: {in_short(error)}",
-            "what is done is on the storage: the same command goes on; `ray status` shows the nodes",
+            "finished work is on the storage; rerun the same command to resume; `ray status` shows the nodes",
         ) from error
 
 

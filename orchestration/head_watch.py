@@ -41,7 +41,7 @@ class HeadWatch:
         """What a run without its head ends with."""
         found = ClusterError(
             f"the head of the Ray cluster, {self._address}, does not answer",
-            "what is done is on the storage: the same command goes on once there is a cluster again",
+            "finished work is on the storage; rerun the same command to resume once there is a cluster again",
         )
         found.ends_process = self.is_lost
         return found

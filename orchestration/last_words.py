@@ -13,7 +13,7 @@ from types import TracebackType
 UNEXPECTED = (
     "ClusterError: this process was ended without a word: its Ray node died (the raylet or one of its agents), or the "
     "system killed it\n"
-    "hint: is the machine out of memory? what is done is on the storage: the same command goes on"
+    "hint: is the machine out of memory? finished work is on the storage; rerun the same command to resume"
 )
 WAITER = r"""while IFS= read -r line; do last=$line; done; [ -z "$last" ] || printf '%b\n' "$last" >&2"""
 

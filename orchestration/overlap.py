@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WAITS_IN_RAY = "encode-ahead"
 """The name of its thread: Ray must not be shut down under it."""
-MAX_STOP_S = 20.0  # a unit takes less; the first one may wait for a node for ever
+MAX_STOP_S = 20.0  # a unit takes less
 
 
 class EncodeAhead:
@@ -40,12 +40,15 @@ class EncodeAhead:
         by `encode.resources`.
         """
         from pipelines.encode_ahead import LatentsAhead
+        from pipelines.unit_pool import demand_of
 
         has_own_nodes = bool(encode.resources) and encode.resources != ingest.resources
         if has_own_nodes or uses_gpu(encode.device):
             self._ahead = LatentsAhead(encode, self._storage)
             self._thread = threading.Thread(target=self._run, args=(self._ahead,), name=WAITS_IN_RAY, daemon=True)
             self._thread.start()
+            if not (demand := demand_of(encode)).has_node():
+                self._say(f"encode    starts beside ingest once a node has {demand}")
 
     def _run(self, ahead: LatentsAhead) -> None:
         try:
@@ -60,7 +63,10 @@ class EncodeAhead:
         return None if self._ahead is None else self._ahead.take_speed()
 
     def finish(self) -> dict[str, Any] | None:
-        """Wait until all that is committed is encoded; the speed of this rest."""
+        """Wait until all that is committed is encoded; the speed of this rest.
+
+        Where there has been no node for it so far, nothing is waited for: that is left to the stage `encode`.
+        """
         if self._ahead is None or self._thread is None:
             return None
         self._ahead.finish()
@@ -68,7 +74,7 @@ class EncodeAhead:
         return self.speed()
 
     def stop(self) -> None:
-        """End it after the next unit, if it goes on; one that waits for a node is left behind."""
+        """End it after the next unit, or at once while it waits for a node."""
         if self._ahead is not None and self._thread is not None:
             self._ahead.stop()
             self._thread.join(MAX_STOP_S)

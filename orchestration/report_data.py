@@ -13,7 +13,7 @@ from orchestration.config import RunConfig
 from orchestration.cost import cost_of
 from orchestration.course import STAGES_SHOWN, UNDONE, Course, is_alive, read_course
 from orchestration.dataset_view import describe_dataset, describe_encoding, summary_line
-from orchestration.evaluation import EVALUATION
+from orchestration.evaluation import EVALUATION, RESULTS
 from orchestration.journal import Journal, StageRecord, now
 from orchestration.live_curves import PROGRESS, live_history, read_json
 from orchestration.rounds import rounds_of
@@ -107,7 +107,7 @@ def report_data(
         "fingerprints": {k: snapshot[f"{k}_fingerprint"] for k in ("latents", "text")} if snapshot else None,
         "encoding": _encoding(storage, snapshot, records["encode"], gathered),
         "training": training,
-        "evaluation": evaluated.details if evaluated else None,
+        "evaluation": _evaluation(storage, journal.folder, evaluated),
         "model": storage.uri(exported.details["model"]) if exported else None,
     }
 
@@ -263,6 +263,15 @@ def _encoding(
         "speed": speed if any(speed.values()) else None,
         "contact": details.get("contact", []) if is_ours else [],
     }
+
+
+def _evaluation(storage: Storage, folder: str, record: StageRecord | None) -> dict[str, Any] | None:
+    """What the last evaluation found; without its samples while those of another one take their place."""
+    if record is None:
+        return None
+    place = f"{folder}/{EVALUATION}"
+    is_replaced = storage.exists(f"{place}/base.json") and not storage.exists(f"{place}/{RESULTS}")
+    return {**record.details, "samples": []} if is_replaced else record.details
 
 
 def page_images(storage: Storage, folder: str, data: dict[str, Any]) -> dict[str, bytes]:

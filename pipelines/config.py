@@ -125,6 +125,9 @@ class EncodeConfig(Config):
     """What encoders run on: `auto` is GPUs if the cluster has some now; `gpu` waits for an autoscaler's."""
     resources: Resources = Field(default_factory=dict)
     """Custom resources of Ray that each encoder asks for as well: they keep it to the nodes that have them."""
+    start_timeout_s: int | None = Field(None, ge=1)
+    """Seconds to wait for a node that has what an encoder, or a sampler of `evaluate`, asks for; by default 60 without
+    an autoscaler and 1800 with one."""
     max_drop_ratio: float = Field(0.05, ge=0.0, le=1.0)
     """Share of pairs, or of prompts, that may be quarantined before the stage fails."""
 

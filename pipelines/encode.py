@@ -18,7 +18,8 @@ from pipelines.encode_plan import Pending, Unit, check_settings, located, pendin
 from pipelines.fingerprint import fingerprint_of, note_parts
 from pipelines.progress import Progress
 from pipelines.tally import Tally, check_dropped, count_dropped
-from pipelines.unit_pool import divide_cluster, encoded, given, waits_for_node
+from pipelines.unit_pool import demand_of, divide_cluster, encoded, given, wait_for_encoder
+from pipelines.waiting import wait_until_placed
 
 
 def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> dict[str, dict[str, Any] | None]:
@@ -38,6 +39,7 @@ def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) 
         SnapshotError: There is no kept pair.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
         EncodingError: There is no memory for even one image, or actors die of a unit again and again.
+        ClusterError: No node has what an encoder asks for, and none came.
     """
     config = located(config)
     todo = pending(config, storage, with_empty=with_empty)
@@ -88,7 +90,8 @@ class _Stage:
         fingerprint, dataset = fingerprint_of(self.parts), given(self.units)
         done = encoded(self.kind, self.config, self.storage, fingerprint, pool, dataset)
         with Progress(f"encode {self.kind}", num_planned, f"{self.item}s") as progress, contextlib.closing(done):
-            progress.say(waits_for_node(self.kind, self.config))
+            wait = wait_for_encoder(self.kind, self.config, progress.say)
+            wait_until_placed(demand_of(self.config), wait, count=pool.first)
             for unit, rows, effort in done:
                 self.table.append(unit, rows)
                 progress.say(tally.add(rows, effort))

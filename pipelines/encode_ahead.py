@@ -18,7 +18,8 @@ from pipelines.fingerprint import fingerprint_of, latents_parts, note_parts
 from pipelines.progress import Progress
 from pipelines.tally import Tally, check_dropped, count_dropped
 from pipelines.unit_feed import UnitFeed
-from pipelines.unit_pool import divide_cluster, encoded, waits_for_node
+from pipelines.unit_pool import demand_of, divide_cluster, encoded
+from pipelines.waiting import wait_until_placed
 
 LOOK_AGAIN_S = 1.0
 MAX_LOOK_RATIO = 0.1  # of the time: a look at 10 million pairs takes seconds
@@ -80,9 +81,10 @@ class LatentsAhead:
             raise self._failed
 
     def _encode(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
-        """Commit units as they are done, until the feed is closed."""
-        progress.say(waits_for_node("latents", self._config))
+        """Commit units as they are done, until the feed is closed; do nothing if ingest ends before there is a node."""
         pool, table = divide_cluster(self._config), latents_table(self._storage, fingerprint)
+        if not wait_until_placed(demand_of(self._config), None, count=pool.first, is_stopped=self._is_over.is_set):
+            return  # the stage `encode` waits in its place, and says so
         self._tally = Tally("latents", self._config, pool.most)
         done = encoded("latents", self._config, self._storage, fingerprint, pool, feed.dataset())
         num_dropped = 0

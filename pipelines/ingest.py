@@ -24,11 +24,12 @@ from pipelines.dataset.storage import Storage
 from pipelines.pair_shards import WriteShards, write_unit
 from pipelines.policy import Policy, apply_policy, is_applied
 from pipelines.progress import Progress, quiet_ray_data
-from pipelines.room import no_room, total_of
+from pipelines.room import Demand, total_of
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
 from pipelines.unit_shard import from_ipc
+from pipelines.waiting import wait_for, wait_until_placed
 
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_units", "write_unit"]
 
@@ -85,6 +86,7 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[Unit] | Non
     Raises:
         SourceError: A source is missing or unreadable.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
+        ClusterError: No node has what a reading task asks for, and none came.
     """
     import ray
 
@@ -144,7 +146,9 @@ def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: 
     budget = DropBudget(config, storage, units)
     planned = {unit.id: unit for unit in units}
     with Progress("ingest", len(units), "units") as progress:
-        progress.say(no_room("ingest", "CPU", config.resources))
+        reader = Demand("CPU", config.resources)
+        way_out = "add such a node, or leave `ingest.resources` out"
+        wait_until_placed(reader, wait_for("ingest", reader, timeout_s=None, way_out=way_out, say=progress.say))
         for unit in written:
             rows = committer.append(unit["unit_id"], from_ipc(unit["rows"]))
             budget.add(planned[unit["unit_id"]], rows)

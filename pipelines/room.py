@@ -1,29 +1,67 @@
 """How much of the cluster a stage may use: what it runs on, and the nodes that its custom resources keep it to."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pipelines.dataset.config import Device
 
 
 def total_of(resource: str, needed: Mapping[str, float]) -> float:
     """CPU or GPU of all living nodes that have every custom resource in `needed`."""
-    import ray
-
-    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return float(sum(node.get(resource, 0) for node in nodes if all(name in node for name in needed)))
+    return float(sum(node.get(resource, 0) for node in nodes() if all(name in node for name in needed)))
 
 
-def no_room(stage: str, resource: str, needed: Mapping[str, float]) -> str | None:
-    """A line for the user where no living node has this: Ray waits, for an autoscaler's node or for one that is added.
+@dataclass(frozen=True)
+class Demand:
+    """What one worker asks Ray for.
 
     Args:
-        stage: What asks for it.
-        resource: `CPU` or `GPU`.
-        needed: Custom resources that the same node must have.
+        resource: What it computes on; it asks for one.
+        beside: What the same node must have as well: custom resources, `CPU`, or `memory` in bytes.
     """
-    if total_of(resource, needed):
-        return None
-    return f"{stage}: no node of the cluster has {' and '.join([resource, *needed])}; it waits for one"
+
+    resource: Literal["CPU", "GPU"]
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " and ".join([f"a {self.resource}", *(name for name in self.beside if name not in ("CPU", "memory"))])
+
+    @property
+    def needed(self) -> dict[str, float]:
+        """All of it by Ray's names."""
+        return {self.resource: 1.0, **self.beside}
+
+    def has_node(self) -> bool:
+        """Whether a living node has all of it, used or not."""
+        return self.places(nodes()) > 0
+
+    def is_free(self) -> bool:
+        """Whether a living node has all of it to give now, as far as the driver knows."""
+        from ray._private.state import available_resources_per_node
+
+        return self.places(available_resources_per_node().values()) > 0
+
+    def places(self, having: Iterable[Mapping[str, float]]) -> int:
+        """For how many such workers there is room on nodes that have this."""
+        return sum(
+            min(math.floor(node.get(name, 0.0) / amount) for name, amount in self.needed.items()) for node in having
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The same as options of `ray.remote`."""
+        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        found: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        found |= {names[name]: amount for name, amount in self.needed.items() if name in names}
+        return found | {"resources": {name: amount for name, amount in self.beside.items() if name not in names}}
+
+
+def nodes() -> list[dict[str, float]]:
+    """What each living node has in all."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def uses_gpu(device: Device) -> bool:

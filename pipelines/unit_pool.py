@@ -15,8 +15,9 @@ from pipelines.dataset.storage import Storage
 from pipelines.effort import Effort
 from pipelines.encode_plan import Unit
 from pipelines.progress import quiet_ray_data
-from pipelines.room import no_room, total_of, uses_gpu
+from pipelines.room import Demand, total_of, uses_gpu
 from pipelines.unit_shard import from_ipc, to_ipc
+from pipelines.waiting import Wait, wait_for
 
 UNITS_AT_ONCE = 3  # of an actor: one is read, one is encoded, one is written
 
@@ -60,9 +61,20 @@ def divide_cluster(config: EncodeConfig, num_units: int | None = None) -> Pool:
     return Pool(least, most, first, resources, max(1, num_cpus // min(high, room)), at_once)
 
 
-def waits_for_node(kind: str, config: EncodeConfig) -> str | None:
-    """A line for the user where no node has what an actor asks for; None if one has."""
-    return no_room(f"encode {kind}", "GPU" if uses_gpu(config.device) else "CPU", config.resources)
+def demand_of(config: EncodeConfig) -> Demand:
+    """What an encoder asks for."""
+    return Demand("GPU" if uses_gpu(config.device) else "CPU", config.resources)
+
+
+def wait_for_encoder(kind: str, config: EncodeConfig, say: Callable[[str], None]) -> Wait:
+    """The wait for a node that an encoder can run on."""
+    way_out = "add such a node"
+    if config.device == "gpu":
+        way_out += ", or set `encode.device: cpu`"
+    if config.resources:
+        way_out += ", or leave `encode.resources` out"
+    way_out += "; `encode.start_timeout_s` allows a longer wait"
+    return wait_for(f"encode {kind}", demand_of(config), timeout_s=config.start_timeout_s, way_out=way_out, say=say)
 
 
 def as_items(units: list[Unit]) -> list[dict[str, Any]]:

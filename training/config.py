@@ -151,7 +151,8 @@ class TrainConfig(Config):
     max_cache_bytes: int = Field(107_374_182_400, ge=1)
     """The least recently used shards leave `cache_dir` above this size."""
     start_timeout_s: int = Field(1800, ge=1)
-    """Time to wait for the resources of all workers; then Ray asks for them again."""
+    """Seconds to wait for the GPUs of `device: gpu`, where nodes may still come; left out, 60 for the first workers of
+    a cluster without an autoscaler."""
     collective_timeout_s: int = Field(1800, ge=1)
     """A collective that lasts longer fails the workers, which start again from the last checkpoint."""
     environment: dict[str, str] = Field(default_factory=dict)

@@ -16,6 +16,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.dataset.errors import MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
+from pipelines.room import total_of
+from pipelines.waiting import Lack, Wait
 from training.account import Consumed
 from training.checkpoint_format import Manifest, Reader, best_of, committed
 from training.spec import TrainSpec
@@ -62,6 +64,7 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
 
     Raises:
         TrainingError: The cluster is too small, or the workers failed too often.
+        ClusterError: The GPUs of `device: gpu` did not come.
         KeyboardInterrupt: As it was raised in this thread, after the workers have written a checkpoint and ended.
     """
     quiet_ray_train(spec)
@@ -69,9 +72,12 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     trainer = _trainer(spec, flag, use_gpu=check_cluster(spec))
     spec.storage.delete(spec.stop_file)
     progress, fit = _ProgressFile(spec, watch), _Fit(trainer)
+    first_workers, later_workers = wait_for_gpus(spec), wait_for_gpus(spec, has_begun=True)
     try:
         while not fit.is_over(POLL_S):
             progress.look()
+            if spec.config.device == "gpu":
+                (later_workers if progress.has_begun else first_workers).look()
         progress.look()
     except KeyboardInterrupt:
         # Otherwise there is nothing to keep, and perhaps no worker that would hear; the thread ends with the process.
@@ -134,7 +140,7 @@ def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
 def check_cluster(spec: TrainSpec) -> bool:
     """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever.
 
-    With `device: gpu` nodes may still come: Ray Train waits for them, `start_timeout_s` at most.
+    With `device: gpu` nodes may still come: see `wait_for_gpus`.
     """
     resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
     if spec.config.device == "gpu":
@@ -154,6 +160,37 @@ def check_cluster(spec: TrainSpec) -> bool:
             "start Ray with more CPUs (`ray start --head --num-cpus N`) or lower `train.num_workers`",
         )
     return False
+
+
+def wait_for_gpus(spec: TrainSpec, *, has_begun: bool = False) -> Wait:
+    """Return the wait for as many GPUs as the workers need at least: Ray Train asks for them without end.
+
+    Args:
+        spec: The run.
+        has_begun: Workers were there and have lost nodes, which may come back: `start_timeout_s`, or its default.
+    """
+    wanted, _ = spec.config.worker_range
+
+    def find_lack() -> Lack | None:
+        there = int(total_of("GPU", {}))
+        if there >= wanted:
+            return None
+        found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, and training asks for {wanted}"
+        return Lack(f"{found}; waiting for {wanted - there} more", found)
+
+    is_set = has_begun or "start_timeout_s" in spec.config.model_fields_set
+    timeout_s = spec.config.start_timeout_s if is_set else None
+    way_out = "add GPU nodes, lower `train.num_workers` (a range such as 2..8 takes what there is), or set "
+    way_out += "`train.device: cpu`; `train.start_timeout_s` allows a longer wait"
+    in_use = None if has_begun else "waiting for free GPUs"
+    return Wait("train", find_lack, in_use, timeout_s=timeout_s, way_out=way_out, is_waiting=_has_pending_workers)
+
+
+def _has_pending_workers() -> bool:
+    """Whether a group of workers of this process waits in Ray for resources."""
+    job = ray.get_runtime_context().get_job_id()
+    groups = ray.util.placement_group_table().values()  # an id ends with its job's
+    return any(group["state"] == "PENDING" and group["placement_group_id"].endswith(job) for group in groups)
 
 
 def quiet_ray_train(spec: TrainSpec) -> None:

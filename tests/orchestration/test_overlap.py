@@ -12,12 +12,12 @@ from benchmarks.overlap import UNITS, SlowImages, contents, settings, write_sour
 from orchestration.config import RunConfig
 from orchestration.run import Run
 from orchestration.stages import run_stages
-from pipelines.dataset.errors import ModelError
+from pipelines.dataset.errors import ClusterError, ModelError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.fingerprint import latents_fingerprint
-from pipelines.room import no_room, total_of
+from pipelines.room import total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -76,11 +76,17 @@ def test_an_encode_that_fails_beside_ingest_does_not_end_it(
     assert any("beside ingest ended" in line for line in said)
 
 
-def test_where_no_node_has_what_encoders_ask_for_it_is_said(ray_cluster: None) -> None:
-    assert no_room("encode", "CPU", {"encode_node": 1}) is None
-    line = no_room("encode", "CPU", {"of no node": 1})
-    assert line == "encode: no node of the cluster has CPU and of no node; it waits for one"
-    assert no_room("encode", "GPU", {}) == "encode: no node of the cluster has GPU; it waits for one"
+def test_where_encoders_have_no_node_the_end_of_an_ingest_does_not_wait_for_one(
+    config_of: Callable[..., RunConfig],
+) -> None:
+    """The stage `encode` waits in its place, and says so once."""
+    said: list[str] = []
+    config = config_of("storage", resources={"of no node": 1}, start_timeout_s=2)
+    with pytest.raises(ClusterError, match="encode text: no node has a CPU and of no node, and the cluster has no"):
+        run_stages(config, ["ingest", "encode"], said.append)
+    assert "encode    starts beside ingest once a node has a CPU and of no node" in said
+    assert not any("beside ingest ended" in line for line in said)
+    assert pairs_table(Storage(config.storage)).count_rows() == NUM_PAIRS
 
 
 def test_the_cpus_of_nodes_that_have_what_is_asked_for_are_counted() -> None:
