@@ -15,6 +15,7 @@ from orchestration.base_check import BaseLook, look_at_base
 from orchestration.run import Run
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.model_files import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -120,7 +121,7 @@ def _encode_work(run: Run, rows: int) -> dict[str, int]:
     assert config
     pairs = prompts = shards = 0
     if pairs_table(run.storage).version is not None:
-        todo = pending(config, run.storage)
+        todo = pending(config, run.storage, with_empty=run.config.wants_empty_prompt)
         pairs, prompts = (sum(unit.rows.num_rows for unit in units) for units in (todo.latents, todo.texts))
         shards = len(todo.latents)
     work = {"shards": shards, "pairs": pairs + rows, "latent_bytes": (pairs + rows) * _latent_bytes(config)}
@@ -129,8 +130,11 @@ def _encode_work(run: Run, rows: int) -> dict[str, int]:
 
 def _latent_bytes(config: EncodeConfig) -> int:
     """Of a pair of full-size buckets, as all buckets are, nearly."""
-    side = config.resolution // VAE_FACTOR
-    return 2 * LATENT_CHANNELS * side * side * DTYPE_BYTES[config.dtype]
+    channels, side = LATENT_CHANNELS, config.resolution // VAE_FACTOR
+    if config.source.is_fetched():
+        channels = int(read_config(config.source.vae_folder() / "config.json").get("latent_channels", channels))
+    num_latents = 4 if config.flips else 2
+    return num_latents * channels * side * side * DTYPE_BYTES[config.dtype]
 
 
 def _train_work(run: Run, _: int) -> dict[str, int]:

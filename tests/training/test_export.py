@@ -17,8 +17,9 @@ from torch import Tensor
 from pipelines.dataset.errors import MapoError, ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.config import ExportConfig, LoraConfig
-from training.export import export_model, marker
+from training.config import EvaluateConfig, ExportConfig, LoraConfig
+from training.evaluate import Sampler
+from training.export import correct_schedule, export_model, marker
 
 FOLDER, TARGET = "runs/small/checkpoints/0123", "runs/small/model"
 CHECKPOINT = f"{FOLDER}/step-00000004-0001-0123abcd"
@@ -109,6 +110,36 @@ def test_the_exported_pipeline_is_the_base_with_the_trained_unet(family: str, ba
     assert ours.keys() == theirs.keys()
     changed = {name for name, data in ours.items() if data != theirs[name]}
     assert changed == {"unet/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize(("says", "override"), [("epsilon", "v_prediction"), (None, "v_prediction"), (None, "epsilon")])
+def test_what_training_was_told_to_predict_is_the_only_key_that_an_export_changes(
+    says: str | None, override: str, tiny_pipeline: Path, storage: Storage, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_pipeline, tmp_path / "base")
+    file = base / "scheduler/scheduler_config.json"
+    written = json.loads(file.read_text()) | {"prediction_type": says}
+    file.write_text(
+        json.dumps({key: value for key, value in written.items() if value is not None or key != "prediction_type"})
+    )
+    source = ModelSource(str(base))
+    export_model(storage, checkpoint=CHECKPOINT, source=source, target=TARGET, card=CARD, prediction_type=override)
+    exported = Path(storage.path(TARGET)) / "scheduler/scheduler_config.json"
+    if override == (says or "epsilon"):
+        assert exported.read_bytes() == file.read_bytes()
+    else:
+        assert json.loads(exported.read_text()) == written | {"prediction_type": override}
+    assert StableDiffusionXLPipeline.from_pretrained(exported.parents[1]).scheduler.config.prediction_type == override
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler under NumPy 2
+def test_samples_of_a_base_are_drawn_with_what_training_was_told(tiny_pipeline: Path, tmp_path: Path) -> None:
+    right = shutil.copytree(tiny_pipeline, tmp_path / "right")
+    correct_schedule(right / "scheduler/scheduler_config.json", "v_prediction")
+    config = EvaluateConfig(num_inference_steps=2)
+    told = Sampler(str(tiny_pipeline), None, config, 64, prediction_type="v_prediction").sample(["a cat"], [3])
+    assert told == Sampler(str(right), None, config, 64).sample(["a cat"], [3])
+    assert told != Sampler(str(tiny_pipeline), None, config, 64).sample(["a cat"], [3])
 
 
 @pytest.mark.parametrize(("wanted", "is_average"), [("auto", True), ("ema", True), ("raw", False)])

@@ -1,6 +1,7 @@
 """Grids of samples: number for number as diffusers samples, and training never notices them."""
 
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training import samples
+from training.export import correct_schedule
 from training.index import PairIndex, load_index, load_texts
 from training.loader import PairReader
 from training.model import load_base
@@ -103,7 +105,7 @@ def far(a: Any, b: Any) -> int:
     return int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max())
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd15", "v_prediction"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd15", "v_prediction", "statistics", "overridden"])
 def test_a_sample_is_what_the_diffusers_pipeline_gives(kind, tiny_pipeline, one_rank, tmp_path, monkeypatch) -> None:
     base_folder = tmp_path / "base"
     if kind == "sd15":
@@ -117,10 +119,16 @@ def test_a_sample_is_what_the_diffusers_pipeline_gives(kind, tiny_pipeline, one_
             beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,
             timestep_spacing="trailing", clip_sample=False,
         ).save_pretrained(base_folder / "scheduler")  # fmt: skip
+    if kind == "statistics":
+        file = base_folder / "vae/config.json"
+        statistics = {"latents_mean": [-1.6, 1.1, 3.0, -2.6], "latents_std": [8.4, 6.0, 5.3, 4.3]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | statistics))
     spec = make_spec(tmp_path, base_folder, sides=(16,), num_validation=9)
     held_out, reader = opened(spec)
     held_out.buckets[0] = (96, 160)  # height, width: told to the UNet in this order
-    base = load_base(spec.base)
+    base = load_base(spec.base, prediction_type="v_prediction" if kind == "overridden" else None)
+    if kind == "overridden":
+        correct_schedule(base_folder / "scheduler/scheduler_config.json", "v_prediction")
     assert base.has_time_ids == (kind != "sd15")
     grid = SampleGrid(held_out, reader, spec, lone_engine(base.unet), base).draw(100)
     cls = StableDiffusionPipeline if kind == "sd15" else StableDiffusionXLPipeline
