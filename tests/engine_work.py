@@ -16,7 +16,7 @@ from pipelines.dataset.storage import Storage
 from training.batch import Batch
 from training.checkpoint import Checkpointer, gather_parts, restore
 from training.config import TrainConfig
-from training.ema import ShardedEma
+from training.ema import EMA, ShardedEma
 from training.engine import Engine, build_engine, dtype_of
 from training.losses import pair_loss
 from training.masters import StoredWeights, start_from_base
@@ -191,6 +191,36 @@ def move(config: TrainConfig, base_folder: str, num_steps: int, from_float32: bo
 def moves(configs: list[tuple[TrainConfig, bool]], base_folder: str, num_steps: int) -> list[dict[str, float]]:
     """`move` of each configuration, in the same processes."""
     return [move(config, base_folder, num_steps, from_float32) for config, from_float32 in configs]
+
+
+def average_in_place(configs: list[TrainConfig], base_folder: str) -> list[dict[str, Any]]:
+    """Three steps; after the second one the average takes the weights' place and leaves it again; and three without."""
+    found = []
+    for config in configs:
+        (curve,) = losses_of_configs([config], base_folder, 3)  # now: ZeRO-3 puts its own `linear` in place for good
+        engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // config.worker_range[0])
+        state = ZeroState(engine.unet)
+        assert config.ema is not None
+        ema = ShardedEma(state, config.ema)
+        for step in range(2):
+            train_step(engine, denoiser, config, step)
+            ema.update(step)
+        before = {key: part.clone() for key, part in gather_parts(state, ema).items()}
+        model = [view.clone() for _, view in state.model_views()]
+        loss = held_out_loss(engine, denoiser, config)
+        with ema.in_place_of_the_weights():
+            wanted = [before[EMA, fragment].to(engine.dtype) for fragment, _ in state.model_views()]
+            is_average = all(torch.equal(a, b) for a, (_, b) in zip(wanted, state.model_views(), strict=True))
+            of_average = held_out_loss(engine, denoiser, config)
+        after = gather_parts(state, ema)
+        same_state = all(torch.equal(after[key], part) for key, part in before.items())
+        same_model = all(torch.equal(a, b) for a, (_, b) in zip(model, state.model_views(), strict=True))
+        found.append({
+            "is_average": is_average, "same_state": same_state, "same_model": same_model, "loss": loss,
+            "of_average": of_average, "again": held_out_loss(engine, denoiser, config),
+            "last": train_step(engine, denoiser, config, 2), "undisturbed": curve[2],
+        })  # fmt: skip
+    return found
 
 
 def held_out_loss(engine: Engine, denoiser: Denoiser, config: TrainConfig) -> float:

@@ -120,7 +120,7 @@ def mapo_paper_loss(
 def mapo_paper_linear_loss(
     mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
 ) -> Float[Tensor, " pair"]:
-    """Compute the per-pair MaPO loss in the paper's other reading, in which beta multiplies phi; average over the batch.
+    """Compute the per-pair MaPO loss in the paper's other reading, in which beta multiplies phi.
 
     loss = mse_chosen - (1 / beta) * logsigmoid(beta * (phi(mse_chosen) - phi(mse_rejected)))
     The paper writes phi with a subscript beta; that it is an exponent, as in `mapo_paper_loss`, follows from "bounded

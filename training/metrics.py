@@ -24,8 +24,6 @@ _COUNTED = ("pairs", "ties", "loss", "mse_chosen", "mse_rejected", "implicit", "
 NUM_SUMS = len(_COUNTED) + 2 * NUM_QUARTERS
 """Length of what `pair_sums` gives: _COUNTED, then for each quarter its pairs, then for each the right ones."""
 
-AVERAGE = "average_"
-"""Before the name of a held-out number: it is of the moving average of the weights, not of the weights themselves."""
 WRITE_EVERY_S = 5.0
 NO_CURVE = ("step", "num_pairs")  # the axis, and a constant
 

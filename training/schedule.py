@@ -7,6 +7,8 @@ import math
 
 from training.config import EmaConfig, TrainConfig
 
+AVERAGE = "average_"
+"""Before the name of a held-out number: it is of the moving average of the weights, not of the weights themselves."""
 MIN_SHARE = 0.5
 """Below this share of the training, an average is more the base than what was trained."""
 

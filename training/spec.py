@@ -140,8 +140,12 @@ class TrainSpec:
     @property
     def starts_from_float32(self) -> bool:
         """Whether the float32 weights are given the base's own: of a 16-bit model the engine would round them first."""
-        is_rounded = self.config.precision != "fp32" and self.config.lora is None and self.parent is None
-        return is_rounded and self.masters == "float32"
+        return self.is_whole_in_16_bits and self.masters == "float32"
+
+    @property
+    def is_whole_in_16_bits(self) -> bool:
+        """Whether all weights of the base are trained in 16 bits, from the base itself."""
+        return self.config.precision != "fp32" and self.config.lora is None and self.parent is None
 
     def as_before(self) -> "TrainSpec":
         """Return this training as versions before December 2026 did it, under the key that it had there.

@@ -11,9 +11,10 @@ from training.engine import Engine
 from training.index import PairIndex, PairRecord
 from training.loader import PairLoader, PairReader
 from training.losses import PairLoss
-from training.metrics import AVERAGE, NO_CURVE, NUM_SUMS, means_of, pair_sums
+from training.metrics import NO_CURVE, NUM_SUMS, means_of, pair_sums
 from training.model import Denoiser
 from training.order import validation_seed
+from training.schedule import AVERAGE
 from training.spec import TrainSpec
 
 NUM_TIMESTEPS = 4  # the middle of each quarter of the schedule
