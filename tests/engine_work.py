@@ -166,7 +166,7 @@ def move(config: TrainConfig, base_folder: str, num_steps: int, from_float32: bo
     engine, denoiser, _ = make(config, base_folder, PAIRS // config.micro_batch_size // config.worker_range[0])
     state = ZeroState(engine.unet)
     if from_float32:
-        start_from_base(Path(base_folder) / "unet", None, state, None)
+        start_from_base(ModelSource(base_folder), state, None)
     stored = StoredWeights.of(Path(base_folder) / "unet", None)
     off = max(float((view - stored.read(fragment)).abs().max()) for fragment, view in state.views(WEIGHT))
     masters = [view.clone() for _, view in state.views(WEIGHT)]

@@ -10,20 +10,21 @@ place; no rank holds the UNet in float32.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import weight_files
+from pipelines.dataset.model_files import ModelSource, weight_files
 from training.ema import ShardedEma
 from training.parent import on_all_ranks
 from training.tensors import LENGTH_BYTES, Layout, Part, layout_of_header
 from training.zero import Fragment, ZeroState
 
 STEM = "diffusion_pytorch_model"
-NUMPY = {torch.float32: np.dtype("<f4"), torch.float16: np.dtype("<f2"), torch.bfloat16: np.dtype("<u2")}
+NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float16: np.dtype("<f2"), torch.bfloat16: np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,11 @@ class StoredWeights:
         return torch.from_numpy(stored.astype("<f4", copy=False))
 
 
-def start_from_base(folder: Path, variant: str | None, state: ZeroState, ema: ShardedEma | None) -> str | None:
+def start_from_base(source: ModelSource, state: ZeroState, ema: ShardedEma | None) -> str | None:
     """Give this rank's masters, and their average, the values that the base has on disk; collective.
 
     Args:
-        folder: Of the base's UNet.
-        variant: Which of its weights.
+        source: The base.
         state: Of the engine, before its first step.
         ema: Its average, if the training keeps one.
 
@@ -101,7 +101,7 @@ def start_from_base(folder: Path, variant: str | None, state: ZeroState, ema: Sh
     """
 
     def read() -> tuple[StoredWeights, dict[str, Tensor]]:
-        stored = StoredWeights.of(folder, variant)
+        stored = StoredWeights.of(source.folder() / "unet", source.variant)
         return stored, {fragment.name: stored.read(fragment) for fragment in state.fragments}
 
     stored, weights = on_all_ranks(read)
@@ -118,7 +118,7 @@ def note_on(dtypes: set[torch.dtype]) -> str | None:
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return (
         f"the base's UNet is stored in {names}: training starts from weights that were rounded once. A base with "
-        "float32 weights (leave `encode.variant` out) starts from those"
+        "float32 weights, beside these or without `encode.variant`, starts from those"
     )
 
 

@@ -96,6 +96,8 @@ class TrainSpec:
         snapshot: Pinned tables.
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
+        beside: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and training
+            starts from them; from `training.float32_base`.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
             ones, or at those rounded to 16 bits, as versions before December 2026 did.
     """
@@ -109,6 +111,7 @@ class TrainSpec:
     snapshot: Snapshot
     round: int = 1
     parent: Parent | None = None
+    beside: str | None = None
     masters: Literal["float32", "rounded"] = "float32"
 
     @property
@@ -134,13 +137,20 @@ class TrainSpec:
         if self.parent is not None:
             shaping["parent"] = self.parent.identity
         if self.starts_from_float32:
-            shaping["masters"] = self.masters
+            shaping["masters"] = self.masters if self.beside is None else f"{self.masters} {self.beside}"
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def starts_from_float32(self) -> bool:
         """Whether the float32 weights are given the base's own: of a 16-bit model the engine would round them first."""
         return self.is_whole_in_16_bits and self.masters == "float32"
+
+    @property
+    def unet_source(self) -> ModelSource:
+        """Where the UNet is read from: the base as it is configured, or its float32 weights beside those."""
+        if self.beside is None or not self.starts_from_float32:
+            return self.base
+        return ModelSource(str(self.base.folder()), self.base.vae)
 
     @property
     def is_whole_in_16_bits(self) -> bool:

@@ -55,7 +55,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
     with start_up.part("model"):
         # The engine casts a whole UNet anyway, and adapters are made before it does.
         dtype = torch.float32 if config.lora is not None else dtype_of(config)
-        base = load_base(spec.base, dtype=dtype, prediction_type=config.prediction_type)
+        base = load_base(spec.unet_source, dtype=dtype, prediction_type=config.prediction_type)
     with start_up.part("engine"):
         engine, denoiser = build(
             base, spec, accumulation_steps=plan.accumulation_steps(context.get_world_size()), on_gpu=on_gpu
@@ -70,7 +70,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
             start_from_parent(spec, engine.unet.module, state, ema)
     if restored is None and spec.starts_from_float32:
         with start_up.part("masters"):
-            note = start_from_base(spec.base.folder() / "unet", spec.base.variant, state, ema)
+            note = start_from_base(spec.unet_source, state, ema)
         notes += [note] if note else []
     attempt = agree_on_attempt(spec, engine)
     step, history, consumed = 0, History(), Consumed()

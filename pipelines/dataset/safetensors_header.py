@@ -16,7 +16,7 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     Raises:
         ModelError: A header is not whole.
     """
-    headers = [_read_header(file)[0] for file in files if file.suffix == ".safetensors"]
+    headers = [read_header(file)[0] for file in files if file.suffix == ".safetensors"]
     return {
         name: tuple(entry["shape"])
         for header in headers
@@ -25,8 +25,12 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its last tensor ends."""
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and where its last tensor ends.
+
+    Raises:
+        ModelError: It is not a safetensors file.
+    """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         size = file.stat().st_size
@@ -45,6 +49,6 @@ def check_safetensors(file: Path) -> None:
     Raises:
         ModelError: It is not a safetensors file, or it is cut.
     """
-    size, (_, end) = file.stat().st_size, _read_header(file)
+    size, (_, end) = file.stat().st_size, read_header(file)
     if size != end:
         raise ModelError(f"{file} is damaged: {size:,} bytes where its header says {end:,}", "fetch the model again")

@@ -1,5 +1,7 @@
 """What is trained is what the forward pass sees: 16-bit trainings start from the base's float32 weights."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ from engine_work import CONFIG, in_half, moves
 from ranks import on_ranks
 
 from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import ModelSource
 from training.config import TrainConfig
+from training.float32_base import float32_beside
 from training.masters import StoredWeights, note_on
+from training.spec import Snapshot, TrainSpec
 from training.zero import Fragment
 
 RATE = 5e-6  # in 20 steps the whole move of 2000 cosine steps at the default rate of 1e-7
@@ -91,3 +96,27 @@ def test_weights_in_several_files_are_one(base, tmp_path: Path) -> None:
 def test_a_base_of_16_bits_alone_is_said() -> None:
     assert note_on({torch.float32}) is None
     assert "stored in float16: training starts from weights that were rounded" in str(note_on({torch.float16}))
+
+
+def test_float32_weights_beside_a_variant_are_found_if_they_are_the_same_weights(base, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    for dtype, variant in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+        folder = tmp_path / variant
+        shutil.copytree(base, folder)
+        source = ModelSource(str(folder), variant=variant)
+        assert float32_beside(ModelSource(str(folder))) is None, "they are what is configured"
+        assert float32_beside(source) is None, "the variant is not there"
+        unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=dtype)
+        unet.save_pretrained(folder / "unet", variant=variant)
+        digest = float32_beside(source)
+        assert digest is not None
+        spec = TrainSpec("/s", "run", source, "e" * 16, 0, with_(precision="bf16"), Snapshot(0, "", 0, "", 0))
+        assert replace(spec, beside=digest).key != spec.key
+        assert replace(spec, beside=digest).unet_source.variant is None
+        assert replace(spec, beside=digest).as_before().unet_source == source
+        with torch.no_grad():
+            for weight in unet.parameters():  # another model's weights, such as averaged ones
+                weight.mul_(1.01)
+        unet.save_pretrained(folder / "unet", variant=variant)
+        assert float32_beside(source) is None
