@@ -63,9 +63,9 @@ def version_notes(spec: TrainSpec) -> list[str]:
     if not differences:
         return []
     return [
-        f"an earlier version began this training: {' and '.join(differences)}; it stays as it is. To train with today's "
-        f"arithmetic, run it under another `name`: {config.max_steps:,} steps of {config.global_batch_size:,} pairs "
-        "(the data set is shared, nothing is encoded again)"
+        f"an earlier version began this training: {' and '.join(differences)}; it stays as it is",
+        f"to train with today's arithmetic, run it under another `name`: {config.max_steps:,} steps of "
+        f"{config.global_batch_size:,} pairs (the data set is shared, nothing is encoded again)",
     ]
 
 

@@ -24,7 +24,11 @@ from training.tensors import LENGTH_BYTES, Layout, Part, layout_of_header
 from training.zero import Fragment, ZeroState
 
 STEM = "diffusion_pytorch_model"
-NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float16: np.dtype("<f2"), torch.bfloat16: np.dtype("<u2")}
+NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype("<f4"),
+    torch.float16: np.dtype("<f2"),
+    torch.bfloat16: np.dtype("<u2"),
+}
 
 
 @dataclass(frozen=True)

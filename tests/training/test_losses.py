@@ -614,9 +614,8 @@ def test_a_preference_is_one_float32_from_a_half_to_one_a_pair(preference: Tenso
 def test_a_method_with_a_reference_refuses_to_go_without(method: str, absent: set[str]) -> None:
     columns: dict[str, Any] = vars(make_errors([0.1], [0.2], [0.1], [0.2]))
     errors = PairErrors(**{**columns, **dict.fromkeys(absent)})
-    message = (
-        f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: mapo, mapo_paper, mapo_paper_linear, sft, simpo, orpo"
-    )
+    others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
+    message = f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: {others}"
     with pytest.raises(ValueError, match=message):
         pair_loss(method, {}, num_train_timesteps=1000)(errors, torch.ones(1))
 
@@ -658,8 +657,8 @@ def test_given_parameters_replace_defaults_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("method", "parameters", "message", "hint"),
     [
-        ("mapo-paper", {}, "'mapo-paper', which is not one of: mapo, mapo_paper, mapo_paper_linear, sft, dpo, ipo", "`mapo_paper`"),
-        ("xyz", {}, "'xyz'", "`mapo` or `mapo_paper` or `mapo_paper_linear` or `sft` or `dpo` or `ipo` or `simpo` or `orpo`"),
+        ("mapo-paper", {}, f"'mapo-paper', which is not one of: {', '.join(METHODS)}", "`mapo_paper`"),
+        ("xyz", {}, "'xyz'", " or ".join(f"`{method}`" for method in METHODS)),
         ("mapo", {"bta": 1}, r"bta is not a parameter.*beta \(default 0.1\), snr \(default 0.5\)", "`beta`"),
         ("mapo_paper", {"snr": 1}, "snr is not a parameter of method mapo_paper", "`beta`"),
         ("sft", {"beta": 1}, "sft has no parameters", "remove `loss:`"),

@@ -1,8 +1,8 @@
 """Our steps beside the released formulas of MaPO and Diffusion-DPO, evaluated on their own in float64.
 
-Nothing of the product computes here but the UNet's layers: the noise schedule, the targets, the losses and the mean over
-the global batch are written out from the papers' scripts (mapo-t2i/mapo 374b3d3, utils.py, compute_loss;
-SalesforceAIResearch/DiffusionDPO 5233e75, train.py).
+Nothing of the product computes here: the noise schedule, the targets, the losses and the mean over the global batch are
+written out from the papers' scripts (mapo-t2i/mapo 374b3d3, utils.py, compute_loss; SalesforceAIResearch/DiffusionDPO
+5233e75, train.py), the UNet's layers are diffusers'.
 """
 
 import copy
