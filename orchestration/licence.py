@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.dataset.model_files import ModelSource
+from pipelines.dataset.model_files import CARD, ModelSource
 
-CARD = "README.md"
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 KEYS = ("license", "license_name", "license_link")
 STATED_ON_THE_HUB = {

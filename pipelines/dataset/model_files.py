@@ -32,6 +32,8 @@ CACHE_VARIABLE = "MAPO_CACHE"
 # folder; those of a VAE by itself at the top, beside single-file checkpoints, which nobody here reads.
 PLAIN_FILES = ("*.json", "*.txt")
 WEIGHTS = ("*/*{}.safetensors", "diffusion_pytorch_model*{}.safetensors")
+CARD = "README.md"
+"""A model's card, which states its licence; a folder that is copied from a URL goes without."""
 IGNORED = ("*onnx*", "*openvino*", "*flax*")
 VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
 """The variants that hub repositories hold beside the plain weights; others are fetched too if they are there."""
@@ -363,6 +365,7 @@ def _fetch_from_hub(identifier: str, revision: str | None, variant: str | None) 
     from huggingface_hub import snapshot_download
 
     wanted, left = _patterns(variant)
+    wanted.append(CARD)
     try:
         return Path(snapshot_download(identifier, revision=revision, allow_patterns=wanted, ignore_patterns=left))
     except Exception as error:  # offline, unknown, gated, out of space: the hub's tree, httpx's and OSError
