@@ -349,6 +349,7 @@ def run_export(run: Run, key: str) -> Outcome:
         config=run.config.export,
         lora=trained_with(run.config, trained).lora,
         beside={LINEAGE: json.dumps(lineage, indent=1).encode()},
+        prediction_type=trained_with(run.config, trained).prediction_type,
     )
     forget_old_rounds(run)
     made = {"model": run.model, "weights": _exported_weights(run)}

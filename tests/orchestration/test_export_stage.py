@@ -224,6 +224,16 @@ def test_adapters_are_exported_as_they_were_trained_whatever_the_configuration_s
     assert "rank: 4" in card_of(model)[1]
 
 
+def test_an_exported_pipeline_says_what_it_was_trained_to_predict(tiny_pipeline: Path, tmp_path: Path) -> None:
+    told = configuration(tmp_path, tiny_pipeline, "train.prediction_type=v_prediction")
+    train(told)
+    model = exported(configuration(tmp_path, tiny_pipeline))  # whatever the configuration says now
+    written = json.loads((model / "scheduler/scheduler_config.json").read_text())
+    base = json.loads((tiny_pipeline / "scheduler/scheduler_config.json").read_text())
+    assert base["prediction_type"] == "epsilon"
+    assert written == base | {"prediction_type": "v_prediction"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message", "hint"),
     [
