@@ -139,6 +139,8 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
     ema = ShardedEma(state, config.ema) if config.ema else None
     restored = restore(storage, "checkpoints", state, ema, note=lambda text: None)
     first = 0 if restored is None else restored.state["step"]
+    if restored is None and config.precision != "fp32" and config.lora is None:
+        start_from_base(ModelSource(base_folder), state, ema)
     curve = []
     for step in range(first, num_steps):
         curve.append(train_step(engine, denoiser, config, step))

@@ -9,12 +9,15 @@ import pytest
 import safetensors.torch
 import torch
 from encoded import write_base
-from engine_work import CONFIG, in_half, moves
+from engine_work import CONFIG, in_half, moves, train_and_save
 from ranks import on_ranks
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
+from pipelines.dataset.storage import Storage
+from training.checkpoint_format import committed
 from training.config import TrainConfig
+from training.export import read_weights
 from training.float32_base import float32_beside
 from training.masters import StoredWeights, note_on
 from training.spec import Snapshot, TrainSpec
@@ -58,6 +61,20 @@ def test_fp16_starts_at_the_base_too(base, fp32) -> None:
         assert found["off"] == 0
         assert 0.95 <= found["projection"] <= 1.05
         assert found["gain"] == pytest.approx(fp32["gain"], rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_bf16_training_goes_on_bit_for_bit(stage: int, base, tmp_path: Path) -> None:
+    config = with_(precision="bf16", zero_stage=stage, ema={"decay": 0.9})
+    whole, parts = Storage(str(tmp_path / "whole")), Storage(str(tmp_path / "parts"))
+    undisturbed = on_ranks(2, train_and_save, config, str(base), whole.url, 5)[0]["curve"]
+    resumed = [on_ranks(2, train_and_save, config, str(base), parts.url, step)[0]["curve"] for step in (2, 5)]
+    assert [*resumed[0], *resumed[1]] == undisturbed
+    for kind in ("raw", "ema"):
+        expected, found = (
+            read_weights(each, committed(each, "checkpoints")[-1].folder, kind) for each in (whole, parts)
+        )
+        assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_any_fragment_of_any_stored_type_is_read_exactly(tmp_path: Path) -> None:

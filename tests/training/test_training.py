@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from encoded import write_base, write_encoded
 from killer import check_killed_run
 
 from pipelines.dataset.errors import TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.config import TrainConfig
+from training.config import ExportConfig, TrainConfig
+from training.export import export_model
 from training.index import load_index, load_texts
 from training.launch import Trained, train
 from training.loader import PairLoader, PairReader
@@ -127,6 +129,25 @@ def test_bf16_with_buckets_dropout_and_the_released_loss_trains(ray_cluster, tmp
     assert len(load_index(spec.storage, spec.snapshot, "train").buckets) == 2
     assert trained.history["steps"][-1]["mse_chosen"] < trained.history["steps"][0]["mse_chosen"]
     assert all(w["zero_stage"] == 2 for w in trained.workers)
+
+
+def test_a_bf16_step_of_no_length_exports_the_base_and_a_training_of_before_does_not(ray_cluster, tmp_path) -> None:
+    """Two ranks of ZeRO-2: the masters are the base's float32 weights, and so is what is exported of them."""
+    still = {"precision": "bf16", "max_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "ema": None}
+    config = TrainConfig.model_validate(CONFIG.model_dump() | still | {"validate_every": 1, "checkpoint_every": 1})
+    spec = make_spec(tmp_path, config)
+    base = UNet2DConditionModel.from_pretrained(spec.base.folder() / "unet").state_dict()
+    furthest = {}
+    for each in (spec, spec.as_before()):
+        trained = train(each, lambda progress: None)
+        export_model(
+            spec.storage, checkpoint=trained.checkpoint, source=spec.base, target=each.key, card="",
+            config=ExportConfig(parts="unet"),
+        )  # fmt: skip
+        exported = UNet2DConditionModel.from_pretrained(spec.storage.path(each.key), subfolder="unet").state_dict()
+        furthest[each.masters] = max(float((exported[name] - base[name]).abs().max()) for name in base)
+    assert furthest["float32"] <= 1e-6
+    assert furthest["rounded"] > 1e-4, "what it is compared with"
 
 
 def test_more_workers_than_the_cluster_can_hold_is_an_error_not_a_wait(ray_cluster, tmp_path) -> None:
