@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-encode bench-cost bench-alignment chaos base-model clean
+.PHONY: demo test lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -32,6 +32,10 @@ bench-encode: $(READY)
 # MaPO beside DPO on the product's engine: time, operations, memory (about five minutes of CPU).
 bench-cost: $(READY)
 	$(BIN)/python -m benchmarks.cost
+
+# How much of a bf16 training the forward pass sees (about ten minutes of CPU).
+bench-precision: $(READY)
+	$(BIN)/python -m benchmarks.precision
 
 # SFT, DPO and both MaPO losses over three levels of mismatch (20 minutes of one core).
 bench-alignment: $(READY)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmarks import gpu_peak
 from benchmarks.gpu_peak import Row, first_line, settle
+from benchmarks.precision import STEPS, measure
 from benchmarks.train_gpu_released import Released
 from benchmarks.train_gpu_trial import Bench, Trainee, Way, made_up
 from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA, latents_table, pairs_table, text_table
@@ -86,6 +87,13 @@ def compared(bench: Bench, made: Trainee, way: Way) -> list[Row]:
     row |= {"at most": GOAL_TIME_RATIO, "GB less": saved, "at least": reference_gb}
     row["goal"] = goal(middle <= GOAL_TIME_RATIO and (saved >= reference_gb or not bench.on_gpu))
     return [bench.shares(mine, way), bench.shares(theirs, way, DPO), row]
+
+
+def precision(bench: Bench) -> Iterator[Row]:
+    """How much of a bf16 training the forward pass sees, with masters from the base's float32 file and without."""
+    bench.drop_trainee()  # three engines take its place, one of them in float32
+    side, steps = (8, 20) if bench.small else (32, STEPS)
+    yield from measure(bench.unet_config, bench.work / "base", side=side, device=bench.device, steps=steps)
 
 
 def data(bench: Bench) -> Iterator[Row]:

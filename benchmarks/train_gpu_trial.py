@@ -24,7 +24,7 @@ from training.batch import Batch
 from training.config import TrainConfig
 from training.engine import Engine, build_engine, dtype_of, quiet_libraries, set_gradient_checkpointing
 from training.flops import NUM_TIME_IDS, Flops, pair_flops, peak_flops
-from training.losses import pair_loss
+from training.losses import PairErrors, pair_loss
 from training.methods import METHODS, NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora
 
@@ -282,6 +282,10 @@ class Trainee:
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         return losses.detach()
+
+    def errors(self, batch: Batch, noise: Tensor, timesteps: Tensor) -> PairErrors:
+        """The errors of a batch without a reference, as a micro-step has them."""
+        return self._denoisers[False].errors(batch, noise, timesteps)
 
     def step(self, method: str) -> list[float]:
         """One optimizer step; the seconds of each of its micro-steps, by CUDA events on a GPU."""

@@ -190,7 +190,8 @@ def train_spec(run: Run) -> TrainSpec | None:
     from orchestration.rounds import check_parent, next_round
     from pipelines.empty_prompt import version_without_it
     from pipelines.encode_plan import located
-    from training.spec import Snapshot, TrainSpec, base_digest
+    from training.float32_base import float32_beside
+    from training.spec import Snapshot, TrainSpec, base_digest, stated_prediction
 
     config = run.config
     if config.encode is None or config.train is None:
@@ -215,6 +216,8 @@ def train_spec(run: Run) -> TrainSpec | None:
         snapshot=following.snapshot,
         round=following.number,
         parent=following.parent,
+        beside=float32_beside(base),
+        is_predicted_by_file=config.train.prediction_type == stated_prediction(base),
     )
     spec = as_begun(run, spec)
     check_parent(spec)
@@ -230,8 +233,10 @@ def as_begun(run: Run, spec: TrainSpec) -> TrainSpec:
 
     before, record = spec.as_before(), run.journal.record("train")
     recorded = None if record is None else record.key
-    if before.key in (spec.key, recorded) or recorded == spec.key:
-        return before if recorded == before.key else spec
+    if spec.key in (before.key, recorded):
+        return spec
+    if recorded == before.key:
+        return before
     is_begun_anew = committed(run.storage, spec.checkpoints)
     return before if not is_begun_anew and committed(run.storage, before.checkpoints) else spec
 
@@ -275,12 +280,8 @@ def run_train(run: Run, key: str) -> Outcome:
             f"{worker['num_pairs']:,} pairs, digest of their keys {worker['digest']}"
         )
     run.say(f"train     all ranks: digest of the pairs of every step {trained.digest}")
-    first, last = trained.history["validations"][:1], trained.history["validations"][-1:]
     summary = f"{trained.steps:,} steps of {spec.config.method}"
-    if first and last:
-        summary += (
-            f", held-out implicit accuracy {first[0]['implicit_accuracy']:.2f} → {last[0]['implicit_accuracy']:.2f}"
-        )
+    summary += describe_change(trained.history["validations"], of_average=run.config.export.weights != "raw")
     if spec.round > 1:
         summary = f"round {spec.round}: {summary}"
     num_pairs, num_seen = count_pairs(spec, trained.steps)
@@ -326,6 +327,8 @@ def run_export(run: Run, key: str) -> Outcome:
     from orchestration.card import model_card, trained_with
     from orchestration.lineage import LINEAGE, lineage_of
     from orchestration.rounds import exported_of, forget_old_rounds
+    from pipelines.dataset.layout import LATENTS
+    from pipelines.fingerprint import noted_parts
     from training.export import export_model
     from training.spec import base_digest
 
@@ -340,12 +343,13 @@ def run_export(run: Run, key: str) -> Outcome:
             "export with the `encode` section that they were trained with, or `mapo run` to train anew",
         )
     lineage = lineage_of(run, trained, checkpoint, kind)
+    latents = noted_parts(run.storage, LATENTS, trained.details["snapshot"]["latents_fingerprint"])
     export_model(
         run.storage,
         checkpoint=checkpoint,
         source=source,
         target=run.model,
-        card=model_card(run.config, trained, checkpoint, lineage["rounds"]),
+        card=model_card(run.config, trained, checkpoint, lineage["rounds"], weights=kind, latents=latents),
         config=run.config.export,
         lora=trained_with(run.config, trained).lora,
         beside={LINEAGE: json.dumps(lineage, indent=1).encode()},
@@ -406,6 +410,18 @@ def run_report(run: Run, key: str) -> Outcome:
     from orchestration.report_writer import write_report
 
     return Outcome(run.storage.uri(write_report(run, command=command_line(), is_driven=False)))
+
+
+def describe_change(validations: list[dict[str, float]], *, of_average: bool) -> str:
+    """Return the held-out accuracy before and after a training, of the weights that will be exported."""
+    from training.schedule import of_average as measured_on_average
+
+    average = measured_on_average(validations) if of_average else None
+    measured = average or validations
+    if not measured:
+        return ""
+    first, last = (each["implicit_accuracy"] for each in (measured[0], measured[-1]))
+    return f", held-out implicit accuracy{' of the average' if average else ''} {first:.2f} → {last:.2f}"
 
 
 def describe_progress(progress: Progress) -> str:

@@ -13,7 +13,7 @@ from orchestration.licence import licence_of
 from pipelines.dataset.model_files import HUB_ID, read_family
 from pipelines.geometry import bucket_list
 from training.config import TrainConfig
-from training.schedule import AVERAGE, MIN_SHARE, average_share
+from training.schedule import MIN_SHARE, average_share, of_average
 
 MAX_BUCKETS = 6  # that are listed
 
@@ -109,23 +109,21 @@ def _validations(validations: list[dict[str, float]], step: int, train: TrainCon
     """Held-out numbers before, in the middle, at the exported step and at the end, of the weights that are exported."""
     if not validations:
         return "No pair was held out, so nothing was measured.\n"
-    prefix = AVERAGE if is_average and all(f"{AVERAGE}loss" in each for each in validations) else ""
+    average = of_average(validations) if is_average else None
+    is_of_this_model = is_average == (average is not None)
+    validations = average or validations
     last = len(validations) - 1
     measured = max((i for i, each in enumerate(validations) if each["step"] <= step), default=0)
     lines = ["| step | loss | chosen error | margin | implicit accuracy |", "|---|---|---|---|---|"]
     for i in sorted({0, last // 2, measured, last}):
         each = validations[i]
-        numbers = [each[prefix + name] for name in ("loss", "mse_chosen", "margin", "implicit_accuracy")]
-        shown = f"{int(each['step']):,}" + (" (this model)" if i == measured and prefix == _wanted(is_average) else "")
+        numbers = (each["loss"], each["mse_chosen"], each["margin"], each["implicit_accuracy"])
+        shown = f"{int(each['step']):,}" + (" (this model)" if i == measured and is_of_this_model else "")
         lines.append(f"| {shown} | {' | '.join(f'{number:.4g}' for number in numbers)} |")
-    of = "the moving average, which this model is" if prefix else "the trained weights"
-    if prefix != _wanted(is_average):
+    of = "the trained weights" if average is None else "the moving average, which this model is"
+    if not is_of_this_model:
         of += " themselves; their moving average, which this model is, was not measured"
     return "\n".join(lines) + f"\n\nOver {validations[-1]['num_pairs']:,.0f} held-out pairs. Measured on {of}.\n"
-
-
-def _wanted(is_average: bool) -> str:
-    return AVERAGE if is_average else ""
 
 
 def _weights(train: TrainConfig, step: int, *, is_average: bool) -> str:

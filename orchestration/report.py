@@ -135,7 +135,7 @@ def chart(traces: Sequence[Trace], *, size: tuple[int, int] = (360, 200), guide:
 
 def curves(training: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One chart for each entry of CURVES that has numbers; values that are not finite are left out."""
-    charts = []
+    charts, name = [], training.get("held_out", "held out")
     for title, keys, options in CURVES:
         traces = []
         for tone, (key, label) in enumerate(keys.items()):
@@ -145,7 +145,7 @@ def curves(training: Mapping[str, Any]) -> list[dict[str, Any]]:
                 traces.append(Trace(f"{label}, each step", "raw", tone, points))
             line = smooth(points) if averaged else points
             traces.append(Trace(f"{label}, average" if averaged else label, "line", tone, line))
-            traces.append(Trace("held out" if len(keys) == 1 else f"{label}, held out", "marks", tone, marks))
+            traces.append(Trace(name if len(keys) == 1 else f"{label}, {name}", "marks", tone, marks))
         drawn = sorted((each for each in traces if each.points), key=lambda each: STYLES.index(each.style))
         if drawn:
             charts.append({"title": title, **chart(drawn, **options)})

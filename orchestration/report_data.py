@@ -21,6 +21,7 @@ from orchestration.timeline import timeline
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
+from training.schedule import of_average
 
 PACKAGES = ("mapo", "torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
 MAX_GRIDS = 6  # of samples while training: each may be 200 KB of the page
@@ -192,9 +193,17 @@ def _training(config: RunConfig, trained: StageRecord, samples: list[dict[str, A
         "is_over": True,
         "notes": [],
         "history": details["history"]["steps"],
-        "validation": details["history"]["validations"],
+        **_held_out(config, details["history"]["validations"]),
         "samples": samples,
     }
+
+
+def _held_out(config: RunConfig, validations: list[dict[str, float]]) -> dict[str, Any]:
+    """The held-out numbers of the weights that are exported, and what to call them."""
+    average = of_average(validations) if config.export.weights != "raw" else None
+    if average is None:
+        return {"validation": validations, "held_out": "held out"}
+    return {"validation": average, "held_out": "held out, average"}
 
 
 def _live_training(config: RunConfig, storage: Storage, folder: str, progress: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +217,7 @@ def _live_training(config: RunConfig, storage: Storage, folder: str, progress: d
         "is_over": False,
         "notes": [redact(note) for note in progress["notes"]],
         "history": steps,
-        "validation": validations,
+        **_held_out(config, validations),
         "samples": sample_grids(storage, folder, progress["key"]),
     }
 

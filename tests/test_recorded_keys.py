@@ -1,6 +1,7 @@
 """Storages of versions before go on working: their keys, fingerprints and digests are computed as they were."""
 
 import json
+from dataclasses import replace
 
 import recorded
 
@@ -56,3 +57,4 @@ def test_a_key_that_is_added_later_changes_no_key_at_its_default() -> None:
             config = TrainConfig.model_validate({"precision": "fp32", name: value})
             changed = TrainSpec("/storage", "run", None, "e" * 16, 7, config, spec.snapshot)  # type: ignore[arg-type]
             assert (changed.key == spec.key) is is_same, name
+    assert replace(changed, is_predicted_by_file=True).key == spec.key, "the scheduler file says the same"

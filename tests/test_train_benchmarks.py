@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ("environment", "peak", "check", "micro", "cost", "data", "profile", "released", "engines")
+SECTIONS = ("environment", "peak", "check", "micro", "cost", "data", "precision", "profile", "released", "engines")
 
 
 def rehearse(module: str, file: Path, *arguments: str) -> dict[str, Any]:
@@ -45,6 +45,15 @@ def test_the_gpu_script_reads_every_pair_once_and_holds_the_released_step_beside
     assert len(speed_ups) == 2
     rates = {row["step"]: row["pairs/s"] for row in results["released"] if "pairs/s" in row}
     assert speed_ups[0] == pytest.approx(rates["ours"] / rates["released, images in memory"])
+
+
+def test_the_forward_pass_sees_a_bf16_training_from_float32_weights_alone(tmp_path: Path) -> None:
+    fp32, cast, exact, goal = rehearse("precision", tmp_path / "precision.json")["results"]
+    assert fp32["projection"] == pytest.approx(1)
+    assert fp32["off"] == exact["off"] == 0
+    assert cast["projection"] < 0.5 < 0.95 <= exact["projection"]
+    assert exact["gain"] == pytest.approx(fp32["gain"], rel=0.1)
+    assert goal["goal"].endswith("met")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Imports no torch: the plan and the model card ask too.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 from training.config import EmaConfig, TrainConfig
 
@@ -53,3 +54,13 @@ def average_share(config: TrainConfig, num_steps: int | None = None) -> float:
         decay = decay_at(step, config.ema)
         average = decay * average + (1 - decay) * moved
     return average / moved if moved else 1.0
+
+
+def of_average(validations: Sequence[Mapping[str, float]]) -> list[dict[str, float]] | None:
+    """Return the held-out numbers of the average under their plain names; None where it was not measured."""
+    if not validations or not all(f"{AVERAGE}loss" in each for each in validations):
+        return None
+    return [
+        {name: each.get(f"{AVERAGE}{name}", value) for name, value in each.items() if not name.startswith(AVERAGE)}
+        for each in validations
+    ]

@@ -82,6 +82,15 @@ def base_digest(base: ModelSource) -> str:
     return hashlib.sha256(json.dumps(file_digests(files), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def stated_prediction(base: ModelSource) -> str:
+    """Return what the base's scheduler file says that the UNet predicts; `epsilon` where it does not say.
+
+    Raises:
+        ModelError: The file is missing or damaged.
+    """
+    return str(read_config(base.folder() / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """Everything a worker needs to know.
@@ -98,6 +107,8 @@ class TrainSpec:
         parent: The round whose weights it starts from; None if it starts from the base.
         beside: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and training
             starts from them; from `training.float32_base`.
+        is_predicted_by_file: Whether the scheduler file says the same as `train.prediction_type`, which then changes
+            nothing: it is what lets a base train that looks distilled.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
             ones, or at those rounded to 16 bits, as versions before December 2026 did.
     """
@@ -112,6 +123,7 @@ class TrainSpec:
     round: int = 1
     parent: Parent | None = None
     beside: str | None = None
+    is_predicted_by_file: bool = False
     masters: Literal["float32", "rounded"] = "float32"
 
     @property
@@ -128,7 +140,7 @@ class TrainSpec:
     def key(self) -> str:
         """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
         shaping = {
-            "config": _shaping_config(self.config),
+            "config": _shaping_config(self.config, ("prediction_type",) if self.is_predicted_by_file else ()),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
             "seed": self.seed,
             "base": self.base_digest,
@@ -181,10 +193,10 @@ class TrainSpec:
         return f"{self.checkpoints}/stopped.json"
 
 
-def _shaping_config(config: TrainConfig) -> dict[str, Any]:
-    """The section `train` as far as it shapes weights; what came later and is at its default is left out."""
-    shaping = config.model_dump(mode="json", exclude=set(UNSHAPING))
-    for name in ADDED:
+def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> dict[str, Any]:
+    """The section `train` as far as it shapes weights: without later keys at their default, and without others."""
+    shaping = config.model_dump(mode="json", exclude={*UNSHAPING, *others})
+    for name in set(ADDED) - set(others):
         if shaping[name] == TrainConfig.model_fields[name].default:
             del shaping[name]
     if config.ema is not None and not config.ema.warmup:  # there was none
