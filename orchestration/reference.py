@@ -181,7 +181,7 @@ def _type_name(annotation: Any) -> str:
 
 def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
     if field.default_factory is not None:
-        return "`{}`"
+        return "by other keys" if field.default_factory_takes_validated_data else "`{}`"
     if field.default is PydanticUndefined:
         return "required"
     if isinstance(field.default, BaseModel):

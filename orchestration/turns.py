@@ -140,7 +140,9 @@ def draw_missing(
     if not waiting:
         return
     assert config.encode is not None
-    room = find_room(config, len(drawn))  # as if none were drawn yet: the threads of torch, and so its sums, follow from it
+    room = find_room(
+        config, len(drawn)
+    )  # as if none were drawn yet: the threads of torch, and so its sums, follow from it
     way_out = "add such a node, or set `encode.device: cpu`; `encode.start_timeout_s` allows a longer wait"
     running: dict[str, _Sampler] = {}
     with Progress("evaluate", sum(len(drawn[name].missing) for name in waiting), "samples") as progress:
