@@ -393,9 +393,11 @@ def run_evaluate(run: Run, key: str) -> Outcome:
 
 def report_key(run: Run) -> str | None:
     """The records of all stages before it."""
+    from orchestration.config import comparable
+
     records = [run.journal.record(name) for name in ("ingest", "encode", "train", "export", "evaluate")]
     made = [[r.stage, r.key, r.finished_at] for r in records if r]
-    return digest(REPORT_VERSION, made, run.config.model_dump(mode="json"))
+    return digest(REPORT_VERSION, made, comparable(run.config))
 
 
 def report_is_done(run: Run, key: str) -> bool:

@@ -18,6 +18,11 @@ from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
 from training.config import EvaluateConfig, ExportConfig, TrainConfig
 
+LATER_KEYS: dict[str, Any] = {
+    "encode.flips": False, "encode.start_timeout_s": None, "train.null_prompt": "auto", "train.flips": "none",
+    "train.prediction_type": None, "train.ema.warmup": True,
+}  # fmt: skip
+"""Keys that came after there were runs, with their defaults: at those they tell no configuration from an older one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -136,6 +141,19 @@ def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
 def resolved_json(config: RunConfig) -> str:
     """The whole configuration with every default, as it is saved beside a run."""
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as plain data for a digest: a later key that has its default is left out."""
+    found = config.model_dump(mode="json")
+    for path, default in LATER_KEYS.items():
+        *sections, key = path.split(".")
+        place: Any = found
+        for section in sections:
+            place = (place or {}).get(section)
+        if place and place.get(key, default) == default:
+            place.pop(key, None)
+    return found
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -30,19 +30,21 @@ def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> lis
             f"warning: adapters learn next to nothing at a learning rate of {rate['value']:.4g}; "
             f"left out, it is {published.value:.4g}"
         )
-    return [*notes, *average_notes(begun or config)]
+    return [*notes, *average_notes(config, begun)]
 
 
-def average_notes(config: TrainConfig) -> list[str]:
+def average_notes(config: TrainConfig, begun: TrainConfig | None = None) -> list[str]:
     """Return how much of the training a moving average will hold, and a warning where it is mostly the base."""
-    if config.ema is None:
+    ema = (begun or config).ema
+    if ema is None or config.ema is None:
         return []
-    share = average_share(config)
+    share = average_share(begun or config)
     notes = [f"the moving average will hold about {share:.0%} of the training"]
     if share < MIN_SHARE:
+        others = "" if config.ema.warmup else "`train.ema.warmup: true` or a smaller `decay`, or "
         notes.append(
-            f"warning: an export of that average is mostly the base (decay {config.ema.decay} over "
-            f"{config.max_steps:,} steps); set `train.ema.warmup: true` or a smaller `decay`, or `export.weights: raw`"
+            f"warning: an export of that average is mostly the base (decay {ema.decay} over {config.max_steps:,} "
+            f"steps); set {others}`export.weights: raw`"
         )
     return notes
 

@@ -54,6 +54,13 @@ EVALUATE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+RUN = (
+    "{name: n, storage: s, ingest: {sources: [{format: pickapic, path: p}]}, encode: {model: m}, "
+    "train: {ema: {decay: 0.9}}}"
+)
+"""A whole configuration, which the key of a report has in it."""
+
+
 def train_keys() -> dict[str, str]:
     """The key of each training on one snapshot of one base, from the base and from a parent."""
     from training.config import TrainConfig
@@ -83,11 +90,13 @@ def fingerprints() -> dict[str, list[str]]:
 def digests() -> dict[str, str]:
     """The base digest of the shipped model, and what export and evaluate make of their sections."""
     from orchestration.actions import digest
+    from orchestration.config import comparable, parse_config
     from pipelines.dataset.model_files import ModelSource
     from training.config import EvaluateConfig, ExportConfig
     from training.spec import base_digest
 
     found = {"base": base_digest(ModelSource(str(MODEL)))}
+    found["report"] = digest(comparable(parse_config(RUN)))
     found["export"] = digest(ExportConfig().model_dump(exclude={"push_to_hub"}))
     for name, section in EVALUATE.items():
         found[f"evaluate, {name}"] = digest(EvaluateConfig.model_validate(section).model_dump(mode="json"))
