@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,15 +75,17 @@ sys.stdin.read()
         assert holder.stdout.readline() == "True\n"
         more = ["-o", "evaluate.num_samples=4", "-o", "evaluate.guidance_scale=1.5"]
         with Command("evaluate", folder / "small.yaml", *more, environment={"RAY_ADDRESS": one_gpu}) as run:
-            release = threading.Timer(30, holder.stdin.close)
-            release.start()
+            assert run.process.stderr
+            said = next(line for line in run.process.stderr if "waiting" in line)
+            assert said == "evaluate: waiting for a free GPU (0:08)\n"
+            holder.stdin.close()
             assert run.wait() == 0, run.errors
-            release.join()
-        assert "evaluate: waiting for a free GPU (0:08)" in run.errors
         assert len(images(folder)) == 8
     finally:
         holder.kill()
-        holder.communicate()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_an_encode_that_fails_beside_ingest_does_not_end_it(
     assert any("beside ingest ended" in line for line in said)
 
 
+@pytest.mark.slow
 def test_where_encoders_have_no_node_the_end_of_an_ingest_does_not_wait_for_one(
     config_of: Callable[..., RunConfig],
 ) -> None:
