@@ -110,7 +110,9 @@ class Photos:
         folders = [f"{spec.checkpoints}/step-{step:08d}-0001-0123abcd" for step in (steps, used)]
         for each in folders:
             self.storage.write(f"{each}/manifest.json", b"{}")
-        result = Result(folders[0], folders[1], steps, {"steps": [], "validations": []}, [], account.digest, 1)
+        result = Result(
+            folders[0], folders[1], folders[1], steps, {"steps": [], "validations": []}, [], account.digest, 1
+        )
         num_pairs, num_seen = count_pairs(spec, steps)
         of_round = finish_round(self.run, spec, result, num_pairs=num_pairs, num_seen=num_seen)
         details = asdict(result) | made_from(spec) | of_round

@@ -39,6 +39,7 @@ def lines_of(wait: Wait, clock: Clock, seconds: int) -> None:
 def test_a_wait_speaks_at_once_and_then_sparsely_and_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(waiting, "time", clock)
+    monkeypatch.setattr(waiting, "has_autoscaler", lambda: None)  # whatever Ray other tests have started
     said: list[str] = []
     lack = Lack("no node has a GPU yet; waiting for one", "no node has a GPU")
     wait = Wait("evaluate", lambda: lack, None, timeout_s=1800, way_out="add one", say=said.append)
