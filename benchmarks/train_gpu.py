@@ -17,8 +17,8 @@ while the machine is warm, so each must begin within 30 s of the end of the one 
     cp <files_at>/train_gpu.json benchmarks/results/     # here; the next call adds to it, and knows the fastest way
     run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && python3 -m zipfile -e .gpu/b/*.whl $site &&
         cp benchmarks/results/train_gpu.json $OUT &&
-        DS_ACCELERATOR=cuda python3 -m benchmarks.train_gpu
-        --only environment peak precision cost data profile released engines --budget-s 540 --results $OUT/train_gpu.json')
+        DS_ACCELERATOR=cuda python3 -m benchmarks.train_gpu --only environment peak precision cost data profile
+        released engines --budget-s 540 --results $OUT/train_gpu.json')
 
 A call that is cut short loses nothing: the file is written after each row, the most important rows come first.
 `--small` is the rehearsal, on a CPU too (two minutes): small models, nothing written unless `--results` is given.

@@ -62,7 +62,8 @@ def finish(run: Run, snapshot: Snapshot, base_digest: str = "base") -> TrainSpec
         following.number, following.parent,
     )  # fmt: skip
     folders = [write_checkpoint(run.storage, spec.checkpoints, step, {"w": zeros(4)}) for step in (4, 8)]
-    trained = Trained(folders[1], folders[0], folders[0], 8, {"steps": [{"step_s": 0.5}], "validations": []}, [], "c0ffee", 1)
+    history: dict[str, Any] = {"steps": [{"step_s": 0.5}], "validations": []}
+    trained = Trained(folders[1], folders[0], folders[0], 8, history, [], "c0ffee", 1)
     of_round = finish_round(run, spec, trained, num_pairs=9, num_seen=8)
     details = asdict(trained) | made_from(spec) | of_round
     run.journal.finish("train", key=spec.key, summary="8 steps", seconds=1, details=details)
