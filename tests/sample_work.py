@@ -9,6 +9,7 @@ from engine_work import PAIRS, make, train_step
 
 from training import samples
 from training.config import TrainConfig
+from training.ema import ShardedEma
 from training.index import load_index, load_texts
 from training.loader import PairReader
 from training.spec import TrainSpec
@@ -37,6 +38,23 @@ def train_and_draw(spec: TrainSpec, *, draws: bool) -> Trained:
     state = ZeroState(engine.unet)
     weights = {(kind, part.name): view.clone() for kind in KINDS for part, view in state.views(kind)}
     return {"grids": grids, "weights": weights, "is_still": is_still}
+
+
+def draw_average(spec: TrainSpec) -> list[Any]:
+    """A grid before three steps; after them one of an average that has stayed, and one of the weights."""
+    config = spec.config
+    engine, denoiser, base = make(config, spec.base.model, PAIRS // config.micro_batch_size // config.worker_range[0])
+    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot))
+    samples.NUM_STEPS = FEW_STEPS
+    assert config.ema is not None
+    ema = ShardedEma(ZeroState(engine.unet), config.ema)
+    held_out = load_index(spec.storage, spec.snapshot, "validation")
+    of_average, of_weights = (samples.SampleGrid(held_out, reader, spec, engine, base, each) for each in (ema, None))
+    grids = [of_weights.draw(0)]
+    for step in range(3):
+        train_step(engine, denoiser, config, step)
+    grids += [of_average.draw(3), of_weights.draw(3)]
+    return [np.asarray(grid) for grid in grids]
 
 
 def with_and_without(spec: TrainSpec, configs: list[TrainConfig]) -> list[tuple[Trained, Trained]]:

@@ -1,9 +1,10 @@
 """A grid of samples now and then while training: the same prompts and noise each time, so grids differ by the weights.
 
-Prompts are held-out ones in their stored embeddings; no text encoder is loaded. The weights are those that train, not
-their average. What a grid costs, with n samples on r ranks: ceil(n / r) times NUM_STEPS forward passes of two images
-on every rank (each of which gathers all weights under ZeRO-3), then a VAE in float32 is read from disk and decodes one
-image after another. At 1024 x 1024 that takes 3 GiB of the device, less than a backward pass, and gives it back.
+Prompts are held-out ones in their stored embeddings; no text encoder is loaded. The weights are the average of those
+that train, if the training keeps one: it is what is exported by default. What a grid costs, with n samples on r ranks:
+ceil(n / r) times NUM_STEPS forward passes of two images on every rank (each of which gathers all weights under ZeRO-3),
+then a VAE in float32 is read from disk and decodes one image after another. At 1024 x 1024 that takes 3 GiB of the
+device, less than a backward pass, and gives it back.
 
 Letters: B images, C channels, H and W of latents, S tokens, P embedding size.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.dataset.model_files import weight_files
+from training.ema import ShardedEma
 from training.engine import Engine
 from training.index import PairIndex, PairRecord
 from training.loader import PairReader
@@ -61,14 +63,23 @@ class SampleGrid:
         spec: The run; its seed fixes the noise.
         engine: The weights that are looked at.
         base: Noise schedule and latents' scale.
+        ema: The average of the weights, which draws in their place; None if the training keeps none.
 
     Raises:
         ModelError: The VAE's weights are missing or damaged.
     """
 
-    def __init__(self, held_out: PairIndex, reader: PairReader, spec: TrainSpec, engine: Engine, base: Base) -> None:
+    def __init__(
+        self,
+        held_out: PairIndex,
+        reader: PairReader,
+        spec: TrainSpec,
+        engine: Engine,
+        base: Base,
+        ema: ShardedEma | None = None,
+    ) -> None:
         self._subjects = subjects_of(held_out, spec.config.num_samples)
-        self._reader, self._spec, self._engine, self._base = reader, spec, engine, base
+        self._reader, self._spec, self._engine, self._base, self._ema = reader, spec, engine, base, ema
         self.note = None if self._subjects else NOTHING_HELD_OUT
         if self._subjects:
             weight_files(self._vae_folder, "diffusion_pytorch_model", spec.base.vae_variant)  # now, not hours later
@@ -105,10 +116,11 @@ class SampleGrid:
         """
         engine, count = self._engine, len(self._subjects)
         turns = [*self._subjects, *self._subjects[-1:] * (-count % engine.world_size)]
+        average = contextlib.nullcontext() if self._ema is None else self._ema.in_place_of_the_weights()
         # A graph for the shapes of a few samples is not worth its compilation.
         eager = torch.compiler.set_stance("force_eager") if self._spec.config.compile else contextlib.nullcontext()
         engine.unet.eval()
-        with eager:
+        with average, eager:
             drawn = [self._denoised(subject) for subject in turns[engine.rank :: engine.world_size]]
         engine.unet.train()
         return drawn[: len(range(engine.rank, count, engine.world_size))]

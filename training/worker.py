@@ -80,7 +80,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
     cache = make_cache(spec)
     texts = load_texts(spec.storage, spec.snapshot, with_empty=config.null_prompt == "empty")
     reader = PairReader(spec.storage, texts, cache=cache)
-    samples = SampleGrid(held_out, reader, spec, engine, base) if config.sample_every else None
+    samples = SampleGrid(held_out, reader, spec, engine, base, ema) if config.sample_every else None
     if samples is not None and samples.note:
         notes.append(samples.note)
     progress = Progress(spec, starts=attempt.number, workers=gather_workers(engine), start_up=start_up, notes=notes)

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,13 @@ from engine_work import CONFIG as TWO_RANKS
 from factories import new_sd15_pipeline
 from PIL import Image
 from ranks import on_ranks
-from sample_work import FEW_STEPS, with_and_without
+from sample_work import FEW_STEPS, draw_average, with_and_without
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training import samples
+from training.config import TrainConfig
 from training.export import correct_schedule
 from training.index import PairIndex, load_index, load_texts
 from training.loader import PairReader
@@ -168,6 +170,20 @@ def test_ranks_draw_one_grid_and_train_as_if_they_had_not(tmp_path, monkeypatch)
     assert far(alone.draw(0), zero_2[0]) <= 1
     assert far(alone.draw(1), zero_2[0]) <= 1, "the same weights draw the same grid"
     torch.distributed.destroy_process_group()
+
+
+def test_a_grid_is_of_the_average_if_there_is_one(tmp_path) -> None:
+    """The average has stayed at the start while the weights moved."""
+    base = write_base(tmp_path / "base")
+    AutoencoderKL(
+        **VAE, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
+    ).save_pretrained(base / "vae")
+    spec = make_spec(tmp_path, base)
+    changes = {"num_workers": 1, "ema": {"decay": 0.9}, "learning_rate": 0.05, "zero_stage": 3}
+    spec = replace(spec, config=TrainConfig.model_validate(spec.config.model_dump() | changes))
+    before, of_average, of_weights = on_ranks(1, draw_average, spec)[0]
+    assert far(before, of_average) == 0
+    assert far(before, of_weights) > 20
 
 
 def test_the_first_distinct_prompts_by_key_are_drawn_whatever_their_bucket(tmp_path) -> None:
