@@ -80,8 +80,8 @@ class TrainConfig(Config):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
     learning_rate: float = Field(default_factory=_default_learning_rate, gt=0)
-    """The highest learning rate of the schedule; by default the published one of the method, for all weights or for
-    adapters, which the plan names with its source."""
+    """The highest learning rate of the schedule; left out or null, the published one of the method for all weights or
+    for adapters, which the plan names with its source."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -159,6 +159,14 @@ class TrainConfig(Config):
     """Environment variables of the workers, such as NCCL_SOCKET_IFNAME or NCCL_IB_HCA; no secrets."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device for the model's FLOPs utilization; by default known for A100, H100, H200, B200 and L40S."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_rate_is_the_methods_own(cls, given: Any) -> Any:
+        """Take `learning_rate: null` for one that is left out."""
+        if isinstance(given, dict) and given.get("learning_rate", 0) is None:
+            return {name: value for name, value in given.items() if name != "learning_rate"}
+        return given
 
     @model_validator(mode="after")
     def method_knows_its_parameters(self) -> Self:

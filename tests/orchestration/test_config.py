@@ -136,6 +136,14 @@ def test_overrides_are_typed_like_yaml_and_reach_into_lists() -> None:
     assert config.encode.vae == "v"
 
 
+def test_a_learning_rate_of_null_is_one_that_is_left_out() -> None:
+    left_out = parse_config(CONTRACT.replace("  learning_rate: 1.0e-7\n", ""), ["train.lora={rank: 4}"]).train
+    null = parse_config(CONTRACT, ["train.learning_rate=null", "train.lora={rank: 4}"]).train
+    assert null == left_out
+    assert null.learning_rate == 5e-5
+    assert "learning_rate" not in null.model_fields_set
+
+
 @pytest.mark.parametrize("method", ["mapo_paper", "mapo", "sft", "dpo", "ipo", "simpo", "orpo"])
 def test_every_method_has_defaults_of_its_own(method: str) -> None:
     train = parse_config(CONTRACT, [f"train.method={method}", "train.loss={}"]).train
