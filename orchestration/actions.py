@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestration.dataset_view import MAX_TOKENS, describe_dataset, describe_encoding, summary_line
@@ -16,9 +16,10 @@ from pipelines.dataset.pair import EMPTY_PROMPT_ID, VALIDATION
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
     from pipelines.config import EncodeConfig
+    from pipelines.dataset.storage import Storage
     from training.config import TrainConfig
     from training.launch import Progress
-    from training.spec import TrainSpec
+    from training.spec import Snapshot, TrainSpec
 
 REPORT_VERSION = 3  # raise it when the page changes
 EXPORT_VERSION = 2
@@ -206,6 +207,10 @@ def train_spec(run: Run) -> TrainSpec | None:
     base = located(config.encode).source
     snapshot = Snapshot(versions[0], latents, versions[1], text, versions[2])  # type: ignore[arg-type]
     following = next_round(run, snapshot)
+    pinned = following.snapshot
+    if config.wants_empty_prompt and not has_empty_prompt(run.storage, pinned):  # of a training that did not want it
+        pinned = replace(pinned, text_version=snapshot.text_version)
+    is_whole_in_16_bits = config.train.precision != "fp32" and config.train.lora is None and following.parent is None
     spec = TrainSpec(
         storage_url=run.storage.url,
         run=config.name,
@@ -213,15 +218,25 @@ def train_spec(run: Run) -> TrainSpec | None:
         base_digest=base_digest(base),
         seed=config.seed,
         config=config.train,
-        snapshot=following.snapshot,
+        snapshot=pinned,
         round=following.number,
         parent=following.parent,
-        beside=float32_beside(base),
+        beside=float32_beside(base) if is_whole_in_16_bits else None,
         is_predicted_by_file=config.train.prediction_type == stated_prediction(base),
     )
     spec = as_begun(run, spec)
     check_parent(spec)
     return spec
+
+
+def has_empty_prompt(storage: Storage, snapshot: Snapshot) -> bool:
+    """Return whether a snapshot's text embeddings have that of ""."""
+    import pyarrow.compute as pc
+
+    from pipelines.dataset.pair import EMPTY_PROMPT_ID
+
+    table = text_table(storage, snapshot.text_fingerprint, snapshot.text_version)
+    return bool(table.read(["prompt_id"], pc.field("prompt_id") == EMPTY_PROMPT_ID).num_rows)
 
 
 def as_begun(run: Run, spec: TrainSpec) -> TrainSpec:

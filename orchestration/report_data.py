@@ -278,8 +278,7 @@ def _evaluation(storage: Storage, folder: str, record: StageRecord | None) -> di
     """What the last evaluation found; without its samples while those of another one take their place."""
     if record is None:
         return None
-    place = f"{folder}/{EVALUATION}"
-    is_replaced = storage.exists(f"{place}/base.json") and not storage.exists(f"{place}/{RESULTS}")
+    is_replaced = not storage.exists(f"{folder}/{EVALUATION}/{RESULTS}")
     return {**record.details, "samples": []} if is_replaced else record.details
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.methods import default_rate
 from training.schedule import MIN_SHARE, average_share
+from training.spec import RATE_BEFORE
 
 if TYPE_CHECKING:
     from training.config import TrainConfig
@@ -62,6 +63,9 @@ def version_notes(spec: TrainSpec) -> list[str]:
         differences.append(f"its float32 weights started at the base's rounded to {config.precision}")
     if config.ema is not None and not config.ema.warmup:
         differences.append("its moving average has no warm-up")
+    published = default_rate(config.method, with_adapters=config.lora is not None).value
+    if config.learning_rate == RATE_BEFORE != published:
+        differences.append(f"its learning rate is the {RATE_BEFORE:g} that every method had (now {published:.4g})")
     if not differences:
         return []
     return [

@@ -13,7 +13,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.dataset.errors import MapoError, TrainingError, unwrap
+from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.room import total_of
@@ -69,16 +69,20 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     """
     quiet_ray_train(spec)
     flag = new_flag()
-    trainer = _trainer(spec, flag, use_gpu=check_cluster(spec))
+    use_gpu = check_cluster(spec)
+    trainer = _trainer(spec, flag, use_gpu=use_gpu)
     spec.storage.delete(spec.stop_file)
     progress, fit = _ProgressFile(spec, watch), _Fit(trainer)
     first_workers, later_workers = wait_for_gpus(spec), wait_for_gpus(spec, has_begun=True)
     try:
         while not fit.is_over(POLL_S):
             progress.look()
-            if spec.config.device == "gpu":
+            if use_gpu:
                 (later_workers if progress.has_begun else first_workers).look()
         progress.look()
+    except ClusterError as error:  # Ray Train still asks for workers: nobody may begin this training beside it
+        error.ends_process = True
+        raise
     except KeyboardInterrupt:
         # Otherwise there is nothing to keep, and perhaps no worker that would hear; the thread ends with the process.
         if progress.has_begun:

@@ -7,7 +7,7 @@ unit in the last place: at a learning rate of 1e-7 three quarters of a whole tra
 place; no rank holds the UNet in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ class StoredWeights:
         """The types of the stored numbers."""
         return {part.dtype for _, part in self.places.values()}
 
-    def read(self, fragment: Fragment) -> Tensor:
-        """Read a part of a parameter as float32, exactly.
+    def check(self, fragment: Fragment) -> None:
+        """Check that the files hold a parameter.
 
         Raises:
-            ModelError: The files lack the parameter, or have it in another shape.
+            ModelError: They lack it, or have it in another shape.
         """
         if fragment.name not in self.places:
             raise ModelError(
@@ -79,6 +79,15 @@ class StoredWeights:
                 f"{file} has {fragment.name} of shape {part.shape}, the model of {fragment.shape}",
                 "fetch the model again",
             )
+
+    def read(self, fragment: Fragment) -> Tensor:
+        """Read a part of a parameter as float32, exactly.
+
+        Raises:
+            ModelError: See `check`; or a file ends too early.
+        """
+        self.check(fragment)
+        file, part = self.places[fragment.name]
         dtype = NUMPY[part.dtype]
         start = part.start + fragment.start * dtype.itemsize
         stored = np.fromfile(file, dtype, fragment.numel, offset=start)
@@ -87,6 +96,27 @@ class StoredWeights:
         if part.dtype == torch.bfloat16:  # the upper half of a float32
             return torch.from_numpy((stored.astype("<u4") << 16).view("<f4"))
         return torch.from_numpy(stored.astype("<f4", copy=False))
+
+
+class ReadWhenAsked(Mapping[str, Tensor]):
+    """Fragments by the names of their parameters, each read when it is asked for: never all in memory at once.
+
+    Args:
+        stored: The files.
+        fragments: Of this rank.
+    """
+
+    def __init__(self, stored: StoredWeights, fragments: Sequence[Fragment]) -> None:
+        self._stored, self._fragments = stored, {fragment.name: fragment for fragment in fragments}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored.read(self._fragments[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fragments)
+
+    def __len__(self) -> int:
+        return len(self._fragments)
 
 
 def start_from_base(source: ModelSource, state: ZeroState, ema: ShardedEma | None) -> str | None:
@@ -104,11 +134,14 @@ def start_from_base(source: ModelSource, state: ZeroState, ema: ShardedEma | Non
         ModelError: The files do not hold what the engine trains; on every rank alike.
     """
 
-    def read() -> tuple[StoredWeights, dict[str, Tensor]]:
+    def find() -> StoredWeights:
         stored = StoredWeights.of(source.folder() / "unet", source.variant)
-        return stored, {fragment.name: stored.read(fragment) for fragment in state.fragments}
+        for fragment in state.fragments:
+            stored.check(fragment)
+        return stored
 
-    stored, weights = on_all_ranks(read)
+    stored = on_all_ranks(find)
+    weights = ReadWhenAsked(stored, state.fragments)
     state.start_from(weights)
     if ema is not None:
         ema.load(weights)

@@ -57,10 +57,12 @@ def average_share(config: TrainConfig, num_steps: int | None = None) -> float:
 
 
 def of_average(validations: Sequence[Mapping[str, float]]) -> list[dict[str, float]] | None:
-    """Return the held-out numbers of the average under their plain names; None where it was not measured."""
-    if not validations or not all(f"{AVERAGE}loss" in each for each in validations):
-        return None
+    """Return the held-out numbers of the average under their plain names; None where it was not measured.
+
+    A training that an earlier version began has none of its first validations.
+    """
+    measured = [each for each in validations if f"{AVERAGE}loss" in each]
     return [
         {name: each.get(f"{AVERAGE}{name}", value) for name, value in each.items() if not name.startswith(AVERAGE)}
-        for each in validations
-    ]
+        for each in measured
+    ] or None

@@ -88,7 +88,7 @@ def stated_prediction(base: ModelSource) -> str:
     Raises:
         ModelError: The file is missing or damaged.
     """
-    return str(read_config(base.folder() / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))
+    return str(read_config(base.folder() / "scheduler" / "scheduler_config.json").get("prediction_type") or "epsilon")
 
 
 @dataclass(frozen=True)

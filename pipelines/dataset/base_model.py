@@ -4,6 +4,7 @@ A base of another kind than its class says would train to the end and be spoilt,
 encoding. Reads configuration files and the headers of weights; needs neither ray nor torch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipelines.dataset.model_files import (
     read_model_index,
     weight_files,
 )
-from pipelines.dataset.safetensors_header import tensor_shapes
+from pipelines.dataset.safetensors_header import tensor_shapes, tensor_types
 
 UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
 SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
@@ -49,6 +50,8 @@ NOT_GIVEN_WEIGHTS = {
     "encoder_hid_proj.": "encoder_hid_dim",
 }
 """Beginnings of the names of the weights that go with such a key."""
+TYPES = {"F32", "F16", "BF16"}
+"""What weights may be stored as: others are quantized."""
 WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
 
 
@@ -149,7 +152,7 @@ def check_denoiser(source: ModelSource, *, prediction_type: str | None = None) -
     )
     note = schedule_note(schedule)
     side = unet.get("sample_size")
-    side = max(side) if isinstance(side, list) and side else side
+    side = max(side) if isinstance(side, list) and side and all(type(each) is int for each in side) else side
     native_side = side * latents.factor if type(side) is int else None
     return BaseFacts(family, predicted, latents, native_side, () if note is None else (note,))
 
@@ -198,10 +201,10 @@ def _read_latent_space(config: dict[str, Any], family: Family, where: str) -> La
             f"{CHOOSE_A_BASE}, or set `encode.vae` to a VAE of the base's own family",
         )
     scale = config.get("scaling_factor", SD_SCALING_FACTOR)
-    if type(scale) not in (int, float) or not scale > 0:
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise ModelError(f"vae.scaling_factor of {where} is {scale}, not a positive number", WAY_OUT)
     statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
-    factor = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
+    factor = 2 ** (len(_numbers(config, "block_out_channels", [0], "vae", where)) - 1)
     if statistics == dict.fromkeys(statistics):
         return LatentSpace(channels, factor, float(scale))
     if family is not SDXL:
@@ -222,7 +225,7 @@ def _read_latent_space(config: dict[str, Any], family: Family, where: str) -> La
 
 def _per_channel(values: Any, channels: int, key: str, where: str) -> tuple[float, ...]:
     is_one_each = isinstance(values, list) and len(values) == channels
-    if not is_one_each or not all(type(each) in (int, float) for each in values):
+    if not is_one_each or not all(type(each) in (int, float) and math.isfinite(each) for each in values):
         raise ModelError(f"vae.{key} of {where} is {values}, not a number for each of {channels} channels", WAY_OUT)
     return tuple(map(float, values))
 
@@ -304,8 +307,15 @@ def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]],
 
 def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource) -> None:
     """The weights are of the UNet that the configuration describes: a wrong file, or an edited one, would not say."""
-    shapes = tensor_shapes(weight_files(part, STEM, source.variant))
-    blocks = config.get("block_out_channels") or [320, 640, 1280, 1280]
+    files = weight_files(part, STEM, source.variant)
+    if others := sorted(tensor_types(files) - TYPES):
+        raise ModelError(
+            f"the weights of the unet of {source.model} are stored as {', '.join(others)}; training reads "
+            f"{', '.join(sorted(TYPES))}",
+            "choose the base in float32 or in 16 bits",
+        )
+    shapes = tensor_shapes(files)
+    blocks = _numbers(config, "block_out_channels", [320, 640, 1280, 1280], "unet", source.model)
     expected: list[tuple[str, int, str, Any]] = [
         ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
         ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
@@ -353,6 +363,14 @@ def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
                 "its config.json is not of these weights",
                 "put back the config.json that belongs to the weights; or fetch the model again",
             )
+
+
+def _numbers(config: dict[str, Any], key: str, default: list[int], part: str, model: str) -> list[int]:
+    """Whole numbers of a configuration; the default where it has none."""
+    found = config.get(key) or default
+    if not isinstance(found, list) or not all(type(each) is int for each in found):
+        raise ModelError(f"{part}.{key} of {model} is {found}, not a list of whole numbers", WAY_OUT)
+    return found
 
 
 def _number(config: dict[str, Any], key: str, default: int, part: str, model: str) -> int:

@@ -24,8 +24,8 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 WITHOUT_BOUNDS = ("squaredcos_cap_v2",)  # its betas follow from their number alone
 DIFFUSERS_DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 
-DISTILLED_ANYWHERE = ("turbo", "lightning", "schnell")
-DISTILLED_WORDS = frozenset(("hyper", "hypersd", "lcm", "dmd", "tcd", "pcm", "flash", "sprint", "nitro"))
+DISTILLED_ANYWHERE = ("turbo", "lightning", "schnell", "hypersd", "flashsd")  # hyphens and underscores left out
+DISTILLED_WORDS = frozenset(("lcm", "dmd", "tcd", "pcm", "sprint", "nitro"))
 """Words of a model's name that say it was distilled to a few steps; of these only whole words count."""
 PARTS_OF_NAMES = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 ANOTHER_BASE = f"training knows noise of betas alone; {CHOOSE_A_BASE}"
@@ -177,7 +177,8 @@ def _check_distilled(
 def is_distilled_name(name: str) -> bool:
     """Whether a model's name says that it was distilled to a few steps, as that of `sdxl-turbo` does."""
     words = {word.lower() for word in PARTS_OF_NAMES.findall(name)}
-    return any(word in name.lower() for word in DISTILLED_ANYWHERE) or bool(words & DISTILLED_WORDS)
+    joined = re.sub(r"[-_ ]", "", name.lower())
+    return any(word in joined for word in DISTILLED_ANYWHERE) or bool(words & DISTILLED_WORDS)
 
 
 def short_name(name: str) -> str:

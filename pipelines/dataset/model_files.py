@@ -199,6 +199,13 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     index = read_config(folder / MODEL_INDEX)
     if (found := str(index.get("_class_name"))) not in FAMILIES:
         raise ModelError(f"{folder} is a {found}, not a {' or a '.join(FAMILIES)}", CHOOSE_A_BASE)
+    family = FAMILIES[found]
+    for part in ("unet", "vae", "scheduler", *family.text_encoders, *family.tokenizers):
+        kind = index.get(part)
+        if kind is not None and not (isinstance(kind, list) and len(kind) == 2):
+            raise ModelError(
+                f"`{part}` in {folder / MODEL_INDEX} is {kind!r}, not a library and a class", "fetch the model again"
+            )
     return index
 
 

@@ -25,6 +25,16 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     }
 
 
+def tensor_types(files: Sequence[Path]) -> set[str]:
+    """Return the types of all tensors in safetensors files, by the format's names, such as F32.
+
+    Raises:
+        ModelError: A header is not whole.
+    """
+    headers = [read_header(file)[0] for file in files if file.suffix == ".safetensors"]
+    return {str(entry.get("dtype")) for header in headers for name, entry in header.items() if name != "__metadata__"}
+
+
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and where its last tensor ends.
 

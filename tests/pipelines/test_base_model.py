@@ -212,6 +212,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "no spread": (edit(VAE, latents_mean=[0.0] * 4, latents_std=[1.0, 1.0, 0.0, 1.0]), "vae.latents_std of {} .*not"),
     "no scale": (edit(VAE, scaling_factor=0), "vae.scaling_factor of {} is 0"),
+    "an endless scale": (edit(VAE, scaling_factor=float("inf")), "vae.scaling_factor of {} is inf"),
+    "a spread that is no number": (
+        edit(VAE, latents_mean=[0.0] * 4, latents_std=[float("nan")] * 4), "vae.latents_std of {} .*nan",
+    ),
+    "channels that are one number": (edit(UNET, block_out_channels=32), "unet.block_out_channels of {} is 32, not a l"),
+    "a part that is a number": (edit("model_index.json", vae=3), "`vae` in .* is 3, not a library and a class"),
     # The schedule
     "flow": (schedule("FlowMatchEulerDiscreteScheduler", shift=3.0), "is FlowMatchEulerDiscreteScheduler: a flow"),
     "flow under Heun's method": (schedule("FlowMatchHeunDiscreteScheduler"), "a flow-matching model"),
@@ -373,14 +379,15 @@ def test_another_vae_must_mean_the_same_by_its_latents(model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", ["sdxl-turbo", "SDXL-Lightning", "Hyper-SD", "lcm-sdxl", "TurboVisionXL", "dmd2", "Flash"]
+    "name",
+    ["sdxl-turbo", "SDXL-Lightning", "Hyper-SD", "lcm-sdxl", "TurboVisionXL", "dmd2", "flash-sdxl", "Hyper_SDXL"],
 )
 def test_the_names_of_distilled_models_are_known(name: str) -> None:
     assert is_distilled_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["stable-diffusion-xl-base-1.0", "hyperreal", "pixelcmyk", "Illustrious-XL", "flasher"]
+    "name", ["stable-diffusion-xl-base-1.0", "HyperRealism-XL", "pixelcmyk", "Illustrious-XL", "flash-photography"]
 )
 def test_other_names_are_no_hint(name: str) -> None:
     assert not is_distilled_name(name)
