@@ -79,7 +79,7 @@ class TrainConfig(Config):
     """Optimizer steps."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
-    learning_rate: float = Field(default_factory=_default_learning_rate, gt=0)
+    learning_rate: float = Field(default_factory=_default_learning_rate, gt=0, allow_inf_nan=False)
     """The highest learning rate of the schedule; left out or null, the published one of the method for all weights or
     for adapters, which the plan names with its source."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"

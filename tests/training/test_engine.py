@@ -55,8 +55,9 @@ FP16 = [config.model_copy(update={"precision": "fp16"}) for config in BF16]
 LORA = [with_(zero_stage=s, lora={"rank": 4}, learning_rate=3e-1) for s in (1, 2, 3)]
 REFERENCE = [
     with_(method=method, loss={"beta": 100.0}, **more)
-    for method, more in (("dpo", {}), ("ipo", {"zero_stage": 3}), ("dpo", {"lora": {"rank": 4}, "zero_stage": 3}))
-]
+    for method, more in (("dpo", {}), ("ipo", {"zero_stage": 3}), ("dpo", {"lora": {"rank": 4}, "zero_stage": 3}),
+                         ("dpo", {"precision": "bf16", "channels_last": True}))
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
