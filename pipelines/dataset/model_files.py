@@ -247,7 +247,10 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
     of_variant = "" if variant is None else f".{variant}"
     index = part / f"{stem}.safetensors.index{of_variant}.json"
     if index.is_file():
-        shards = sorted(set(read_config(index).get("weight_map", {}).values()))
+        mapped = read_config(index).get("weight_map", {})
+        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+            raise ModelError(f"{index} does not say which file holds which weight", "fetch the model again")
+        shards = sorted(set(mapped.values()))
         files = [part / name for name in shards]
     else:
         index, files = Path(), [part / f"{stem}{of_variant}.safetensors"]
