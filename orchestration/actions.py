@@ -210,7 +210,6 @@ def train_spec(run: Run) -> TrainSpec | None:
     pinned = following.snapshot
     if config.wants_empty_prompt and not has_empty_prompt(run.storage, pinned):  # of a training that did not want it
         pinned = replace(pinned, text_version=snapshot.text_version)
-    is_whole_in_16_bits = config.train.precision != "fp32" and config.train.lora is None and following.parent is None
     spec = TrainSpec(
         storage_url=run.storage.url,
         run=config.name,
@@ -221,9 +220,10 @@ def train_spec(run: Run) -> TrainSpec | None:
         snapshot=pinned,
         round=following.number,
         parent=following.parent,
-        beside=float32_beside(base) if is_whole_in_16_bits else None,
         is_predicted_by_file=config.train.prediction_type == stated_prediction(base),
     )
+    if spec.is_whole_in_16_bits:
+        spec = replace(spec, beside=float32_beside(base))
     spec = as_begun(run, spec)
     check_parent(spec)
     return spec

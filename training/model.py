@@ -235,9 +235,8 @@ class Denoiser:
             }
         if self._reference is None:
             return PairErrors(*self._predict(self._unet, inputs, target))
-        if (
-            self._reference.unet.training != self._unet.training
-        ):  # or other kernels may run, and beta multiplies rounding
+        # In another mode other kernels may run, and beta multiplies their rounding.
+        if self._reference.unet.training != self._unet.training:
             self._reference.unet.train(self._unet.training)
         with torch.no_grad(), self._reference.context():
             reference = self._predict(self._reference.unet, inputs, target)
