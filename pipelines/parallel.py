@@ -47,7 +47,5 @@ def _on_ray(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         while waiting:
             yield ray.get(waiting.popleft())
     except Exception as error:
+        # The calls that are still running end by themselves: cancelling one just as it ends would abort this process.
         raise unwrap(error) or error from error
-    finally:
-        for reference in waiting:
-            ray.cancel(reference)

@@ -136,17 +136,20 @@ def wait_until_placed(
         return True
     probe = ray.remote(**demand.options())(_nothing)
     probes = [probe.remote() for _ in range(count)]
+    is_placed = False
     try:
-        while not ray.wait(probes, num_returns=1, timeout=LOOK_S)[0]:
-            if is_stopped():
-                return False
-            if wait is not None:
+        while not is_placed and not is_stopped():
+            is_placed = bool(ray.wait(probes, num_returns=1, timeout=LOOK_S)[0])
+            if not is_placed and wait is not None:
                 wait.look()
-        return True
+        return is_placed
     finally:
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            for each in probes:
-                ray.cancel(each)
+        # Ray aborts the whole driver if a task is cancelled just as it ends ("Tried to complete task that was not
+        # pending"), so only probes that found no place are cancelled; once one has, the others end by themselves.
+        if not is_placed:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                for each in probes:
+                    ray.cancel(each)
 
 
 def _nothing() -> None:

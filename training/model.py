@@ -101,8 +101,14 @@ def load_base(source: ModelSource, *, dtype: torch.dtype = torch.float32, predic
 
 
 def _check_complete(loading_info: dict[str, Any], source: ModelSource) -> None:
-    """Weights that the file lacks would otherwise be random, without a word."""
+    """Refuse weights that the configuration does not describe: diffusers would make some up, or drop some, silently."""
     lacking = [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]
+    if not lacking and (unused := sorted(loading_info.get("unexpected_keys", ()))):
+        raise ModelError(
+            f"the weights of the unet of {source.model} hold {len(unused)} tensors that its config.json has no place "
+            f"for, such as {unused[0]}",
+            "put back the config.json that belongs to the weights; or fetch the model again",
+        )
     if lacking:
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in lacking)
         raise ModelError(

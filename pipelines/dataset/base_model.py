@@ -5,7 +5,7 @@ encoding. Reads configuration files and the headers of weights; needs neither ra
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ NOT_GIVEN_WEIGHTS = {
 TYPES = {"F32", "F16", "BF16"}
 """What weights may be stored as: others are quantized."""
 WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
+
+OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
+ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def _read_latent_space(config: dict[str, Any], family: Family, where: str) -> La
         raise ModelError(
             f"vae.shift_factor of {where} is {config['shift_factor']}, which {family.pipeline_class} ignores when it "
             "draws",
-            f"{CHOOSE_A_BASE}, or set `encode.vae` to a VAE of the base's own family",
+            CHOOSE_A_BASE,
         )
     scale = config.get("scaling_factor", SD_SCALING_FACTOR)
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
@@ -338,8 +341,9 @@ def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource)
             raise ModelError(
                 f"unet.{key} of {source.model} is {value}, and {name} has the shape {list(shapes[name])}: its "
                 "config.json is not of these weights",
-                "put back the config.json that belongs to the weights; or fetch the model again",
+                OTHER_CONFIG,
             )
+    _check_blocks(config, shapes, len(blocks), source.model)
     for begin, key in NOT_GIVEN_WEIGHTS.items():
         if not config.get(key) and any(name.startswith(begin) for name in shapes):
             what = NOT_GIVEN[key]
@@ -348,6 +352,42 @@ def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource)
                 f"wants {what}, which training does not give",
                 f"choose the base that it was made from; {CHOOSE_A_BASE}",
             )
+
+
+def _check_blocks(config: dict[str, Any], names: Collection[str], num_blocks: int, model: str) -> None:
+    """Check that the weights have the layers that the configuration says, and no others.
+
+    diffusers drops weights that a configuration has no place for, such as all attention of a block.
+    """
+    layers = config.get("layers_per_block", 2)
+    each = layers if isinstance(layers, list) else [layers] * num_blocks
+    if len(each) != num_blocks or not all(type(count) is int for count in each):
+        raise ModelError(
+            f"unet.layers_per_block of {model} is {layers}, not a whole number, or one for each block", WAY_OUT
+        )
+    for side, counts in (("down", each), ("up", [count + 1 for count in reversed(each)])):
+        types = config.get(f"{side}_block_types")
+        if types is None:
+            continue
+        if not isinstance(types, list) or len(types) != num_blocks:
+            raise ModelError(
+                f"unet.{side}_block_types of {model} is {types}, and block_out_channels has {num_blocks}", WAY_OUT
+            )
+        for number, (kind, count) in enumerate(zip(types, counts, strict=True)):
+            found = {name.split(".")[3] for name in names if name.startswith(f"{side}_blocks.{number}.resnets.")}
+            if len(found) != count:
+                raise ModelError(
+                    f"unet.layers_per_block of {model} is {layers}, and the weights of {side}_blocks.{number} have "
+                    f"{len(found)} layers, not {count}: its config.json is not of these weights",
+                    OTHER_CONFIG,
+                )
+            has_attention = any(name.startswith(f"{side}_blocks.{number}.attentions.") for name in names)
+            if kind in ATTENDS and ATTENDS[kind] != has_attention:
+                raise ModelError(
+                    f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
+                    f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
+                    OTHER_CONFIG,
+                )
 
 
 def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
@@ -361,7 +401,7 @@ def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
             raise ModelError(
                 f"vae.latent_channels of {where} is {latents.channels}, and {name} has the shape {list(shapes[name])}: "
                 "its config.json is not of these weights",
-                "put back the config.json that belongs to the weights; or fetch the model again",
+                OTHER_CONFIG,
             )
 
 

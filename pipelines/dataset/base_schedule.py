@@ -135,12 +135,16 @@ def _check_betas(config: dict[str, Any], model: str) -> None:
         if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
             size = len(trained) if isinstance(trained, list) else 0
             wrong = f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
+        elif trained != sorted(trained):
+            wrong = f"trained_betas of {model} fall somewhere; a noise schedule rises"
     elif name not in BETA_SCHEDULES:
         wrong = f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
     elif name not in WITHOUT_BOUNDS:
         start, end = config["beta_start"], config["beta_end"]
         if not (_is_beta(start) and _is_beta(end) and start <= end):
             wrong = f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
+    if wrong is None and type(rescaled := config.get("rescale_betas_zero_snr", False)) not in (bool, type(None)):
+        wrong = f"rescale_betas_zero_snr of {model} is {rescaled!r}, not true or false"
     if wrong is not None:
         raise ModelError(
             f"scheduler.{wrong}",

@@ -41,9 +41,16 @@ def folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def test_a_run_of_two_models_ends_on_one_gpu(one_gpu: str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(one_gpu: str, folder: Path) -> Command:
+    """A whole run of two models."""
     with Command("run", folder / "small.yaml", environment={"RAY_ADDRESS": one_gpu}) as run:
         assert run.wait() == 0, run.errors
+    return run
+
+
+def test_a_run_of_two_models_ends_on_one_gpu(finished: Command, folder: Path) -> None:
+    run = finished
     evaluation = folder / "storage" / "runs" / "small" / "evaluation"
     assert sorted(file.name for file in evaluation.glob("*.png")) == SAMPLES
     assert "encode    starts beside ingest" not in run.output
@@ -57,6 +64,7 @@ def images(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("finished")
 def test_a_gpu_that_something_else_holds_is_waited_for_and_that_is_said(one_gpu: str, folder: Path) -> None:
     code = """
 import ray, sys
@@ -89,6 +97,7 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("finished")
 def test_after_a_kill_only_what_is_missing_is_drawn(one_gpu: str, folder: Path) -> None:
     more = ["-o", "evaluate.num_samples=12", "-o", "evaluate.batch_size=1", "-o", "evaluate.num_inference_steps=3"]
     options = ("evaluate", folder / "small.yaml", *more)
@@ -105,6 +114,7 @@ def test_after_a_kill_only_what_is_missing_is_drawn(one_gpu: str, folder: Path) 
     assert len([name for name in kept if found[name] != kept[name]]) <= 1, "the last may have had no record yet"
 
 
+@pytest.mark.usefixtures("finished")
 def test_training_on_more_gpus_than_there_are_is_an_error_with_both_numbers(one_gpu: str, folder: Path) -> None:
     options = ["-o", "train.device=gpu", "-o", "train.num_workers=2", "-o", "train.global_batch_size=4"]
     options += ["-o", "train.start_timeout_s=2"]

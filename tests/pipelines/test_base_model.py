@@ -148,6 +148,21 @@ REFUSED: dict[str, tuple[Change, str]] = {
         weights(UNET_WEIGHTS, lambda found: found.pop("conv_out.weight")),
         "the weights of the unet of {} lack conv_out.weight",
     ),
+    "weights of more layers": (
+        edit(UNET, layers_per_block=2), "unet.layers_per_block of {} is 2, and the weights of down_blocks.0 have 1 la",
+    ),
+    "layers that are a word": (edit(UNET, layers_per_block="1"), "unet.layers_per_block of {} is 1, not a whole numb"),
+    "too few kinds of blocks": (
+        edit(UNET, down_block_types=["DownBlock2D"]), "unet.down_block_types of {} is .*, and block_out_channels has 3",
+    ),
+    "attention that the configuration leaves out": (
+        edit(UNET, down_block_types=["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"]),
+        r"unet.down_block_types\[1\] of {} is DownBlock2D, and the weights of that block have attention",
+    ),
+    "attention that the weights lack": (
+        edit(UNET, up_block_types=["CrossAttnUpBlock2D"] * 3),
+        r"unet.up_block_types\[2\] of {} is CrossAttnUpBlock2D, and the weights of that block lack attention",
+    ),
     "weights of another VAE": (
         weights(
             "vae/diffusion_pytorch_model.safetensors",
@@ -253,6 +268,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "trained betas of another length": (
         edit(SCHEDULE, trained_betas=[0.01] * 50), "trained_betas of {} are 50 values, not num_train_timesteps = 1000",
     ),
+    "trained betas that fall": (
+        edit(SCHEDULE, trained_betas=[0.02] + [0.01] * 999), "trained_betas of {} fall somewhere",
+    ),
+    "zero SNR as a word": (edit(SCHEDULE, rescale_betas_zero_snr="true"), "_zero_snr of {} is 'true', not true or fal"),
     "x0": (edit(SCHEDULE, prediction_type="sample"), "scheduler.prediction_type of {} is sample; training knows"),
     "LCM's scheduler": (betas("LCMScheduler"), "distilled to a few steps: the scheduler is LCMScheduler"),
     "TCD's scheduler": (betas("TCDScheduler"), "distilled to a few steps: the scheduler is TCDScheduler"),
