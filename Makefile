@@ -27,7 +27,7 @@ bench: $(READY)
 
 # Encode beside a bare loop and the usual Ray chain (about ten minutes on 2 cores).
 bench-encode: $(READY)
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.encode --pairs 576 --rounds 1
+	PYTHONPATH=tests/support $(BIN)/python -m benchmarks.encode --pairs 576 --rounds 1
 
 # MaPO beside DPO on the product's engine: time, operations, memory (about five minutes of CPU).
 bench-cost: $(READY)

@@ -23,7 +23,7 @@ from benchmarks.alignment_data import LEVELS, SOURCE, Data, make_data
 from benchmarks.alignment_report import closest, figure, question, render, table, write
 from benchmarks.alignment_runs import METRICS, Draws, Judge, Scores, Setting, denoising_errors, train
 from pipelines.dataset.pair import TEST, VALIDATION
-from pipelines.encoders import quiet_diffusers
+from pipelines.encode.encoders import quiet_diffusers
 from training.config import EvaluateConfig
 from training.methods import METHODS
 from training.model import Base, load_base

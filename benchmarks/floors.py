@@ -28,12 +28,12 @@ from PIL import Image
 from pipelines.config import SourceConfig
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import write_unit
+from pipelines.ingest.execution import write_unit
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files
 from pipelines.sources.source import UnitSettings
-from training.index import Location, PairRecord
-from training.loader import PairLoader, PairReader
+from training.data.index import Location, PairRecord
+from training.data.loader import PairLoader, PairReader
 from training.losses import mapo_paper_loss
 
 RESULTS = Path(__file__).parent / "results" / "floors.json"

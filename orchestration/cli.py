@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from orchestration.data_commands import add_data_commands
-from orchestration.infra_commands import add_infra_commands
-from orchestration.job_commands import add_job_commands, job_of, job_text
-from orchestration.lineage_view import add_lineage_command
+from orchestration.commands.data import add_data_commands
+from orchestration.commands.infra import add_infra_commands
+from orchestration.commands.jobs import add_job_commands, job_of, job_text
+from orchestration.commands.lineage import add_lineage_command
 from pipelines.dataset.errors import ConfigError, MapoError
 from pipelines.dataset.secrets import redact
 
@@ -131,16 +131,16 @@ def _say(line: str) -> None:
 
 def _load(options: argparse.Namespace) -> "RunConfig":
     from orchestration.config import load_config
-    from orchestration.places import check_inside_job, load_located
+    from orchestration.jobs.paths import check_inside_job, load_located
 
     check_inside_job(load_config(options.config, options.overrides), _say)
     return load_located(options.config, options.overrides)[0]
 
 
 def _run(options: argparse.Namespace) -> int:
-    from orchestration.plan import BLOCKED
-    from orchestration.rerun import run_every
-    from orchestration.stages import plan_run, run_all
+    from orchestration.commands.every import run_every
+    from orchestration.driver.plan import BLOCKED
+    from orchestration.driver.runner import plan_run, run_all
 
     def load() -> "RunConfig":
         return _load(options)
@@ -159,14 +159,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from orchestration.stages import run_stages
+    from orchestration.driver.runner import run_stages
 
     run_stages(_load(options), [options.stage], _say)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from orchestration.places import load_located
-    from orchestration.status import describe_run, status_text
+    from orchestration.commands.status import describe_run, status_text
+    from orchestration.jobs.paths import load_located
 
     config, _ = load_located(options.config, options.overrides)
     described = describe_run(config)
@@ -178,7 +178,7 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from orchestration.report_writer import report_now
+    from orchestration.report.writer import report_now
 
     report_now(_load(options), config_file=options.config, say=_say)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.geometry import bucket_list, choose_bucket
+from pipelines.encode.geometry import bucket_list, choose_bucket
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"

@@ -20,7 +20,7 @@ from pipelines.dataset.model_files import STABLE_DIFFUSION, read_family
 from pipelines.dataset.pair import TRAIN, VALIDATION, Status
 from pipelines.dataset.storage import Storage
 from training.config import EvaluateConfig
-from training.index import PREFERRED
+from training.data.index import PREFERRED
 
 BOOTSTRAP_RESAMPLES = 2000
 MAX_REFERENCES = 512  # pairs that scorers learn from

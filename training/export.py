@@ -14,10 +14,10 @@ from typing import Any
 from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import Reader, committed, read_parameters
 from training.config import ExportConfig, LoraConfig
-from training.ema import EMA
-from training.zero import WEIGHT
+from training.state.checkpoint_format import Reader, committed, read_parameters
+from training.state.ema import EMA
+from training.state.zero import WEIGHT
 
 UNET, VAE, LORA = "unet", "vae", "lora"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"

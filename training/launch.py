@@ -16,12 +16,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
-from pipelines.room import total_of
-from pipelines.waiting import Lack, Wait
-from training.account import Consumed
-from training.checkpoint_format import Manifest, Reader, best_of, committed
+from pipelines.resources import total_of
+from pipelines.units.waiting import Lack, Wait
 from training.spec import TrainSpec
+from training.state.checkpoint_format import Manifest, Reader, best_of, committed
 from training.stop_request import WAITS_IN_RAY, new_flag
+from training.tracking.account import Consumed
 
 POLL_S = 1.0
 

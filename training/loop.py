@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 
 from pipelines.dataset.errors import TrainingError
-from training.account import Consumed
-from training.checkpoint import Checkpointer, gather_parts
 from training.config import NullPrompt
-from training.ema import ShardedEma
+from training.data.loader import Batch, PairLoader, PairReader
+from training.data.order import noise_seed
 from training.engine import Engine
-from training.loader import Batch, PairLoader, PairReader
 from training.losses import PairLoss
-from training.metrics import NUM_SUMS, History, means_of, pair_sums
 from training.model import Denoiser
-from training.order import noise_seed
 from training.preemption import Notice
 from training.samples import SampleGrid
 from training.schedule import learning_rate_at
 from training.spec import TrainSpec
+from training.state.checkpoint import Checkpointer, gather_parts
+from training.state.ema import ShardedEma
+from training.state.zero import ZeroState
 from training.stop_request import StopRequest
-from training.trouble import Watch
+from training.tracking.account import Consumed
+from training.tracking.anomalies import Watch
+from training.tracking.metrics import NUM_SUMS, History, means_of, pair_sums
+from training.tracking.progress import Progress, Speed
 from training.validation import Validation
-from training.workers import Progress, Speed
-from training.zero import ZeroState
 
 Turn = tuple[int, int, float]
 """step, slot, weight of the slot's mean loss."""

@@ -17,7 +17,7 @@ from pipelines.dataset.base_model import LatentSpace, check_denoiser
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig
-from training.loader import Batch
+from training.data.loader import Batch
 from training.losses import PairErrors
 
 ADAPTER = "default"

@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.dataset.model_files import weight_files
-from training.ema import ShardedEma
+from training.data.index import PairIndex, PairRecord
+from training.data.loader import PairReader
+from training.data.order import validation_seed
 from training.engine import Engine
-from training.index import PairIndex, PairRecord
-from training.loader import PairReader
 from training.model import Base
-from training.order import validation_seed
 from training.spec import TrainSpec
+from training.state.ema import ShardedEma
 
 NUM_STEPS = 20  # of Euler's method, over the base's own noise schedule
 GUIDANCE = 5.0

@@ -106,7 +106,7 @@ class TrainSpec:
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
         beside: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and training
-            starts from them; from `training.float32_base`.
+            starts from them; from `training.state.float32_base`.
         is_predicted_by_file: Whether the scheduler file says the same as `train.prediction_type`, which then changes
             nothing: it is what lets a base train that looks distilled.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32

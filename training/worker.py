@@ -12,27 +12,27 @@ import torch
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.pair import TRAIN, VALIDATION
-from training.account import Consumed
-from training.checkpoint import Checkpointer, restore
-from training.ema import ShardedEma
+from training.data.index import PairIndex, PairRecord, load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan, flips_of
+from training.data.shard_cache import ShardCache
 from training.engine import Engine, build_engine, check_machine, dtype_of, quiet_libraries, set_threads
-from training.index import PairIndex, PairRecord, load_index, load_texts
-from training.loader import PairLoader, PairReader
 from training.loop import Loop, Turn, run
 from training.losses import pair_loss
-from training.masters import start_from_base
 from training.methods import NEEDS_REFERENCE
-from training.metrics import History
 from training.model import Base, Denoiser, Reference, add_lora, load_base
-from training.order import Plan, flips_of
-from training.parent import load_parent, start_from_parent
 from training.samples import SampleGrid
-from training.shard_cache import ShardCache
 from training.spec import TrainSpec
+from training.state.checkpoint import Checkpointer, restore
+from training.state.ema import ShardedEma
+from training.state.masters import start_from_base
+from training.state.parent import load_parent, start_from_parent
+from training.state.zero import ZeroState
 from training.stop_request import StopRequest
+from training.tracking.account import Consumed
+from training.tracking.metrics import History
+from training.tracking.progress import Progress, StartUp, gather_workers
 from training.validation import Validation
-from training.workers import Progress, StartUp, gather_workers
-from training.zero import ZeroState
 
 
 def train_worker(work: Mapping[str, Any]) -> None:

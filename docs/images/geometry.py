@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from orchestration.demo.scenes import photo_folder
-from pipelines.geometry import Bucket, Cover, Placed, bucket_list, choose_bucket, cover, open_image, place_pair
+from pipelines.encode.geometry import Bucket, Cover, Placed, bucket_list, choose_bucket, cover, open_image, place_pair
 
 RESOLUTION = 1024
 OWN_LIST: tuple[Bucket, ...] = ((512, 512), (1024, 1024), (416, 608), (832, 1216), (608, 416), (1216, 832))

@@ -5,8 +5,8 @@ from pathlib import Path
 from string import Template
 
 from orchestration.config import parse_config
-from orchestration.run import Say
-from orchestration.stages import run_all
+from orchestration.driver.runner import run_all
+from orchestration.run.context import Say
 from pipelines.dataset.errors import ConfigError, StorageError
 
 CONFIG = Path(__file__).parent / "demo.yaml"

@@ -15,7 +15,7 @@ import yaml
 from orchestration.config import RunConfig, load_config
 from orchestration.infra import machines
 from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
-from orchestration.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
+from orchestration.jobs.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
 from pipelines.dataset.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent

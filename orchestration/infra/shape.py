@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestration.config import RunConfig
-from orchestration.places import NODE_LOCAL, is_relative, local_paths
+from orchestration.jobs.paths import NODE_LOCAL, is_relative, local_paths
 from pipelines.dataset.errors import ConfigError
 
 GIB = 1 << 30

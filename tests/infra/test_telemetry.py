@@ -14,7 +14,7 @@ import pytest
 import yaml
 from manifests import ROOT
 
-from orchestration import telemetry
+from orchestration.run import telemetry
 from pipelines.progress import Progress, observers
 
 ALERTS = yaml.safe_load((ROOT / "infra" / "prometheus" / "alerts.yaml").read_text())
@@ -29,8 +29,8 @@ port = int(sys.argv[1])
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
          _metrics_export_port=port, _system_config={"metrics_report_interval_ms": 300})
 from types import SimpleNamespace
-from orchestration import telemetry
-from orchestration.training_view import TrainingView
+from orchestration.run import telemetry
+from orchestration.stages.training_view import TrainingView
 from pipelines.progress import Progress
 
 with telemetry.stage("photos", "ingest"):
@@ -110,7 +110,7 @@ def test_prometheus_sees_every_number(scraped: dict[tuple[str, tuple[tuple[str, 
 def test_without_ray_nothing_is_done(run_python: Callable[[str], str]) -> None:
     code = """
 import sys
-from orchestration import telemetry
+from orchestration.run import telemetry
 from pipelines.progress import Progress
 with telemetry.stage("photos", "ingest"), Progress("ingest", 2, "units") as progress:
     progress.advance(1)

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from orchestration.course import STAGES_SHOWN, Course, read_course
-from orchestration.journal import StageRecord
+from orchestration.report.course import STAGES_SHOWN, Course, read_course
+from orchestration.run.journal import StageRecord
 
 OWN = ("train", "export", "evaluate")
 

@@ -20,7 +20,7 @@ from factories import photo_pairs, write_parquet
 
 from orchestration.config import RunConfig
 from pipelines.dataset.storage import Storage
-from pipelines.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
 
 MAX_STEPS = 120
 

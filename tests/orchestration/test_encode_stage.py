@@ -13,18 +13,18 @@ from PIL import Image
 
 import orchestration.demo
 from orchestration.config import RunConfig
-from orchestration.contact import choose_pairs, psnr, write_contact_sheet
-from orchestration.journal import Journal
-from orchestration.report import render_report
-from orchestration.report_data import Gathered, _encoding, page_images, report_data
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
+from orchestration.report.data import Gathered, _encoding, page_images, report_data
+from orchestration.report.page import render_report
+from orchestration.run.journal import Journal
+from orchestration.stages.contact_sheet import choose_pairs, psnr, write_contact_sheet
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, latents_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.encode import encode
-from pipelines.encoders import LatentEncoder, Launched, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.encoders import LatentEncoder, Launched, TextEncoder
+from pipelines.encode.execution import encode
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 
 BASE = Path(orchestration.demo.__file__).parent / "base_model"  # its VAE has learned from photos
 

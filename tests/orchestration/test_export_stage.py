@@ -16,13 +16,13 @@ from diffusers import UNet2DConditionModel
 from factories import new_pipeline
 from torch import Tensor
 
-from orchestration import actions
-from orchestration.card import model_card
+from orchestration.commands.status import describe_run
 from orchestration.config import RunConfig, parse_config
-from orchestration.evaluation import SampleModel
-from orchestration.run import Run
-from orchestration.stages import STAGES, run_stages
-from orchestration.status import describe_run
+from orchestration.driver.runner import STAGES, run_stages
+from orchestration.run.context import Run
+from orchestration.stages import actions
+from orchestration.stages.evaluation import SampleModel
+from orchestration.stages.model_card import model_card
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage

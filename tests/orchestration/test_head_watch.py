@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration.head_watch import GIVES_UP_VARIABLE, HeadWatch
-from orchestration.last_words import LastWords
+from orchestration.cluster.exit_message import LastWords
+from orchestration.cluster.head_watch import GIVES_UP_VARIABLE, HeadWatch
 from pipelines.dataset.errors import ClusterError
 
 HANGING = """
 import socket, threading, time
-from orchestration.head_watch import HeadWatch
-from orchestration.last_words import LastWords
+from orchestration.cluster.head_watch import HeadWatch
+from orchestration.cluster.exit_message import LastWords
 with LastWords() as last_words, HeadWatch("127.0.0.1:1", lambda error: None, last_words):
     time.sleep(60)
 """

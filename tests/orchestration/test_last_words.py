@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from orchestration.last_words import UNEXPECTED
+from orchestration.cluster.exit_message import UNEXPECTED
 
 DRIVER = """
 import os, signal, sys
-from orchestration.last_words import LastWords
+from orchestration.cluster.exit_message import LastWords
 with LastWords() as last_words:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # as while Ray starts
     {end}

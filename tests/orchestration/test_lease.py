@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import lease as lease_module
-from orchestration.lease import Holder, Lease, current_holder
+from orchestration.run import lease as lease_module
+from orchestration.run.lease import Holder, Lease, current_holder
 from pipelines.dataset.errors import LeaseError
 from pipelines.dataset.storage import Storage
 
 FOLDER = "runs/photos"
 HOLD = """
 import sys, time
-from orchestration.lease import Lease
+from orchestration.run.lease import Lease
 from pipelines.dataset.storage import Storage
 with Lease(Storage(sys.argv[1]), "runs/photos", "mapo run photos.yaml"):
     print("held", flush=True)

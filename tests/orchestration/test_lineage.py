@@ -16,28 +16,28 @@ import pytest
 import yaml
 from encoded import LATENTS, TEXT, write_encoded
 
-from orchestration.card import model_card
 from orchestration.cli import main
 from orchestration.config import parse_config
-from orchestration.journal import StageRecord
-from orchestration.lineage import LINEAGE, describe_lineage, lineage_of
-from orchestration.lineage_rows import ROWS_SCHEMA
-from orchestration.rounds import finish_round, made_from
-from orchestration.run import Run
-from orchestration.seen_pairs import Trained, count_pairs, seen_pairs
+from orchestration.rounds.record import LINEAGE, describe_lineage, lineage_of
+from orchestration.rounds.rows import ROWS_SCHEMA
+from orchestration.rounds.seen_pairs import Trained, count_pairs, seen_pairs
+from orchestration.rounds.series import finish_round, made_from
+from orchestration.run.context import Run
+from orchestration.run.journal import StageRecord
+from orchestration.stages.model_card import model_card
 from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import PAIRS_SCHEMA, Status, pair_key, prompt_id
 from pipelines.dataset.storage import Storage
-from pipelines.garbage import delete_garbage, find_garbage, stored_objects
-from pipelines.history import as_text, history
-from pipelines.removal import Condition, remove
-from training.account import Consumed
+from pipelines.maintenance.gc import delete_garbage, find_garbage, stored_objects
+from pipelines.maintenance.history import as_text, history
+from pipelines.maintenance.remove import Condition, remove
 from training.config import TrainConfig
-from training.index import PairIndex, load_index
+from training.data.index import PairIndex, load_index
+from training.data.order import Plan
 from training.launch import Trained as Result
-from training.order import Plan
 from training.spec import Parent, Snapshot, TrainSpec
+from training.tracking.account import Consumed
 
 CONFIG = TrainConfig(global_batch_size=8, micro_batch_size=2, max_steps=2, rounds="continue")
 

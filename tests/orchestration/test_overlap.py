@@ -10,14 +10,14 @@ from deltalake import DeltaTable
 
 from benchmarks.overlap import UNITS, SlowImages, contents, settings, write_sources
 from orchestration.config import RunConfig
-from orchestration.run import Run
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
+from orchestration.run.context import Run
 from pipelines.dataset.errors import ClusterError, ModelError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.fingerprint import latents_fingerprint
-from pipelines.room import total_of
+from pipelines.encode.fingerprint import latents_fingerprint
+from pipelines.resources import total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

@@ -12,9 +12,9 @@ from factories import new_sd15_pipeline, photo_pairs, write_parquet
 
 import orchestration
 from orchestration.config import RunConfig, parse_config
-from orchestration.journal import Journal
-from orchestration.stages import plan_run, run_stages
-from orchestration.training_notes import learning_rate, training_notes, training_settings
+from orchestration.driver.runner import plan_run, run_stages
+from orchestration.run.journal import Journal
+from orchestration.stages.training_notes import learning_rate, training_notes, training_settings
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 from training.methods import METHODS, RATES, default_rate

@@ -12,9 +12,10 @@ from browser import CONTRAST, look, needs_chromium
 from PIL import Image
 from report_sample import CONTACT, GRIDS, PROMPTS, Page, encoding_data, landscape, running, sample_data, sample_images
 
-from orchestration import encoding_view, report
-from orchestration.report import render_report
-from orchestration.report_data import sample_grids
+from orchestration.report import encoding as encoding_view
+from orchestration.report import page as report
+from orchestration.report.data import sample_grids
+from orchestration.report.page import render_report
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from report_sample import Page
 
-from orchestration import report_writer
 from orchestration.config import parse_config
-from orchestration.journal import Journal
-from orchestration.lease import Lease, Terms
-from orchestration.live_curves import SEEN, SeenSteps, live_history
-from orchestration.report_data import report_data
-from orchestration.report_writer import ReportWriter, write_report
-from orchestration.run import Run
-from orchestration.run_index import INDEX, SUMMARY
-from orchestration.stages import _growing_report
+from orchestration.driver.runner import _growing_report
+from orchestration.report import writer as report_writer
+from orchestration.report.data import report_data
+from orchestration.report.index import INDEX, SUMMARY
+from orchestration.report.live_curves import SEEN, SeenSteps, live_history
+from orchestration.report.writer import ReportWriter, write_report
+from orchestration.run.context import Run
+from orchestration.run.journal import Journal
+from orchestration.run.lease import Lease, Terms
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import MANIFEST, STATE, Manifest
+from training.state.checkpoint_format import MANIFEST, STATE, Manifest
 
 KEY = "0123456789abcdef"
 WORKER = {"rank": 0, "world_size": 1, "node": "10.0.0.1", "pid": 1, "device": "cpu", "backend": "gloo", "zero_stage": 2}
@@ -147,7 +147,7 @@ def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, mo
     for minute, (event, facts) in enumerate(
         (("began", {}), ("failed", {"message": "x"}), ("began", {}), ("began", {}), ("stopped", {"reason": "y"}))
     ):
-        monkeypatch.setattr("orchestration.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
+        monkeypatch.setattr("orchestration.run.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
         run.journal.event(event, stage="train", **facts)
     put_progress(run, 5)
     cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False)["cost"]
@@ -186,7 +186,7 @@ def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytes
     monkeypatch.setattr(report_writer, "log", log)
     monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     monkeypatch.setattr(Storage, "write", refuse)
-    monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
+    monkeypatch.setattr("orchestration.report.writer.MAX_LOAD", 1e9)
     with ReportWriter(run, command="mapo run", every_s=0.01):
         wait_for(lambda: caplog.text.count("report not written: no space left") >= 2)
 

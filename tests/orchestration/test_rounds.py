@@ -15,10 +15,10 @@ from factories import photo_pairs, write_parquet
 from kept import keep_rows, rows_in
 from torch import zeros
 
-from orchestration import actions
 from orchestration.cli import main
 from orchestration.config import parse_config
-from orchestration.rounds import (
+from orchestration.driver.runner import run_stages
+from orchestration.rounds.series import (
     check_next_round,
     check_parent,
     finish_round,
@@ -28,18 +28,18 @@ from orchestration.rounds import (
     reads_the_same,
     rounds_of,
 )  # fmt: skip
-from orchestration.run import Run
-from orchestration.stages import run_stages
-from pipelines.compaction import compact
+from orchestration.run.context import Run
+from orchestration.stages import actions
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.removal import Condition, remove
-from training.checkpoint_format import committed
+from pipelines.maintenance.compact import compact
+from pipelines.maintenance.remove import Condition, remove
 from training.export import read_weights
 from training.launch import Trained
 from training.spec import Snapshot, TrainSpec
+from training.state.checkpoint_format import committed
 
 LATENTS, TEXT = "a" * 32, "b" * 32
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from factories import photo_pairs, write_parquet
 
-from orchestration import actions
 from orchestration.config import load_config
-from orchestration.run import Run
+from orchestration.run.context import Run
+from orchestration.stages import actions
 from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.table import Table
 

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_sample import Page, sample_data, sample_images
 
-from orchestration.run_index import INDEX, SUMMARY, differing, in_script, read_summaries, render_index, write_index
-from orchestration.run_summary import MAX_LINE, settings, summary_of
+from orchestration.report.index import INDEX, SUMMARY, differing, in_script, read_summaries, render_index, write_index
+from orchestration.report.summary import MAX_LINE, settings, summary_of
 from pipelines.dataset.storage import Storage
 
 HOSTILE = '"><script>alert(1)</script><!--'

@@ -13,14 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration import dashboard
-from orchestration.bundle import MAX_SENT_BYTES, bundled
 from orchestration.cli import main, parser
+from orchestration.commands.jobs import parse_settings
 from orchestration.config import RunConfig, load_config, parse_config
-from orchestration.dashboard import resolve_address
-from orchestration.job_commands import parse_settings
-from orchestration.jobs import Job, Jobs
-from orchestration.places import (
+from orchestration.jobs import client as dashboard
+from orchestration.jobs.api import Job, Jobs
+from orchestration.jobs.bundle import MAX_SENT_BYTES, bundled
+from orchestration.jobs.client import resolve_address
+from orchestration.jobs.paths import (
     JOB_VARIABLE,
     absolute_overrides,
     check_inside_job,
@@ -29,7 +29,7 @@ from orchestration.places import (
     submission_id,
     yaml_text,
 )
-from orchestration.submit import jobs_of, next_id, prepare
+from orchestration.jobs.submit import jobs_of, next_id, prepare
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 RUN = {

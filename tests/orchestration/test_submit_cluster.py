@@ -20,9 +20,9 @@ from ray_head import BIN, RayHead, ray_head
 
 from orchestration.cli import main
 from orchestration.config import load_config
-from orchestration.job_logs import follow
-from orchestration.jobs import Job, Jobs
-from orchestration.submit import prepare, submit
+from orchestration.jobs.api import Job, Jobs
+from orchestration.jobs.logs import follow
+from orchestration.jobs.submit import prepare, submit
 from pipelines.dataset.errors import ClusterError, JobError
 from pipelines.dataset.secrets import is_secret_name
 
@@ -33,9 +33,9 @@ TALK = f"import time\nfor i in range({NUM_LINES}): print('line', i, 'ö', flush=
 DRIVER = """
 import sys, time
 from orchestration.config import load_config
-from orchestration.driver import driving
-from orchestration.interruption import Stopped
-from orchestration.run import Run
+from orchestration.driver.session import driving
+from orchestration.cluster.signals import Stopped
+from orchestration.run.context import Run
 try:
     with driving(Run.open(load_config(sys.argv[1]), print)):
         print("driving", flush=True)

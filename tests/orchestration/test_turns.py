@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from orchestration import evaluation, turns
 from orchestration.config import RunConfig
-from orchestration.drawn_samples import DrawnSamples
-from orchestration.evaluation import SampleModel, draw_samples
-from orchestration.turns import Room, draw_missing, find_room
-from pipelines import waiting
+from orchestration.stages import evaluation, turns
+from orchestration.stages.drawn_samples import DrawnSamples
+from orchestration.stages.evaluation import SampleModel, draw_samples
+from orchestration.stages.turns import Room, draw_missing, find_room
 from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.storage import Storage
-from pipelines.room import Demand
+from pipelines.resources import Demand
+from pipelines.units import waiting
 
 FOLDER = "runs/small/evaluation"
 PROMPTS, SEEDS = ["a cat", "a red house", "a dog"], [0, 1, 2]

@@ -17,8 +17,8 @@ from PIL import Image
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason
 from pipelines.dataset.storage import Storage
-from pipelines.images import ImageInfo, inspect_image
-from pipelines.pair_shards import MAX_PROMPT_CHARACTERS, judge, write_unit
+from pipelines.ingest.image_check import ImageInfo, inspect_image
+from pipelines.ingest.pair_shards import MAX_PROMPT_CHARACTERS, judge, write_unit
 from pipelines.sources.labels import from_labels, from_votes
 from pipelines.sources.source import SourceFile, SourceRow, Unit, UnitSettings, make_unit
 
@@ -171,7 +171,7 @@ def test_the_whole_corpus_goes_through_a_unit_and_every_row_comes_out(tmp_path: 
     (tmp_path / "g").write_bytes(GOOD)
     (tmp_path / "o").write_bytes(OTHER)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    from pipelines.ingest import plan_units
+    from pipelines.ingest.execution import plan_units
 
     config = IngestConfig(sources=(SourceConfig(format="jsonl", path=str(tmp_path / "rows.jsonl")),))
     (planned,) = plan_units(config)

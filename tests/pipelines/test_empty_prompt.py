@@ -9,23 +9,23 @@ import torch
 from encode_steps import CountingTexts, encode_here, files_of, ingest_here
 from factories import photo_pairs, write_parquet
 
-from orchestration.actions import encode_check, encode_is_done, train_refusal, train_spec
 from orchestration.config import RunConfig
-from orchestration.dataset_view import describe_encoding
-from orchestration.run import Run
+from orchestration.run.context import Run
+from orchestration.stages.actions import encode_check, encode_is_done, train_refusal, train_spec
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import pairs_table, text_table
 from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.storage import Storage
-from pipelines.empty_prompt import version_without_it
-from pipelines.encode_plan import is_encoded, pending
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
-from pipelines.verify import verify
+from pipelines.encode.empty_prompt import version_without_it
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.plan import is_encoded, pending
+from pipelines.maintenance.describe import describe_encoding
+from pipelines.maintenance.verify import verify
 from training.config import TrainConfig
-from training.index import load_texts
-from training.reader import PairReader
+from training.data.index import load_texts
+from training.data.reader import PairReader
 from training.spec import Snapshot
 
 

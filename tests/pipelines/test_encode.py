@@ -21,7 +21,7 @@ from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
-import pipelines.unit_pool
+import pipelines.units.pool
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import (
     ConfigError,
@@ -35,12 +35,12 @@ from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, 
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.encode import encode
-from pipelines.encode_plan import pending
-from pipelines.encoders import LatentEncoder, Launched, TextEncoder
-from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
-from pipelines.geometry import bucket_list, place_pair
-from pipelines.latents import LatentWriter, WriteLatents
+from pipelines.encode.encoders import LatentEncoder, Launched, TextEncoder
+from pipelines.encode.execution import encode
+from pipelines.encode.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
+from pipelines.encode.geometry import bucket_list, place_pair
+from pipelines.encode.latents import LatentWriter, WriteLatents
+from pipelines.encode.plan import pending
 
 CPU = torch.device("cpu")
 
@@ -364,7 +364,7 @@ def test_planning_needs_neither_ray_nor_torch(
         "import sys\n"
         "from pipelines.config import EncodeConfig\n"
         "from pipelines.dataset.storage import Storage\n"
-        "from pipelines.encode_plan import pending\n"
+        "from pipelines.encode.plan import pending\n"
         f"todo = pending(EncodeConfig(model={config.model!r}, resolution=64), Storage({storage.url!r}))\n"
         "heavy = {'ray', 'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "print(len(todo.latents), len(todo.texts), sorted(heavy))"

@@ -17,10 +17,10 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import DropBudgetExceeded, ShardCorrupt
 from pipelines.dataset.layout import latents_table
 from pipelines.dataset.storage import Storage
-from pipelines.encode_ahead import LatentsAhead
-from pipelines.encode_plan import Unit, pending_latents
-from pipelines.fingerprint import latents_fingerprint
-from pipelines.unit_feed import UnitFeed, _Units
+from pipelines.encode.ahead import LatentsAhead
+from pipelines.encode.fingerprint import latents_fingerprint
+from pipelines.encode.plan import Unit, pending_latents
+from pipelines.units.feed import UnitFeed, _Units
 
 NUM_CPUS = 6  # of the cluster: an actor's threads, which sums of floats depend on
 ROWS = photo_pairs(8, num_prompts=4)

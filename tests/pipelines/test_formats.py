@@ -22,7 +22,7 @@ from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import plan_units
+from pipelines.ingest.execution import plan_units
 from pipelines.sources import SOURCES
 from pipelines.sources.cells import Cells
 from pipelines.sources.files import list_files, split_called, split_of_file

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.geometry import (
+from pipelines.encode.geometry import (
     MAX_AREA_ERROR,
     SDXL_BUCKETS,
     bucket_list,

@@ -18,14 +18,14 @@ import pytest
 import webdataset
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import DropBudgetExceeded, SourceError, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import (
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import (
     MAX_UNITS_A_TASK,
     in_tasks,
     ingest,
@@ -34,7 +34,7 @@ from pipelines.ingest import (
     plan_units,
     write_unit,
 )
-from pipelines.pair_shards import write_units
+from pipelines.ingest.pair_shards import write_units
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -48,7 +48,7 @@ import ray
 from pipelines.config import IngestConfig
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.ingest import ingest
+from pipelines.ingest.execution import ingest
 
 config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
 options, moment, commits = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])

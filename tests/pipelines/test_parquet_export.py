@@ -8,12 +8,12 @@ from factories import photo_pairs
 from kept import images_in, keep, keep_rows, rows_in
 
 from orchestration.cli import main
-from pipelines import parquet_export
 from pipelines.dataset.errors import ConfigError, ShardCorrupt, SnapshotError
 from pipelines.dataset.pair import PAIRS_SCHEMA
 from pipelines.dataset.storage import Storage
-from pipelines.parquet_export import export_parquet
-from pipelines.removal import Condition, remove
+from pipelines.maintenance import export as parquet_export
+from pipelines.maintenance.export import export_parquet
+from pipelines.maintenance.remove import Condition, remove
 
 
 @pytest.fixture

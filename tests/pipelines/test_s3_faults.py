@@ -17,7 +17,6 @@ import yaml
 from factories import photo_pairs, write_parquet
 from s3_faults import Fault, FaultyProxy, faulty_proxy
 
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset import object_store
 from pipelines.dataset import storage as storage_module
@@ -25,8 +24,9 @@ from pipelines.dataset.errors import ShardCorrupt, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import MAX_ATTEMPTS, Storage
 from pipelines.dataset.table import Landed, Table
-from pipelines.ingest import ingest, pending_of, plan_units
-from pipelines.pair_shards import write_units
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import ingest, pending_of, plan_units
+from pipelines.ingest.pair_shards import write_units
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
 DATA = hashlib.shake_256(b"faults").digest(100_000)

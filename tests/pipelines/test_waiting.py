@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from small_cluster import small_cluster
 
-from pipelines import waiting
-from pipelines.autoscaler import has_autoscaler
 from pipelines.dataset.errors import ClusterError
-from pipelines.room import Demand
-from pipelines.waiting import Lack, Wait, wait_for, wait_until_placed
+from pipelines.resources import Demand
+from pipelines.units import waiting
+from pipelines.units.autoscaler import has_autoscaler
+from pipelines.units.waiting import Lack, Wait, wait_for, wait_until_placed
 
 NOBODY_HAS = Demand("CPU", {"of no node": 1})
 HEAD, OF_GPUS = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}, {"resources": {"CPU": 1, "GPU": 1}}
@@ -130,7 +130,7 @@ def test_both_kinds_of_autoscaler_are_seen(
         environment |= {"RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "ray.head.default"}
     code = """
 import ray, sys, time
-from pipelines.autoscaler import has_autoscaler
+from pipelines.units.autoscaler import has_autoscaler
 ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
 deadline = time.monotonic() + 30
 while (found := has_autoscaler()) is None and time.monotonic() < deadline:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.account import Consumed
+from training.tracking.account import Consumed
 
 BATCHES = [(step, slot, [f"{step}-{slot}-{i}" for i in range(2)]) for step in range(5) for slot in range(12)]
 

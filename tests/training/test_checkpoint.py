@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.errors import ShardCorrupt, TrainingError
 from pipelines.dataset.storage import Storage
-from training.checkpoint import Checkpointer, remove_old, write_rank
-from training.checkpoint_format import Manifest, Reader, best_of, committed, read_parameters
-from training.zero import Fragment
+from training.state.checkpoint import Checkpointer, remove_old, write_rank
+from training.state.checkpoint_format import Manifest, Reader, best_of, committed, read_parameters
+from training.state.zero import Fragment
 
 FOLDER = "checkpoints"
 SHAPES = {"first": (3, 5), "second": (7,), "third": (2, 2, 4)}

@@ -10,9 +10,9 @@ from engine_work import CONFIG, in_half, losses_of_configs, on_nvme, plain_adamw
 from ranks import on_ranks
 
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
+from training.state.checkpoint_format import committed
 
 
 def with_(**changes) -> TrainConfig:

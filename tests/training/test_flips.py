@@ -11,13 +11,13 @@ from encoded import write_base, write_encoded
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
-from training.index import PairIndex, load_index, load_texts
+from training.data.index import PairIndex, load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan, flips_of, noise_seed
 from training.launch import train
-from training.loader import PairLoader, PairReader
 from training.loop import draw_with
 from training.losses import mapo_paper_loss
 from training.model import Denoiser, load_base
-from training.order import Plan, flips_of, noise_seed
 from training.spec import Snapshot, TrainSpec, base_digest
 from training.worker import make_plan, turns
 

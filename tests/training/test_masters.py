@@ -15,13 +15,13 @@ from ranks import on_ranks
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
-from training.float32_base import float32_beside
-from training.masters import StoredWeights, note_on
 from training.spec import Snapshot, TrainSpec
-from training.zero import Fragment
+from training.state.checkpoint_format import committed
+from training.state.float32_base import float32_beside
+from training.state.masters import StoredWeights, note_on
+from training.state.zero import Fragment
 
 RATE = 5e-6  # in 20 steps the whole move of 2000 cosine steps at the default rate of 1e-7
 STEPS = 20

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.storage import Storage
 from training.losses import PairErrors
-from training.metrics import NUM_SUMS, History, MetricsWriter, means_of, pair_sums
+from training.tracking.metrics import NUM_SUMS, History, MetricsWriter, means_of, pair_sums
 
 T = 1000
 VALUES = st.floats(0, 4, width=32)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ConfigError
-from training.order import Plan, noise_seed, permute, validation_seed
+from training.data.order import Plan, noise_seed, permute, validation_seed
 
 KEYS = st.integers(0, 2**64 - 1)
 GOLDEN_BATCHES = [

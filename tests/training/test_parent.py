@@ -21,13 +21,13 @@ from ranks import on_ranks
 from pipelines.dataset.errors import ConfigError, ModelError, ShardCorrupt
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
 from training.launch import Trained, train
 from training.model import add_lora, load_base
-from training.parent import check_parent_is_there, load_parent, open_parent
 from training.spec import Parent, TrainSpec, base_digest
+from training.state.checkpoint_format import committed
+from training.state.parent import check_parent_is_there, load_parent, open_parent
 
 FOLDER = "runs/test/checkpoints/0123456789abcdef"
 

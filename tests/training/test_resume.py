@@ -15,10 +15,10 @@ from killer import check_killed_run
 
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.launch import Trained, train
 from training.spec import TrainSpec, base_digest
+from training.state.checkpoint_format import committed
 
 STEPS = 32
 CONFIG = TrainConfig(
@@ -114,7 +114,7 @@ def test_a_notice_that_a_node_will_go_gives_a_checkpoint_in_time(data, tmp_path)
     spec = run_of(data, "preempted", **changes)
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     driver = [sys.executable, "-m", "preempted", str(tmp_path / "spec")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     done = subprocess.run(driver, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

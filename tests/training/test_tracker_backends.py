@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.dataset.storage import Storage
-from training import trackers
-from training.trackers import Tracker, open_trackers
+from training.tracking import trackers
+from training.tracking.trackers import Tracker, open_trackers
 
 PARAMETERS = {"method": "mapo_paper", "loss": {"beta": 8.0}, "targets": ["to_q", "to_k"], "lora": None}
 FOLDER = "runs/photos"

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.dataset.errors import ConfigError
-from training import trackers
-from training.trackers import Tracker, check_trackers
+from training.tracking import trackers
+from training.tracking.trackers import Tracker, check_trackers
 
 
 class Service:
@@ -134,7 +134,7 @@ def test_a_folder_of_the_name_is_no_package(monkeypatch, tmp_path) -> None:
 def test_checking_imports_none_of_them(run_python) -> None:
     code = """if True:
         import sys
-        from training.trackers import check_trackers
+        from training.tracking.trackers import check_trackers
         check_trackers(["tensorboard"])
         print(*{"wandb", "mlflow", "tensorboard"} & set(sys.modules))
     """

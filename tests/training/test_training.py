@@ -14,14 +14,14 @@ from pipelines.dataset.errors import TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import ExportConfig, TrainConfig
+from training.data.index import load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan, noise_seed
 from training.export import export_model
-from training.index import load_index, load_texts
 from training.launch import Trained, train
-from training.loader import PairLoader, PairReader
 from training.loop import draw_with
 from training.losses import mapo_paper_loss
 from training.model import Denoiser, load_base
-from training.order import Plan, noise_seed
 from training.spec import TrainSpec, base_digest
 from training.worker import make_plan
 

@@ -1,0 +1,275 @@
+"""Generate the pages of docs that follow from the code: configuration keys, commands, and the map of the modules.
+
+`python docs/generate.py` rewrites them; tests/test_docs.py fails while they are stale.
+"""
+
+import argparse
+import ast
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from orchestration.cli import parser
+from orchestration.config import RunConfig
+from training.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "reference"
+FLOORS = ("orchestration", "training", "pipelines")
+ARCHITECTURE_HEAD = """# Architecture
+
+Three floors; inside a floor, rooms (folders) with one job each. `orchestration` uses `training` and `pipelines`;
+`training` uses nothing of `pipelines` but `pipelines.dataset`, the contract between the floors; nothing looks up.
+import-linter checks the floors and the layers of the rooms (`make lint`).
+"""
+BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
+NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
+CONFIGURATION_HEAD = """# Configuration
+
+One YAML file describes a run. Unknown keys are errors, and so are values out of range; nothing is ignored. The resolved
+configuration, with every default, is kept at `runs/<name>/config.json` on the storage.
+
+`-o key.path=value` overrides a key from the command line, any number of times. The value is read as YAML; a number in
+the path is a place in a list, counted from 0:
+
+```
+mapo run photos.yaml -o train.max_steps=100 -o ingest.sources.0.path=/data/more/*.parquet
+```
+
+Which sections a command needs: `ingest` needs `ingest`; `encode` and `evaluate` need `encode`; `train` needs `encode`
+and `train`; `export` needs `encode` and `train`; `run` needs all three. `export` and `evaluate` have defaults for
+everything.
+
+Local paths may be relative to the folder in which the command runs, and may begin with `~`; `config.json` has them
+absolute. `mapo submit` makes them absolute before it sends a job, which runs in a folder of its own; with plain
+`ray job submit` [give absolute paths or URLs](../guides/jobs.md#plain-ray-job-submit).
+"""
+
+COMMANDS_HEAD = """# Commands
+
+`mapo` is the console script; `python -m orchestration` is the same.
+
+Exit codes: 0 done, 1 the job failed, 2 the command or the configuration is wrong, 130 stopped. An error is one
+message with a `hint:`; `--debug`, after the command, adds the traceback. [Errors](errors.md) lists them all.
+"""
+
+COMMANDS_TAIL = """## Environment
+
+| variable | effect |
+|---|---|
+| `RAY_API_SERVER_ADDRESS` | Where `mapo submit` and `mapo logs` find Ray's dashboard without `--address`; then `RAY_ADDRESS`. |
+| `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `RAY_JOB_HEADERS` | What lets a client in; see [Jobs](../guides/jobs.md#what-lets-a-client-in). |
+| `RAY_ADDRESS` | The Ray cluster to connect to. Without it a command starts a Ray of its own on this machine, and stops it at the end. |
+| `MAPO_STORAGE_PATIENCE_S` | Seconds for which a run waits for an object store that does not answer; default 300 while a run is driven, 0 otherwise. |
+| `MAPO_CACHE` | The node's folder for models fetched from a URL; default `~/.cache/mapo`. |
+| `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Read by the hub's client, for models named by a hub id. |
+| `AWS_*`, `GOOGLE_APPLICATION_CREDENTIALS` | Credentials of an object store; see [On a cluster](../guides/cluster.md#object-storage). |
+| `TORCH_EXTENSIONS_DIR` | Where what DeepSpeed compiles for `train.offload: nvme` is kept; default `~/.cache/torch_extensions`. |
+"""  # noqa: E501
+
+Option = tuple[str, str, str]
+
+
+def configuration_page() -> str:
+    """docs/reference/configuration.md."""
+    parts = [_head("configuration_page"), CONFIGURATION_HEAD, *_section(RunConfig, "")]
+    parts.append("## Losses\n\nWhat `train.loss` may hold, by `train.method`; [the formulas](../concepts/losses.md).\n")
+    rows = [(f"`{name}`", _parameters(values)) for name, values in METHODS.items()]
+    parts.append(_table(("method", "parameters and defaults"), rows))
+    return "\n".join(parts)
+
+
+def commands_page() -> str:
+    """docs/reference/commands.md."""
+    parts = [_head("commands_page"), COMMANDS_HEAD]
+    for name, command, summary in commands(parser(), "mapo"):
+        usage, options = _usage(name, command)
+        parts.append(f"## `{name}`\n\n{summary[0].upper()}{summary[1:]}.\n\n```\n{usage}\n```\n")
+        parts.append(_table(("argument", "meaning"), [(f"`{shown}`", text) for shown, text, _ in options]))
+    return "\n".join([*parts, COMMANDS_TAIL])
+
+
+def commands(top: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
+    """Every command that does something: its full name, its parser, its help."""
+    for group in _groups(top):
+        helps = {choice.dest: choice.help or "" for choice in group._choices_actions}
+        for word, command in group.choices.items():
+            if _groups(command):
+                yield from commands(command, f"{name} {word}")
+            else:
+                yield f"{name} {word}", command, helps.get(word, "")
+
+
+def _groups(command: argparse.ArgumentParser) -> "list[argparse._SubParsersAction[argparse.ArgumentParser]]":
+    return [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
+
+
+def _usage(name: str, command: argparse.ArgumentParser) -> tuple[str, list[Option]]:
+    """The usage line of a command, and for each argument: how it is written, its help, its part of the usage."""
+    options: list[Option] = []
+    for action in command._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+        text = ((action.help or "") % {"default": action.default}).strip()
+        if not action.option_strings:
+            options.append((value, text, value if action.nargs != "?" else f"[{value}]"))
+            continue
+        shown = action.option_strings[0] + ("" if action.nargs == 0 else f" {value}")
+        again = " ..." if isinstance(action, argparse._AppendAction) else ""
+        options.append((shown, f"{text}; may be given several times" if again else text, f"[{shown}{again}]"))
+    options.sort(key=lambda option: (option[0].startswith("-"), option[0] == "--debug"))
+    return " ".join([name, *(part for _, _, part in options)]), options
+
+
+def _section(model: type[BaseModel], path: str) -> list[str]:
+    """A heading, a table of the keys and the rules of one section, then the sections inside it."""
+    title = f"## `{path}`" if path else "## Top level"
+    rows, inner = [], []
+    for name, field in model.model_fields.items():
+        key = f"{path}.{name}" if path else name
+        section = _model_in(field.annotation)
+        if section is not None:
+            inner += _section(section, f"{key}[]" if _is_list(field.annotation) else key)
+        meaning = " ".join((field.description or "").split())
+        rows.append((f"`{name}`", _type(field, section, key), _default(field, section), meaning))
+    text = f"{title}\n\n{inspect.getdoc(model)}\n\n" + _table(("key", "type", "default", "meaning"), rows)
+    if rules := _rules(model):
+        text += "\nRules:\n\n" + "".join(f"- `{name}`: {rule}\n" for name, rule in rules)
+    return [text, *inner]
+
+
+def _rules(model: type[BaseModel]) -> list[tuple[str, str]]:
+    """The validators of a section by name, with their docstrings."""
+    found = model.__pydantic_decorators__
+    of_fields = [(name, inspect.getdoc(each.func)) for name, each in found.field_validators.items()]
+    of_models = [(name, inspect.getdoc(each.func)) for name, each in found.model_validators.items()]
+    return [(name, rule or "") for name, rule in of_fields + of_models]
+
+
+def _type(field: FieldInfo, section: type[BaseModel] | None, key: str) -> str:
+    if section is not None:
+        anchor = key.replace(".", "")  # as GitHub makes it from the heading
+        link = f"list of [sections](#{anchor})" if _is_list(field.annotation) else f"[section](#{anchor})"
+        return f"{link} or null" if _is_optional(field.annotation) else link
+    bounds = []
+    for limit in field.metadata:
+        if type(limit) in BOUNDS:
+            attribute, sign = BOUNDS[type(limit)]
+            bounds.append(f"{sign} {getattr(limit, attribute):,}")
+        elif isinstance(limit, MinLen):
+            bounds.append("not empty")
+    return ", ".join([_type_name(field.annotation), *bounds])
+
+
+def _type_name(annotation: Any) -> str:
+    """A type as a person says it: `text or null`, "list of text", `a`, `b` or `c`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        shown = [f"`{value}`" for value in arguments]
+        return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"names with a {_type_name(arguments[1])} each"
+    return NAMES[annotation]
+
+
+def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
+    if field.default_factory is not None:
+        return "by other keys" if field.default_factory_takes_validated_data else "`{}`"
+    if field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, BaseModel):
+        return "its defaults"
+    value: Any = field.default
+    plain = {None: "null", True: "true", False: "false"}
+    shown = plain[value] if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        shown = f"[{', '.join(str(each) for each in value)}]"
+    return f"`{shown}`"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is tuple
+
+
+def _is_optional(annotation: Any) -> bool:
+    return types.NoneType in typing.get_args(annotation)
+
+
+def _parameters(values: typing.Mapping[str, float]) -> str:
+    return ", ".join(f"`{name}` {value:g}" for name, value in values.items()) or "none"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def _head(function: str) -> str:
+    return f"<!-- Written by `python docs/generate.py` ({function}); do not edit. -->\n"
+
+
+def architecture_page() -> str:
+    """Return the map of floors, rooms and modules, from their docstrings."""
+    lines = [_head("architecture_page"), ARCHITECTURE_HEAD]
+    for floor in FLOORS:
+        rooms = sorted(file.parent for file in (ROOT / floor).rglob("__init__.py"))
+        for room in rooms:
+            depth = "##" if room == ROOT / floor else "###"
+            summary, _, rest = _docstring(room / "__init__.py").partition("\n\n")
+            lines.append(
+                f"\n{depth} `{room.relative_to(ROOT)}/`\n\n{summary}\n" + (f"\n{rest}\n" if rest else "") + "\n"
+            )
+            modules = sorted(file for file in room.glob("*.py") if not file.name.startswith("__"))
+            lines += [f"- `{file.name}`: {_docstring(file).partition(chr(10) * 2)[0]}\n" for file in modules]
+    return "".join(lines)
+
+
+def _docstring(file: Path) -> str:
+    """Return a module's docstring; fail for a module without one."""
+    found = ast.get_docstring(ast.parse(file.read_text()))
+    assert found, f"{file} has no docstring"
+    return found.strip()
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page with its text."""
+    return {
+        FOLDER / "configuration.md": configuration_page(),
+        FOLDER / "commands.md": commands_page(),
+        ROOT / "docs" / "concepts" / "architecture.md": architecture_page(),
+    }
+
+
+def main() -> None:
+    """Rewrite the pages that changed."""
+    for file, text in pages().items():
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+            sys.stdout.write(f"{file}\n")
+
+
+if __name__ == "__main__":
+    main()

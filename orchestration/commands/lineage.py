@@ -1,0 +1,102 @@
+"""`mapo lineage`: from an exported model back to its rounds and source rows."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MAX_SOURCES = 20  # shown on a terminal
+
+NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
+
+
+def add_lineage_command(new: NewCommand) -> None:
+    """Add `mapo lineage`."""
+    command = new("lineage", "what a model was trained on: its rounds, their snapshots, and the source rows", _lineage)
+    command.add_argument("model", metavar="MODEL", help="folder of an exported model, path or fsspec URL")
+    command.add_argument("--storage", metavar="URL", help="where the data set is, if it is not where the model says")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument(
+        "--rows", metavar="FILE", help="write a row for each pair that was trained on: new parquet file, path or URL"
+    )
+    command.add_argument(
+        "--pair", metavar="KEY", help="was it trained on? a pair_key, or the row of a source as URI#ROW"
+    )
+
+
+def _lineage(options: argparse.Namespace) -> None:
+    from orchestration.rounds.record import describe_lineage
+
+    told = describe_lineage(options.model, storage=options.storage, rows=options.rows, pair=options.pair)
+    text = json.dumps(told, indent=2) if options.json else lineage_text(told)
+    sys.stdout.write(text + "\n")
+
+
+def lineage_text(told: dict[str, Any]) -> str:
+    """The description for a terminal."""
+    lineage = told["lineage"]
+    if told["pairs"] is not None:
+        return "\n".join(_pair_lines(told["pairs"]))
+    lines = [
+        f"{lineage['run']}, round {lineage['round']} · {told['model']}",
+        f"{'weights':<11} {lineage['weights']}, {lineage['checkpoint']}",
+        f"{'base':<11} {lineage['base']['model']}, digest {lineage['base']['digest']}",
+        f"{'data set':<11} {lineage['storage']}, version {lineage['snapshot']['pairs_version']}",
+    ]
+    counts = (told["trained_on"] or {}).get("rounds", {})
+    lines += [_round_line(each, counts.get(str(each["round"]))) for each in lineage["rounds"]]
+    if told["trained_on"] is not None:
+        total = told["trained_on"]
+        removed = f", {total['removed']:,} of them removed since" if total["removed"] else ""
+        lines.append(f"{'trained on':<11} {total['pairs']:,} pairs{removed}")
+    sources = told["sources"] or []
+    lines += [_source_line(each) for each in sources[:MAX_SOURCES]]
+    if len(sources) > MAX_SOURCES:
+        lines.append(f"{len(sources) - MAX_SOURCES:,} more sources: `--json` lists all")
+    return "\n".join([*lines, *(f"note: {note}" for note in told["notes"])])
+
+
+def _round_line(record: dict[str, Any], counts: dict[str, int] | None) -> str:
+    name = f"round {record['round']}"
+    if record.get("is_lost"):
+        return f"{name:<11} key {record['key']}: no record"
+    start = "the base" if record["parent"] is None else f"round {record['parent']['round']}"
+    size = record["order"]["global_batch_size"]
+    line = f"{name:<11} {record['finished_at']}  key {record['key']}  from {start}, version "
+    line += f"{record['snapshot']['pairs_version']}, {record['step']:,} of {record['steps']:,} steps of {size:,} pairs"
+    if counts is not None:
+        line += f": saw {counts['trained_on']:,} of the {counts['pairs']:,} pairs of the snapshot"
+        line += f", {counts['first_time']:,} for the first time" if counts["first_time"] < counts["trained_on"] else ""
+    return line
+
+
+def _source_line(source: dict[str, Any]) -> str:
+    splits = [
+        f"{split} {', '.join(f'{count:,} {status}' for status, count in sorted(statuses.items()))}"
+        for split, statuses in sorted(source["rows"].items())
+    ]
+    read = sum(count for statuses in source["rows"].values() for count in statuses.values())
+    line = f"  {source['uri']} ({source['source']}): {source['trained_on']:,} trained on of {read:,} rows read"
+    line += f"; {'; '.join(splits)}" if splits else ""
+    return line + (f"; {source['removed']:,} trained on and removed since" if source["removed"] else "")
+
+
+def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
+    if not pairs:
+        return ["no such pair in any snapshot of this model, nor in the data set as it is now"]
+    lines = []
+    for pair in pairs:
+        trained = [str(each["round"]) for each in pair["rounds"] if each["trained_on"]]
+        verdict = f"trained on in round {', '.join(trained)}" if trained else "not trained on"
+        lines.append(f"{pair['pair_key']}  {verdict}{'; removed since' if pair['removed'] else ''}")
+        for each in pair["rounds"]:
+            what = (
+                "trained on" if each["trained_on"] else "in the snapshot, not reached" if each["in_snapshot"] else None
+            )
+            row = ", ".join(str(each[name]) for name in ("status", "reason", "split") if each[name] is not None)
+            lines.append(
+                f"  round {each['round']}  {what or 'not in the snapshot to train on'}{f' ({row})' if row else ''}"
+            )
+        lines += [f"  now  {row['source_uri']}#{row['source_row']}  {row['status']}" for row in pair["rows"]]
+    return lines

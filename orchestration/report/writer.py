@@ -1,0 +1,157 @@
+"""Writes a run's page and the index of runs: once when asked, or again and again beside a stage."""
+
+import contextlib
+import logging
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+from orchestration.config import RunConfig
+from orchestration.report.data import Gathered, page_images, report_data
+from orchestration.report.live_curves import SEEN, SeenSteps
+from orchestration.run.context import Run, Say
+from pipelines.dataset.errors import MapoError
+
+EVERY_S = 60.0
+LOOK_S = 5.0  # as often as workers write their progress
+MAX_LOAD = 0.05  # of the time: a page that takes long is written less often
+CLOSE_S = 60.0  # that the last page may take
+
+log = logging.getLogger(__name__)
+
+
+def write_report(
+    run: Run,
+    *,
+    command: str,
+    is_driven: bool | None = None,
+    gathered: Gathered | None = None,
+    is_stopped: threading.Event | None = None,
+) -> str:
+    """Write the run's page, its summary and the index of runs, as the storage has the run at this moment.
+
+    Can be called at any time: before any stage has run, while one runs (also from another machine), after a failure.
+
+    Args:
+        run: The run.
+        command: What brings the run to its end, where its journal does not know.
+        is_driven: Whether a driver works on the run: False for the driver's own last page; by default the lease tells.
+        gathered: What an earlier call has read.
+        is_stopped: Nothing is written any more once it is set.
+
+    Returns:
+        The page's name on the storage.
+    """
+    from orchestration.report.index import write_index
+    from orchestration.report.page import render_report  # Pillow, NumPy and Jinja: not before they are needed
+    from orchestration.report.summary import summary_of
+
+    data = report_data(run.config, run.storage, run.journal, command=command, is_driven=is_driven, gathered=gathered)
+    page = render_report(data, page_images(run.storage, run.folder, data)).encode()
+    may_write = (lambda: True) if is_stopped is None else (lambda: not is_stopped.is_set())
+    if may_write():
+        run.storage.write(run.report, page)
+        write_index(run.storage, summary_of(data), may_write=may_write)
+    if data["state"] == "finished":
+        run.storage.delete(f"{run.folder}/{SEEN}")
+    return run.report
+
+
+def report_now(config: RunConfig, *, config_file: str, say: Say) -> None:
+    """Write both pages of a run as it is now, and say where they are.
+
+    Args:
+        config: The run's.
+        config_file: Where it was read from.
+        say: Where the lines go.
+    """
+    from orchestration.report.index import INDEX
+
+    run = Run.open(config, say)
+    page = write_report(run, command=shlex.join(["mapo", "run", config_file]))
+    say(f"report  {run.storage.uri(page)}\nruns    {run.storage.uri(INDEX)}")
+
+
+class ReportWriter:
+    """Writes the report every minute or so while a stage runs; a context manager.
+
+    No failure of it is one of the run: it is logged, and the next page is tried in its turn. After it was closed
+    nothing is written.
+
+    Args:
+        run: The run.
+        command: As of `write_report`.
+        every_s: Seconds between two pages; more where a page takes more than MAX_LOAD of that.
+    """
+
+    def __init__(self, run: Run, *, command: str, every_s: float = EVERY_S) -> None:
+        self._run, self._command, self._every_s = run, command, every_s
+        self._closed, self._asked = threading.Event(), threading.Event()
+        self._gathered = Gathered()
+        self._thread = threading.Thread(target=self._work, name="report", daemon=True)
+
+    def __enter__(self) -> "ReportWriter":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End; a page that is being written is waited for, and dropped if it takes longer than CLOSE_S."""
+        self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_S)
+
+    def write(self, *, is_driven: bool | None = True) -> None:
+        """Write the page now, in this thread: between stages, or with `is_driven=False` at the driver's end.
+
+        Args:
+            is_driven: As of `write_report`.
+        """
+        with self._forgiven("report"):
+            write_report(self._run, command=self._command, is_driven=is_driven, gathered=self._gathered)
+
+    def _work(self) -> None:
+        train = self._run.config.train
+        seen = None
+        with self._forgiven("curves"):
+            if train is not None:
+                seen = SeenSteps(self._run.storage, self._run.folder, validate_every=train.validate_every)
+        next_page = time.monotonic()
+        while not self._closed.is_set():
+            if seen is not None:
+                with self._forgiven("curves"):
+                    seen.look()
+            if time.monotonic() >= next_page:
+                next_page = self._page(seen)
+            self._closed.wait(min(LOOK_S, self._every_s))
+
+    def _page(self, seen: SeenSteps | None) -> float:
+        """Write a page; gives the time of the next one."""
+        started = time.monotonic()
+        with self._forgiven("report"):
+            if seen is not None:
+                seen.save()
+            write_report(
+                self._run,
+                command=self._command,
+                is_driven=True,
+                gathered=self._gathered,
+                is_stopped=self._closed,
+            )
+        ended = time.monotonic()
+        return ended + max(self._every_s, (ended - started) / MAX_LOAD)
+
+    @contextlib.contextmanager
+    def _forgiven(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except MapoError as error:
+            log.warning("%s not written: %s", what, error.message)
+        except Exception:  # the run goes on whatever becomes of its page
+            log.warning("%s not written", what, exc_info=True)

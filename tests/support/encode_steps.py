@@ -1,0 +1,87 @@
+"""Ingest and encode without Ray: the same units, shards and commits; for tests of encode."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
+from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
+from pipelines.dataset.storage import Storage
+from pipelines.encode.encoders import Embedded, LatentEncoder, Launched, TextEncoder
+from pipelines.encode.fingerprint import fingerprint_of, note_parts
+from pipelines.encode.latents import LatentWriter
+from pipelines.encode.plan import Pending, pending
+from pipelines.encode.texts import TextWriter
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import plan_units, write_unit
+
+
+@dataclass
+class Counting:
+    """A VAE that counts the images it is given."""
+
+    encoder: LatentEncoder
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    def launch(self, images: Any) -> Launched:
+        self.shapes += [image.shape for image in images]
+        return self.encoder.launch(images)
+
+
+@dataclass
+class CountingTexts:
+    """Text encoders that note the prompts they are given."""
+
+    encoder: TextEncoder
+    prompts: list[str] = field(default_factory=list)
+
+    def __call__(self, prompts: list[str]) -> list[Embedded]:
+        self.prompts += prompts
+        return self.encoder(prompts)
+
+    def null(self) -> Embedded:
+        return self.encoder.null()
+
+
+def write_latents(
+    unit: str, rows: Any, config: EncodeConfig, storage: Storage, fingerprint: str, vae: Any, num_threads: int = 1
+) -> Any:
+    """The rows of a single unit of pairs, whose shard is written."""
+    return LatentWriter(config, storage, fingerprint, vae, num_threads).write(unit, rows)[0]
+
+
+def write_texts(unit: str, rows: Any, config: EncodeConfig, storage: Storage, fingerprint: str, text: Any) -> Any:
+    """The rows of a single unit of prompts, whose shard is written."""
+    return TextWriter(config, storage, fingerprint, text).write(unit, rows)[0]
+
+
+def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "header"] = "full") -> None:
+    """Ingest without Ray: the same units, shards and commits."""
+    table = pairs_table(storage)
+    sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
+    units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources, image_check=image_check))}
+    for identity in table.uncommitted(list(units)):
+        Committer(table).append(identity, write_unit(units[identity], storage))
+
+
+def encode_here(
+    config: EncodeConfig, storage: Storage, vae: Any, text: Any, num_threads: int = 1, *, with_empty: bool = False
+) -> Pending:
+    """Encode without Ray: the same units, shards and commits."""
+    todo = pending(config, storage, with_empty=with_empty)
+    for folder, parts in ((LATENTS, todo.latents_parts), (TEXT, todo.text_parts)):
+        note_parts(storage, folder, parts)
+    name = fingerprint_of(todo.text_parts)
+    for unit in todo.texts:
+        rows = write_texts(unit.id, unit.rows, config, storage, name, text)
+        text_table(storage, name).append(unit.id, rows)
+    name = fingerprint_of(todo.latents_parts)
+    for unit in todo.latents:
+        rows = write_latents(unit.id, unit.rows, config, storage, name, vae, num_threads)
+        latents_table(storage, name).append(unit.id, rows)
+    return todo
+
+
+def files_of(storage: Storage) -> dict[str, int]:
+    root = Path(storage.path())
+    return {str(file.relative_to(root)): file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
