@@ -2,11 +2,14 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import doc_names
 import generate as reference
 import pytest
+import python_page
 import yaml
 
 from orchestration.cli import parser
@@ -20,7 +23,10 @@ from training.methods import METHODS
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = [README, ROOT / "infra" / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "infra" / "README.md", *sorted(DOCS.rglob("*.md"))]
+PYTHON = DOCS / "reference" / "python.md"
+OF_TODAY = [page for page in PAGES if page != DOCS / "log.md"]
+"""Pages about what is; the lab book says what was tried, under the names of its day."""
 PACKAGES = ("pipelines", "training", "orchestration")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -170,3 +176,77 @@ def test_the_demo_is_described_as_it_is_configured() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_nothing_is_left_to_do(page: Path) -> None:
     assert "TODO" not in page.read_text()
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=title)
+def test_every_name_in_code_type_exists(page: Path) -> None:
+    """Paths, modules, commands, options, keys, and every single word, which must be in the code or known as foreign."""
+    text = page.read_text()
+    assert [span for span in doc_names.spans(text) if not doc_names.is_sound(span)] == []
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=title)
+def test_every_command_and_import_in_code_blocks_exists(page: Path) -> None:
+    text = page.read_text()
+    wrong = {line: doc_names.problem_of_command(line) for line in doc_names.command_lines(text)}
+    assert {line: problem for line, problem in wrong.items() if problem} == {}
+    assert list(doc_names.missing_imports(text)) == []
+
+
+def test_names_of_every_kind_are_looked_at() -> None:
+    spans = [span for page in OF_TODAY for span in doc_names.spans(page.read_text())]
+    kinds = Counter(doc_names.kind_of(span) for span in spans)
+    least = {"command": 50, "error": 10, "file": 100, "key": 50, "metric": 10, "name": 10, "option": 50, "path": 20}
+    least |= {"setting": 30, "stored": 15, "word": 500}
+    assert {kind: kinds[kind] for kind, count in least.items() if kinds[kind] < count} == {}
+    assert sum(1 for page in OF_TODAY for _ in doc_names.command_lines(page.read_text())) >= 40
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "training/zero.py", "encode_plan.py", "pipelines.encode_plan", "pipelines.ingest.pending_units",
+        "mapo data tidy", "mapo run CONFIG --never", "make coffee", "--never", "train.learning_rat",
+        "-o train.learning_rat=1", "rats: 2", "NoSuchError", "runs/<name>/attic.json", "pending_unit",
+        "ray_mapo_nothing",
+    ],
+)  # fmt: skip
+def test_a_name_that_does_not_exist_is_found(span: str) -> None:
+    assert not doc_names.is_sound(span)
+
+
+def test_every_python_name_and_signature_is_as_documented() -> None:
+    text = PYTHON.read_text()
+    assert python_page.problems(text) == []
+    listed = python_page.entries(text)
+    assert len(listed) >= 60
+    assert sum(called is not None for _, _, called in listed) >= 55
+    assert {name for _, name, _ in listed} >= {f"{method}_loss" for method in METHODS}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("`pending_of(", "`pending_units("),
+        ("`PairReader.read(records)`", "`PairReader.pair(record)`"),
+        ('wanted="auto"', 'wanted="ema"'),
+        ("*, beta, gamma", "beta, gamma"),
+        ("its `folder`", "its `place`"),
+        ("`training.data.order`", "`training.order`"),
+    ],
+)
+def test_a_stale_entry_of_the_python_page_is_found(old: str, new: str) -> None:
+    text = PYTHON.read_text()
+    assert old in text
+    try:
+        assert python_page.problems(text.replace(old, new))
+    except ModuleNotFoundError:
+        assert new == "`training.order`"
+
+
+def test_the_python_page_computes_losses_as_it_says() -> None:
+    torch = pytest.importorskip("torch")
+    names = {"prediction": torch.rand(4, 4, 8, 8, requires_grad=True), "target": torch.rand(4, 4, 8, 8)}
+    for block in blocks(PYTHON, "python")[:2]:
+        exec(compile(block, PYTHON.name, "exec"), names)
+    assert names["prediction"].grad is not None
