@@ -16,8 +16,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
-from pipelines.resources import total_of
-from pipelines.units.waiting import Lack, Wait
 from training.spec import TrainSpec
 from training.state.checkpoint_format import Manifest, Reader, best_of, committed
 from training.stop_request import WAITS_IN_RAY, new_flag
@@ -53,7 +51,12 @@ class Trained:
     starts: int
 
 
-def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
+def train(
+    spec: TrainSpec,
+    watch: Callable[[Progress], None],
+    *,
+    wait_for_gpus: Callable[[bool], None] = lambda has_begun: None,
+) -> Trained:
     """Train on `num_workers` Ray Train workers until `max_steps`; needs a running Ray.
 
     A run that was interrupted goes on from its last checkpoint; so do workers that die, up to `max_failures` times.
@@ -61,10 +64,12 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     Args:
         spec: The run.
         watch: Called about once a second with the run's progress.
+        wait_for_gpus: Called about once a second while workers on GPUs train, or are to, with whether they have begun.
+            Raises ClusterError where the GPUs of `device: gpu` do not come; by default they are waited for without end.
 
     Raises:
         TrainingError: The cluster is too small, or the workers failed too often.
-        ClusterError: The GPUs of `device: gpu` did not come.
+        ClusterError: As `wait_for_gpus` raises it.
         KeyboardInterrupt: As it was raised in this thread, after the workers have written a checkpoint and ended.
     """
     quiet_ray_train(spec)
@@ -73,12 +78,11 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     trainer = _trainer(spec, flag, use_gpu=use_gpu)
     spec.storage.delete(spec.stop_file)
     progress, fit = _ProgressFile(spec, watch), _Fit(trainer)
-    first_workers, later_workers = wait_for_gpus(spec), wait_for_gpus(spec, has_begun=True)
     try:
         while not fit.is_over(POLL_S):
             progress.look()
             if use_gpu:
-                (later_workers if progress.has_begun else first_workers).look()
+                wait_for_gpus(progress.has_begun)
         progress.look()
     except ClusterError as error:  # Ray Train still asks for workers: nobody may begin this training beside it
         error.ends_process = True
@@ -144,7 +148,7 @@ def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
 def check_cluster(spec: TrainSpec) -> bool:
     """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever.
 
-    With `device: gpu` nodes may still come: see `wait_for_gpus`.
+    With `device: gpu` nodes may still come: see `train`.
     """
     resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
     if spec.config.device == "gpu":
@@ -164,37 +168,6 @@ def check_cluster(spec: TrainSpec) -> bool:
             "start Ray with more CPUs (`ray start --head --num-cpus N`) or lower `train.num_workers`",
         )
     return False
-
-
-def wait_for_gpus(spec: TrainSpec, *, has_begun: bool = False) -> Wait:
-    """Return the wait for as many GPUs as the workers need at least: Ray Train asks for them without end.
-
-    Args:
-        spec: The run.
-        has_begun: Workers were there and have lost nodes, which may come back: `start_timeout_s`, or its default.
-    """
-    wanted, _ = spec.config.worker_range
-
-    def find_lack() -> Lack | None:
-        there = int(total_of("GPU", {}))
-        if there >= wanted:
-            return None
-        found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, and training asks for {wanted}"
-        return Lack(f"{found}; waiting for {wanted - there} more", found)
-
-    is_set = has_begun or "start_timeout_s" in spec.config.model_fields_set
-    timeout_s = spec.config.start_timeout_s if is_set else None
-    way_out = "add GPU nodes, lower `train.num_workers` (a range such as 2..8 takes what there is), or set "
-    way_out += "`train.device: cpu`; `train.start_timeout_s` allows a longer wait"
-    in_use = None if has_begun else "waiting for free GPUs"
-    return Wait("train", find_lack, in_use, timeout_s=timeout_s, way_out=way_out, is_waiting=_has_pending_workers)
-
-
-def _has_pending_workers() -> bool:
-    """Whether a group of workers of this process waits in Ray for resources."""
-    job = ray.get_runtime_context().get_job_id()
-    groups = ray.util.placement_group_table().values()  # an id ends with its job's
-    return any(group["state"] == "PENDING" and group["placement_group_id"].endswith(job) for group in groups)
 
 
 def quiet_ray_train(spec: TrainSpec) -> None:

@@ -275,6 +275,7 @@ def run_train(run: Run, key: str) -> Outcome:
     """MaPO on DeepSpeed ZeRO, from the last checkpoint of this key if there is one."""
     from orchestration.rounds.seen_pairs import count_pairs
     from orchestration.rounds.series import finish_round, forget_old_rounds, made_from
+    from orchestration.stages.gpu_wait import GpuWait
     from orchestration.stages.training_view import TrainingView
     from training.launch import train
     from training.state.parent import check_parent_is_there
@@ -288,7 +289,7 @@ def run_train(run: Run, key: str) -> Outcome:
     # From now on `mapo data gc` keeps what this training reads, however long it takes.
     run.storage.write(f"{run.folder}/snapshot.json", json.dumps(asdict(spec.snapshot)).encode())
     with TrainingView(spec, run.say) as view:
-        trained = train(spec, view.watch)
+        trained = train(spec, view.watch, wait_for_gpus=GpuWait(spec).look)
     for worker in trained.workers:
         run.say(
             f"train     rank {worker['rank']} of world size {worker['world_size']}: trained on "
