@@ -26,10 +26,10 @@ from orchestration.jobs.paths import (
     check_inside_job,
     load_located,
     shared_paths,
-    submission_id,
     yaml_text,
 )
 from orchestration.jobs.submit import jobs_of, next_id, prepare
+from orchestration.run.job_id import submission_id
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 RUN = {

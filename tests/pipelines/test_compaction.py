@@ -22,8 +22,8 @@ from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table,
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.encode.plan import latent_units
+from pipelines.maintenance import compact as compaction
 from pipelines.maintenance.compact import compact
-from pipelines.maintenance.compact import compact as compaction
 from pipelines.maintenance.occupancy import pair_shards, runs
 from pipelines.maintenance.remove import Condition, remove
 from pipelines.maintenance.verify import verify
