@@ -38,7 +38,7 @@ AWS_SESSION_TOKEN HTTPS_PROXY MLFLOW_TRACKING_TOKEN NO_PROXY RAY_USE_TLS WANDB_A
 WANDB_MODE IPC_LOCK ValueError restricted finally string_view ext q4 m_c m_r ref_c ref_r clip_skip
 trust_remote_code set_attention_backend get_scheduler force_zeros_for_empty_prompt timestep_spacing
 latest get_local_fp32_param set_local_hp_param
-train.py train_diffusion_orpo_sdxl_lora.py train_diffusion_orpo_sdxl_lora_wds.py
+train.py utils.py train_diffusion_orpo_sdxl_lora.py train_diffusion_orpo_sdxl_lora_wds.py
 registry.py jpg_0.jpg jpg_1.jpg label_0.txt label_1.txt caption.txt
 """
 FOREIGN = frozenset(_FOREIGN_WORDS.split())
