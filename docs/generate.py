@@ -3,13 +3,12 @@
 `python docs/generate.py` rewrites them; tests/test_docs.py fails while they are stale.
 """
 
-import argparse
 import ast
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from orchestration.cli import parser
+from orchestration.cli import COMMANDS
+from orchestration.commands.options import Command, Option
 from orchestration.config import RunConfig
 from training.methods import METHODS
 
@@ -76,8 +76,6 @@ COMMANDS_TAIL = """## Environment
 | `TORCH_EXTENSIONS_DIR` | Where what DeepSpeed compiles for `train.offload: nvme` is kept; default `~/.cache/torch_extensions`. |
 """  # noqa: E501
 
-Option = tuple[str, str, str]
-
 
 def configuration_page() -> str:
     """docs/reference/configuration.md."""
@@ -91,44 +89,19 @@ def configuration_page() -> str:
 def commands_page() -> str:
     """docs/reference/commands.md."""
     parts = [_head("commands_page"), COMMANDS_HEAD]
-    for name, command, summary in commands(parser(), "mapo"):
-        usage, options = _usage(name, command)
-        parts.append(f"## `{name}`\n\n{summary[0].upper()}{summary[1:]}.\n\n```\n{usage}\n```\n")
-        parts.append(_table(("argument", "meaning"), [(f"`{shown}`", text) for shown, text, _ in options]))
+    for command in COMMANDS:
+        parts.append(f"## `mapo {command.name}`\n\n{command.summary}\n\n```\n{_usage(command)}\n```\n")
+        rows = [(f"`{option.shown}`", _meaning(option)) for option in command.arguments]
+        parts.append(_table(("argument", "meaning"), rows))
     return "\n".join([*parts, COMMANDS_TAIL])
 
 
-def commands(top: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
-    """Every command that does something: its full name, its parser, its help."""
-    for group in _groups(top):
-        helps = {choice.dest: choice.help or "" for choice in group._choices_actions}
-        for word, command in group.choices.items():
-            if _groups(command):
-                yield from commands(command, f"{name} {word}")
-            else:
-                yield f"{name} {word}", command, helps.get(word, "")
+def _usage(command: Command) -> str:
+    return " ".join([f"mapo {command.name}", *(option.usage for option in command.arguments)])
 
 
-def _groups(command: argparse.ArgumentParser) -> "list[argparse._SubParsersAction[argparse.ArgumentParser]]":
-    return [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
-
-
-def _usage(name: str, command: argparse.ArgumentParser) -> tuple[str, list[Option]]:
-    """The usage line of a command, and for each argument: how it is written, its help, its part of the usage."""
-    options: list[Option] = []
-    for action in command._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-        text = ((action.help or "") % {"default": action.default}).strip()
-        if not action.option_strings:
-            options.append((value, text, value if action.nargs != "?" else f"[{value}]"))
-            continue
-        shown = action.option_strings[0] + ("" if action.nargs == 0 else f" {value}")
-        again = " ..." if isinstance(action, argparse._AppendAction) else ""
-        options.append((shown, f"{text}; may be given several times" if again else text, f"[{shown}{again}]"))
-    options.sort(key=lambda option: (option[0].startswith("-"), option[0] == "--debug"))
-    return " ".join([name, *(part for _, _, part in options)]), options
+def _meaning(option: Option) -> str:
+    return f"{option.meaning}; may be given several times" if option.is_repeated else option.meaning
 
 
 def _section(model: type[BaseModel], path: str) -> list[str]:

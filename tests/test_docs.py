@@ -1,6 +1,7 @@
 """The documentation against the code: nothing stale, nothing left out, no link that leads nowhere."""
 
-import argparse
+import contextlib
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pytest
 import python_page
 import yaml
 
-from orchestration.cli import parser
+from orchestration.cli import COMMANDS, parser
+from orchestration.commands.options import Command
 from orchestration.config import RunConfig, parse_config
 from orchestration.demo.run import CONFIG
 from pipelines.dataset.errors import ConfigError, JobError, MapoError
@@ -75,24 +77,33 @@ def test_generated_pages_are_current(page: Path) -> None:
 
 def test_every_command_is_documented_and_has_help() -> None:
     text = (DOCS / "reference" / "commands.md").read_text()
-    found = list(reference.commands(parser(), "mapo"))
-    assert len(found) >= 10
-    for name, command, summary in found:
-        assert f"\n## `{name}`\n" in text
-        assert summary
-        assert command.description
-        for action in command._actions:
-            assert action.help, f"{name} {action.dest} has no help"
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        assert f"\n## `mapo {command.name}`\n" in text
+        assert command.help
+        for option in command.arguments:
+            assert option.help, f"{command.name} {option.name} has no help"
+            assert option.shown in text
 
 
-def test_no_option_is_hidden() -> None:
-    for name, command, _ in reference.commands(parser(), "mapo"):
-        assert all(action.help != argparse.SUPPRESS for action in command._actions), name
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_reference_of_a_command_is_what_argparse_says(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option is hidden, and none is described that does not exist."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stdout(io.StringIO()) as out:
+        parser().parse_args([*command.name.split(), "--help"])
+    assert left.value.code == 0
+    told = " ".join(out.getvalue().split())
+    assert command.summary in told
+    for option in command.arguments:
+        assert option.meaning in told
+    listed = re.findall(r"^  (-[-\w]+|[A-Z]+)\b", out.getvalue(), re.MULTILINE)
+    assert sorted(listed) == sorted(["-h", *(option.name for option in command.arguments)])
 
 
 def test_every_command_is_in_the_readme() -> None:
     spans = doc_names.spans(README.read_text())
-    for name, _, _ in reference.commands(parser(), "mapo"):
+    for name in (f"mapo {command.name}" for command in COMMANDS):
         assert any(span == name or span.startswith(f"{name} ") for span in spans), name
 
 

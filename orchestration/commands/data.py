@@ -1,61 +1,15 @@
-"""`mapo data`: look at a data set, check it, take rows out, tidy it up."""
+"""`mapo data`: describe a data set, verify it, remove rows, reclaim space, export it."""
 
 import argparse
 import contextlib
-import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 
-from orchestration.commands.options import parse_duration
+from orchestration.commands.options import JSON, Command, Option, parse_duration, place, say, say_json
 
 SHORTEST_GRACE = timedelta(hours=1)
-
-NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
-
-
-def add_data_commands(new: NewCommand) -> None:
-    """Add every command below `mapo data`; each takes the storage first."""
-
-    def command(name: str, text: str, action: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-        added = new(name, text, action)
-        added.add_argument("storage", metavar="STORAGE", help="path or fsspec URL")
-        return added
-
-    show = command("show", "snapshot, rows by status, shards, bytes", _show)
-    show.add_argument("--json", action="store_true", help="as JSON")
-    command("verify", "every committed byte against its digest", _verify)
-    remove = command("remove", "take pairs out, with all their rows; the bytes go with `compact` and `gc`", _remove)
-    remove.add_argument(
-        "--where", action="append", required=True, metavar="CONDITION",
-        help="key=HEX, prompt=TEXT, prompt~REGEX, user=ID, source=FORMAT or source=URI; all must hold",
-    )  # fmt: skip
-    remove.add_argument("--dry-run", action="store_true", help="count only")
-    command("compact", "rewrite shards without what no row points to, and merge the tables' small files", _compact)
-    gc = command("gc", "delete what no version in use points to", _gc)
-    gc.add_argument(
-        "--grace", default="7d", metavar="TIME",
-        help="keep what is younger, and versions that were in use since: 90m, 12h, 7d (default: %(default)s)",
-    )  # fmt: skip
-    gc.add_argument("--force", action="store_true", help="allow a grace period below 1h: nothing else may be running")
-    gc.add_argument("--dry-run", action="store_true", help="list only")
-    history = command("history", "versions of the table: when, what, which units, which runs need it", _history)
-    history.add_argument(
-        "--limit", type=int, default=20, metavar="N", help="so many of the newest, 0 for all (default: %(default)s)"
-    )
-    history.add_argument("--json", action="store_true", help="as JSON")
-    export = command("export", "the kept pairs as plain parquet", _export)
-    export.add_argument(
-        "--parquet", required=True, metavar="TARGET", help="new file (.parquet) or folder, path or fsspec URL"
-    )
-    export.add_argument("--images", action="store_true", help="with image bytes, as a Pick-a-Pic source")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -75,7 +29,10 @@ def _show(options: argparse.Namespace) -> None:
     from pipelines.maintenance.describe import as_text, describe_dataset
 
     described = describe_dataset(Storage(options.storage))
-    _say(json.dumps(described, indent=2) if options.json else as_text(described))
+    if options.json:
+        say_json(described)
+    else:
+        say(as_text(described))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -88,7 +45,7 @@ def _verify(options: argparse.Namespace) -> None:
     with _cluster() as on_cluster:
         differences = verify(storage, shards, on_cluster=on_cluster)
     for line in differences:
-        _say(line)
+        say(line)
     if differences:
         raise ShardCorrupt(
             f"{len(differences):,} difference{'s' if len(differences) > 1 else ''} "
@@ -96,7 +53,7 @@ def _verify(options: argparse.Namespace) -> None:
             "put these objects back from a copy; the bytes of a pair shard follow from its source file and the "
             "settings, so that an ingest into an empty storage makes the same ones",
         )
-    _say(f"{len(shards):,} shards, {sum(shard.num_bytes for shard in shards):,} bytes: all as committed")
+    say(f"{len(shards):,} shards, {sum(shard.num_bytes for shard in shards):,} bytes: all as committed")
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -107,9 +64,9 @@ def _remove(options: argparse.Namespace) -> None:
     removed = remove(Storage(options.storage), conditions, dry_run=options.dry_run)
     verb = "would be removed" if options.dry_run else "removed"
     parts = ", ".join(f"{count:,} {status}" for status, count in sorted(removed.rows.items()))
-    _say(f"{removed.num_rows:,} rows of {removed.num_pairs:,} pairs {verb}" + (f": {parts}" if parts else ""))
+    say(f"{removed.num_rows:,} rows of {removed.num_pairs:,} pairs {verb}" + (f": {parts}" if parts else ""))
     if removed.num_rows and not options.dry_run:
-        _say("their bytes stay on the storage until `mapo data compact` and, after the grace period, `mapo data gc`")
+        say("their bytes stay on the storage until `mapo data compact` and, after the grace period, `mapo data gc`")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -121,8 +78,8 @@ def _compact(options: argparse.Namespace) -> None:
             line = f"{done.what}: {done.num_rewritten:,} shards rewritten"
             line += f", {done.bytes_before:,} → {done.bytes_after:,} bytes" if done.num_rewritten else ""
             line += f", {done.rows_deleted:,} rows deleted" if done.rows_deleted else ""
-            _say(f"{line}; {done.files_before:,} → {done.files_after:,} files of the table")
-    _say("what was replaced stays until `mapo data gc`, after the grace period")
+            say(f"{line}; {done.files_before:,} → {done.files_after:,} files of the table")
+    say("what was replaced stays until `mapo data gc`, after the grace period")
 
 
 def _gc(options: argparse.Namespace) -> None:
@@ -135,8 +92,8 @@ def _gc(options: argparse.Namespace) -> None:
     num_objects = num_bytes = 0
     for each in deleted:
         num_objects, num_bytes = num_objects + 1, num_bytes + each.num_bytes
-        _say(f"{each.name}  {each.num_bytes:,}")
-    _say(f"{num_objects:,} objects, {num_bytes:,} bytes {'would be deleted' if options.dry_run else 'deleted'}")
+        say(f"{each.name}  {each.num_bytes:,}")
+    say(f"{num_objects:,} objects, {num_bytes:,} bytes {'would be deleted' if options.dry_run else 'deleted'}")
 
 
 def grace_period(text: str, force: bool = False) -> timedelta:
@@ -161,7 +118,10 @@ def _history(options: argparse.Namespace) -> None:
     from pipelines.maintenance.history import as_text, history
 
     entries = history(Storage(options.storage), max(0, options.limit) or None)
-    _say(json.dumps([asdict(entry) for entry in entries], indent=2) if options.json else as_text(entries))
+    if options.json:
+        say_json([asdict(entry) for entry in entries])
+    else:
+        say(as_text(entries))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -169,4 +129,75 @@ def _export(options: argparse.Namespace) -> None:
     from pipelines.maintenance.export import export_parquet
 
     done = export_parquet(Storage(options.storage), options.parquet, images=options.images)
-    _say(f"{done.num_pairs:,} pairs in {done.num_files:,} files, {done.num_bytes:,} bytes: {options.parquet}")
+    say(f"{done.num_pairs:,} pairs in {done.num_files:,} files, {done.num_bytes:,} bytes: {options.parquet}")
+
+
+STORAGE = Option("STORAGE", "path or fsspec URL", type=place)
+COMMANDS = (
+    Command("data show", "show the snapshot, rows by status, shards and bytes", _show, (STORAGE, JSON)),
+    Command("data verify", "check every committed byte against its digest", _verify, (STORAGE,)),
+    Command(
+        "data remove",
+        "remove pairs, with all their rows; `compact` and `gc` then free their bytes",
+        _remove,
+        (
+            STORAGE,
+            Option(
+                "--where",
+                "key=HEX, prompt=TEXT, prompt~REGEX, user=ID, source=FORMAT or source=URI; a pair must meet all",
+                metavar="CONDITION",
+                is_required=True,
+                is_repeated=True,
+            ),
+            Option("--dry-run", "only count"),
+        ),
+    ),
+    Command(
+        "data compact",
+        "rewrite shards without the bytes that no row references, and merge the tables' small files",
+        _compact,
+        (STORAGE,),
+    ),
+    Command(
+        "data gc",
+        "delete objects that no live version references",
+        _gc,
+        (
+            STORAGE,
+            Option(
+                "--grace",
+                "keep objects younger than this, and versions that were in use since: 90m, 12h, 7d",
+                metavar="TIME",
+                default="7d",
+            ),
+            Option("--force", "allow a grace period below 1h; nothing else may be using the storage"),
+            Option("--dry-run", "only list"),
+        ),
+    ),
+    Command(
+        "data history",
+        "list versions of the table: when, what, which units, which runs need it",
+        _history,
+        (
+            STORAGE,
+            Option("--limit", "how many of the newest to list, 0 for all", metavar="N", type=int, default=20),
+            JSON,
+        ),
+    ),
+    Command(
+        "data export",
+        "export the kept pairs as plain parquet",
+        _export,
+        (
+            STORAGE,
+            Option(
+                "--parquet",
+                "new file (.parquet) or folder, path or fsspec URL",
+                metavar="TARGET",
+                type=place,
+                is_required=True,
+            ),
+            Option("--images", "with image bytes, as a Pick-a-Pic source"),
+        ),
+    ),
+)

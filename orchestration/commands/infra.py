@@ -1,16 +1,13 @@
-"""`mapo infra`: manifests for a cluster, filled from the configuration."""
+"""`mapo infra`: manifests for a cluster, filled in from the configuration."""
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestration.commands.options import CONFIGURED, Command, Option, say, write
+
 if TYPE_CHECKING:
     from orchestration.infra.render import Settings
-
-NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
-Configured = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 TARGETS = ("kuberay", "kuberay-cluster", "kuberay-cron", "aws", "gcp", "skypilot", "docker")
 TEXTS = {
@@ -39,26 +36,6 @@ SWITCHES = {
 }
 
 
-def add_infra_commands(new: NewCommand, configured: Configured) -> None:
-    """Add every command below `mapo infra`."""
-    render = configured(new("render", "manifests for a cluster, filled from the configuration", _render))
-    render.add_argument(
-        "--target", required=True, metavar="TARGET", choices=TARGETS, help=f"one of {', '.join(TARGETS)}"
-    )
-    render.add_argument(
-        "--output", metavar="DIR", help="write the target's files there, instead of one stream to stdout"
-    )
-    for name, (metavar, text) in TEXTS.items():
-        render.add_argument(f"--{name}", metavar=metavar, help=text)
-    for name, text in NUMBERS.items():
-        render.add_argument(f"--{name}", type=int, metavar="N", help=text)
-    render.add_argument(
-        "--node-selector", action="append", default=[], metavar="LABEL=VALUE", help="a label that GPU nodes must have"
-    )
-    for name, text in SWITCHES.items():
-        render.add_argument(f"--{name}", action="store_true", help=text)
-
-
 def settings_of(options: argparse.Namespace) -> "Settings":
     """The options that were given; what was left out has the default of `Settings`.
 
@@ -84,10 +61,30 @@ def _render(options: argparse.Namespace) -> None:
 
     settings = settings_of(options)
     if options.output is None:
-        sys.stdout.write(render_stream(options.config, options.overrides, options.target, settings))
+        write(render_stream(options.config, options.overrides, options.target, settings))
         return
     for name, text in render_files(options.config, options.overrides, options.target, settings).items():
         path = Path(options.output) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        sys.stdout.write(f"{path}\n")
+        say(str(path))
+
+
+COMMANDS = (
+    Command(
+        "infra render",
+        "render manifests for a cluster, filled in from the configuration",
+        _render,
+        (
+            *CONFIGURED,
+            Option("--target", f"one of {', '.join(TARGETS)}", metavar="TARGET", choices=TARGETS, is_required=True),
+            Option(
+                "--output", "write the target's files to this folder, instead of one stream to stdout", metavar="DIR"
+            ),
+            *(Option(f"--{name}", text, metavar=metavar) for name, (metavar, text) in TEXTS.items()),
+            *(Option(f"--{name}", text, metavar="N", type=int) for name, text in NUMBERS.items()),
+            Option("--node-selector", "a label that GPU nodes must have", metavar="LABEL=VALUE", is_repeated=True),
+            *(Option(f"--{name}", text) for name, text in SWITCHES.items()),
+        ),
+    ),
+)

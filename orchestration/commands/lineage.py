@@ -1,36 +1,21 @@
 """`mapo lineage`: from an exported model back to its rounds and source rows."""
 
 import argparse
-import json
-import sys
-from collections.abc import Callable
 from typing import Any
 
+from orchestration.commands.options import JSON, Command, Option, place, say, say_json
+
 MAX_SOURCES = 20  # shown on a terminal
-
-NewCommand = Callable[[str, str, Callable[[argparse.Namespace], None]], argparse.ArgumentParser]
-
-
-def add_lineage_command(new: NewCommand) -> None:
-    """Add `mapo lineage`."""
-    command = new("lineage", "what a model was trained on: its rounds, their snapshots, and the source rows", _lineage)
-    command.add_argument("model", metavar="MODEL", help="folder of an exported model, path or fsspec URL")
-    command.add_argument("--storage", metavar="URL", help="where the data set is, if it is not where the model says")
-    command.add_argument("--json", action="store_true", help="as JSON")
-    command.add_argument(
-        "--rows", metavar="FILE", help="write a row for each pair that was trained on: new parquet file, path or URL"
-    )
-    command.add_argument(
-        "--pair", metavar="KEY", help="was it trained on? a pair_key, or the row of a source as URI#ROW"
-    )
 
 
 def _lineage(options: argparse.Namespace) -> None:
     from orchestration.rounds.record import describe_lineage
 
     told = describe_lineage(options.model, storage=options.storage, rows=options.rows, pair=options.pair)
-    text = json.dumps(told, indent=2) if options.json else lineage_text(told)
-    sys.stdout.write(text + "\n")
+    if options.json:
+        say_json(told)
+    else:
+        say(lineage_text(told))
 
 
 def lineage_text(told: dict[str, Any]) -> str:
@@ -100,3 +85,24 @@ def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
             )
         lines += [f"  now  {row['source_uri']}#{row['source_row']}  {row['status']}" for row in pair["rows"]]
     return lines
+
+
+COMMANDS = (
+    Command(
+        "lineage",
+        "show what a model was trained on: its rounds, their snapshots, and the source rows",
+        _lineage,
+        (
+            Option("MODEL", "folder of an exported model, path or fsspec URL", type=place),
+            Option("--storage", "where the data set is, if it is not where the model says", metavar="URL", type=place),
+            JSON,
+            Option(
+                "--rows",
+                "write one row per pair it was trained on: new parquet file, path or URL",
+                metavar="FILE",
+                type=place,
+            ),
+            Option("--pair", "was it trained on this pair? a pair_key, or a source row as URI#ROW", metavar="KEY"),
+        ),
+    ),
+)

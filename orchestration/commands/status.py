@@ -1,58 +1,37 @@
-"""`mapo status`: where a run is, from its storage alone."""
+"""`mapo status`: show where a run is."""
 
-import json
+import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestration.config import RunConfig
-from orchestration.driver.runner import STAGES
-from orchestration.run.context import Run
-from orchestration.run.lease import Holder, current_holder
-from orchestration.stages.actions import describe_progress
-from pipelines.dataset.errors import MapoError
+from orchestration.commands.logs import connect
+from orchestration.commands.options import CONFIGURED, JSON, Command, Option, say, say_json
+
+if TYPE_CHECKING:
+    from orchestration.config import RunConfig
 
 
-def describe_run(config: RunConfig) -> dict[str, Any]:
-    """Stages with their state, the training's progress and its last numbers.
+def _status(options: argparse.Namespace) -> None:
+    from orchestration.driver.status import describe_run
+    from orchestration.jobs.paths import load_located
 
-    A stage is `up to date`, `pending` (never done), or `stale` (done for other inputs).
-    """
-    run = Run.open(config, lambda line: None)
-    name = f"{run.folder}/progress.json"
-    progress = json.loads(run.storage.read(name)) if run.storage.exists(name) else None
-    stages = []
-    for stage in STAGES.values():
-        record = run.journal.record(stage.name)
-        state = "stale" if record else "pending"
-        problem = None
-        try:
-            key = stage.key(run) if stage.section is None or getattr(config, stage.section) else None
-            if key is not None and stage.is_done(run, key):
-                state = "up to date"
-        except MapoError as error:
-            problem = error.message
-        stages.append(
-            {
-                "stage": stage.name,
-                "state": state,
-                "summary": record.summary if record else None,
-                "seconds": record.seconds if record else None,
-                "finished_at": record.finished_at if record else None,
-                "problem": problem,
-            }
-        )
-    holder = current_holder(run.storage, run.folder)
-    return {
-        "run": config.name,
-        "storage": run.storage.url,
-        "driver": asdict(holder) if holder else None,
-        "stages": stages,
-        "training": progress,
-    }
+    config, _ = load_located(options.config, options.overrides)
+    described = describe_run(config)
+    if options.address is not None:
+        described["job"] = job_of(config, options.address)
+    if options.json:
+        return say_json(described)
+    say(status_text(described))
+    if options.address is not None:
+        say(job_text(described["job"]))
+    return None
 
 
 def status_text(described: dict[str, Any]) -> str:
-    """The description for a terminal."""
+    """Describe a run for a terminal."""
+    from orchestration.run.lease import Holder
+    from orchestration.stages.actions import describe_progress
+
     lines = [f"{described['run']} · {described['storage']}"]
     if described["driver"]:
         lines.append(f"driven by {Holder(**described['driver'])}")
@@ -61,3 +40,35 @@ def status_text(described: dict[str, Any]) -> str:
     if described["training"]:
         lines.append(f"training: {describe_progress(described['training'])}")
     return "\n".join(lines)
+
+
+def job_of(config: "RunConfig", address: str) -> dict[str, Any] | None:
+    """Describe the newest job of a run as plain data; None if there is none."""
+    from orchestration.jobs.submit import find_job
+
+    jobs = connect(address)
+    found = find_job(config, jobs)
+    return {"address": jobs.address, **asdict(found)} if found else None
+
+
+def job_text(job: dict[str, Any] | None) -> str:
+    """Describe a job for a terminal."""
+    if job is None:
+        return "job       none that `mapo submit` started"
+    when = f"{job['started_at']}" + (f" to {job['ended_at']}" if job["ended_at"] else "")
+    message = job["message"].splitlines()[0] if job["message"] else ""
+    return f"job       {job['state']:<11} {job['id']}, since {when}, `{job['entrypoint']}`: {message}"
+
+
+COMMANDS = (
+    Command(
+        "status",
+        "show the state of each stage, progress, and the last metrics",
+        _status,
+        (
+            *CONFIGURED,
+            JSON,
+            Option("--address", "also show the run's Ray job there, such as http://head:8265", metavar="URL"),
+        ),
+    ),
+)

@@ -16,9 +16,9 @@ from diffusers import UNet2DConditionModel
 from factories import new_pipeline
 from torch import Tensor
 
-from orchestration.commands.status import describe_run
 from orchestration.config import RunConfig, parse_config
 from orchestration.driver.runner import STAGES, run_stages
+from orchestration.driver.status import describe_run
 from orchestration.run.context import Run
 from orchestration.stages import actions
 from orchestration.stages.evaluation import SampleModel

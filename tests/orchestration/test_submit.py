@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestration.cli import main, parser
-from orchestration.commands.jobs import parse_settings
+from orchestration.commands.submit import parse_settings
 from orchestration.config import RunConfig, load_config, parse_config
 from orchestration.jobs import client as dashboard
 from orchestration.jobs.api import Job, Jobs
 from orchestration.jobs.bundle import MAX_SENT_BYTES, bundled
 from orchestration.jobs.client import resolve_address
 from orchestration.jobs.paths import (
-    JOB_VARIABLE,
     absolute_overrides,
     check_inside_job,
     load_located,
@@ -29,7 +28,7 @@ from orchestration.jobs.paths import (
     yaml_text,
 )
 from orchestration.jobs.submit import jobs_of, next_id, prepare
-from orchestration.run.job_id import submission_id
+from orchestration.run.job_id import JOB_VARIABLE, submission_id
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 RUN = {
@@ -256,8 +255,8 @@ def test_metadata_say_what_runs(here: Path) -> None:
         (["-o", "train.num_worker=2"], "did you mean `train.num_workers`?"),
         (["-o", "train=null", "-o", "ingest=null"], "has no `ingest`, `train`"),
         (["--env", "HF_TOKEN=x"], "looks like a secret"),
-        (["--entrypoint-resources", "[1]"], "not JSON of names and numbers"),
-        (["--entrypoint-num-cpus", "-1"], "less than nothing"),
+        (["--entrypoint-resources", "[1]"], "not a JSON object of names and numbers"),
+        (["--entrypoint-num-cpus", "-1"], "must not be negative"),
         (["--address", "ray://head:10001"], "http://HOST:8265"),
         (["--address", "http://me:canary@head:8265"], "credentials in it"),
     ],

@@ -4,7 +4,6 @@ Paths, modules, commands, options, configuration keys and plain words are told a
 occur in the code, as an identifier or inside a string; what belongs to other software is listed in FOREIGN.
 """
 
-import argparse
 import ast
 import functools
 import importlib
@@ -17,7 +16,7 @@ from typing import Any
 import generate as reference
 from pydantic import BaseModel
 
-from orchestration.cli import parser
+from orchestration.cli import COMMANDS, GROUPS
 from orchestration.config import RunConfig
 from pipelines.dataset import errors
 
@@ -43,6 +42,7 @@ registry.py jpg_0.jpg jpg_1.jpg label_0.txt label_1.txt caption.txt
 """
 FOREIGN = frozenset(_FOREIGN_WORDS.split())
 """Names of other software and of its files, symbols of formulas: everything else in a code span is ours."""
+HELP = ("-h", "--help")
 PLACEHOLDERS = ("mapo COMMAND --help", "-o key.path=value")
 WRONG_ON_PURPOSE = ("mapo run photos.yaml -o train.learning_rat=1e-6",)
 """What docs/reference/errors.md shows an error of."""
@@ -82,15 +82,14 @@ def problem_of_command(line: str) -> str | None:
     if words[0] == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         return None if set(words[1:]) <= targets else "no such target"
-    command: argparse.ArgumentParser = parser()
-    rest = words[1:]
-    while rest and (groups := reference._groups(command)):
-        if rest[0] not in groups[0].choices:
-            return f"no such command: {rest[0]}"
-        command, rest = groups[0].choices[rest[0]], rest[1:]
-    known = command._option_string_actions
+    two, one = " ".join(words[1:3]), words[1]
+    named = [command for command in COMMANDS if command.name in (one, two)]
+    if not named and two not in GROUPS:
+        return f"no such command: {two}"
+    options = {option.name for command in named for option in command.arguments}
+    rest = words[2:]
     for place, word in enumerate(rest):
-        if word.startswith("-") and word.partition("=")[0] not in known:
+        if word.startswith("-") and word.partition("=")[0] not in {*options, *HELP}:
             return f"no such option: {word}"
         if word == "-o" and place + 1 < len(rest) and (problem := problem_of_key(rest[place + 1])):
             return problem
@@ -212,8 +211,7 @@ def _files() -> tuple[Path, ...]:
 
 @functools.cache
 def _options() -> frozenset[str]:
-    found = reference.commands(parser(), "mapo")
-    return frozenset(option for _, command, _ in found for option in command._option_string_actions)
+    return frozenset(option.name for command in COMMANDS for option in command.arguments) | {*HELP}
 
 
 def _dotted_exists(name: str) -> bool:
