@@ -1,9 +1,10 @@
-"""The course of a run, from its journal: which stage ran when, how it ended, and where the run is now."""
+"""The course of a run, read from its journal: which stage ran when, how it ended, and where the run is now."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 from orchestration.run.journal import StageRecord
@@ -12,38 +13,98 @@ from pipelines.dataset.errors import MapoError
 from pipelines.dataset.storage import Storage
 
 STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
+ORDER = (*STAGES_SHOWN, "report")
 OF_STORAGE = ("ingest", "encode")
 SILENCE = timedelta(minutes=3)
-"""A driver without a beat for so long is taken to be gone: beats come every few seconds, clocks differ a little."""
-UNDONE = ("failed", "stopped", "lost")
-IN_WRITING = ("report", "lost")
-"""The page that is being written tells of a run that ends with it."""
-NEVER = "0001-01-01T00:00:00Z"
-ENDS = {"finished": "done", "failed": "failed", "stopped": "stopped"}
-"""How an attempt ends: the event of the journal, and the word of the page."""
+"""A driver without a heartbeat for this long counts as gone: they come every few seconds, but clocks differ."""
+
+
+class StageState(StrEnum):
+    """The state of a stage, or of one execution of it."""
+
+    RUNNING = "running"
+    DONE = "done"
+    UP_TO_DATE = "up to date"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LOST = "lost"
+    WAITING = "waiting"
+    NOT_RUN = "not run"
+
+
+class RunState(StrEnum):
+    """The state of a run; `partial` means that stages are missing and nothing went wrong."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LOST = "lost"
+    PARTIAL = "partial"
+
+
+UNDONE = (StageState.FAILED, StageState.STOPPED, StageState.LOST)
+ENDS = {"finished": StageState.DONE, "failed": StageState.FAILED, "stopped": StageState.STOPPED}
+"""Event of the journal that ends an execution -> the state it ends in."""
 
 
 @dataclass(frozen=True)
-class Attempt:
+class JournalEvent:
+    """An event of the journal; fields that its kind does not have keep their defaults.
+
+    Args:
+        kind: `started`, `began`, `finished`, `failed`, `stopped`, ...
+        time: When it was written.
+        stage: The stage it is about.
+        message: The error or the reason for stopping.
+        seconds: Duration of a finished stage.
+        by: Description of a driver that started.
+        stages: The stages that this driver will bring up to date.
+    """
+
+    kind: str
+    time: datetime
+    stage: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    by: str = ""
+    stages: Sequence[str] = ()
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "JournalEvent":
+        """Return the event that a file of the journal holds."""
+        return JournalEvent(
+            kind=data["event"],
+            time=_time(data["time"]),
+            stage=data.get("stage", ""),
+            message=data.get("message", data.get("reason", "")),
+            seconds=data.get("seconds", 0.0),
+            by=data.get("by", ""),
+            stages=data.get("stages", ()),
+        )
+
+
+@dataclass(frozen=True)
+class Execution:
     """One execution of a stage.
 
     Args:
-        stage: Its name.
-        began: When, UTC.
-        ended: When; None while it runs, and where nobody noted an end.
-        state: `running`, `done`, `failed`, `stopped`, or `lost`: its driver went without a word.
-        message: What the error or the stop said.
+        stage: The stage's name.
+        began: Start time, UTC.
+        ended: End time; None while it runs, and if its driver vanished.
+        state: `RUNNING`, `DONE`, `FAILED`, `STOPPED`, or `LOST` if its driver vanished.
+        message: The error or the reason for stopping.
     """
 
     stage: str
     began: datetime
     ended: datetime | None
-    state: str
+    state: StageState
     message: str = ""
 
     def seconds(self, now: datetime) -> float:
-        """How long it took, or takes; 0 where nobody noted its end."""
-        end = now if self.state == "running" else self.ended or self.began
+        """Return the duration so far; 0 if the end is unknown."""
+        end = now if self.state == StageState.RUNNING else self.ended or self.began
         return max(0.0, (end - self.began).total_seconds())
 
 
@@ -52,70 +113,63 @@ class Course:
     """Where a run is.
 
     Args:
-        state: `running`, `finished`, `failed`, `stopped`, `lost` (its driver went without a word), or `partial`.
+        state: State of the run.
         stage: The stage that runs, or at which the run ended; None for a finished or partial run.
-        message: What the error or the stop said.
-        attempts: Every execution of every stage, oldest first.
-        stages: For each of STAGES_SHOWN: `done`, `running`, `failed`, `stopped`, `lost`, `waiting` or `not run`.
-        started: When the run began; None before any event.
-        command: What the newest driver was called with; None if the journal does not say.
-        now: When this was true.
+        message: The error or the reason for stopping.
+        executions: Every execution of every stage, oldest first.
+        stages: State of each of STAGES_SHOWN.
+        started: Time of the first event; None before it.
+        command: Command line of the newest driver; None if the journal does not say.
+        now: The time this was read.
     """
 
-    state: str
+    state: RunState
     stage: str | None
     message: str
-    attempts: Sequence[Attempt]
-    stages: Mapping[str, str]
+    executions: Sequence[Execution]
+    stages: Mapping[str, StageState]
     started: datetime | None
     command: str | None
     now: datetime
 
-    def newest(self, stage: str) -> Attempt | None:
-        """The last execution of a stage, if there was one."""
-        return next((each for each in reversed(self.attempts) if each.stage == stage), None)
+    def newest(self, stage: str) -> Execution | None:
+        """Return the last execution of a stage, if there was one."""
+        return next((each for each in reversed(self.executions) if each.stage == stage), None)
 
 
 def read_course(
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[JournalEvent],
     records: Mapping[str, StageRecord | None],
     *,
     now: datetime,
     is_driven: bool,
 ) -> Course:
-    """The course of a run.
+    """Return the course of a run.
 
     Args:
-        events: Of its journal, oldest first.
+        events: Its journal, oldest first.
         records: The last success of each of STAGES_SHOWN.
         now: The time.
-        is_driven: Whether a driver works on it; `is_alive` tells.
+        is_driven: Whether a driver is working on the run; see `is_alive`.
     """
-    attempts = [each for each in _attempts(events, is_driven=is_driven) if (each.stage, each.state) != IN_WRITING]
-    last = attempts[-1] if attempts else None
-    started: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "started"), {})
-    ended = last is not None and last.state in UNDONE
-    if is_driven:
-        state = "running"
-    elif last is not None and ended:
-        state = last.state
-    else:
-        state = "finished" if all(_is_done(stage, records) for stage in STAGES_SHOWN) else "partial"
-    shown = last if last is not None and (ended or last.state == "running") else None
+    executions = [each for each in _executions(events, is_driven=is_driven) if not _is_this_page(each)]
+    last = executions[-1] if executions else None
+    started = next((event for event in reversed(events) if event.kind == "started"), None)
+    shown = last if last is not None and last.state in (StageState.RUNNING, *UNDONE) else None
     return Course(
-        state=state,
-        stage=shown.stage if shown and state != "finished" else None,
+        state=_run_state(last, records, is_driven=is_driven),
+        stage=shown.stage if shown else None,
         message=shown.message if shown else "",
-        attempts=attempts,
-        stages=_states(attempts, records, started if is_driven else {}),
-        started=_time(events[0]["time"]) if events else None,
-        command=_command(started.get("by", "")),
+        executions=executions,
+        stages=_stage_states(executions, records, started if is_driven else None),
+        started=events[0].time if events else None,
+        command=_command(started.by) if started else None,
         now=now,
     )
 
 
 def is_alive(storage: Storage, folder: str, now: datetime) -> bool:
-    """Whether a driver holds the run's lease and has lately said so."""
+    """Check whether a driver holds the run's lease and has sent a heartbeat lately."""
     if current_holder(storage, folder) is None:
         return False
     terms = Terms(storage, folder)
@@ -125,58 +179,72 @@ def is_alive(storage: Storage, folder: str, now: datetime) -> bool:
     return True
 
 
-def _attempts(events: Sequence[Mapping[str, Any]], *, is_driven: bool) -> Sequence[Attempt]:
-    """Executions from the events; one that began and did not end is the running one, or was lost."""
-    found: list[Attempt] = []
+def _is_this_page(execution: Execution) -> bool:
+    """Check for the report that is being written: it describes the run as it will be once that is done."""
+    return execution.stage == "report" and execution.state == StageState.LOST
+
+
+def _run_state(last: Execution | None, records: Mapping[str, StageRecord | None], *, is_driven: bool) -> RunState:
+    if is_driven:
+        return RunState.RUNNING
+    if last is not None and last.state in UNDONE:
+        return RunState(last.state)
+    return RunState.FINISHED if all(_is_done(stage, records) for stage in STAGES_SHOWN) else RunState.PARTIAL
+
+
+def _executions(events: Sequence[JournalEvent], *, is_driven: bool) -> Sequence[Execution]:
+    """Pair the begins and ends of stages; a begin without an end is the running execution, or a lost one."""
+    found: list[Execution] = []
     open_at: dict[str, int] = {}
     for event in events:
-        stage, kind, time = event.get("stage", ""), event["event"], _time(event["time"])
-        if kind == "began":
-            open_at[stage] = len(found)
-            found.append(Attempt(stage, time, None, "lost"))
-        elif kind in ENDS:
-            message = event.get("message", event.get("reason", ""))
-            if (place := open_at.pop(stage, None)) is not None:
-                found[place] = Attempt(stage, found[place].began, time, ENDS[kind], message)
-            else:  # written by a version that noted no begin
-                began = time - timedelta(seconds=event.get("seconds", 0.0))
-                found.append(Attempt(stage, began, time, ENDS[kind], message))
-    if is_driven and found and found[-1].state == "lost":
-        found[-1] = Attempt(found[-1].stage, found[-1].began, None, "running")
+        if event.kind == "began":
+            open_at[event.stage] = len(found)
+            found.append(Execution(event.stage, event.time, None, StageState.LOST))
+        elif event.kind in ENDS:
+            place = open_at.pop(event.stage, None)
+            if place is None:  # written by a version that noted no begin
+                began, place = event.time - timedelta(seconds=event.seconds), len(found)
+            else:
+                began = found[place].began
+            found[place : place + 1] = [Execution(event.stage, began, event.time, ENDS[event.kind], event.message)]
+    if is_driven and found and found[-1].state == StageState.LOST:
+        found[-1] = Execution(found[-1].stage, found[-1].began, None, StageState.RUNNING)
     return found
 
 
-def _states(
-    attempts: Sequence[Attempt], records: Mapping[str, StageRecord | None], driver: Mapping[str, Any]
-) -> dict[str, str]:
-    """The state of each stage; one that the living driver has still before it waits, whatever it was before."""
-    newest = {attempt.stage: attempt for attempt in attempts}
-    running = attempts[-1].stage if attempts and attempts[-1].state == "running" else None
-    order = (*STAGES_SHOWN, "report")
+def _stage_states(
+    executions: Sequence[Execution], records: Mapping[str, StageRecord | None], driver: JournalEvent | None
+) -> dict[str, StageState]:
+    """Return the state of each stage; one that the living driver has yet to run is waiting, whatever it was before."""
+    newest = {each.stage: each for each in executions}
+    running = executions[-1].stage if executions and executions[-1].state == StageState.RUNNING else None
     states = {}
     for stage in STAGES_SHOWN:
-        attempt = newest.get(stage)
-        is_ahead = running in order and order.index(stage) > order.index(running)
-        is_to_mend = (
-            attempt is not None and attempt.state in UNDONE and attempt.began < _time(driver.get("time", NEVER))
-        )
-        if stage in driver.get("stages", []) and (is_ahead or is_to_mend):
-            states[stage] = "waiting"
-        elif attempt is not None:
-            states[stage] = attempt.state
+        last = newest.get(stage)
+        if driver is not None and _is_waiting(stage, last, running, driver):
+            states[stage] = StageState.WAITING
+        elif last is not None:
+            states[stage] = last.state
         else:
-            states[stage] = "done" if _is_done(stage, records) else "not run"
+            states[stage] = StageState.DONE if _is_done(stage, records) else StageState.NOT_RUN
     return states
 
 
-def _is_done(stage: str, records: Mapping[str, Any]) -> bool:
-    """Whether a stage has ever gone well. Another run may have ingested and encoded: a later success says so."""
+def _is_waiting(stage: str, last: Execution | None, running: str | None, driver: JournalEvent) -> bool:
+    if stage not in driver.stages:
+        return False
+    is_ahead = running in ORDER and ORDER.index(stage) > ORDER.index(running)
+    return is_ahead or (last is not None and last.state in UNDONE and last.began < driver.time)
+
+
+def _is_done(stage: str, records: Mapping[str, StageRecord | None]) -> bool:
+    """Check whether a stage has ever succeeded; a later stage shows that another run has ingested and encoded."""
     later = STAGES_SHOWN[STAGES_SHOWN.index(stage) :] if stage in OF_STORAGE else (stage,)
     return any(records[each] for each in later)
 
 
 def _command(holder: str) -> str | None:
-    """The command inside of a holder's description."""
+    """Return the command inside a holder's description."""
     parts = holder.split("`")
     return parts[1] if len(parts) >= 3 else None
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 from orchestration.config import RunConfig
+from orchestration.report.course import RunState
 from orchestration.report.data import Gathered, page_images, report_data
 from orchestration.report.live_curves import SEEN, SeenSteps
 from orchestration.run.context import Run, Say
@@ -54,7 +55,7 @@ def write_report(
     if may_write():
         run.storage.write(run.report, page)
         write_index(run.storage, summary_of(data), may_write=may_write)
-    if data["state"] == "finished":
+    if data.state == RunState.FINISHED:
         run.storage.delete(f"{run.folder}/{SEEN}")
     return run.report
 
@@ -88,7 +89,7 @@ class ReportWriter:
 
     def __init__(self, run: Run, *, command: str, every_s: float = EVERY_S) -> None:
         self._run, self._command, self._every_s = run, command, every_s
-        self._closed, self._asked = threading.Event(), threading.Event()
+        self._closed = threading.Event()
         self._gathered = Gathered()
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
 

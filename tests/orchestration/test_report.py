@@ -10,12 +10,35 @@ from pathlib import Path
 import pytest
 from browser import CONTRAST, look, needs_chromium
 from PIL import Image
-from report_sample import CONTACT, GRIDS, PROMPTS, Page, encoding_data, landscape, running, sample_data, sample_images
+from report_sample import (
+    GRIDS,
+    PROMPTS,
+    Page,
+    changed,
+    contact_names,
+    landscape,
+    running,
+    sample_data,
+    sample_images,
+)
 
-from orchestration.report import encoding as encoding_view
-from orchestration.report import page as report
-from orchestration.report.data import sample_grids
-from orchestration.report.page import render_report
+from orchestration.report.charts import (
+    MAX_POINTS,
+    ChartSpec,
+    Frame,
+    Trace,
+    downsample,
+    draw,
+    interval_plot,
+    round_ticks,
+    smooth,
+)
+from orchestration.report.course import StageState
+from orchestration.report.encoding import speeds, work_parts
+from orchestration.report.format import number
+from orchestration.report.page import MAX_GRID_SIDE, MAX_SIDE, render_report, source_digest
+from orchestration.report.records import StageRow
+from orchestration.report.training import sample_grids
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 
@@ -34,12 +57,10 @@ def test_nothing_is_fetched_from_elsewhere(page: str) -> None:
 
 
 def test_what_a_user_wrote_is_text_and_never_markup() -> None:
-    data = sample_data(12)
     hostile = '"><script>alert(1)</script>'
-    data["name"] = data["command"] = data["model"] = data["config"]["name"] = data["training"]["method"] = hostile
-    data["stages"][0]["summary"] = data["evaluation"]["scores"][0]["name"] = hostile
-    data["encoding"]["speed"]["text"]["device"] = data["encoding"]["contact"][0]["pair_key"] = hostile
-    data["encoding"]["quarantined"][hostile] = 1
+    places = ("name", "command", "model", "config.name", "training.method", "stages.0.summary",
+              "evaluation.scores.0.name", "encoding.speeds.1.device", "encoding.contact.0.pair_key")  # fmt: skip
+    data = changed(sample_data(12), dict.fromkeys(places, hostile) | {"encoding.quarantined": {hostile: 1}})
     parsed = Page(render_report(data, sample_images()))
     assert "script" not in parsed.tags
     assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS) + len(GRIDS)
@@ -59,8 +80,7 @@ def test_every_row_that_was_read_is_accounted_for(page: str) -> None:
 
 
 def test_every_reason_of_the_table_is_explained() -> None:
-    data = sample_data(12)
-    data["dataset"]["reasons"] = dict.fromkeys(Reason, 1)
+    data = changed(sample_data(12), {"dataset.reasons": dict.fromkeys(Reason, 1)})
     assert "no explanation" not in render_report(data, {})
 
 
@@ -69,20 +89,16 @@ def test_the_outcome_is_told_in_words_and_never_oversold(page: str) -> None:
     assert "Held-out accuracy rose from 49.0 % to 75.5 %" in text
     assert "0.104 \u2192 0.341rose: the intervals are apart" in text
     assert "0.260 \u2192 0.255no clear change: the intervals overlap" in text
-    data = sample_data(12)
-    data["training"]["validation"][-1]["implicit_accuracy"] = 0.44
+    data = changed(sample_data(12), {"training.validation.6.implicit_accuracy": 0.44})
     assert "fell from 49.0 % to 44.0 %, which is within the noise" in Page(render_report(data, {})).text
-    del data["training"]["validation"][0]
+    data = changed(data, {"training.validation": data.training.validation[1:]})
     assert "was not measured on held-out pairs both before and after" in render_report(data, {})
 
 
 @pytest.mark.parametrize("missing", ["dataset", "encoding", "fingerprints", "training", "evaluation", "model"])
 def test_a_stage_that_has_not_run_is_said_to_be_missing(missing: str) -> None:
-    data = sample_data(12)
-    said = render_report({**data, missing: None}, {})
-    del data[missing]
-    assert said == render_report(data, {})
-    assert "has not run" in said
+    assert "has not run" not in render_report(sample_data(12), {})
+    assert "has not run" in render_report(changed(sample_data(12), {missing: None}), {})
 
 
 def _section(page: str, name: str) -> str:
@@ -112,11 +128,10 @@ def test_the_encoding_section_tells_all_that_was_recorded(page: str) -> None:
 
 
 def test_what_is_not_known_of_encoding_is_not_made_up() -> None:
-    data = sample_data(12)
-    data["encoding"].update(image_ratio=None, truncated_prompts=0, quarantined={}, contact=[])
-    data["encoding"]["bytes_per_pair"]["text"] = 20000.0  # more than with every pair: nothing to boast of
-    data["encoding"]["speed"]["latents"].update(halved_to=4)
-    data["encoding"]["speed"]["text"] = None
+    unknown = {"image_ratio": None, "truncated_prompts": 0, "quarantined": {}, "contact": [], "speeds.0.halved_to": 4}
+    unknown |= {"bytes_per_pair.text": 20000.0}  # more than with every pair: nothing to boast of
+    data = changed(sample_data(12), {f"encoding.{name}": value for name, value in unknown.items()})
+    data = changed(data, {"encoding.speeds": data.encoding.speeds[:1]})
     text = _section(render_report(data, {}), "encoding")
     for fact in ("images of the pairs 1,501", "tokens 0 L", "Quarantined 0", "Text, a pair 20.0 kB", "No contact sheet",
                  "Latents ran out of memory with 8 a pass; went on with 4."):  # fmt: skip
@@ -126,8 +141,7 @@ def test_what_is_not_known_of_encoding_is_not_made_up() -> None:
 
 @pytest.mark.parametrize("speed", [None, {"latents": None, "text": None}])
 def test_a_run_that_found_everything_encoded_has_no_speed(speed: dict[str, None] | None) -> None:
-    data = sample_data(12)
-    data["encoding"]["speed"] = speed
+    data = changed(sample_data(12), {"encoding.speeds": speeds({"speed": speed})})
     text = _section(render_report(data, {}), "encoding")
     assert "This run encoded nothing: another run of this storage had done it." in text
     assert not re.search("a second|Device|Work on|of the work", text)
@@ -143,13 +157,13 @@ def test_shares_of_the_work_make_a_whole(page: str) -> None:
         shown = re.findall(r"([\d.]+) %", Page(table).text)
         assert sum(map(float, shown)) == pytest.approx(100, abs=1)
     assert len(bars) == 2
-    assert [part["share"] for part in encoding_view.shares({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
-    assert [part["share"] for part in encoding_view.shares({"encode": 0.0})] == [0.0]
+    assert [part.share for part in work_parts({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
+    assert [part.share for part in work_parts({"encode": 0.0})] == [0.0]
 
 
 def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str) -> None:
     images = sample_images()
-    for name in (names := [image[kind] for image in encoding_data()["contact"] for kind in CONTACT]):
+    for name in (names := contact_names()):
         assert base64.b64encode(images[name]).decode() in page
     del images[names[1]]
     text = _section(render_report(sample_data(12), images), "encoding")
@@ -162,8 +176,7 @@ def test_grids_of_samples_are_shown_in_order_or_not_at_all(page: str) -> None:
     places = [text.index(f"Step {step:,}", text.index("Samples while training")) for step in GRIDS]
     assert places == sorted(places)
     assert "Step 0 before training" in text
-    data = sample_data(12)
-    data["training"]["samples"] = []
+    data = changed(sample_data(12), {"training.samples": []})
     assert "Samples while training" not in render_report(data, sample_images())
 
 
@@ -174,11 +187,11 @@ def test_six_grids_of_this_training_are_chosen_evenly_with_both_ends(tmp_path: P
         storage.write(f"runs/photos/samples/0123/step-{step:08}.jpg", b"")
     storage.write("runs/photos/samples/4567/step-00005000.jpg", b"of another training")
     chosen = sample_grids(storage, "runs/photos", "0123")
-    assert [grid["step"] for grid in chosen] == [0, 200, 400, 600, 800, 1000]
-    assert chosen[-1]["image"] == "samples/0123/step-00001000.jpg"
+    assert [grid.step for grid in chosen] == [0, 200, 400, 600, 800, 1000]
+    assert chosen[-1].image == "samples/0123/step-00001000.jpg"
     for step in range(200, 1000, 100):
         storage.delete(f"runs/photos/samples/0123/step-{step:08}.jpg")
-    assert [grid["step"] for grid in sample_grids(storage, "runs/photos", "0123")] == [0, 100, 1000]
+    assert [grid.step for grid in sample_grids(storage, "runs/photos", "0123")] == [0, 100, 1000]
 
 
 def test_the_accuracy_at_each_noise_is_told_where_it_was_measured(page: str) -> None:
@@ -187,8 +200,8 @@ def test_the_accuracy_at_each_noise_is_told_where_it_was_measured(page: str) -> 
     assert "in the second quarter of the timesteps 0.500 0.700" in text
     assert "at the most noise 0.500 0.900" in text
     data = sample_data(12)
-    for row in data["training"]["validation"]:
-        del row["implicit_accuracy_q2"]
+    rows = [{k: v for k, v in row.items() if k != "implicit_accuracy_q2"} for row in data.training.validation]
+    data = changed(data, {"training.validation": rows})
     assert "second quarter" not in render_report(data, {})
 
 
@@ -200,59 +213,59 @@ def test_speed_is_told_as_far_as_it_was_measured(page: str) -> None:
     ):  # fmt: skip
         assert fact in text, fact
     assert "Steps skipped" not in text
-    data = sample_data(12)
-    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}, {"step": 2, "skipped_steps": 3}]
+    first = {"step": 1, "loss": 1.0, "skipped_steps": 0}
+    data = changed(sample_data(12), {"training.history": [first, {"step": 2, "skipped_steps": 3}]})
     text = _section(render_report(data, {}), "workers")
     assert "no weight changed 3" in text
     assert not re.search("a second|Memory|utilization|Waiting", text)
-    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}]
+    data = changed(data, {"training.history": [first]})
     assert "Speed" not in _section(render_report(data, {}), "workers")
 
 
 def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:
-    data = sample_data(12)
-    data["training"]["history"][3]["loss"] = math.nan
-    data["evaluation"]["scores"][0]["base"]["mean"] = math.nan
+    broken = {"training.history.3.loss": math.nan, "evaluation.scores.0.base.mean": math.nan}
+    data = changed(sample_data(12), broken)
     text = Page(page := render_report(data, {})).text
     assert "style: not a finite number" in text
     assert not re.search(r' (d|c?x|c?y)="[^"]*nan', page)
 
 
 def test_a_curve_lies_where_its_numbers_say() -> None:
-    drawn = report.chart([report.Trace("train", "line", 0, [(0, 0.0), (50, 1.0), (100, 0.5)])], size=(162, 132))
-    assert (frame := drawn["frame"]) == report.Frame(46, 146, 10, 110, (0, 100), (0.0, 1.0))
-    assert frame.path(drawn["traces"][0].points) == "M46 110L96 10L146 60"
-    assert drawn["x_ticks"] == [(46.0, "0"), (96.0, "50"), (146.0, "100")]
-    assert drawn["y_ticks"] == [(110.0, "0"), (60.0, "0.5"), (10.0, "1")]
-    plot = report.interval_plot(sample_data(12)["evaluation"]["scores"][0])  # from 0.08 to 0.379
-    assert (plot["frame"].x(0.0), plot["frame"].x(0.4), plot["apart"]) == (58, 346, True)
+    spec = ChartSpec("Loss", {"loss": "train"}, size=(162, 132))
+    drawn = draw(spec, [Trace("train", "line", 0, [(0, 0.0), (50, 1.0), (100, 0.5)])])
+    assert drawn.frame == Frame(46, 146, 10, 110, (0, 100), (0.0, 1.0))
+    assert drawn.frame.path(drawn.traces[0].points) == "M46 110L96 10L146 60"
+    assert drawn.x_ticks == [(46.0, "0"), (96.0, "50"), (146.0, "100")]
+    assert drawn.y_ticks == [(110.0, "0"), (60.0, "0.5"), (10.0, "1")]
+    plot = interval_plot(sample_data(12).evaluation.scores[0])  # from 0.08 to 0.379
+    assert (plot.frame.x(0.0), plot.frame.x(0.4), plot.change.is_clear) == (58, 346, True)
 
 
 def test_ticks_and_numbers_are_round() -> None:
-    assert report.round_ticks(0.13, 0.41) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert report.round_ticks(0, 3, min_step=1) == [0, 1, 2, 3]
-    assert report.round_ticks(7, 7)[0] <= 7 <= report.round_ticks(7, 7)[-1]
-    assert report.round_ticks(0, 1e-4, count=2) == [0, 5e-5, 1e-4]
-    shown = [report.number(value) for value in (0.3, 1234.4, 2e-5, -0.004, 0.0, math.inf)]
+    assert round_ticks(0.13, 0.41) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert round_ticks(0, 3, min_step=1) == [0, 1, 2, 3]
+    assert round_ticks(7, 7)[0] <= 7 <= round_ticks(7, 7)[-1]
+    assert round_ticks(0, 1e-4, count=2) == [0, 5e-5, 1e-4]
+    shown = [number(value) for value in (0.3, 1234.4, 2e-5, -0.004, 0.0, math.inf)]
     assert shown == ["0.300", "1,234", "2e-5", "\u22120.00400", "0", "\u2013"]
 
 
 def test_a_long_series_keeps_its_spikes_and_its_mean() -> None:
     points = [(float(step), 1000.0 if step == 777 else step % 2) for step in range(5000)]
-    assert len(kept := report.downsample(points)) <= report.MAX_POINTS
+    assert len(kept := downsample(points)) <= MAX_POINTS
     assert (777.0, 1000.0) in kept
     assert kept == sorted(kept)
-    assert report.smooth([(float(step), 3.0) for step in range(100)]) == [(float(step), 3.0) for step in range(100)]
+    assert smooth([(float(step), 3.0) for step in range(100)]) == [(float(step), 3.0) for step in range(100)]
 
 
 def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> None:
-    images = {**sample_images(), "base-000.png": landscape(1, side=report.MAX_SIDE + 88)}
+    images = {**sample_images(), "base-000.png": landscape(1, side=MAX_SIDE + 88)}
     page = render_report(sample_data(12), images)
     assert base64.b64encode(images["aligned-000.png"]).decode() in page
     copies = [
         Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"image/jpeg;base64,([^\"]+)", page)
     ]
-    sides = [report.MAX_SIDE] + [report.MAX_GRID_SIDE] * len(GRIDS)
+    sides = [MAX_SIDE] + [MAX_GRID_SIDE] * len(GRIDS)
     assert [copy.size for copy in copies] == [(side, side) for side in sides]
     assert "base-000.png is missing" in render_report(sample_data(12), {})
 
@@ -271,11 +284,10 @@ def test_a_run_that_goes_on_says_so_and_loads_itself_anew() -> None:
 
 
 def test_results_of_an_earlier_training_are_called_so() -> None:
-    data = sample_data()
-    data["stages"].append({"name": "evaluate", "seconds": None, "summary": "", "status": "waiting", "began": None})
+    done = sample_data().stages
+    data = changed(sample_data(), {"stages": [*done, StageRow("evaluate", StageState.WAITING)]})
     assert "until this one has its own: samples and scores." in render_report(data, {})
-    data["stages"][2]["status"] = "running"
-    data["stages"][2]["began"] = "2026-11-23T22:00:00Z"
+    data = changed(data, {"stages.2.status": StageState.RUNNING, "stages.2.began": "2026-11-23T22:00:00Z"})
     assert "until this one has its own: training, samples and scores." in render_report(data, {})
     assert "earlier training" not in render_report(sample_data(), {})
 
@@ -307,7 +319,7 @@ def test_lineage_names_sources_devices_and_rounds(page: str) -> None:
 def test_the_policy_allows_our_style_and_nothing_else(page: str) -> None:
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-    assert report.source_digest(style) in policy
+    assert source_digest(style) in policy
     assert "unsafe" not in policy
     assert " style=" not in page
 

@@ -18,7 +18,7 @@ from orchestration.driver.runner import _growing_report
 from orchestration.report import writer as report_writer
 from orchestration.report.data import report_data
 from orchestration.report.index import INDEX, SUMMARY
-from orchestration.report.live_curves import SEEN, SeenSteps, live_history
+from orchestration.report.live_curves import SEEN, SeenSteps, live_curves, read_progress
 from orchestration.report.writer import ReportWriter, write_report
 from orchestration.run.context import Run
 from orchestration.run.journal import Journal
@@ -87,7 +87,7 @@ def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: R
                                      (False, "lost", ["lost", "not run", "not run", "not run", "not run"]),
                                      (None, "lost", ["lost", "not run", "not run", "not run", "not run"])):  # fmt: skip
         data = report_data(run.config, run.storage, run.journal, command="", is_driven=is_driven)
-        assert (data["state"], [stage["status"] for stage in data["stages"]]) == (state, states)
+        assert (data.state, [stage.status for stage in data.stages]) == (state, states)
 
 
 def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
@@ -106,7 +106,7 @@ def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
     assert "Trained for 2 steps" in page
     assert "refresh" not in page
     run.journal.event("failed", stage="report", message="no space left")
-    assert report_data(run.config, run.storage, run.journal, command="", is_driven=False)["state"] == "failed"
+    assert report_data(run.config, run.storage, run.journal, command="", is_driven=False).state == "failed"
 
 
 def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_what_was_seen_since(run: Run) -> None:
@@ -117,10 +117,15 @@ def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_w
     put_checkpoint(run, 4)
     seen.save()
     put_progress(run, 9, held_out=0.3)
-    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
-    steps, validations = live_history(run.storage, run.folder, progress, validate_every=5)
-    assert [(row["step"], row["loss"]) for row in steps] == [*((i, 0.5) for i in (1, 2, 3, 4)), (7, 1.0), (9, 1.0)]
-    assert [(row["step"], row["loss"]) for row in validations] == [(0, 0.4), (5, 0.3)]
+    progress = read_progress(run.storage, run.folder)
+    assert progress is not None
+    curves = live_curves(run.storage, run.folder, progress, validate_every=5)
+    assert [(row["step"], row["loss"]) for row in curves.steps] == [
+        *((i, 0.5) for i in (1, 2, 3, 4)),
+        (7, 1.0),
+        (9, 1.0),
+    ]
+    assert [(row["step"], row["loss"]) for row in curves.validations] == [(0, 0.4), (5, 0.3)]
 
 
 def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
@@ -138,9 +143,9 @@ def test_a_damaged_checkpoint_gives_no_curve(run: Run) -> None:
     put_checkpoint(run, 4)
     run.storage.write(f"{run.folder}/checkpoints/{KEY}/step-00000004/{STATE}", b'{"history": {}}')
     put_progress(run, 5)
-    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
-    steps, _ = live_history(run.storage, run.folder, progress, validate_every=5)
-    assert [row["step"] for row in steps] == [5]
+    progress = read_progress(run.storage, run.folder)
+    assert progress is not None
+    assert [row["step"] for row in live_curves(run.storage, run.folder, progress, validate_every=5).steps] == [5]
 
 
 def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +155,9 @@ def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, mo
         monkeypatch.setattr("orchestration.run.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
         run.journal.event(event, stage="train", **facts)
     put_progress(run, 5)
-    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False)["cost"]
-    assert cost["cpu_hours"] == pytest.approx(2 / 60)
-    assert (cost["gpu_hours"], cost["num_lost"], cost["stages"][0]["attempts"]) == (0, 1, 3)
+    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False).cost
+    assert cost.cpu_hours == pytest.approx(2 / 60)
+    assert (cost.gpu_hours, cost.num_lost, cost.stages[0].num_executions) == (0, 1, 3)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
