@@ -155,11 +155,11 @@ def read_course(
     executions = [each for each in _executions(events, is_driven=is_driven) if not _is_this_page(each)]
     last = executions[-1] if executions else None
     started = next((event for event in reversed(events) if event.kind == "started"), None)
-    shown = last if last is not None and last.state in (StageState.RUNNING, *UNDONE) else None
+    stage, message = _where(last)
     return Course(
         state=_run_state(last, records, is_driven=is_driven),
-        stage=shown.stage if shown else None,
-        message=shown.message if shown else "",
+        stage=stage,
+        message=message,
         executions=executions,
         stages=_stage_states(executions, records, started if is_driven else None),
         started=events[0].time if events else None,
@@ -190,6 +190,13 @@ def _run_state(last: Execution | None, records: Mapping[str, StageRecord | None]
     if last is not None and last.state in UNDONE:
         return RunState(last.state)
     return RunState.FINISHED if all(_is_done(stage, records) for stage in STAGES_SHOWN) else RunState.PARTIAL
+
+
+def _where(last: Execution | None) -> tuple[str | None, str]:
+    """Return the stage that runs or went wrong, and its message."""
+    if last is None or last.state not in (StageState.RUNNING, *UNDONE):
+        return None, ""
+    return last.stage, last.message
 
 
 def _executions(events: Sequence[JournalEvent], *, is_driven: bool) -> Sequence[Execution]:

@@ -30,7 +30,7 @@ from orchestration.report.records import (
     WorkerRow,
 )
 from orchestration.report.timeline import timeline
-from orchestration.report.training import finished_training, live_training, unfinished_progress
+from orchestration.report.training_section import finished_training, live_training, unfinished_progress
 from orchestration.rounds.series import rounds_of
 from orchestration.run.context import EVALUATION, RESULTS
 from orchestration.run.journal import Journal, StageRecord, now

@@ -15,7 +15,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from orchestration.report.charts import curves, interval_plot
+from orchestration.report.charts import IntervalPlot, curves, interval_plot
 from orchestration.report.course import RunState, StageState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
@@ -92,9 +92,7 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         images: Bytes of the images that samples, sample grids and contact sheet name; an absent one is shown as
             missing.
     """
-    training, scores = data.training, data.evaluation.scores if data.evaluation else ()
-    grids = {grid.image for grid in training.samples} if training else set()
-    widths = _widths(data)
+    training, widths = data.training, _widths(data)
     css = part("page.css") + widths.rules()
     is_live = training is not None and not training.is_over
     return template("report.html.j2").render(
@@ -109,10 +107,10 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         left_s=time_left(training) if training is not None and is_live and data.stage == "train" else None,
         created=datetime.fromisoformat(data.created_at),
         outcome=held_out_change(training),
-        plots=[interval_plot(score) for score in scores if math.isfinite(sum(score.ends))],
+        plots=_plots(data),
         curves=curves(training) if training else [],
         speed=training_speed(training) if training else None,
-        pictures={name: picture(image, MAX_GRID_SIDE if name in grids else MAX_SIDE) for name, image in images.items()},
+        pictures=_pictures(data, images),
         config_yaml=yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
     )
 
@@ -124,6 +122,16 @@ def _former(data: ReportData) -> list[str]:
     is_undone = {name: states.get(name, StageState.DONE) not in ended for name in ("train", "evaluate")}
     found = ["training"] if is_undone["train"] and data.training and data.training.is_over else []
     return found + (["samples and scores"] if any(is_undone.values()) and data.evaluation else [])
+
+
+def _plots(data: ReportData) -> list[IntervalPlot]:
+    scores = data.evaluation.scores if data.evaluation else ()
+    return [interval_plot(score) for score in scores if math.isfinite(sum(score.ends))]
+
+
+def _pictures(data: ReportData, images: Mapping[str, bytes]) -> dict[str, Picture]:
+    grids = {grid.image for grid in data.training.samples} if data.training else set()
+    return {name: picture(image, MAX_GRID_SIDE if name in grids else MAX_SIDE) for name, image in images.items()}
 
 
 def _widths(data: ReportData) -> Widths:

@@ -38,7 +38,7 @@ from orchestration.report.encoding import speeds, work_parts
 from orchestration.report.format import number
 from orchestration.report.page import MAX_GRID_SIDE, MAX_SIDE, render_report, source_digest
 from orchestration.report.records import StageRow
-from orchestration.report.training import sample_grids
+from orchestration.report.training_section import sample_grids
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 
