@@ -56,7 +56,8 @@ absolute. `mapo submit` makes them absolute before it sends a job, which runs in
 
 COMMANDS_HEAD = """# Commands
 
-`mapo` is the console script; `python -m orchestration` is the same.
+`mapo` is the console script; `python -m mapo_entry` is the same, and so is `python -m orchestration` where no other
+`orchestration` is in the way. `mapo --version` prints the version.
 
 Exit codes: 0 done, 1 the job failed, 2 the command or the configuration is wrong, 130 stopped. An error is one
 message with a `hint:`; `--debug`, after the command, adds the traceback. [Errors](errors.md) lists them all.

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from orchestration import __version__
 from orchestration.commands import data, demo, infra, lineage, logs, report, run, stages, status, stop, submit
 from orchestration.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, MaskedFormatter, note
 from pipelines.dataset.errors import MapoError
@@ -67,6 +68,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the command line; every command has help."""
     top = Parser(prog="mapo", description="Preference alignment of SDXL at cluster scale.")
+    top.add_argument("--version", action="version", version=f"mapo {__version__}")
     commands = {"": top.add_subparsers(title="commands", required=True, metavar="COMMAND")}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")

@@ -7,7 +7,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import mapo_entry
 from orchestration.cluster.exit_message import LastWords
 from orchestration.cluster.head_watch import HeadWatch
 from orchestration.cluster.signals import keeping_handlers
@@ -17,6 +19,8 @@ from pipelines.dataset.errors import ClusterError
 from pipelines.dataset.storage import PATIENCE
 
 INHERITED = (PATIENCE,)
+HOOK = "worker_process_setup_hook"  # of a runtime environment
+PRELOADED = "RAY_preload_python_modules"  # read when a node starts: what its workers import first
 OOM_RETRIES = ("RAY_task_oom_retries", "6")  # read when Ray is imported; its default is for ever
 MAX_MESSAGE = 800  # characters of what Ray says
 SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers that hold one each
@@ -131,25 +135,47 @@ def _init(config: RunConfig) -> None:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": _for_workers()})
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, runtime_env=_for_workers())
     else:
         workers = max(
             config.train.worker_range[0] if config.train else 1, config.encode.worker_range[0] if config.encode else 1
         )
-        ray.init(
-            address="local",  # not a cluster that happens to have been started on this machine, or once was
-            num_cpus=max(os.cpu_count() or 1, workers + SPARE_CPUS),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _names_preloaded():
+            ray.init(
+                address="local",  # not a cluster that happens to have been started on this machine, or once was
+                num_cpus=max(os.cpu_count() or 1, workers + SPARE_CPUS),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
 
 
-def _for_workers() -> dict[str, str]:
-    """What workers on other nodes must know of this process's environment, unless the job has it from its submitter."""
+def _for_workers() -> dict[str, Any]:
+    """Return the runtime environment of a cluster's workers, less what the job has from its submitter.
+
+    It holds what they must know of this process's environment, and the hook by which mapo's packages are theirs too.
+    """
     of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
     names = set(INHERITED) - set(of_job.get("env_vars", {}))
-    return {name: os.environ[name] for name in names if name in os.environ}
+    hook = {} if HOOK in of_job else {HOOK: mapo_entry.worker_hook()}
+    return {"env_vars": {name: os.environ[name] for name in names if name in os.environ}, **hook}
+
+
+@contextlib.contextmanager
+def _names_preloaded() -> Iterator[None]:
+    """Let the workers of a Ray that starts in the block claim mapo's names.
+
+    Unlike the hook, it also reaches the workers that Ray starts before there is work.
+    """
+    given = os.environ.get(PRELOADED)
+    os.environ[PRELOADED] = ",".join([*([given] if given else []), mapo_entry.__name__])
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[PRELOADED]
+        else:
+            os.environ[PRELOADED] = given
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
+from orchestration import __version__
 from orchestration.config import RunConfig, load_config
 from orchestration.infra import machines
 from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
@@ -72,7 +72,7 @@ class Settings:
         warm: Keep GPU nodes from the start.
     """
 
-    image: str = f"mapo:{version('mapo')}"
+    image: str = f"mapo:{__version__}"
     namespace: str = "mapo"
     operator_namespace: str = "kuberay-system"
     gpus_per_node: int = 8

@@ -14,10 +14,10 @@ import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orchestration import __version__
 from orchestration.config import RunConfig, resolved_json
 from orchestration.driver.runner import STAGES
 from orchestration.jobs.api import IdTaken, Job, Jobs
@@ -67,7 +67,7 @@ class Submission:
             "mapo_run": self.config.name,
             "mapo_storage": storage_name(self.config),
             "mapo_config": hashlib.sha256(resolved_json(self.config).encode()).hexdigest()[:16],
-            "mapo_version": version("mapo"),
+            "mapo_version": __version__,
             "mapo_command": self.command,
             "mapo_by": submitter(),
             "mapo_submission": uuid.uuid4().hex,

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
+from orchestration import __version__
 from orchestration.config import RunConfig
 from orchestration.report.cost import Used, cost_of
 from orchestration.report.course import STAGES_SHOWN, UNDONE, Course, JournalEvent, StageState, is_alive, read_course
@@ -39,7 +40,7 @@ from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 from pipelines.maintenance.describe import describe_dataset, summary_line
 
-PACKAGES = ("mapo", "torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
+PACKAGES = ("torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ def _round(record: Mapping[str, Any]) -> RoundRow:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that shape a run."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "mapo": __version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -6,9 +6,9 @@ The file is complete by itself: rounds, snapshots, base, settings' digests. With
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
+from orchestration import __version__
 from orchestration.rounds.rows import find_pair, survey
 from orchestration.rounds.seen_pairs import Trained
 from orchestration.rounds.series import describe_round
@@ -47,7 +47,7 @@ def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) ->
         rounds.insert(0, (record or lost) | _used(parent["checkpoint"], parent["weights"]))
     lineage = {
         "version": VERSION,
-        "mapo": version("mapo"),
+        "mapo": __version__,
         "run": run.config.name,
         "storage": run.storage.url,
         "base": {name: getattr(base, name) for name in ("model", "vae", "revision", "variant")}

@@ -84,6 +84,8 @@ def problem_of_command(line: str) -> str | None:
         return None if set(words[1:]) <= targets else "no such target"
     two, one = " ".join(words[1:3]), words[1]
     named = [command for command in COMMANDS if command.name in (one, two)]
+    if words[1:] == ["--version"]:
+        return None
     if not named and two not in GROUPS:
         return f"no such command: {two}"
     options = {option.name for command in named for option in command.arguments}
