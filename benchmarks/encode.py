@@ -102,7 +102,7 @@ def ours(config: EncodeConfig, storage: Storage) -> tuple[int, dict[str, Any]]:
     speed = encode(config, storage)["latents"]
     assert speed is not None
     rows = latents_table(storage, latents_fingerprint(config)).read(["status"])
-    return 2 * pc.sum(pc.equal(rows["status"], str(Status.KEPT))).as_py(), speed
+    return 2 * pc.sum(pc.equal(rows["status"], str(Status.KEPT))).as_py(), speed.to_json()
 
 
 def preloaded(source: Path) -> list[np.ndarray]:

@@ -52,7 +52,7 @@ from pipelines.encode.encoders import LatentEncoder, TextEncoder, quiet_diffuser
 from pipelines.encode.geometry import open_image
 from pipelines.encode.latents import LatentWriter
 from pipelines.encode.texts import TextWriter
-from pipelines.units.effort import Effort
+from pipelines.units.stats import Effort
 
 RESULTS = Path(__file__).parent / "results" / "encode_gpu.json"
 UNITS_AT_ONCE, NUM_UNITS = 3, 4  # as `pipelines.encode.execution` calls an actor

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pipelines.dataset.config import Device
 
+RayOptions = dict[str, Any]
+"""Keyword arguments of `ray.remote` and `map_batches` that say what a worker asks Ray for."""
+
 
 def total_of(resource: str, needed: Mapping[str, float]) -> float:
     """CPU or GPU of all living nodes that have every custom resource in `needed`."""
@@ -49,10 +52,10 @@ class Demand:
             min(math.floor(node.get(name, 0.0) / amount) for name, amount in self.needed.items()) for node in having
         )
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> RayOptions:
         """The same as options of `ray.remote`."""
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-        found: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
+        found: RayOptions = {"num_cpus": 0, "num_gpus": 0}
         found |= {names[name]: amount for name, amount in self.needed.items() if name in names}
         return found | {"resources": {name: amount for name, amount in self.beside.items() if name not in names}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.dataset.errors import MapoError
 from pipelines.resources import uses_gpu
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipelines.config import EncodeConfig, IngestConfig
     from pipelines.dataset.storage import Storage
     from pipelines.encode.ahead import LatentsAhead
+    from pipelines.units.stats import Speed
 
 WAITS_IN_RAY = "encode-ahead"
 """The name of its thread: Ray must not be shut down under it."""
@@ -58,11 +59,11 @@ class EncodeAhead:
         except Exception as error:  # of Ray, which may be going down
             self._say(f"encode    beside ingest ended, and is tried again after it: {type(error).__name__}")
 
-    def speed(self) -> dict[str, Any] | None:
+    def speed(self) -> Speed | None:
         """What was done since this was last asked, and how fast; None if nothing."""
         return None if self._ahead is None else self._ahead.take_speed()
 
-    def finish(self) -> dict[str, Any] | None:
+    def finish(self) -> Speed | None:
         """Wait until all that is committed is encoded; the speed of this rest.
 
         Where there has been no node for it so far, nothing is waited for: that is left to the stage `encode`.

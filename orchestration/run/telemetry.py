@@ -92,7 +92,7 @@ def stage(run: str, name: str) -> Iterator[None]:
     """
     rows: dict[str, int] = {}
 
-    def observe(seen: progress.Seen) -> None:
+    def observe(seen: progress.ProgressStep) -> None:
         record("mapo_units_done", seen.done, run=run, stage=seen.stage)
         record("mapo_units_total", seen.total, run=run, stage=seen.stage)
         for status, count in seen.statuses.items():

@@ -116,7 +116,7 @@ def run_ingest(run: Run, key: str) -> Outcome:
     if "encode" in run.goal and run.config.encode:
         run.ahead.begin(run.config.ingest, run.config.encode)
     ingest(run.config.ingest, run.storage, run.units)
-    details: dict[str, Any] = {} if (ahead := run.ahead.speed()) is None else {"encoded_ahead": [ahead]}
+    details: dict[str, Any] = {} if (ahead := run.ahead.speed()) is None else {"encoded_ahead": [ahead.to_json()]}
     checked = ingest_check(run, key)  # before the look: another run may commit at any time
     if ingest_is_done(run, key):
         details["checked"] = checked
@@ -170,8 +170,9 @@ def run_encode(run: Run, key: str) -> Outcome:
     assert config
     version = pairs_table(run.storage).version  # what others commit meanwhile may not be encoded
     rest = run.ahead.finish()
-    speed = encode(config, run.storage, with_empty=run.config.wants_empty_prompt)
-    speed["latents"] = speed["latents"] or rest
+    done = encode(config, run.storage, with_empty=run.config.wants_empty_prompt)
+    done["latents"] = done["latents"] or rest
+    speed = {kind: each and each.to_json() for kind, each in done.items()}
     latents, text = _fingerprints(run)
     facts = describe_encoding(run.storage, latents, text)
     contact = write_contact_sheet(config, run.storage, run.folder)
@@ -190,7 +191,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     """The run's next round, pinned to the newest snapshot; None while something is not encoded."""
     from orchestration.rounds.series import check_parent, next_round
     from pipelines.encode.empty_prompt import version_without_it
-    from pipelines.encode.plan import located
+    from pipelines.encode.plan import with_absolute_paths
     from training.spec import Snapshot, TrainSpec, base_digest, stated_prediction
     from training.state.float32_base import float32_beside
 
@@ -204,7 +205,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     newest = text_table(run.storage, text).version
     versions.append(newest if config.wants_empty_prompt else version_without_it(run.storage, text))
     assert None not in versions
-    base = located(config.encode).source
+    base = with_absolute_paths(config.encode).source
     snapshot = Snapshot(versions[0], latents, versions[1], text, versions[2])  # type: ignore[arg-type]
     following = next_round(run, snapshot)
     pinned = following.snapshot

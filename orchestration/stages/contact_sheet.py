@@ -22,7 +22,7 @@ from pipelines.dataset.pair import Status
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.encode.fingerprint import latents_fingerprint
-from pipelines.encode.plan import located
+from pipelines.encode.plan import with_absolute_paths
 from pipelines.resources import uses_gpu
 
 CONTACT = "encode"
@@ -58,7 +58,7 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
     environment = {"env_vars": TORCH_ENVIRONMENT}
     decode = ray.remote(num_cpus=1, num_gpus=int(uses_gpu(config.device)), runtime_env=environment)(_decode)
     try:
-        decoded: list[Decoded] = ray.get(decode.remote(located(config), storage, chosen))
+        decoded: list[Decoded] = ray.get(decode.remote(with_absolute_paths(config), storage, chosen))
     except ray.exceptions.RayError as error:
         raise unwrap(error) or error from error
     sheet = []
@@ -95,7 +95,8 @@ def _decode(config: EncodeConfig, storage: Storage, chosen: list[dict[str, Any]]
     """On the cluster: the images of these pairs, as far as there is memory for them."""
     import torch
 
-    from pipelines.encode.encoders import is_out_of_memory, load_vae, usable_device
+    from pipelines.encode.encoders import load_vae, usable_device
+    from pipelines.units.actor import is_out_of_memory
 
     device = usable_device()
     vae = load_vae(config.source).to(device)

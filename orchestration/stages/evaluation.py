@@ -16,7 +16,7 @@ from pipelines.dataset.model_files import MODEL_INDEX, file_digests
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.encode.fingerprint import latents_parts, text_parts
-from pipelines.encode.plan import located
+from pipelines.encode.plan import with_absolute_paths
 from pipelines.resources import uses_gpu
 
 MAX_RESTARTS = 3  # of a model's actor, whose node may go
@@ -76,7 +76,7 @@ def draw_samples(
     import ray
 
     assert config.encode is not None
-    config = config.model_copy(update={"encode": located(config.encode)})
+    config = config.model_copy(update={"encode": with_absolute_paths(config.encode)})
     assert config.encode is not None
     base = base_identity(config.encode)
     models: dict[str, Storage | None] = {"base": None, "aligned": storage.child(f"{folder.rpartition('/')[0]}/model")}
@@ -159,7 +159,7 @@ class SampleModel:
 
     def _load(self) -> Any:
         """The pipeline; with the first batch, where Ray keeps the class of an error."""
-        from pipelines.encode.encoders import is_out_of_memory
+        from pipelines.units.actor import is_out_of_memory
         from training.engine import set_threads
         from training.evaluate import Sampler
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.units.waiting import Lack, Wait
+from pipelines.units.waiting import Shortage, Wait
 
 if TYPE_CHECKING:
     from training.spec import TrainSpec
@@ -42,17 +42,17 @@ class GpuWait:
 
     def _wait(self, in_use: str | None, timeout_s: int | None) -> Wait:
         return Wait(
-            "train", self._find_lack, in_use, timeout_s=timeout_s, way_out=WAY_OUT, is_waiting=_has_pending_workers
+            "train", self._find_shortage, in_use, timeout_s=timeout_s, way_out=WAY_OUT, is_waiting=_has_pending_workers
         )
 
-    def _find_lack(self) -> Lack | None:
+    def _find_shortage(self) -> Shortage | None:
         from pipelines.resources import total_of
 
         there = int(total_of("GPU", {}))
         if there >= self._wanted:
             return None
         found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, and training asks for {self._wanted}"
-        return Lack(f"{found}; waiting for {self._wanted - there} more", found)
+        return Shortage(f"{found}; waiting for {self._wanted - there} more", found)
 
 
 def _has_pending_workers() -> bool:

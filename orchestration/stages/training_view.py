@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.run import telemetry
 from orchestration.run.context import Say
-from pipelines.progress import Progress as Bar
+from pipelines.progress import ProgressBar
 
 if TYPE_CHECKING:
     from training.launch import Progress
@@ -18,7 +18,7 @@ class TrainingView:
 
     def __init__(self, spec: TrainSpec, say: Say) -> None:
         self._say, self._run = say, spec.run
-        self._bar = Bar("train", spec.config.max_steps, "steps")
+        self._bar = ProgressBar("train", spec.config.max_steps, "steps")
         self._starts, self._step = 0, 0
         self._num_notes = 0
 

@@ -10,7 +10,7 @@ from orchestration.stages.drawn_samples import DrawnSamples
 from pipelines.dataset.errors import unwrap
 from pipelines.dataset.model_files import ModelSource, read_family, weight_files
 from pipelines.dataset.safetensors_header import tensor_shapes
-from pipelines.progress import Progress
+from pipelines.progress import ProgressBar
 from pipelines.resources import Demand, nodes, uses_gpu
 from pipelines.units.waiting import LOOK_S, wait_for
 
@@ -68,7 +68,7 @@ class _Sampler:
         self._batch: list[int] = []
         self.pending = actor.dtype.remote()
 
-    def advance(self, progress: Progress) -> bool:
+    def advance(self, progress: ProgressBar) -> bool:
         """Take what is done and ask for the next batch; False if there is none."""
         import ray
 
@@ -88,7 +88,7 @@ class _Sampler:
         progress.advance(len(done))
         return has_more
 
-    def _begin(self, dtype: str, progress: Progress) -> None:
+    def _begin(self, dtype: str, progress: ProgressBar) -> None:
         num_known = len(self._drawn.missing)
         self._drawn.remove_others(dtype)
         self._dtype, self._todo = dtype, self._drawn.missing
@@ -145,7 +145,7 @@ def draw_missing(
     )  # as if none were drawn yet: the threads of torch, and so its sums, follow from it
     way_out = "add such a node, or set `encode.device: cpu`; `encode.start_timeout_s` allows a longer wait"
     running: dict[str, _Sampler] = {}
-    with Progress("evaluate", sum(len(drawn[name].missing) for name in waiting), "samples") as progress:
+    with ProgressBar("evaluate", sum(len(drawn[name].missing) for name in waiting), "samples") as progress:
         timeout_s = config.encode.start_timeout_s
         wait = wait_for("evaluate", room.demand, timeout_s=timeout_s, way_out=way_out, say=progress.say)
         try:

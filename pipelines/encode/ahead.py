@@ -8,17 +8,18 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.encode.fingerprint import fingerprint_of, latents_parts, note_parts
-from pipelines.encode.plan import Unit, located, pending_latents
-from pipelines.progress import Progress
+from pipelines.encode.plan import pending_latents, with_absolute_paths
+from pipelines.encode.workers import check_dropped, encode_units
+from pipelines.progress import ProgressBar
 from pipelines.units.feed import UnitFeed
-from pipelines.units.pool import demand_of, divide_cluster, encoded
-from pipelines.units.tally import Tally, check_dropped, count_dropped
+from pipelines.units.pool import demand_of, divide_cluster
+from pipelines.units.stats import Speed, Tally, count_dropped
+from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_until_placed
 
 LOOK_AGAIN_S = 1.0
@@ -35,7 +36,7 @@ class LatentsAhead:
     """
 
     def __init__(self, config: EncodeConfig, storage: Storage) -> None:
-        self._config, self._storage = located(config), storage
+        self._config, self._storage = with_absolute_paths(config), storage
         self._is_over, self._is_stopped = threading.Event(), threading.Event()
         self._given: set[str] = set()
         self._num_given = 0
@@ -51,8 +52,8 @@ class LatentsAhead:
         self._is_stopped.set()
         self._is_over.set()
 
-    def take_speed(self) -> dict[str, Any] | None:
-        """What was done since this was last asked, and how fast, as `encode` gives it; None if nothing."""
+    def take_speed(self) -> Speed | None:
+        """Return what was done since this was last called, and how fast; None if nothing."""
         return None if self._tally is None else self._tally.take()
 
     def run(self) -> None:
@@ -68,7 +69,7 @@ class LatentsAhead:
             return
         note_parts(self._storage, LATENTS, parts)
         feed = UnitFeed()
-        with Progress("encode latents", 0, "pairs") as progress:
+        with ProgressBar("encode latents", 0, "pairs") as progress:
             feeding = (feed, fingerprint, progress)
             feeder = threading.Thread(target=self._feed, args=feeding, name="encode-feed", daemon=True)
             feeder.start()
@@ -80,13 +81,13 @@ class LatentsAhead:
         if self._failed is not None:
             raise self._failed
 
-    def _encode(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
+    def _encode(self, feed: UnitFeed, fingerprint: str, progress: ProgressBar) -> None:
         """Commit units as they are done, until the feed is closed; do nothing if ingest ends before there is a node."""
         pool, table = divide_cluster(self._config), latents_table(self._storage, fingerprint)
         if not wait_until_placed(demand_of(self._config), None, count=pool.first, is_stopped=self._is_over.is_set):
             return  # the stage `encode` waits in its place, and says so
-        self._tally = Tally("latents", self._config, pool.most)
-        done = encoded("latents", self._config, self._storage, fingerprint, pool, feed.dataset())
+        self._tally = Tally("encode latents", self._config.batch_size, pool.most)
+        done = encode_units("latents", self._config, self._storage, fingerprint, pool, feed.dataset())
         num_dropped = 0
         with contextlib.closing(done):
             for unit, rows, effort in done:
@@ -119,7 +120,7 @@ class LatentsAhead:
                 version = now
                 yield [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
 
-    def _feed(self, feed: UnitFeed, fingerprint: str, progress: Progress) -> None:
+    def _feed(self, feed: UnitFeed, fingerprint: str, progress: ProgressBar) -> None:
         """Give out what is committed, until the ingest is over; in a thread."""
         try:
             for units in self._looks(fingerprint):

@@ -101,20 +101,6 @@ def load_vae(source: ModelSource) -> Any:
     return loaded.eval().requires_grad_(False)
 
 
-NO_MEMORY = (
-    "DefaultCPUAllocator",
-    "bad_alloc",
-    "could not create a primitive",  # oneDNN's convolutions, which say no more
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a pass failed because the device, or on a CPU the machine, had no memory for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-
-
 @dataclass(frozen=True)
 class Launched:
     """A pass that runs, perhaps still on the GPU."""

@@ -15,14 +15,16 @@ from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.encode.fingerprint import fingerprint_of, note_parts
-from pipelines.encode.plan import Pending, Unit, check_settings, located, pending
-from pipelines.progress import Progress
-from pipelines.units.pool import demand_of, divide_cluster, encoded, given, wait_for_encoder
-from pipelines.units.tally import Tally, check_dropped, count_dropped
+from pipelines.encode.plan import Pending, check_settings, pending, with_absolute_paths
+from pipelines.encode.workers import check_dropped, encode_units, wait_for_encoder
+from pipelines.progress import ProgressBar
+from pipelines.units.pool import demand_of, divide_cluster, units_dataset
+from pipelines.units.stats import Speed, Tally, count_dropped
+from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_until_placed
 
 
-def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> dict[str, dict[str, Any] | None]:
+def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> dict[str, Speed | None]:
     """Bring latents and text embeddings up to date with the kept pairs. Needs a running Ray.
 
     Args:
@@ -31,7 +33,7 @@ def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) 
         with_empty: Whether the embedding of "" is wanted beside those of the prompts.
 
     Returns:
-        For `text` and `latents` what was done and how fast, as plain data; None where nothing was missing.
+        For `text` and `latents` what was done and how fast; None where nothing was missing.
 
     Raises:
         ModelError: The model is missing, damaged or of no kind that we know.
@@ -41,7 +43,7 @@ def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) 
         EncodingError: There is no memory for even one image, or actors die of a unit again and again.
         ClusterError: No node has what an encoder asks for, and none came.
     """
-    config = located(config)
+    config = with_absolute_paths(config)
     todo = pending(config, storage, with_empty=with_empty)
     if not todo.num_kept:
         raise SnapshotError(
@@ -75,21 +77,21 @@ class _Stage:
     config: EncodeConfig
     storage: Storage
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> Speed | None:
         """Encode and commit the units, then hold the result against the limit of quarantined rows."""
         speed = self._encode() if self.units else None
         check_dropped(self.kind, self.item, self.table, self.config)
         return speed
 
-    def _encode(self) -> dict[str, Any] | None:
+    def _encode(self) -> Speed | None:
         note_parts(self.storage, self.folder, self.parts)
         num_planned = sum(unit.rows.num_rows for unit in self.units)
         max_dropped = self._max_dropped(num_planned)
         pool = divide_cluster(self.config, len(self.units))
-        tally = Tally(self.kind, self.config, pool.most)
-        fingerprint, dataset = fingerprint_of(self.parts), given(self.units)
-        done = encoded(self.kind, self.config, self.storage, fingerprint, pool, dataset)
-        with Progress(f"encode {self.kind}", num_planned, f"{self.item}s") as progress, contextlib.closing(done):
+        tally = Tally(f"encode {self.kind}", self.config.batch_size, pool.most)
+        fingerprint, dataset = fingerprint_of(self.parts), units_dataset(self.units)
+        done = encode_units(self.kind, self.config, self.storage, fingerprint, pool, dataset)
+        with ProgressBar(f"encode {self.kind}", num_planned, f"{self.item}s") as progress, contextlib.closing(done):
             wait = wait_for_encoder(self.kind, self.config, progress.say)
             wait_until_placed(demand_of(self.config), wait, count=pool.first)
             for unit, rows, effort in done:

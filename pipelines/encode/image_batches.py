@@ -20,7 +20,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.encode.encoders import Launched
 from pipelines.encode.geometry import Bucket, Placed, choose_bucket, mirror, open_image, place
 from pipelines.units.actor import BatchSize
-from pipelines.units.effort import Effort
+from pipelines.units.stats import Effort
 
 Pair = dict[str, Any]
 """A kept row of the pairs table: its key, its shard, and where both images lie in it."""

@@ -11,21 +11,23 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import FLIPPED, LATENTS, LATENTS_SCHEMA, UNFLIPPED
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
+from pipelines.encode.actor import EncodeActor
 from pipelines.encode.encoders import LatentEncoder
 from pipelines.encode.fingerprint import latents_fingerprint
 from pipelines.encode.geometry import Placed, bucket_list
 from pipelines.encode.image_batches import Batches, Encoder, ImageKey, Latents, Planned, load, plan_pairs
-from pipelines.units.actor import BatchSize, Device, UnitActor, check_same_model
-from pipelines.units.ahead import Ahead
-from pipelines.units.effort import Effort
-from pipelines.units.shard import UnitShard, pack
+from pipelines.encode.tensor_file import pack
+from pipelines.units.actor import BatchSize, Device, check_same_model
+from pipelines.units.prefetch import Prefetch, prefetch
+from pipelines.units.shard import UnitShard
+from pipelines.units.stats import Effort
 
 READERS = 8  # reads from a storage wait; two would feed a GPU with JPEGs of 1024 x 1024 from a local disk
 
-Loaded = Ahead[Planned, list[tuple[ImageKey, Placed | Reason]]]
+Loaded = Prefetch[Planned, list[tuple[ImageKey, Placed | Reason]]]
 
 
-class WriteLatents(UnitActor):
+class WriteLatents(EncodeActor):
     """Encode the pairs of a unit and write their shard; the only place that writes latents.
 
     In:       A unit's pairs.        Out: its table rows, in the unit's order, and what it cost.
@@ -36,10 +38,12 @@ class WriteLatents(UnitActor):
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
     """
 
-    def _named(self, rows: pa.Table) -> str:
-        return f"the pairs of {rows['shard'][0]}"
+    def describe(self, rows: pa.Table) -> str:
+        """Say what is done with a unit."""
+        return f"encoding the pairs of {rows['shard'][0]}"
 
-    def _new_writer(self) -> "LatentWriter":
+    def new_writer(self) -> "LatentWriter":
+        """Load the VAE."""
         check_same_model(self._fingerprint, latents_fingerprint(self._config), self._config.model)
         encoder = LatentEncoder(self._config.source, self._config.vae_dtype)
         return LatentWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
@@ -71,7 +75,7 @@ class LatentWriter:
         """Write the shard of a unit; returns one row for every pair, in order, and what it cost."""
         effort = Effort(num_slots=(4 if self._flips else 2) * rows.num_rows)
         planned = plan_pairs(rows.to_pylist(), self._buckets)
-        loaded: Loaded = Ahead(
+        loaded: Loaded = prefetch(
             lambda pair: load(pair, self._storage, effort, flips=self._flips), planned, self._readers, self._num_ahead
         )
         try:
@@ -107,4 +111,4 @@ def _write_pair(planned: Planned, latents: dict[ImageKey, Latents | Reason], sha
                 return
             tensors[f"{of_latents}_{side}"] = found.latents_CHW
             time_ids[f"{of_time_ids}_{side}"] = json.dumps(list(found.time_ids))
-    shard.keep(row, planned.row["pair_key"], pack(tensors, time_ids))
+    shard.keep(row, f"{planned.row['pair_key']}.safetensors", pack(tensors, time_ids))

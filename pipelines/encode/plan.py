@@ -3,8 +3,6 @@
 Reads tables and the model's files; needs neither Ray nor torch.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.encode.fingerprint import fingerprint_of, latents_parts, text_parts
 from pipelines.encode.geometry import bucket_list
+from pipelines.units.unit import Unit, unit_id
 
 PROMPTS_A_UNIT = 1024  # 0.3 GB of SDXL embeddings in float16
 
@@ -32,14 +31,6 @@ _IMAGE_COLUMNS = [
     "height_0", "width_0", "orientation_0", "height_1", "width_1", "orientation_1",
 ]  # fmt: skip
 _KEPT = pc.field("status") == str(Status.KEPT)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Pairs of one shard, or distinct prompts: what one actor turns into one shard, committed whole."""
-
-    id: str
-    rows: pa.Table
 
 
 @dataclass(frozen=True)
@@ -137,7 +128,7 @@ def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Uni
     for end in [] if runs is None else runs.run_ends.to_pylist():
         rows = missing.slice(start, end - start)
         keys = sorted(rows["pair_key"].to_pylist())
-        units.append(Unit(_unit_id("latents", fingerprint, rows["shard"][0].as_py(), *keys), rows))
+        units.append(Unit(unit_id("latents", fingerprint, rows["shard"][0].as_py(), *keys), rows))
         start = end
     return units
 
@@ -161,7 +152,7 @@ def text_units(
 
 def empty_unit_id(fingerprint: str) -> str:
     """The id of the unit of the embedding of ""."""
-    return _unit_id("text", fingerprint, EMPTY_PROMPT_ID)
+    return unit_id("text", fingerprint, EMPTY_PROMPT_ID)
 
 
 def _prompt_units(missing: pa.Array, storage: Storage, fingerprint: str) -> list[Unit]:
@@ -172,16 +163,12 @@ def _prompt_units(missing: pa.Array, storage: Storage, fingerprint: str) -> list
     for start in range(0, len(identities), PROMPTS_A_UNIT):
         part = identities[start : start + PROMPTS_A_UNIT]
         rows = pa.table({"prompt_id": part, "prompt": pa.array([prompts.get(p, "") for p in part], pa.string())})
-        units.append(Unit(_unit_id("text", fingerprint, *part), rows))
+        units.append(Unit(unit_id("text", fingerprint, *part), rows))
     return units
 
 
-def _unit_id(*identity: str) -> str:
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-
-
-def located(config: EncodeConfig) -> EncodeConfig:
-    """Local folders as absolute paths: workers have another working directory."""
+def with_absolute_paths(config: EncodeConfig) -> EncodeConfig:
+    """Return the configuration with local folders as absolute paths: workers have another working directory."""
 
     def absolute(model: str | None) -> str | None:
         folder = None if model is None else Path(model).expanduser()

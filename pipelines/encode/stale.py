@@ -10,7 +10,8 @@ from pipelines.dataset.model_files import SDXL
 from pipelines.dataset.pair import EMPTY_PROMPT_ID
 from pipelines.dataset.storage import Storage
 from pipelines.encode.fingerprint import fingerprint_of, noted_parts
-from pipelines.encode.plan import Pending, Unit, pending
+from pipelines.encode.plan import Pending, pending
+from pipelines.units.unit import Unit
 
 MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12

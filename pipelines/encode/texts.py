@@ -9,14 +9,16 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import TEXT, TEXT_SCHEMA
 from pipelines.dataset.pair import NULL_PROMPT_ID, Reason
 from pipelines.dataset.storage import Storage
+from pipelines.encode.actor import EncodeActor
 from pipelines.encode.encoders import Embedded, TextEncoder
 from pipelines.encode.fingerprint import text_fingerprint
-from pipelines.units.actor import BatchSize, Device, UnitActor, check_same_model
-from pipelines.units.effort import Effort
-from pipelines.units.shard import UnitShard, pack
+from pipelines.encode.tensor_file import pack
+from pipelines.units.actor import BatchSize, Device, check_same_model
+from pipelines.units.shard import UnitShard
+from pipelines.units.stats import Effort
 
 
-class WriteTexts(UnitActor):
+class WriteTexts(EncodeActor):
     """Embed the prompts of one unit and write their shard; the only place that writes text embeddings.
 
     In:       A unit's prompts.      Out: its table rows, in the unit's order, and what it cost.
@@ -27,10 +29,12 @@ class WriteTexts(UnitActor):
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, EncodingError.
     """
 
-    def _named(self, rows: pa.Table) -> str:
-        return f"{rows.num_rows:,} prompts"
+    def describe(self, rows: pa.Table) -> str:
+        """Say what is done with a unit."""
+        return f"encoding {rows.num_rows:,} prompts"
 
-    def _new_writer(self) -> "TextWriter":
+    def new_writer(self) -> "TextWriter":
+        """Load the text encoders."""
         check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
         encoder = TextEncoder(self._config.source)
         return TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
@@ -96,6 +100,6 @@ class TextWriter:
 def _write_prompt(prompt_id: str, embedded: Embedded, shard: UnitShard) -> None:
     row = {"prompt_id": prompt_id, "num_tokens": embedded.num_tokens}
     if all(bool(torch.isfinite(tensor).all()) for tensor in embedded.tensors.values()):
-        shard.keep(row, prompt_id, pack(embedded.tensors))
+        shard.keep(row, f"{prompt_id}.safetensors", pack(embedded.tensors))
     else:
         shard.quarantine(row, Reason.NON_FINITE)

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines.config import IngestConfig
 from pipelines.dataset.errors import unwrap
+from pipelines.dataset.ipc import from_ipc
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import TEST, VALIDATION
 from pipelines.dataset.storage import Storage
@@ -23,12 +24,11 @@ from pipelines.ingest.committer import Committer
 from pipelines.ingest.drop_budget import DropBudget, check_drop_budget
 from pipelines.ingest.pair_shards import WriteShards, write_unit
 from pipelines.ingest.policy import Policy, apply_policy, is_applied
-from pipelines.progress import Progress, quiet_ray_data
+from pipelines.progress import ProgressBar, quiet_ray_data
 from pipelines.resources import Demand, total_of
 from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
 from pipelines.sources.source import Unit, UnitSettings
-from pipelines.units.shard import from_ipc
 from pipelines.units.waiting import wait_for, wait_until_placed
 
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_units", "write_unit"]
@@ -98,7 +98,7 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[Unit] | Non
         at_once = int(total_of("CPU", config.resources) / CPUS_A_TASK)
         tasks = [
             pa.table({"unit": [unit.to_json() for unit in task], "storage": [storage.url] * len(task)})
-            for task in in_tasks(units, max(at_once, 1))
+            for task in group_units(units, max(at_once, 1))
         ]
         dataset = ray.data.from_arrow(tasks).map_batches(
             WriteShards(), batch_size=None, num_cpus=CPUS_A_TASK, resources=dict(config.resources) or None
@@ -117,7 +117,7 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[Unit] | Non
     check_drop_budget(config, storage)
 
 
-def in_tasks(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
+def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
     """The units in order, as what one task does after the other: many at first, single ones at the end.
 
     Ray Data takes 0.1 to 0.2 s to notice that a task has ended. So that this does not cost as much as a unit and the
@@ -145,7 +145,7 @@ def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: 
     committer = Committer(pairs_table(storage), Policy.of(config))
     budget = DropBudget(config, storage, units)
     planned = {unit.id: unit for unit in units}
-    with Progress("ingest", len(units), "units") as progress:
+    with ProgressBar("ingest", len(units), "units") as progress:
         reader = Demand("CPU", config.resources)
         way_out = "add such a node, or leave `ingest.resources` out"
         wait_until_placed(reader, wait_for("ingest", reader, timeout_s=None, way_out=way_out, say=progress.say))

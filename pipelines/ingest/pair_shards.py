@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset.ipc import to_ipc
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id
 from pipelines.dataset.shard import ShardWriter
@@ -19,7 +20,6 @@ from pipelines.dataset.storage import Storage
 from pipelines.ingest.image_check import ImageInfo, inspect_image
 from pipelines.sources import SOURCES
 from pipelines.sources.source import SourceRow, Unit
-from pipelines.units.shard import to_ipc
 
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
 CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")

@@ -24,7 +24,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.maintenance.occupancy import Occupied, pair_shards, tensor_shards
 from pipelines.maintenance.remove import PRESENT
-from pipelines.units.parallel import in_parallel
+from pipelines.units.prefetch import in_parallel
 
 BLOCK_BYTES = 8 << 20
 REMOVED = pc.field("reason") == str(Reason.REMOVED)

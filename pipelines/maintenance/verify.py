@@ -14,7 +14,7 @@ from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table,
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.maintenance.occupancy import runs
-from pipelines.units.parallel import in_parallel
+from pipelines.units.prefetch import in_parallel
 
 BLOCK_BYTES = 8 << 20  # in memory at once for each reader
 COMMITTED = pc.field("shard").is_valid()

@@ -1,4 +1,4 @@
-"""What all stages share that work on units: pools of actors, shards, attempts, waiting, prefetching.
+"""Shared by all stages that work on units: pools of actors, shards, attempts, waiting, prefetching, statistics.
 
-May import the configuration and `pipelines.dataset`; knows no stage.
+May import `pipelines.resources`, `pipelines.progress` and `pipelines.dataset`; knows no stage and no configuration.
 """

@@ -1,74 +1,74 @@
-"""What the actors of both stages of encode have in common: one thread for the device, and units as they come."""
+"""The actor that writes units: called for several at once, with one thread for the device and batches that shrink.
+
+A stage subclasses `UnitActor` and says what it writes, and with which model; `units.pool` runs it on Ray Data.
+"""
 
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
 
-from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import EncodingError, ModelError
-from pipelines.dataset.storage import Storage
-from pipelines.encode.encoders import is_out_of_memory
+from pipelines.dataset.ipc import from_ipc, to_ipc
 from pipelines.units.attempts import begin
-from pipelines.units.effort import Effort
-from pipelines.units.shard import from_ipc, to_ipc
+from pipelines.units.stats import Effort
 
 T = TypeVar("T")
 
 
 class Writer(Protocol):
-    """What turns a unit into a shard; called from several threads at once."""
+    """Turns a unit into a shard; called from several threads at once."""
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
-        """The table rows of a unit, in its order, and what it cost."""
+        """Write the shard of a unit; return its table rows, in the order of the unit, and what it cost."""
 
 
 class UnitActor:
     """A Ray Data actor that is called for several units at once; a subclass says what it writes and with what.
 
     Args:
-        config: What to write.
-        storage: Where it goes.
-        fingerprint: The driver's.
-        num_threads: Of torch.
         attempts: From `new_attempts`.
     """
 
-    def __init__(
-        self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any
-    ) -> None:
-        self._config, self._storage, self._fingerprint = config, storage, fingerprint
-        self._num_threads, self._attempts = num_threads, attempts
+    way_out: ClassVar[str]
+    """The hint of the error that names a unit on which actors die again and again."""
+
+    def __init__(self, attempts: Any) -> None:
+        self._attempts = attempts
         self._start = threading.Lock()
         self._writer: Writer | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """One unit in, one out."""
+        """Write the one unit of a batch; return its rows and cost as a batch of one row."""
         (unit,) = batch.to_pylist()
         rows = from_ipc(unit["rows"])
-        begin(self._attempts, unit["unit_id"], self._named(rows))
+        begin(self._attempts, unit["unit_id"], self.describe(rows), self.way_out)
         with self._start:
             if self._writer is None:
-                self._writer = self._new_writer()
+                self._writer = self.new_writer()
         written, effort = self._writer.write(unit["unit_id"], rows)
         return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(written)], "effort": [effort.to_json()]})
 
-    def _named(self, rows: pa.Table) -> str:
-        """What a unit is made of, for an error."""
+    def describe(self, rows: pa.Table) -> str:
+        """Say what is done with a unit, for an error: `encoding 12 prompts`."""
         raise NotImplementedError
 
-    def _new_writer(self) -> Writer:
-        """Load the model; with the first unit, where Ray keeps the class of an error."""
+    def new_writer(self) -> Writer:
+        """Load the model; called with the first unit, where Ray keeps the class of an error."""
         raise NotImplementedError
 
 
 def check_same_model(planned: str, found: str, model: str) -> None:
-    """A node that holds other files under the same name must not mix its numbers in."""
+    """Check that this node holds the files that the driver planned with.
+
+    Raises:
+        ModelError: It has other files under the same name, whose numbers must not be mixed in.
+    """
     if planned != found:
         raise ModelError(
             f"this node's {model} has the fingerprint {found}, the driver's has {planned}",
@@ -77,12 +77,12 @@ def check_same_model(planned: str, found: str, model: str) -> None:
 
 
 def use_threads(num_threads: int) -> None:
-    """Torch's threads in an actor: Ray allows one for each CPU it gave, and may count CPUs that are not there."""
+    """Set torch's threads in an actor: Ray allows one for each CPU it gave, and may count CPUs that do not exist."""
     torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
 
 
 class Device:
-    """The one thread that an actor encodes in, unit after unit; knows how long the device had nothing to do."""
+    """The one thread in which an actor computes, unit after unit; measures how long the device was idle."""
 
     def __init__(self, num_threads: int) -> None:
         self._thread = ThreadPoolExecutor(1, "device", initializer=lambda: use_threads(num_threads))
@@ -90,11 +90,11 @@ class Device:
 
     @property
     def name(self) -> str:
-        """`cpu`, or what the GPU is called."""
+        """`cpu`, or the name of the GPU."""
         return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
     def run(self, encode: Callable[[], T], effort: Effort) -> T:
-        """Run `encode` when its turn comes; what it does not count as encoding is idle."""
+        """Run `encode` when its turn comes; time that it does not count as encoding is idle time."""
 
         def timed() -> T:
             started, busy = time.perf_counter(), effort.seconds["encode"]
@@ -108,20 +108,34 @@ class Device:
         return self._thread.submit(timed).result()
 
 
+NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN's convolutions, which say no more
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a pass failed because the device, or on a CPU the machine, had no memory for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 class BatchSize:
-    """How much a pass may hold; halved when memory runs out, for good."""
+    """How many things a pass may hold; halved for good when memory runs out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def attempt(self, run: Callable[[], T], count: int, one: str, way_out: str) -> T | None:
-        """Run a pass over `count` things; None if there was no memory for so many, and fewer should be tried.
+        """Run a pass over `count` things; return None if memory ran out and fewer should be tried.
 
         Args:
             run: The pass.
             count: How many things are in it.
-            one: What a single one is called: if not even that fits, it is an error.
-            way_out: Its hint.
+            one: What the pass does with a single thing, such as `embed even one prompt`, for the error.
+            way_out: The hint of the error.
 
         Raises:
             EncodingError: There is no memory for a single one.

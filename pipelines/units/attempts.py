@@ -1,7 +1,7 @@
 """How often each unit was begun, so that one that kills its actor does not do so for ever.
 
-Ray starts an actor that died again and gives it its units back, without end: right when a node is gone, wrong when the
-unit itself is the cause, such as an image that takes more memory than there is.
+Ray restarts an actor that died and gives it its units back, without end: right when a node is gone, wrong when the
+unit itself is the cause, such as an image that takes more memory than the machine has.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ MAX_ATTEMPTS = 8
 
 
 class Attempts:
-    """Counts; a Ray actor of the driver's job.
+    """Counts of attempts by unit; a Ray actor of the driver's job.
 
     Args:
         most: How often a unit may be begun.
@@ -24,25 +24,26 @@ class Attempts:
         self._begun: Counter[str] = Counter()
 
     def begin(self, unit: str) -> int | None:
-        """Count an attempt; None if it may be made, else how many failed."""
+        """Count an attempt; return None if it may be made, else how many failed."""
         self._begun[unit] += 1
         return None if self._begun[unit] <= self._most else self._begun[unit] - 1
 
 
 def new_attempts(most: int = MAX_ATTEMPTS) -> Any:
-    """A handle to a fresh count. Lost with its node, it begins anew."""
+    """Return a handle to a fresh count. Lost with its node, it begins anew."""
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote(most)
 
 
-def begin(attempts: Any, unit: str, what: str) -> None:
+def begin(attempts: Any, unit: str, doing: str, way_out: str) -> None:
     """Count an attempt at a unit.
 
     Args:
         attempts: From `new_attempts`.
-        unit: Its id.
-        what: Named in the error: what the unit is made of.
+        unit: The id of the unit.
+        doing: What is done with it, for the error: `encoding 12 prompts`.
+        way_out: The hint of the error.
 
     Raises:
         EncodingError: Too many actors died of it.
@@ -50,7 +51,4 @@ def begin(attempts: Any, unit: str, what: str) -> None:
     import ray
 
     if (failed := ray.get(attempts.begin.remote(unit))) is not None:
-        raise EncodingError(
-            f"actors died {failed} times while they encoded {what} (unit {unit})",
-            "did they run out of memory? lower `encode.batch_size`, or give the nodes more; what is encoded stays",
-        )
+        raise EncodingError(f"actors died {failed} times while {doing} (unit {unit})", way_out)

@@ -1,4 +1,4 @@
-"""Units for an execution that has begun already: it takes them as they come, and ends when the feed is closed.
+"""Units for an execution that is running already: it takes them as they come, and ends when the feed is closed.
 
 Ray Data's inputs are known when an execution begins. So its one read task asks an actor for unit after unit, waits
 where there is none yet, and the actors of the pool stay, with the model that they have loaded.
@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.encode.plan import Unit
 from pipelines.progress import quiet_ray_data
-from pipelines.units.pool import as_items
+from pipelines.units.pool import unit_row
+from pipelines.units.unit import Unit
 
 ROW_A_BLOCK = 1  # bytes: a block ends with the row that reaches it, so that no unit waits for the next
 
@@ -36,14 +36,14 @@ class _Units:
             self._changed.notify_all()
 
     async def get(self, place: int) -> list[Any] | None:
-        """The reference at this place, once there is one; None if there never will be."""
+        """Return the reference at this place, once there is one; None if there never will be."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_closed or place < len(self._units))
             return self._units[place] if place < len(self._units) else None
 
 
 class UnitFeed:
-    """The driver's end. Needs a running Ray; its actor lives on the driver's node and ends with it."""
+    """The driver's end of the feed. Needs a running Ray; its actor lives on the driver's node and ends with it."""
 
     def __init__(self) -> None:
         import ray
@@ -55,16 +55,16 @@ class UnitFeed:
         """Give the execution more to do."""
         import ray
 
-        ray.get(self._units.add.remote([[ray.put(item)] for item in as_items(units)]))
+        ray.get(self._units.add.remote([[ray.put(unit_row(unit))] for unit in units]))
 
     def close(self) -> None:
-        """No more units: the execution ends when it has done those that it was given."""
+        """Add no more units: the execution ends when it has done those that it was given."""
         import ray
 
         ray.get(self._units.close.remote())
 
     def dataset(self) -> Any:
-        """A Ray dataset whose blocks are the units, as they come."""
+        """Return a Ray dataset whose blocks are the units, as they come."""
         import ray
         import ray.data
         from ray.data import Datasource, ReadTask
@@ -78,7 +78,7 @@ class UnitFeed:
 
         class Fed(Datasource):  # type: ignore[misc]
             def estimate_inmemory_data_size(self) -> None:
-                """Not known."""
+                """Return None: not known."""
 
             def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
                 return [ReadTask(blocks, BlockMetadata(None, None, None, None))]

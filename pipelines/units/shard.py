@@ -1,40 +1,18 @@
-"""The one shard that a unit of encoding writes: tensors as safetensors members, and the table row of each.
-
-Bytes are a pure function of names, numbers and order: safetensors itself writes its metadata in an order that
-changes from call to call.
-"""
+"""The one shard that a unit writes, and the table row of each of its members."""
 
 import contextlib
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from pipelines.dataset.pair import Reason, Status
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
-from pipelines.units.effort import Effort
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Row = dict[str, Any]
-
-
-def pack(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Tensors as one safetensors file, the same bytes every time."""
-    from safetensors.torch import save
-
-    data = save(dict(tensors), dict(metadata) if metadata else None)
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[start:]
+from pipelines.dataset.values import Row
+from pipelines.units.stats import Effort
 
 
 class UnitShard:
-    """Gather the members of one unit in a local file, then upload it; a unit without members has no shard.
+    """The shard of one unit: gathered in a local file, then uploaded; a unit without members has none.
 
     Args:
         storage: Where the shard goes.
@@ -59,19 +37,19 @@ class UnitShard:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def keep(self, row: Row, key: str, data: bytes) -> None:
-        """Append a member and its row."""
-        member = self._writer.add(f"{key}.safetensors", data)
+    def keep(self, row: Row, name: str, data: bytes) -> None:
+        """Append a member, named `<key>.<part>`, and its row."""
+        member = self._writer.add(name, data)
         self._num_members += 1
         place = {name: getattr(member, name) for name in ("offset", "length", "sha256", "crc32")}
         self._rows.append({**row, **place, "status": str(Status.KEPT), "unit": self._unit, "shard": self._name})
 
     def quarantine(self, row: Row, reason: Reason) -> None:
-        """Note what is not kept, and why."""
+        """Add the row of what is not kept, with the reason."""
         self._rows.append({**row, "status": str(Status.QUARANTINED), "reason": str(reason), "unit": self._unit})
 
     def publish(self) -> pa.Table:
-        """Close and upload the shard; returns its rows for the commit."""
+        """Close and upload the shard; return its rows for the commit."""
         sha256 = self._writer.close()
         if self._num_members:
             with self._effort.measured("upload"):
@@ -80,16 +58,3 @@ class UnitShard:
             if row.get("shard"):
                 row.update(shard_bytes=self._writer.num_bytes, shard_sha256=sha256)
         return pa.Table.from_pylist(self._rows, schema=self._schema)
-
-
-def to_ipc(rows: pa.Table) -> bytes:
-    """Rows as Arrow IPC bytes, to travel in one cell of a Ray Data row."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as out:
-        out.write_table(rows)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def from_ipc(data: bytes) -> pa.Table:
-    """The rows that `to_ipc` wrote."""
-    return pa.ipc.open_stream(data).read_all()

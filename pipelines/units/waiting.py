@@ -19,7 +19,7 @@ TIMEOUT_S = {False: 60, True: 1800}
 
 
 @dataclass(frozen=True)
-class Lack:
+class Shortage:
     """What no node of the cluster has.
 
     Args:
@@ -41,7 +41,7 @@ class Wait:
 
     Args:
         stage: Shown in front.
-        find_lack: What no living node has; None if nodes have it, and others use it.
+        find_shortage: What no living node has; None if nodes have it, and others use it.
         in_use: What is said in that case, for which there is no time limit; nothing if None.
         timeout_s: How long nodes may lack it; None takes `TIMEOUT_S`.
         way_out: The hint of the error.
@@ -50,17 +50,17 @@ class Wait:
     """
 
     def __init__(
-        self, stage: str, find_lack: Callable[[], Lack | None], in_use: str | None, *, timeout_s: float | None,
+        self, stage: str, find_shortage: Callable[[], Shortage | None], in_use: str | None, *, timeout_s: float | None,
         way_out: str, say: Callable[[str], None] = to_stderr, is_waiting: Callable[[], bool] = lambda: True,
     ) -> None:  # fmt: skip
-        self._stage, self._find_lack, self._in_use, self._say = stage, find_lack, in_use, say
+        self._stage, self._find_shortage, self._in_use, self._say = stage, find_shortage, in_use, say
         self._timeout_s, self._way_out, self._is_waiting = timeout_s, way_out, is_waiting
-        self._lack: Lack | None = None
+        self._shortage: Shortage | None = None
         self.restart()
 
     def restart(self) -> None:
         """Begin another wait."""
-        self._since, self._next_word_s = time.monotonic(), FIRST_WORD_S if self._lack is None else 0.0
+        self._since, self._next_word_s = time.monotonic(), FIRST_WORD_S if self._shortage is None else 0.0
 
     def look(self) -> None:
         """Speak if it is time for it; called about once a second for as long as the wait lasts.
@@ -68,27 +68,27 @@ class Wait:
         Raises:
             ClusterError: No node has had what is asked for, for as long as is allowed.
         """
-        before, self._lack = self._lack, self._find_lack()
-        if (self._lack is None) != (before is None):
+        before, self._shortage = self._shortage, self._find_shortage()
+        if (self._shortage is None) != (before is None):
             self.restart()
         waited_s = time.monotonic() - self._since
-        if self._lack is not None:
-            self._look_for_nodes(self._lack, waited_s)
+        if self._shortage is not None:
+            self._look_for_nodes(self._shortage, waited_s)
         elif self._in_use is not None and self._is_waiting():
             self._speak(self._in_use, waited_s, clock(waited_s))
         else:
             self.restart()
 
-    def _look_for_nodes(self, lack: Lack, waited_s: float) -> None:
+    def _look_for_nodes(self, shortage: Shortage, waited_s: float) -> None:
         grows = has_autoscaler()
         # An autoscaler is assumed where it is not known: a node that is coming must not be given up.
         limit_s = self._timeout_s if self._timeout_s is not None else TIMEOUT_S[grows is not False]
         if waited_s >= limit_s:
             why = "and none came" if grows is not False else "and the cluster has no autoscaler that could add one"
-            raise ClusterError(f"{self._stage}: {lack.error}, {why} (waited {clock(limit_s)})", self._way_out)
+            raise ClusterError(f"{self._stage}: {shortage.error}, {why} (waited {clock(limit_s)})", self._way_out)
         is_sure = self._timeout_s is not None or grows is not None or waited_s >= KNOWN_AFTER_S
         if is_sure:
-            self._speak(lack.line, waited_s, f"{clock(waited_s)} of {clock(limit_s)}")
+            self._speak(shortage.line, waited_s, f"{clock(waited_s)} of {clock(limit_s)}")
 
     def _speak(self, line: str, waited_s: float, times: str) -> None:
         if waited_s >= self._next_word_s:
@@ -101,13 +101,13 @@ def wait_for(
 ) -> Wait:
     """The wait for one worker that asks for `demand`."""
 
-    def find_lack() -> Lack | None:
+    def find_shortage() -> Shortage | None:
         if demand.has_node():
             return None
-        return Lack(f"no node has {demand} yet; waiting for one", f"no node has {demand}")
+        return Shortage(f"no node has {demand} yet; waiting for one", f"no node has {demand}")
 
     in_use = f"waiting for a free {demand.resource}"
-    return Wait(stage, find_lack, in_use, timeout_s=timeout_s, way_out=way_out, say=say)
+    return Wait(stage, find_shortage, in_use, timeout_s=timeout_s, way_out=way_out, say=say)
 
 
 def wait_until_placed(

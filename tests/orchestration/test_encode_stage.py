@@ -125,7 +125,7 @@ def test_a_range_of_workers_takes_what_there_is_room_for(
     config = EncodeConfig(model=str(tiny_pipeline), resolution=64, num_workers="1..2")
     speed = encode(config, storage)["latents"]
     assert speed is not None
-    assert speed["num_actors"] == 2
+    assert speed.num_actors == 2
     assert latents_table(storage, latents_fingerprint(config)).read().num_rows == 6
     assert len([name for name in storage.names(LATENTS) if name.endswith(".tar")]) == 3
 

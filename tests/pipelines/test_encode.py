@@ -21,6 +21,7 @@ from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
+import pipelines.encode.workers
 import pipelines.units.pool
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import (
@@ -119,10 +120,10 @@ def test_a_unit_that_kills_its_actors_is_given_up_and_named(
     (unit,) = todo.texts
     name = text_fingerprint(config)
     text_table(storage, name).append(unit.id, write_texts(unit.id, unit.rows, config, storage, name, text))
-    monkeypatch.setattr(pipelines.unit_pool, "MAX_ATTEMPTS", 1)
-    monkeypatch.setattr(pipelines.unit_pool, "actor_of", lambda kind: Killed)
+    monkeypatch.setattr(pipelines.units.pool, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(pipelines.encode.workers, "actor_class", lambda kind: Killed)
     with pytest.raises(
-        EncodingError, match=r"actors died 1 times while they encoded the pairs of dataset/shards/"
+        EncodingError, match=r"actors died 1 times while encoding the pairs of dataset/shards/"
     ) as caught:
         encode(config, storage)
     assert todo.latents[0].id in caught.value.message

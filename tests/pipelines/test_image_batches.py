@@ -26,8 +26,8 @@ from pipelines.encode.image_batches import Batches, ImageKey, load, plan_pairs
 from pipelines.encode.latents import LatentWriter
 from pipelines.encode.plan import pending
 from pipelines.units.actor import BatchSize
-from pipelines.units.ahead import Ahead
-from pipelines.units.effort import Effort
+from pipelines.units.prefetch import prefetch
+from pipelines.units.stats import Effort
 
 CPU = torch.device("cpu")
 
@@ -103,7 +103,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pipelines.dataset.model_files import ModelSource
-from pipelines.units.effort import Effort
+from pipelines.units.stats import Effort
 from pipelines.encode.encoders import LatentEncoder
 from pipelines.encode.geometry import Placed
 from pipelines.encode.image_batches import Batches, ImageKey
@@ -250,12 +250,12 @@ def test_ahead_is_in_order_bounded_and_begins_at_once() -> None:
         return item
 
     with ThreadPoolExecutor(4) as pool:
-        ahead = Ahead(note, range(100), pool, 5)
+        ahead = prefetch(note, range(100), pool, 5)
         results = iter(ahead)
         assert next(results) == 0
         assert max(begun) <= 6
         assert list(results) == list(range(1, 100))
-        broken = Ahead(lambda item: 1 // item, [1, 0, 1], pool, 2)
+        broken = prefetch(lambda item: 1 // item, [1, 0, 1], pool, 2)
         with pytest.raises(ZeroDivisionError):
             list(broken)
         broken.close()

@@ -27,7 +27,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.execution import (
     MAX_UNITS_A_TASK,
-    in_tasks,
+    group_units,
     ingest,
     is_up_to_date,
     pending_of,
@@ -269,13 +269,13 @@ def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_w
     [(0, 3, []), (1, 3, [1]), (5, 3, [1] * 5), (22, 3, [3, 3, 2, 2, 2, *[1] * 10]), (1300, 1500, [1] * 1300)],
 )
 def test_tasks_are_long_at_first_and_short_at_the_end(num_units: int, at_once: int, wanted: list[int]) -> None:
-    tasks = in_tasks(range(num_units), at_once)
+    tasks = group_units(range(num_units), at_once)
     assert [len(task) for task in tasks] == wanted
     assert [unit for task in tasks for unit in task] == list(range(num_units)), "in order"
 
 
 def test_no_task_has_more_than_a_lost_worker_may_repeat() -> None:
-    assert max(len(task) for task in in_tasks(range(10_000), 3)) == MAX_UNITS_A_TASK
+    assert max(len(task) for task in group_units(range(10_000), 3)) == MAX_UNITS_A_TASK
 
 
 def test_rows_of_a_unit_are_given_once_its_shards_are_there(photos: Path, storage: Storage) -> None:
