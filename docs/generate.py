@@ -20,6 +20,8 @@ from pydantic_core import PydanticUndefined
 from orchestration.cli import COMMANDS
 from orchestration.commands.options import Command, Option
 from orchestration.config import RunConfig
+from pipelines.sources.kind import Field
+from pipelines.sources.registry import KINDS
 from training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,11 @@ COMMANDS_TAIL = """## Environment
 def configuration_page() -> str:
     """docs/reference/configuration.md."""
     parts = [_head("configuration_page"), CONFIGURATION_HEAD, *_section(RunConfig, "")]
+    parts.append(
+        "## Source formats\n\nWhat `ingest.sources[].format` may be; [how sources are read](../guides/sources.md).\n"
+    )
+    kinds = [(f"`{kind.format}`", _columns(kind.fields), kind.label) for kind in KINDS.values()]
+    parts.append(_table(("format", "columns (other names in brackets; required in bold)", "label"), kinds))
     parts.append("## Losses\n\nWhat `train.loss` may hold, by `train.method`; [the formulas](../concepts/losses.md).\n")
     rows = [(f"`{name}`", _parameters(values)) for name, values in METHODS.items()]
     parts.append(_table(("method", "parameters and defaults"), rows))
@@ -194,6 +201,15 @@ def _is_optional(annotation: Any) -> bool:
 
 def _parameters(values: typing.Mapping[str, float]) -> str:
     return ", ".join(f"`{name}` {value:g}" for name, value in values.items()) or "none"
+
+
+def _columns(fields: Sequence[Field]) -> str:
+    """Return the columns of a kind of source, the required ones in bold."""
+    shown = []
+    for field in fields:
+        name = f"**`{field.name}`**" if field.required else f"`{field.name}`"
+        shown.append(name + (f" ({', '.join(f'`{other}`' for other in field.also)})" if field.also else ""))
+    return ", ".join(shown)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

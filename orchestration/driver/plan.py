@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from orchestration.driver.runner import Stage
     from pipelines.config import EncodeConfig
-    from pipelines.sources.source import Unit
+    from pipelines.sources.unit import SourceUnit
 
 VAE_FACTOR, LATENT_CHANNELS = 8, 4
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -102,7 +102,7 @@ def _ingest_work(run: Run, _: int) -> dict[str, int]:
     return {"units": len(pending), "of_units": len(run.units), "num_bytes": _bytes_of(pending, run.units), **counted}
 
 
-def _bytes_of(units: Sequence[Unit], planned: Sequence[Unit]) -> int:
+def _bytes_of(units: Sequence[SourceUnit], planned: Sequence[SourceUnit]) -> int:
     """Bytes of source files behind units: each file's, by the unit's share of its rows."""
     parts: dict[str, int] = defaultdict(int)
     for unit in planned:
@@ -110,7 +110,7 @@ def _bytes_of(units: Sequence[Unit], planned: Sequence[Unit]) -> int:
     return round(sum(unit.file.size * _weight(unit) / parts[unit.file.uri] for unit in units))
 
 
-def _weight(unit: Unit) -> int:
+def _weight(unit: SourceUnit) -> int:
     return unit.num_rows or max(1, unit.part[1] - unit.part[0])
 
 

@@ -14,7 +14,7 @@ from pipelines.dataset.storage import Storage
 
 if TYPE_CHECKING:
     from orchestration.run.encode_ahead import EncodeAhead
-    from pipelines.sources.source import Unit
+    from pipelines.sources.unit import SourceUnit
 
 EVALUATION, RESULTS = "evaluation", "evaluation.json"
 """The folder of a run's evaluation, and the file of its results in it."""
@@ -47,7 +47,7 @@ class Run:
         return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
 
     @cached_property
-    def units(self) -> "list[Unit]":
+    def units(self) -> "list[SourceUnit]":
         """The units of all sources, as they were when they were first asked for: one command works on one listing."""
         from pipelines.ingest.execution import plan_units
 

@@ -10,7 +10,7 @@ from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import Reason, Status
 from pipelines.dataset.storage import Storage
-from pipelines.sources.source import Unit
+from pipelines.sources.unit import SourceUnit
 
 # Who removes pairs wants them gone: that is no fault of the data.
 DROPPED = (pc.field("status") == str(Status.QUARANTINED)) & (pc.field("reason") != str(Reason.REMOVED))
@@ -26,7 +26,7 @@ class DropBudget:
         units: What will be read. A unit that does not know its rows is taken to have as many a byte as the others.
     """
 
-    def __init__(self, config: IngestConfig, storage: Storage, units: list[Unit]) -> None:
+    def __init__(self, config: IngestConfig, storage: Storage, units: list[SourceUnit]) -> None:
         table = pairs_table(storage)
         self._limit = config.max_drop_ratio
         self._rows_before = table.count_rows()
@@ -37,7 +37,7 @@ class DropBudget:
         self._unknown_read_bytes = self._unknown_rows = 0
         self._reasons: Counter[str] = Counter()
 
-    def add(self, unit: Unit, rows: pa.Table) -> None:
+    def add(self, unit: SourceUnit, rows: pa.Table) -> None:
         """Count the rows of a committed unit."""
         dropped = rows.filter(pc.equal(rows["status"], str(Status.QUARANTINED)))["reason"].to_pylist()
         self._reasons.update(reason for reason in dropped if reason != Reason.REMOVED)

@@ -20,15 +20,16 @@ from pipelines.dataset.ipc import from_ipc
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import TEST, VALIDATION
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import Row
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.drop_budget import DropBudget, check_drop_budget
 from pipelines.ingest.pair_shards import WriteShards, write_unit
 from pipelines.ingest.policy import Policy, apply_policy, is_applied
 from pipelines.progress import ProgressBar, quiet_ray_data
 from pipelines.resources import Demand, total_of
-from pipelines.sources import SOURCES
 from pipelines.sources.files import list_files, split_of_file
-from pipelines.sources.source import Unit, UnitSettings
+from pipelines.sources.reader import reader_of
+from pipelines.sources.unit import SourceUnit, UnitSettings
 from pipelines.units.waiting import wait_for, wait_until_placed
 
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_units", "write_unit"]
@@ -41,41 +42,42 @@ MAX_UNITS_A_TASK = 8  # what a lost worker has to do again
 MAX_TABLE_FILES = 200  # every unit adds one to the table, and every question opens each: 2 ms apiece
 
 
-def plan_units(config: IngestConfig) -> list[Unit]:
+def plan_units(config: IngestConfig) -> list[SourceUnit]:
     """All units of all sources, held-out ones first; reads directory listings, parquet footers and JSON only.
 
     A prompt that some source holds out is then known before another source's training rows claim it.
     """
-    settings, units = UnitSettings.of(config), []
+    settings = UnitSettings(config.max_shard_bytes, config.image_check)
+    units: list[SourceUnit] = []
     for source_config in config.sources:
-        source = SOURCES[source_config.format]
-        files = list_files(source_config.path, source.suffixes)
+        reader = reader_of(source_config.format)
+        files = list_files(source_config.path, reader.suffixes)
         with ThreadPoolExecutor(FOOTER_READERS) as readers:
             planned = readers.map(
-                lambda file, source=source, given=source_config: source.units(given, file, settings), files
+                lambda file, reader=reader, given=source_config: reader.units(given, file, settings), files
             )
             units += [unit for found in planned for unit in found]
     return sorted(units, key=lambda unit: not _is_held_out(unit))
 
 
-def _is_held_out(unit: Unit) -> bool:
+def _is_held_out(unit: SourceUnit) -> bool:
     split = split_of_file(unit.file.uri) if unit.source.split == "auto" else unit.source.split
     return split in (VALIDATION, TEST)
 
 
-def pending_of(planned: Sequence[Unit], storage: Storage) -> list[Unit]:
+def pending_of(planned: Sequence[SourceUnit], storage: Storage) -> list[SourceUnit]:
     """Those of some units that are not in the table yet."""
     units = {unit.id: unit for unit in planned}
     return [units[identity] for identity in pairs_table(storage).uncommitted(list(units))]
 
 
-def is_up_to_date(config: IngestConfig, storage: Storage, planned: Sequence[Unit]) -> bool:
+def is_up_to_date(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]) -> bool:
     """Whether the table has every planned unit, and every row is as the policy has it."""
     table = pairs_table(storage)
     return table.version is not None and not pending_of(planned, storage) and is_applied(Policy.of(config), table)
 
 
-def ingest(config: IngestConfig, storage: Storage, planned: Sequence[Unit] | None = None) -> None:
+def ingest(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit] | None = None) -> None:
     """Bring the table up to date with the sources and the policy. Needs a running Ray.
 
     Args:
@@ -131,7 +133,7 @@ def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
     return tasks
 
 
-def _mark_known(units: list[Unit], storage: Storage) -> list[Unit]:
+def _mark_known(units: list[SourceUnit], storage: Storage) -> list[SourceUnit]:
     """Say of each unit whether the table has rows of an earlier state of its file: these are not added again."""
     if not units:
         return units
@@ -141,7 +143,7 @@ def _mark_known(units: list[Unit], storage: Storage) -> list[Unit]:
     return [replace(unit, known=unit.file.uri in known) for unit in units]
 
 
-def _commit_units(written: Iterable[dict[str, Any]], units: list[Unit], config: IngestConfig, storage: Storage) -> None:
+def _commit_units(written: Iterable[Row], units: list[SourceUnit], config: IngestConfig, storage: Storage) -> None:
     committer = Committer(pairs_table(storage), Policy.of(config))
     budget = DropBudget(config, storage, units)
     planned = {unit.id: unit for unit in units}

@@ -18,8 +18,8 @@ from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, promp
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
 from pipelines.ingest.image_check import ImageInfo, inspect_image
-from pipelines.sources import SOURCES
-from pipelines.sources.source import SourceRow, Unit
+from pipelines.sources.reader import reader_of
+from pipelines.sources.unit import SourceRow, SourceUnit
 
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
 CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
@@ -45,18 +45,18 @@ class WriteShards:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """One Ray Data batch in, a batch of one row out for each unit."""
         storage = Storage(str(batch["storage"][0]))
-        units = [Unit.from_json(str(unit)) for unit in batch["unit"]]
+        units = [SourceUnit.from_json(str(unit)) for unit in batch["unit"]]
         for unit, rows in zip(units, write_units(units, storage), strict=True):
             yield {"unit_id": [unit.id], "rows": [to_ipc(rows)]}
 
 
-def write_unit(unit: Unit, storage: Storage) -> pa.Table:
+def write_unit(unit: SourceUnit, storage: Storage) -> pa.Table:
     """Write the shards of a unit; returns a table row for every source row that the table does not have as it is."""
     (rows,) = write_units([unit], storage)
     return rows
 
 
-def write_units(units: Iterable[Unit], storage: Storage) -> Iterator[pa.Table]:
+def write_units(units: Iterable[SourceUnit], storage: Storage) -> Iterator[pa.Table]:
     """`write_unit` for each; what one has gathered is uploaded while the next one is read."""
     with ThreadPoolExecutor(1) as uploads:
         last: _Gathered | None = None
@@ -69,12 +69,12 @@ def write_units(units: Iterable[Unit], storage: Storage) -> Iterator[pa.Table]:
             yield last.rows()
 
 
-def _gather(unit: Unit, storage: Storage, uploads: Executor) -> "_Gathered":
+def _gather(unit: SourceUnit, storage: Storage, uploads: Executor) -> "_Gathered":
     rows: list[Row] = []
     seen: set[str] = set()
     known = _rows_of_earlier_states(unit, storage) if unit.known else {}
     with _UnitShards(unit, storage, uploads) as shards:
-        for source_row in SOURCES[unit.source.format].rows(unit):
+        for source_row in reader_of(unit.source.format).rows(unit):
             row, images = judge(source_row, unit)
             if _is_known(row, known):
                 continue
@@ -101,7 +101,7 @@ class _Gathered:
         return self.table
 
 
-def _rows_of_earlier_states(unit: Unit, storage: Storage) -> dict[tuple[int, int], list[Row]]:
+def _rows_of_earlier_states(unit: SourceUnit, storage: Storage) -> dict[tuple[int, int], list[Row]]:
     """What the table has of this file's rows, by row and pair, in the range of the unit."""
     where = (pc.field("source_uri") == unit.file.uri) & (pc.field("unit") != unit.id)
     if unit.num_rows:
@@ -126,7 +126,7 @@ def _is_known(row: Row, known: dict[tuple[int, int], list[Row]]) -> bool:
     return False
 
 
-def judge(source: SourceRow, unit: Unit) -> tuple[Row, Images | None]:
+def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
     """One source row as a table row, and its two images if they can be used.
 
     Kept here means usable: ties, splits and repeats are decided where the unit is committed.
@@ -205,7 +205,7 @@ def record_of(row: Row) -> bytes:
 class _UnitShards:
     """The shards of one unit: opened when needed, closed at `max_shard_bytes`, handed to `executor` when closed."""
 
-    def __init__(self, unit: Unit, storage: Storage, executor: Executor) -> None:
+    def __init__(self, unit: SourceUnit, storage: Storage, executor: Executor) -> None:
         self._unit, self._storage, self._executor = unit, storage, executor
         self._open = contextlib.ExitStack()
         self._writer: ShardWriter | None = None

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import unquote
 
-from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError, StorageError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
+from pipelines.sources.config import SourceConfig
 from pipelines.sources.files import list_files, open_file
 from pipelines.sources.records import whole_tar
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "memory")

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
 from pipelines.dataset.storage import Storage, retry
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 
 READ_AHEAD = 8 << 20
 

@@ -9,16 +9,16 @@ Source: the cards of ymhao/HPDv2 and MizzenAI/HPDv3.
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_ranks, from_votes
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class HpdSource(TableSource):
+class HpdSource(SourceKind):
     """Records of HPDv2 and HPDv3."""
 
     format = "hpd"
+    label = "votes; ranks, 1 is best; `path1` is preferred, with the share of `choice_dist` if present"
     fields = (
         Field("prompt", required=True),
         Field("file_path", ("image_path",), is_image=True),

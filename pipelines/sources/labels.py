@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
 
 LABEL_TOLERANCE = 1e-6
 

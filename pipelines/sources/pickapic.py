@@ -7,16 +7,16 @@ Source: the data set's card (19 columns; see docs/guides/sources.md).
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_labels, is_false
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class PickapicSource(TableSource):
+class PickapicSource(SourceKind):
     """Rows of Pick-a-Pic."""
 
     format = "pickapic"
+    label = 'by value, whatever the type: 1, 0, 0.5, "1.0"'
     fields = (
         Field("caption", required=True),
         Field("jpg_0", required=True, is_image=True),

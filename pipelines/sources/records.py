@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset.errors import SourceError
 from pipelines.sources.files import open_file
-from pipelines.sources.source import SourceFile, Unit
+from pipelines.sources.kind import BROKEN, Record
+from pipelines.sources.unit import SourceFile, SourceUnit
 
 ROWS_A_BATCH = 64  # about 20 MB of JPEGs in memory
 READ_BYTES = 8 << 20  # of a column at once; otherwise its whole part of a row group, often 150 MB
@@ -23,16 +24,13 @@ MAX_RECORDS = 1000  # of a unit of JSON, whose images lie elsewhere
 FOOTERS_KEPT = 16  # as many as are read at once
 FILES_PARSED = 4  # a worker reads one unit after the other, often of one file
 
-Record = dict[str, Any]
 Names = Sequence[str]
-BROKEN = "__broken__"
-"""Stands in a record that could not be read, for the reason why."""
 
 
-class Part(Protocol):
+class MakeUnit(Protocol):
     """Called for each part of a file that becomes a unit: where it lies, its first row, its number of rows."""
 
-    def __call__(self, part: tuple[int, int], first_row: int, num_rows: int) -> Unit:
+    def __call__(self, part: tuple[int, int], first_row: int, num_rows: int) -> SourceUnit:
         """The unit."""
         ...
 
@@ -49,12 +47,12 @@ class Container(Protocol):
         ...
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
         """The units of a file; consecutive records of one value of `group_by` stay together."""
         ...
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """The records of a unit with their numbers in the file.
 
         Args:
@@ -77,8 +75,8 @@ class Parquet:
         return []
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
         """Reads the footer only. Grouped records may lie across row groups: then the file is one unit."""
         metadata = _footer(file)
         wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in names]
@@ -92,11 +90,11 @@ class Parquet:
                 size += sizes[stop]
                 stop += 1
             if num_rows := sum(rows[start:stop]):
-                units.append(part((start, stop), sum(rows[:start]), num_rows))
+                units.append(make_unit((start, stop), sum(rows[:start]), num_rows))
             start = stop
         return units
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """Text comes as bytes: what is not UTF-8 spoils its own row, not the others."""
         number = unit.first_row
         with open_file(unit.file, by_arrow=True) as opened:
@@ -160,8 +158,8 @@ class Json:
         return sorted({name for record in _parsed(file, self._lines) if BROKEN not in record for name in record})
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
         """At most `MAX_RECORDS` to a unit, more where a group asks for it."""
         records = _parsed(file, self._lines)
         runs = [1] * len(records)
@@ -171,12 +169,12 @@ class Json:
         units, start, size = [], 0, 0
         for run in runs:
             if size and size + run > MAX_RECORDS:
-                units.append(part((start, start + size), start, size))
+                units.append(make_unit((start, start + size), start, size))
                 start, size = start + size, 0
             size += run
-        return [*units, part((start, start + size), start, size)] if size else units
+        return [*units, make_unit((start, start + size), start, size)] if size else units
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """The records of the range."""
         records = _parsed(unit.file, self._lines)
         yield from ((number, dict(records[number])) for number in range(*unit.part))
@@ -219,12 +217,12 @@ class Tar:
         return []
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
         """One unit; how many samples there are, only reading tells."""
-        return [part((0, 1), 0, 0)]
+        return [make_unit((0, 1), 0, 0)]
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """A sample a record: the bytes of each part by its name without its last extension, a JSON part's keys as well.
 
         Raises:

@@ -22,7 +22,7 @@ from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.sources import urls
 from pipelines.sources.cells import Cells
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 IMAGE = encoded(picture(np.random.default_rng(0), 32, 32))

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipelines.config import IngestConfig, SourceConfig
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.config import SourceConfig
 
 UNIT_VERSION = 2  # raise it when the same source rows would give other shard bytes or other table rows
 
@@ -31,14 +31,9 @@ class UnitSettings:
     max_shard_bytes: int
     image_check: Literal["full", "header"]
 
-    @staticmethod
-    def of(config: IngestConfig) -> "UnitSettings":
-        """The settings that an ingest gives to all its units."""
-        return UnitSettings(config.max_shard_bytes, config.image_check)
-
 
 @dataclass(frozen=True)
-class Unit:
+class SourceUnit:
     """A part of one source file: what one worker turns into shards, committed whole."""
 
     id: str
@@ -56,14 +51,14 @@ class Unit:
         return json.dumps(asdict(self) | {"source": self.source.model_dump(mode="json")}, sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> "Unit":
+    def from_json(text: str) -> "SourceUnit":
         """The unit that `to_json` wrote."""
         fields = json.loads(text)
         fields["source"] = SourceConfig.model_validate(fields["source"])
         fields["file"] = SourceFile(**fields["file"])
         fields["settings"] = UnitSettings(**fields["settings"])
         fields["part"] = tuple(fields["part"])
-        return Unit(**fields)
+        return SourceUnit(**fields)
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def make_unit(
     part: tuple[int, int],
     first_row: int,
     num_rows: int,
-) -> Unit:
+) -> SourceUnit:
     """A unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
     shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
     # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
@@ -102,4 +97,4 @@ def make_unit(
         asdict(settings),
     ]
     identity = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
-    return Unit(identity, config, file, part, first_row, num_rows, settings)
+    return SourceUnit(identity, config, file, part, first_row, num_rows, settings)
