@@ -78,7 +78,7 @@ def train_worker(work: Mapping[str, Any]) -> None:
         step, history = restored.state["step"], History.from_dict(restored.state["history"])
         consumed = Consumed.sum(restored.ranks[engine.rank :: engine.world_size])
     cache = make_cache(spec)
-    texts = load_texts(spec.storage, spec.snapshot, with_empty=config.null_prompt == "empty")
+    texts = load_texts(spec.storage, spec.snapshot, include_empty_prompt=config.null_prompt == "empty")
     reader = PairReader(spec.storage, texts, cache=cache)
     samples = SampleGrid(held_out, reader, spec, engine, base, ema) if config.sample_every else None
     if samples is not None and samples.note:

@@ -121,7 +121,7 @@ def _encode_work(run: Run, rows: int) -> dict[str, int]:
     assert config
     pairs = prompts = shards = 0
     if pairs_table(run.storage).version is not None:
-        todo = pending(config, run.storage, with_empty=run.config.wants_empty_prompt)
+        todo = pending(config, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
         pairs, prompts = (sum(unit.rows.num_rows for unit in units) for units in (todo.latents, todo.texts))
         shards = len(todo.latents)
     work = {"shards": shards, "pairs": pairs + rows, "latent_bytes": (pairs + rows) * _latent_bytes(config)}

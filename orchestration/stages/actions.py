@@ -147,7 +147,7 @@ def encode_is_done(run: Run, key: str) -> bool:
     record = run.journal.record("encode")
     if record is not None and record.details.get("versions") == encode_check(run, pairs_table(run.storage).version):
         return True
-    return is_encoded(run.config.encode, run.storage, with_empty=run.config.wants_empty_prompt)
+    return is_encoded(run.config.encode, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
 
 
 def encode_check(run: Run, pairs_version: int | None) -> list[Any]:
@@ -170,7 +170,7 @@ def run_encode(run: Run, key: str) -> Outcome:
     assert config
     version = pairs_table(run.storage).version  # what others commit meanwhile may not be encoded
     rest = run.ahead.finish()
-    done = encode(config, run.storage, with_empty=run.config.wants_empty_prompt)
+    done = encode(config, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
     done["latents"] = done["latents"] or rest
     speed = {kind: each and each.to_json() for kind, each in done.items()}
     latents, text = _fingerprints(run)
@@ -190,7 +190,7 @@ def run_encode(run: Run, key: str) -> Outcome:
 def train_spec(run: Run) -> TrainSpec | None:
     """The run's next round, pinned to the newest snapshot; None while something is not encoded."""
     from orchestration.rounds.series import check_parent, next_round
-    from pipelines.encode.empty_prompt import version_without_it
+    from pipelines.encode.empty_prompt import text_version_without_empty_prompt
     from pipelines.encode.plan import with_absolute_paths
     from training.spec import Snapshot, TrainSpec, base_digest, stated_prediction
     from training.state.float32_base import float32_beside
@@ -203,7 +203,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     latents, text = _fingerprints(run)
     versions = [pairs_table(run.storage).version, latents_table(run.storage, latents).version]
     newest = text_table(run.storage, text).version
-    versions.append(newest if config.wants_empty_prompt else version_without_it(run.storage, text))
+    versions.append(newest if config.wants_empty_prompt else text_version_without_empty_prompt(run.storage, text))
     assert None not in versions
     base = with_absolute_paths(config.encode).source
     snapshot = Snapshot(versions[0], latents, versions[1], text, versions[2])  # type: ignore[arg-type]
@@ -269,7 +269,7 @@ def train_refusal(run: Run) -> MapoError | None:
 
     if run.config.encode is None or pairs_table(run.storage).version is None:
         return None
-    return refusal(run.config.encode, run.storage, with_empty=run.config.wants_empty_prompt)
+    return refusal(run.config.encode, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
 
 
 def run_train(run: Run, key: str) -> Outcome:

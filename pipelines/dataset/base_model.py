@@ -24,6 +24,7 @@ from pipelines.dataset.model_files import (
     weight_files,
 )
 from pipelines.dataset.safetensors_header import tensor_shapes, tensor_types
+from pipelines.dataset.values import JsonObject
 
 UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
 SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
@@ -191,7 +192,7 @@ def _latent_space(source: ModelSource, family: Family) -> LatentSpace:
     return found
 
 
-def _read_latent_space(config: dict[str, Any], family: Family, where: str) -> LatentSpace:
+def _read_latent_space(config: JsonObject, family: Family, where: str) -> LatentSpace:
     if (kind := config.get("_class_name", VAE_CLASS)) != VAE_CLASS:
         raise ModelError(
             f"the VAE of {where} is a {kind}, not an {VAE_CLASS}", "set `encode.vae` to a VAE of the base's own family"
@@ -233,7 +234,7 @@ def _per_channel(values: Any, channels: int, key: str, where: str) -> tuple[floa
     return tuple(map(float, values))
 
 
-def _check_unet(config: dict[str, Any], family: Family, channels: int, model: str) -> None:
+def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -> None:
     """The UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
     if (found := config.get("_class_name", UNET_CLASS)) != UNET_CLASS:
         raise ModelError(f"the unet of {model} is a {found}, not a {UNET_CLASS}", CHOOSE_A_BASE)
@@ -275,7 +276,7 @@ def _check_unet(config: dict[str, Any], family: Family, channels: int, model: st
         )
 
 
-def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
+def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
     """The UNet is as wide as the text encoders' states side by side, and SDXL's takes six time ids.
 
     Args:
@@ -308,7 +309,7 @@ def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]],
         )
 
 
-def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource) -> None:
+def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> None:
     """The weights are of the UNet that the configuration describes: a wrong file, or an edited one, would not say."""
     files = weight_files(part, STEM, source.variant)
     if others := sorted(tensor_types(files) - TYPES):
@@ -354,7 +355,7 @@ def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource)
             )
 
 
-def _check_blocks(config: dict[str, Any], names: Collection[str], num_blocks: int, model: str) -> None:
+def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, model: str) -> None:
     """Check that the weights have the layers that the configuration says, and no others.
 
     diffusers drops weights that a configuration has no place for, such as all attention of a block.
@@ -405,7 +406,7 @@ def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
             )
 
 
-def _numbers(config: dict[str, Any], key: str, default: list[int], part: str, model: str) -> list[int]:
+def _numbers(config: JsonObject, key: str, default: list[int], part: str, model: str) -> list[int]:
     """Whole numbers of a configuration; the default where it has none."""
     found = config.get(key) or default
     if not isinstance(found, list) or not all(type(each) is int for each in found):
@@ -413,7 +414,7 @@ def _numbers(config: dict[str, Any], key: str, default: list[int], part: str, mo
     return found
 
 
-def _number(config: dict[str, Any], key: str, default: int, part: str, model: str) -> int:
+def _number(config: JsonObject, key: str, default: int, part: str, model: str) -> int:
     """A whole number of a configuration; diffusers' default where old files leave it out."""
     found = config.get(key, default)
     if type(found) is not int or found < 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import CHOOSE_A_BASE
+from pipelines.dataset.values import JsonObject
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULERS = frozenset((
@@ -32,7 +33,7 @@ ANOTHER_BASE = f"training knows noise of betas alone; {CHOOSE_A_BASE}"
 
 
 def check_schedule(
-    config: dict[str, Any],
+    config: JsonObject,
     *,
     model: str,
     pipeline_scheduler: str | None,
@@ -75,7 +76,7 @@ def check_schedule(
     return str(found)
 
 
-def schedule_note(config: dict[str, Any]) -> str | None:
+def schedule_note(config: JsonObject) -> str | None:
     """A word on betas that are most likely not the model's own."""
     if any(config.get(key) != value for key, value in DIFFUSERS_DEFAULTS.items()):
         return None
@@ -85,7 +86,7 @@ def schedule_note(config: dict[str, Any]) -> str | None:
     )
 
 
-def _check_kind(config: dict[str, Any], classes: Sequence[str], model: str) -> None:
+def _check_kind(config: JsonObject, classes: Sequence[str], model: str) -> None:
     """The schedulers of flow matching, EDM and consistency models have no betas, or none that were trained with."""
     if not classes:
         raise ModelError(f"scheduler._class_name of {model} is missing", "the model folder is damaged; fetch it again")
@@ -114,7 +115,7 @@ def _check_kind(config: dict[str, Any], classes: Sequence[str], model: str) -> N
             )
 
 
-def _check_betas(config: dict[str, Any], model: str) -> None:
+def _check_betas(config: JsonObject, model: str) -> None:
     """What the file leaves out would be a default of diffusers, which is no base's."""
     steps, trained, name = (config.get(key) for key in ("num_train_timesteps", "trained_betas", "beta_schedule"))
     wanted = ["num_train_timesteps", *(["beta_schedule"] if trained is None else [])]
@@ -157,7 +158,7 @@ def _is_beta(value: Any) -> bool:
 
 
 def _check_distilled(
-    config: dict[str, Any], classes: Sequence[str], model: str, names: Sequence[str], predicted: str
+    config: JsonObject, classes: Sequence[str], model: str, names: Sequence[str], predicted: str
 ) -> None:
     """A model that was distilled to a few steps loses them in training on all of its timesteps."""
     reasons = [

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -23,6 +22,7 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.object_store import Upload, WrongBytes
 from pipelines.dataset.safetensors_header import check_safetensors
 from pipelines.dataset.storage import Storage, file_sha256, retry
+from pipelines.dataset.values import JsonObject
 
 MODEL_INDEX = "model_index.json"
 CACHE_VARIABLE = "MAPO_CACHE"
@@ -190,7 +190,7 @@ def _turn_into_folder(file: str, marker: str) -> str:
     )
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
+def read_model_index(folder: Path) -> JsonObject:
     """`model_index.json` of a pipeline of one of the families.
 
     Raises:
@@ -218,7 +218,7 @@ def read_family(folder: Path) -> Family:
     return FAMILIES[read_model_index(folder)["_class_name"]]
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> JsonObject:
     """A JSON configuration file of a model.
 
     Raises:
@@ -319,7 +319,7 @@ def _fetch(url: str, variant: str | None) -> Path:
     return folder
 
 
-def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, dict[str, Any]]:
+def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, JsonObject]:
     """Where in the node's cache a remote folder belongs in its present state, and its files that are wanted."""
     try:
         listing = storage.fs.find(storage.path(), detail=True)
@@ -365,7 +365,7 @@ def _fetch_file(storage: Storage, name: str, target: Path) -> None:
         raise ModelError(f"cannot fetch {storage.uri(name)}: {error}", "check the URL and the credentials") from error
 
 
-def _mark(info: dict[str, Any]) -> str:
+def _mark(info: JsonObject) -> str:
     """What changes when an object is written again."""
     return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
 

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines.dataset.errors import ModelError
+from pipelines.dataset.values import JsonObject
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
@@ -35,7 +35,7 @@ def tensor_types(files: Sequence[Path]) -> set[str]:
     return {str(entry.get("dtype")) for header in headers for name, entry in header.items() if name != "__metadata__"}
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
+def read_header(file: Path) -> tuple[JsonObject, int]:
     """Return the header of a safetensors file, and where its last tensor ends.
 
     Raises:

@@ -35,12 +35,12 @@ MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on avera
 CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
 
 
-class Landed(Enum):
+class Commit(Enum):
     """What became of a commit on top of a given version."""
 
-    YES = "yes"
-    BEFORE = "before"  # the unit was there already
-    OUTRUN = "outrun"  # another commit came first: look at it, then try again
+    DONE = "done"
+    ALREADY_DONE = "already done"  # the unit was committed before
+    CONFLICT = "conflict"  # another commit came first: look at it, then try again
 
 
 def storage_options(url: str) -> dict[str, str]:
@@ -145,7 +145,7 @@ class Table:
             return self._is_marked(mark)
         raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
 
-    def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Landed:
+    def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Commit:
         """Commit the rows of a unit if `version` is still the newest: they were made with what it holds in mind.
 
         Raises:
@@ -154,18 +154,18 @@ class Table:
         assert self._pinned is None, "a pinned table is read-only"
         rows = rows.select(self.schema.names).cast(self.schema)
         if self.is_committed(unit):
-            return Landed.BEFORE
+            return Commit.ALREADY_DONE
         if self.version != version:
-            return Landed.OUTRUN
+            return Commit.CONFLICT
         try:
             self._commit(unit, rows, mark := uuid.uuid4().hex, max_retries=0)
         except (DeltaError, OSError) as error:
             if self.is_committed(unit):  # by another writer, or by us and the answer was lost
-                return Landed.YES if self._is_marked(mark) else Landed.BEFORE
+                return Commit.DONE if self._is_marked(mark) else Commit.ALREADY_DONE
             if self.version != version:
-                return Landed.OUTRUN
+                return Commit.CONFLICT
             raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(error)}", PLACE_HINT) from error
-        return Landed.YES
+        return Commit.DONE
 
     def rewrite(self, change: Callable[[pa.Table], pa.Table], where: ds.Expression, *, name: str) -> int:
         """Change rows in one commit: the units that have rows of a condition are written anew; how many rows that is.

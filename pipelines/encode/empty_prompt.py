@@ -10,7 +10,7 @@ from pipelines.dataset.versions import versions_after
 from pipelines.encode.plan import empty_unit_id
 
 
-def version_without_it(storage: Storage, fingerprint: str) -> int | None:
+def text_version_without_empty_prompt(storage: Storage, fingerprint: str) -> int | None:
     """The newest version of a table of text embeddings, less the commit of the embedding of "" if that is the last.
 
     Args:

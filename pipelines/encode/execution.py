@@ -7,13 +7,13 @@ a distinct prompt is embedded once, a distinct image of a shard once; the bytes 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.dataset.values import JsonObject
 from pipelines.encode.fingerprint import fingerprint_of, note_parts
 from pipelines.encode.plan import Pending, check_settings, pending, with_absolute_paths
 from pipelines.encode.workers import check_dropped, encode_units, wait_for_encoder
@@ -24,13 +24,13 @@ from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_until_placed
 
 
-def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> dict[str, Speed | None]:
+def encode(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> dict[str, Speed | None]:
     """Bring latents and text embeddings up to date with the kept pairs. Needs a running Ray.
 
     Args:
         config: What to encode with.
         storage: Of the data set.
-        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
+        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
 
     Returns:
         For `text` and `latents` what was done and how fast; None where nothing was missing.
@@ -44,7 +44,7 @@ def encode(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) 
         ClusterError: No node has what an encoder asks for, and none came.
     """
     config = with_absolute_paths(config)
-    todo = pending(config, storage, with_empty=with_empty)
+    todo = pending(config, storage, include_empty_prompt=include_empty_prompt)
     if not todo.num_kept:
         raise SnapshotError(
             f"there is no kept pair in {storage.uri('dataset/pairs')}, so there is nothing to encode",
@@ -73,7 +73,7 @@ class _Stage:
     units: list[Unit]
     table: Table
     folder: str
-    parts: dict[str, Any]
+    parts: JsonObject
     config: EncodeConfig
     storage: Storage
 

@@ -6,7 +6,6 @@ The driver asks at every start what is up to date, so neither ray, torch nor dif
 
 import hashlib
 import json
-from typing import Any
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
@@ -20,6 +19,7 @@ from pipelines.dataset.model_files import (
     weight_files,
 )
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from pipelines.encode.geometry import bucket_list
 
 LATENTS_VERSION = 2  # raise it when the same images, model and settings would give other latents
@@ -46,12 +46,12 @@ def text_fingerprint(config: EncodeConfig) -> str:
     return fingerprint_of(text_parts(config))
 
 
-def fingerprint_of(parts: dict[str, Any]) -> str:
+def fingerprint_of(parts: JsonObject) -> str:
     """A hash of the canonical JSON of `parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
-def note_parts(storage: Storage, folder: str, parts: dict[str, Any]) -> None:
+def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
     """Write what the fingerprint is made of beside its table, for people and for `stale`.
 
     Args:
@@ -64,13 +64,13 @@ def note_parts(storage: Storage, folder: str, parts: dict[str, Any]) -> None:
         storage.write(name, json.dumps(parts, indent=2, sort_keys=True).encode() + b"\n")
 
 
-def noted_parts(storage: Storage, folder: str, fingerprint: str) -> dict[str, Any]:
+def noted_parts(storage: Storage, folder: str, fingerprint: str) -> JsonObject:
     """What `note_parts` wrote; empty if nobody did."""
     name = f"{folder}/{fingerprint}/{NOTE}"
     return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
 
 
-def latents_parts(config: EncodeConfig) -> dict[str, Any]:
+def latents_parts(config: EncodeConfig) -> JsonObject:
     """What `latents_fingerprint` is the hash of."""
     read_model_index(config.source.folder())
     folder = config.source.vae_folder()
@@ -92,12 +92,12 @@ def latents_parts(config: EncodeConfig) -> dict[str, Any]:
     }
 
 
-def text_parts(config: EncodeConfig) -> dict[str, Any]:
+def text_parts(config: EncodeConfig) -> JsonObject:
     """What `text_fingerprint` is the hash of. SDXL is the family where none is named: its embeddings came first."""
     folder = config.source.folder()
     index = read_model_index(folder)
     family = FAMILIES[index["_class_name"]]
-    parts: dict[str, Any] = {"kind": "text", "version": TEXT_VERSION, "dtype": config.dtype}
+    parts: JsonObject = {"kind": "text", "version": TEXT_VERSION, "dtype": config.dtype}
     if family is SDXL:
         parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
     else:

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor
 
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import Row
 from pipelines.encode.encoders import Launched
 from pipelines.encode.geometry import Bucket, Placed, choose_bucket, mirror, open_image, place
 from pipelines.units.actor import BatchSize
 from pipelines.units.stats import Effort
 
-Pair = dict[str, Any]
-"""A kept row of the pairs table: its key, its shard, and where both images lie in it."""
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on a bad image
 SIDEWAYS = 5  # EXIF orientations from here on swap height and width
 MAX_GAP_BYTES = 65_536  # between the images of a pair; in our own tars a header and padding
@@ -48,7 +47,7 @@ class Encoder(Protocol):
 class Planned:
     """A pair, the bucket of both its images, and the sides that no pair before it in the unit has."""
 
-    row: Pair
+    row: Row
     bucket: Bucket
     new_sides: tuple[int, ...]
 
@@ -66,7 +65,7 @@ class Latents:
     time_ids: tuple[int, ...]
 
 
-def plan_pairs(pairs: Iterable[Pair], buckets: tuple[Bucket, ...]) -> list[Planned]:
+def plan_pairs(pairs: Iterable[Row], buckets: tuple[Bucket, ...]) -> list[Planned]:
     """Choose buckets by the sizes in the table, and find what is new in each pair."""
     seen: set[ImageKey] = set()
     planned = []
@@ -79,7 +78,7 @@ def plan_pairs(pairs: Iterable[Pair], buckets: tuple[Bucket, ...]) -> list[Plann
     return planned
 
 
-def _upright_size(pair: Pair, side: int) -> tuple[int, int]:
+def _upright_size(pair: Row, side: int) -> tuple[int, int]:
     size = pair[f"height_{side}"], pair[f"width_{side}"]
     return size if (pair[f"orientation_{side}"] or 1) < SIDEWAYS else size[::-1]
 

@@ -5,7 +5,6 @@ Reads tables and the model's files; needs neither Ray nor torch.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from pipelines.dataset.model_files import SDXL, read_config, read_family
 from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.dataset.values import JsonObject
 from pipelines.encode.fingerprint import fingerprint_of, latents_parts, text_parts
 from pipelines.encode.geometry import bucket_list
 from pipelines.units.unit import Unit, unit_id
@@ -41,8 +41,8 @@ class Pending:
     """Kept pairs, encoded or not."""
     latents: list[Unit]
     texts: list[Unit]
-    latents_parts: dict[str, Any]
-    text_parts: dict[str, Any]
+    latents_parts: JsonObject
+    text_parts: JsonObject
 
     @property
     def is_empty(self) -> bool:
@@ -50,13 +50,13 @@ class Pending:
         return not self.latents and not self.texts
 
 
-def pending(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> Pending:
+def pending(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> Pending:
     """Plan the missing units.
 
     Args:
         config: What to encode with.
         storage: Of the data set.
-        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
+        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -68,7 +68,7 @@ def pending(config: EncodeConfig, storage: Storage, *, with_empty: bool = False)
     return Pending(
         kept.num_rows,
         latent_units(kept.select(_IMAGE_COLUMNS), storage, fingerprint_of(of_latents)),
-        text_units(kept["prompt_id"], storage, fingerprint_of(of_text), with_empty=with_empty),
+        text_units(kept["prompt_id"], storage, fingerprint_of(of_text), include_empty_prompt=include_empty_prompt),
         of_latents,
         of_text,
     )
@@ -80,13 +80,13 @@ def pending_latents(storage: Storage, fingerprint: str) -> list[Unit]:
     return latent_units(kept, storage, fingerprint) if kept.num_rows else []
 
 
-def is_encoded(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> bool:
+def is_encoded(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> bool:
     """Whether no kept pair and no prompt is missing, and there is a kept pair; of 10 million pairs in seconds.
 
     Args:
         config: What to encode with.
         storage: Of the data set.
-        with_empty: Whether the embedding of "" is wanted beside those of the prompts.
+        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -99,7 +99,7 @@ def is_encoded(config: EncodeConfig, storage: Storage, *, with_empty: bool = Fal
     kept = _distinct(pairs, "pair_key", _KEPT)
     if not len(kept) or not _holds(_distinct(latents, "pair_key"), kept):
         return False
-    beside = [NULL_PROMPT_ID, EMPTY_PROMPT_ID] if with_empty else [NULL_PROMPT_ID]
+    beside = [NULL_PROMPT_ID, EMPTY_PROMPT_ID] if include_empty_prompt else [NULL_PROMPT_ID]
     wanted = [_distinct(pairs, "prompt_id", _KEPT), keys_of(pa.array(beside))]
     return _holds(_distinct(text, "prompt_id"), np.concatenate(wanted))
 
@@ -134,7 +134,7 @@ def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Uni
 
 
 def text_units(
-    kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str, *, with_empty: bool = False
+    kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str, *, include_empty_prompt: bool = False
 ) -> list[Unit]:
     """The distinct prompts (and the null conditioning) that have no embedding, sorted, so many to a unit.
 
@@ -144,7 +144,7 @@ def text_units(
     done = pa.array(text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"].unique())
     missing = wanted.filter(pc.invert(pc.is_in(wanted, done)))
     units = _prompt_units(missing, storage, fingerprint) if len(missing) else []
-    if with_empty and pc.index(done, EMPTY_PROMPT_ID).as_py() < 0:
+    if include_empty_prompt and pc.index(done, EMPTY_PROMPT_ID).as_py() < 0:
         rows = pa.table({"prompt_id": [EMPTY_PROMPT_ID], "prompt": [""]})
         units.append(Unit(empty_unit_id(fingerprint), rows))
     return units

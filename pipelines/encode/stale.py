@@ -9,6 +9,7 @@ from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table,
 from pipelines.dataset.model_files import SDXL
 from pipelines.dataset.pair import EMPTY_PROMPT_ID
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from pipelines.encode.fingerprint import fingerprint_of, noted_parts
 from pipelines.encode.plan import Pending, pending
 from pipelines.units.unit import Unit
@@ -20,13 +21,13 @@ UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False}
 """What a part is where a fingerprint is made without it."""
 
 
-def refusal(config: EncodeConfig, storage: Storage, *, with_empty: bool = False) -> SnapshotError | None:
+def refusal(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> SnapshotError | None:
     """An error that names the fingerprints that lack something, and what differs from those that are there.
 
     Args:
         config: What training would read.
         storage: Of the data set.
-        with_empty: Whether training takes the embedding of "" for dropped prompts.
+        include_empty_prompt: Whether training takes the embedding of "" for dropped prompts.
 
     Returns:
         None if nothing is missing.
@@ -34,7 +35,7 @@ def refusal(config: EncodeConfig, storage: Storage, *, with_empty: bool = False)
     Raises:
         ModelError: The model is missing, damaged or of another family.
     """
-    todo = pending(config, storage, with_empty=with_empty)
+    todo = pending(config, storage, include_empty_prompt=include_empty_prompt)
     if not todo.num_kept:
         return SnapshotError(f"there is no kept pair in {storage.uri('dataset/pairs')}", "run `mapo ingest` first")
     lines = [
@@ -62,7 +63,7 @@ def _is_only_empty(todo: Pending) -> bool:
 
 
 def _missing(
-    what: str, folder: str, items: str, units: list[Unit], parts: dict[str, Any], storage: Storage
+    what: str, folder: str, items: str, units: list[Unit], parts: JsonObject, storage: Storage
 ) -> Iterator[str]:
     if not units:
         return
@@ -77,7 +78,7 @@ def _missing(
         yield f"  {other} ({count:,} {items}) is not the same: {'; '.join(found) or 'nobody noted how it was made'}"
 
 
-def differences(then: dict[str, Any], now: dict[str, Any], inside: str = "") -> Iterator[str]:
+def differences(then: JsonObject, now: JsonObject, inside: str = "") -> Iterator[str]:
     """`key was this, is that`, for every part of a fingerprint that is not the same; none if nothing is known of it."""
     if not then and not inside:
         return

@@ -6,7 +6,6 @@ the table in mind and land on top of just that version, or are judged again.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.key_map import KeyMap, Keys, keys_of
 from pipelines.dataset.pair import PAIRS_SCHEMA, TEST, TRAIN, VALIDATION, Reason, Status
-from pipelines.dataset.table import Landed, Table
+from pipelines.dataset.table import Commit, Table
+from pipelines.dataset.values import Row
 from pipelines.ingest.policy import PREFERRED_OR_NOT, Policy
 
 LABEL_TOLERANCE = 1e-6  # 1 - 0.7 is not 0.3; labels are remembered as float32
@@ -33,9 +33,8 @@ CONTENT_COLUMNS = (
 )  # fmt: skip
 """What a removed row no longer has."""
 SPLITS = (TRAIN, VALIDATION, TEST)
-MAX_OUTRUN = 200  # commits of others that may come first, one after the other
+MAX_CONFLICTS = 200  # commits of others that may come first, one after the other
 
-Row = dict[str, Any]
 Labels = NDArray[np.float32]
 
 
@@ -62,16 +61,16 @@ class Committer:
         Raises:
             StorageError: The commit failed.
         """
-        for _ in range(MAX_OUTRUN):
+        for _ in range(MAX_CONFLICTS):
             self._catch_up()
             judged = _Judgement(self._labels, self._splits, self._policy).of(rows)
             landed = self._table.append_on(self._version, unit, judged)
-            if landed is Landed.YES:
+            if landed is Commit.DONE:
                 self._take_in_own(judged)
-            if landed is not Landed.OUTRUN:
+            if landed is not Commit.CONFLICT:
                 return judged
         raise StorageError(
-            f"cannot commit unit {unit} to {self._table.uri}: {MAX_OUTRUN} other commits came first",
+            f"cannot commit unit {unit} to {self._table.uri}: {MAX_CONFLICTS} other commits came first",
             "let one ingest write at a time",
         )
 

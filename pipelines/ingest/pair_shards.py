@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import Row
 from pipelines.ingest.image_check import ImageInfo, inspect_image
 from pipelines.sources.reader import reader_of
 from pipelines.sources.unit import SourceRow, SourceUnit
@@ -27,7 +28,8 @@ CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "
 RECORD = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
 """What the JSON member of a pair says."""
 
-Row = dict[str, Any]
+Batch = Mapping[str, Sequence[Any]]
+"""A Ray Data batch: column -> values."""
 Images = tuple[tuple[ImageInfo, bytes], tuple[ImageInfo, bytes]]
 
 
@@ -42,7 +44,7 @@ class WriteShards:
     Raises:   SourceError, StorageError.
     """
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
         """One Ray Data batch in, a batch of one row out for each unit."""
         storage = Storage(str(batch["storage"][0]))
         units = [SourceUnit.from_json(str(unit)) for unit in batch["unit"]]
@@ -209,7 +211,7 @@ class _UnitShards:
         self._unit, self._storage, self._executor = unit, storage, executor
         self._open = contextlib.ExitStack()
         self._writer: ShardWriter | None = None
-        self.finished: dict[str | None, dict[str, Any]] = {}
+        self.finished: dict[str | None, Row] = {}
         self.uploads: list[Future[None]] = []
 
     def __enter__(self) -> "_UnitShards":

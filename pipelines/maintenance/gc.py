@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any
 
 import pyarrow.dataset as ds
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -23,6 +22,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pipelines.dataset.errors import SnapshotError, StorageError
 from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, TEXT, fingerprints
 from pipelines.dataset.storage import UNFINISHED, Storage
+from pipelines.dataset.values import JsonObject
 from pipelines.dataset.versions import LOG, Version, files_of, versions
 
 DATASET = "dataset"
@@ -119,7 +119,7 @@ def lineage_versions(storage: Storage) -> Pins:
         if file in ("stages/train.json", MODEL_LINEAGE) or ROUND.fullmatch(file):
             found.setdefault(run, {})[file] = name
     for run, files in found.items():
-        rounds: dict[str, dict[str, Any]] = {}  # by key
+        rounds: dict[str, JsonObject] = {}  # by key
         wanted: list[str] = []
         for file, name in files.items():
             with _readable(storage, name):
@@ -150,7 +150,7 @@ def _readable(storage: Storage, name: str) -> Iterator[None]:
         ) from error
 
 
-def _pin(pins: Pins, snapshot: dict[str, Any], who: str) -> None:
+def _pin(pins: Pins, snapshot: JsonObject, who: str) -> None:
     versions_of = {
         PAIRS: snapshot["pairs_version"],
         f"{LATENTS}/{snapshot['latents_fingerprint']}/table": snapshot["latents_version"],
@@ -217,7 +217,7 @@ def stored_objects(storage: Storage) -> list[StoredObject]:
     """Every object below the data set's folder, unfinished ones too, by name."""
     prefix = storage.path().rstrip("/") + "/"
     try:
-        found: dict[str, dict[str, Any]] = storage.fs.find(storage.path(DATASET), detail=True)
+        found: dict[str, JsonObject] = storage.fs.find(storage.path(DATASET), detail=True)
     except OSError as error:
         raise StorageError(f"cannot list {storage.uri(DATASET)}: {error}", "check the path and credentials") from error
     objects = [
@@ -226,7 +226,7 @@ def stored_objects(storage: Storage) -> list[StoredObject]:
     return sorted(objects, key=lambda each: each.name)
 
 
-def _info(storage: Storage, name: str) -> dict[str, Any] | None:
+def _info(storage: Storage, name: str) -> JsonObject | None:
     try:
         return dict(storage.fs.info(storage.path(name)))
     except FileNotFoundError:
@@ -235,7 +235,7 @@ def _info(storage: Storage, name: str) -> dict[str, Any] | None:
         raise StorageError(f"cannot look up {storage.uri(name)}: {error}", "run it again") from error
 
 
-def _modified(info: dict[str, Any]) -> float:
+def _modified(info: JsonObject) -> float:
     value = next((info[name] for name in TIMES if info.get(name) is not None), None)
     if isinstance(value, str):
         value = datetime.fromisoformat(value)

@@ -17,7 +17,7 @@ READERS = 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class HistoryEntry:
     """One version of the table of pairs."""
 
     version: int
@@ -35,7 +35,7 @@ class Entry:
     """In the lineage of models, such as `photos round 1`."""
 
 
-def history(storage: Storage, limit: int | None = None) -> list[Entry]:
+def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
     """The versions, newest first.
 
     Args:
@@ -55,7 +55,7 @@ def history(storage: Storage, limit: int | None = None) -> list[Entry]:
     with ThreadPoolExecutor(READERS) as readers:
         counted = list(readers.map(partial(_added, storage), chosen))
     return [
-        Entry(
+        HistoryEntry(
             version=version.number,
             time=version.time.strftime("%Y-%m-%dT%H:%M:%SZ"),
             operation=version.operation,
@@ -83,7 +83,7 @@ def _added(storage: Storage, version: Version) -> dict[str, int]:
     return dict(sorted(counted.items()))
 
 
-def as_text(entries: list[Entry]) -> str:
+def as_text(entries: list[HistoryEntry]) -> str:
     """One line a version."""
     lines = []
     for entry in entries:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,6 +10,7 @@ from pipelines.dataset.pair import PAIRS_SCHEMA
 from pipelines.dataset.shard import BLOCK_BYTES
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.dataset.values import Row
 from pipelines.ingest.pair_shards import RECORD, record_of
 
 SHARD = ["shard", "shard_bytes", "shard_sha256"]
@@ -52,7 +52,7 @@ def pair_shards(table: Table) -> Iterator[Occupied]:
     columns = [*SHARD, "offset_0", "offset_1", "length_1", *RECORD]
     rows = table.read([name for name in PAIRS_SCHEMA.names if name in columns], PLACED)
 
-    def extent(row: dict[str, Any]) -> tuple[int, int]:
+    def extent(row: Row) -> tuple[int, int]:
         images_end = row["offset_1"] + padded(row["length_1"])
         return row["offset_0"] - BLOCK_BYTES, images_end + BLOCK_BYTES + padded(len(record_of(row)))
 
@@ -74,7 +74,7 @@ def padded(length: int) -> int:
     return length + -length % BLOCK_BYTES
 
 
-def _by_shard(rows: pa.Table, offset: str) -> Iterator[list[dict[str, Any]]]:
+def _by_shard(rows: pa.Table, offset: str) -> Iterator[list[Row]]:
     rows = rows.sort_by([("shard", "ascending"), (offset, "ascending")]).combine_chunks()
     for start, end in runs(rows["shard"]):
         yield rows.slice(start, end - start).to_pylist()
@@ -88,7 +88,7 @@ def runs(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _occupied(rows: Sequence[dict[str, Any]], key: str, extents: list[tuple[int, int]]) -> Occupied:
+def _occupied(rows: Sequence[Row], key: str, extents: list[tuple[int, int]]) -> Occupied:
     first = rows[0]
     keys = tuple(row[key] for row in rows[: len(extents)])
     return Occupied(first["shard"], first["shard_bytes"], first["shard_sha256"], keys, tuple(extents))

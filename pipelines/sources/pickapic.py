@@ -5,7 +5,6 @@ Source: the data set's card (19 columns; see docs/guides/sources.md).
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from pipelines.dataset.status import Reason
 from pipelines.sources.kind import Draft, Field, Record, SourceKind
@@ -32,7 +31,7 @@ class PickapicSource(SourceKind):
         yield Draft(record["caption"], record["jpg_0"], record["jpg_1"], read_label(record), record.get("user_id"))
 
 
-def read_label(values: dict[str, Any]) -> float | Reason:
+def read_label(values: Record) -> float | Reason:
     """`label_0` as a probability, or why it cannot be read."""
     if is_false(values.get("has_label")):
         return Reason.MISSING_LABEL

@@ -11,12 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.dataset.pair import Status
+from pipelines.dataset.values import JsonObject
 
 PARTS = ("fetch", "decode", "encode", "pack", "upload")
 """The parts of the work on a unit, in the order of the flow; they run side by side."""
@@ -118,7 +118,7 @@ class Speed:
     halved_to: int | None
     seconds_by_part: dict[str, float]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the speed as the journal and the report have it."""
         return asdict(self)
 

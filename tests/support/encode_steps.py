@@ -65,10 +65,16 @@ def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "he
 
 
 def encode_here(
-    config: EncodeConfig, storage: Storage, vae: Any, text: Any, num_threads: int = 1, *, with_empty: bool = False
+    config: EncodeConfig,
+    storage: Storage,
+    vae: Any,
+    text: Any,
+    num_threads: int = 1,
+    *,
+    include_empty_prompt: bool = False,
 ) -> Pending:
     """Encode without Ray: the same units, shards and commits."""
-    todo = pending(config, storage, with_empty=with_empty)
+    todo = pending(config, storage, include_empty_prompt=include_empty_prompt)
     for folder, parts in ((LATENTS, todo.latents_parts), (TEXT, todo.text_parts)):
         note_parts(storage, folder, parts)
     name = fingerprint_of(todo.text_parts)

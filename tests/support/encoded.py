@@ -30,7 +30,7 @@ def write_encoded(
     pooled: bool = True,
     num_shards: int = 1,
     flips: bool = False,
-    with_empty: bool = False,
+    include_empty_prompt: bool = False,
 ) -> Snapshot:
     """Pairs whose chosen latents are near +1 and rejected near -1, image 0 being chosen in a tie.
 
@@ -45,7 +45,7 @@ def write_encoded(
         pooled: Whether prompts have a pooled embedding; those of SD 1.5 have none.
         num_shards: Of the latents; a pair's is its number modulo this.
         flips: Whether mirrored images have latents too; those of an image are its own mirrored, and 3 more.
-        with_empty: Whether the embedding of "" is stored.
+        include_empty_prompt: Whether the embedding of "" is stored.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [f"prompt {i}" for i in range(4)]
@@ -81,7 +81,7 @@ def write_encoded(
         mine, unit = slice(number, None, num_shards), f"unit-{number}" if number else "unit"
         _commit(storage, work, table, f"dataset/latents/{LATENTS}/{unit}.tar", unit, members[mine], sizes[mine])
     texts = []
-    for identity in [NULL_PROMPT_ID, *map(prompt_id, [*prompts, ""] if with_empty else prompts)]:
+    for identity in [NULL_PROMPT_ID, *map(prompt_id, [*prompts, ""] if include_empty_prompt else prompts)]:
         scale = 0.0 if identity == NULL_PROMPT_ID else 1.0
         tensors = {"prompt_embeds": (scale * torch.randn(TOKENS, EMBEDDING, generator=generator)).to(dtype)}
         if pooled:

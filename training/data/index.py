@@ -203,13 +203,13 @@ def _check_whole(what: str, at: pa.ChunkedArray, fingerprint: str) -> None:
         )
 
 
-def load_texts(storage: Storage, snapshot: Snapshot, *, with_empty: bool = False) -> dict[str, Location]:
+def load_texts(storage: Storage, snapshot: Snapshot, *, include_empty_prompt: bool = False) -> dict[str, Location]:
     """Where each prompt's embeddings lie, by prompt_id; NULL_PROMPT_ID is the null conditioning.
 
     Args:
         storage: Of the data set.
         snapshot: The pinned versions.
-        with_empty: Whether the embedding of "" is needed, as EMPTY_PROMPT_ID.
+        include_empty_prompt: Whether the embedding of "" is needed, as EMPTY_PROMPT_ID.
 
     Raises:
         SnapshotError: The null conditioning is missing, or the embedding of "".
@@ -226,7 +226,7 @@ def load_texts(storage: Storage, snapshot: Snapshot, *, with_empty: bool = False
         raise SnapshotError(
             f"the text embeddings under {snapshot.text_fingerprint} lack the null conditioning", "run `mapo encode`"
         )
-    if with_empty and EMPTY_PROMPT_ID not in texts:
+    if include_empty_prompt and EMPTY_PROMPT_ID not in texts:
         raise SnapshotError(
             f'the text embeddings under {snapshot.text_fingerprint} lack the embedding of "", which '
             "`train.null_prompt: empty` gives to dropped prompts",
