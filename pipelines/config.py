@@ -35,7 +35,7 @@ VAE_FACTOR = 8
 
 
 def _buckets(value: object) -> object:
-    """True, false, or a list of [height, width]."""
+    """Check that the value is true, false, or a list of [height, width]."""
     if isinstance(value, bool):
         return value
     if not isinstance(value, list | tuple) or not value:
@@ -99,7 +99,7 @@ class EncodeConfig(Config):
 
     @model_validator(mode="after")
     def resolution_fits_the_vae(self) -> Self:
-        """Every VAE of this family halves the side at least twice and at most three times."""
+        """Check that the VAE, which halves the side two or three times, divides the resolution."""
         if self.resolution % VAE_FACTOR:
             raise ValueError(f"resolution must be a multiple of {VAE_FACTOR}, not {self.resolution}")
         return self

@@ -12,7 +12,7 @@ RayOptions = dict[str, Any]
 
 
 def total_of(resource: str, needed: Mapping[str, float]) -> float:
-    """CPU or GPU of all living nodes that have every custom resource in `needed`."""
+    """Return the CPUs or GPUs of all living nodes that have every custom resource in `needed`."""
     return float(sum(node.get(resource, 0) for node in nodes() if all(name in node for name in needed)))
 
 
@@ -37,23 +37,23 @@ class Demand:
         return {self.resource: 1.0, **self.beside}
 
     def has_node(self) -> bool:
-        """Whether a living node has all of it, used or not."""
+        """Return whether a living node has all of it, used or not."""
         return self.places(nodes()) > 0
 
     def is_free(self) -> bool:
-        """Whether a living node has all of it to give now, as far as the driver knows."""
+        """Return whether a living node has all of it free now, as far as the driver knows."""
         from ray._private.state import available_resources_per_node
 
         return self.places(available_resources_per_node().values()) > 0
 
     def places(self, having: Iterable[Mapping[str, float]]) -> int:
-        """For how many such workers there is room on nodes that have this."""
+        """Return how many such workers fit on nodes with these resources."""
         return sum(
             min(math.floor(node.get(name, 0.0) / amount) for name, amount in self.needed.items()) for node in having
         )
 
     def options(self) -> RayOptions:
-        """The same as options of `ray.remote`."""
+        """Return the same as options of `ray.remote`."""
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         found: RayOptions = {"num_cpus": 0, "num_gpus": 0}
         found |= {names[name]: amount for name, amount in self.needed.items() if name in names}
@@ -61,12 +61,12 @@ class Demand:
 
 
 def nodes() -> list[dict[str, float]]:
-    """What each living node has in all."""
+    """Return the total resources of each living node."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def uses_gpu(device: Device) -> bool:
-    """Whether workers ask for a GPU; `auto` looks at what the cluster has now."""
+    """Return whether workers ask for a GPU; `auto` looks at what the cluster has now."""
     return device == "gpu" or (device == "auto" and total_of("GPU", {}) >= 1)

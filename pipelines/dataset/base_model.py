@@ -97,7 +97,7 @@ class BaseFacts:
     notes: tuple[str, ...] = ()
 
     def resolution_note(self, resolution: int) -> str | None:
-        """A word on a resolution that is not the base's own."""
+        """Return a remark on a resolution that is not the base's own, or None."""
         if self.native_side in (None, resolution):
             return None
         return (
@@ -168,7 +168,7 @@ def _check_class(index: Mapping[str, Any], part: str, expected: str, model: str)
 
 
 def _latent_space(source: ModelSource, family: Family) -> LatentSpace:
-    """What the latents are; of the pipeline's own VAE or of another one that means the same by them.
+    """Return the latent space of the pipeline's own VAE, or of another VAE with the same one.
 
     Raises:
         ModelError: The pipeline would bring such latents to the UNet in another way than training, or the other VAE is
@@ -235,7 +235,7 @@ def _per_channel(values: Any, channels: int, key: str, where: str) -> tuple[floa
 
 
 def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -> None:
-    """The UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
+    """Check that the UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
     if (found := config.get("_class_name", UNET_CLASS)) != UNET_CLASS:
         raise ModelError(f"the unet of {model} is a {found}, not a {UNET_CLASS}", CHOOSE_A_BASE)
     taken, given = (_number(config, key, 4, "unet", model) for key in ("in_channels", "out_channels"))
@@ -277,7 +277,7 @@ def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -
 
 
 def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
-    """The UNet is as wide as the text encoders' states side by side, and SDXL's takes six time ids.
+    """Check that the UNet is as wide as the text encoders' states side by side, and that SDXL's takes six time ids.
 
     Args:
         config: Of the UNet.
@@ -310,7 +310,7 @@ def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], fam
 
 
 def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> None:
-    """The weights are of the UNet that the configuration describes: a wrong file, or an edited one, would not say."""
+    """Check that the weights belong to the UNet that the configuration describes; loading would not notice."""
     files = weight_files(part, STEM, source.variant)
     if others := sorted(tensor_types(files) - TYPES):
         raise ModelError(
@@ -392,7 +392,7 @@ def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, m
 
 
 def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
-    """The VAE's weights are of the latents that its configuration describes."""
+    """Check that the VAE's weights make the latents that its configuration describes."""
     where = source.model if source.vae is None else source.vae
     shapes = tensor_shapes(weight_files(source.vae_folder(), STEM, source.vae_variant))
     for name, axis, count in (("decoder.conv_in.weight", 1, 1), ("encoder.conv_out.weight", 0, 2)):
@@ -407,7 +407,7 @@ def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
 
 
 def _numbers(config: JsonObject, key: str, default: list[int], part: str, model: str) -> list[int]:
-    """Whole numbers of a configuration; the default where it has none."""
+    """Return a list of whole numbers from a configuration, or the default."""
     found = config.get(key) or default
     if not isinstance(found, list) or not all(type(each) is int for each in found):
         raise ModelError(f"{part}.{key} of {model} is {found}, not a list of whole numbers", WAY_OUT)
@@ -415,7 +415,7 @@ def _numbers(config: JsonObject, key: str, default: list[int], part: str, model:
 
 
 def _number(config: JsonObject, key: str, default: int, part: str, model: str) -> int:
-    """A whole number of a configuration; diffusers' default where old files leave it out."""
+    """Return a whole number from a configuration, or diffusers' default where old files leave it out."""
     found = config.get(key, default)
     if type(found) is not int or found < 1:
         raise ModelError(f"{part}.{key} of {model} is {found}, not a whole number", WAY_OUT)

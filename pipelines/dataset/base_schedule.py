@@ -77,7 +77,7 @@ def check_schedule(
 
 
 def schedule_note(config: JsonObject) -> str | None:
-    """A word on betas that are most likely not the model's own."""
+    """Return a remark on betas that are most likely not the model's own, or None."""
     if any(config.get(key) != value for key, value in DIFFUSERS_DEFAULTS.items()):
         return None
     return (
@@ -87,7 +87,7 @@ def schedule_note(config: JsonObject) -> str | None:
 
 
 def _check_kind(config: JsonObject, classes: Sequence[str], model: str) -> None:
-    """The schedulers of flow matching, EDM and consistency models have no betas, or none that were trained with."""
+    """Refuse schedulers of flow matching, EDM and consistency models: no betas, or none used in training."""
     if not classes:
         raise ModelError(f"scheduler._class_name of {model} is missing", "the model folder is damaged; fetch it again")
     for name in classes:
@@ -116,7 +116,7 @@ def _check_kind(config: JsonObject, classes: Sequence[str], model: str) -> None:
 
 
 def _check_betas(config: JsonObject, model: str) -> None:
-    """What the file leaves out would be a default of diffusers, which is no base's."""
+    """Check that the file states its betas: diffusers' defaults are those of no published base."""
     steps, trained, name = (config.get(key) for key in ("num_train_timesteps", "trained_betas", "beta_schedule"))
     wanted = ["num_train_timesteps", *(["beta_schedule"] if trained is None else [])]
     if trained is None and name not in WITHOUT_BOUNDS:
@@ -160,7 +160,7 @@ def _is_beta(value: Any) -> bool:
 def _check_distilled(
     config: JsonObject, classes: Sequence[str], model: str, names: Sequence[str], predicted: str
 ) -> None:
-    """A model that was distilled to a few steps loses them in training on all of its timesteps."""
+    """Refuse a model that was distilled to a few steps: training on all timesteps would undo that."""
     reasons = [
         f"the scheduler is {name}, of {DISTILLED_SCHEDULERS[name]}" for name in classes if name in DISTILLED_SCHEDULERS
     ]
@@ -180,14 +180,14 @@ def _check_distilled(
 
 
 def is_distilled_name(name: str) -> bool:
-    """Whether a model's name says that it was distilled to a few steps, as that of `sdxl-turbo` does."""
+    """Return whether a model's name says that it was distilled to a few steps, as `sdxl-turbo` does."""
     words = {word.lower() for word in PARTS_OF_NAMES.findall(name)}
     joined = re.sub(r"[-_ ]", "", name.lower())
     return any(word in joined for word in DISTILLED_ANYWHERE) or bool(words & DISTILLED_WORDS)
 
 
 def short_name(name: str) -> str:
-    """The part of a path, URL or hub id that names the model itself.
+    """Return the part of a path, URL or hub id that names the model itself.
 
     A hub's cache names it above the snapshot, and a part's own folder says nothing.
     """

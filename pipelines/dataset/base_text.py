@@ -61,7 +61,7 @@ def check_text(
 
 
 def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:
-    """The sizes of a text encoder, held against its weights."""
+    """Return the sizes of a text encoder, checked against its weights."""
     found = read_config(part / "config.json")
     config = {}
     for key, default in DEFAULTS.items():
@@ -87,7 +87,7 @@ def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:
 
 
 def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int], model: str) -> int:
-    """How many tokens a prompt is padded to: no more than the encoder has places for."""
+    """Return the number of tokens that a prompt is padded to, checked against the encoder's positions."""
     found = read_config(part / "tokenizer_config.json").get("model_max_length")
     most = config["max_position_embeddings"]
     if type(found) is not int or not SHORTEST <= found <= most:
@@ -105,7 +105,7 @@ def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int
 
 
 def _vocabulary_size(part: Path) -> int:
-    """The number of tokens by the files, in the form of today or in that of 2022.
+    """Return the size of the vocabulary, from files in today's form or in that of 2022.
 
     Raises:
         ModelError: There is neither.

@@ -14,13 +14,13 @@ GROWTH = 4  # a level is merged into the one before once it has a quarter of its
 
 
 def keys_of(column: pa.Array | pa.ChunkedArray) -> Keys:
-    """Keys of 32 hex digits each (no nulls) as pairs of integers."""
+    """Return keys of 32 hex digits each (no nulls) as pairs of integers."""
     digits = b"".join(_bytes_of(chunk) for chunk in getattr(column, "chunks", [column]) if len(chunk))
     return np.frombuffer(binascii.unhexlify(digits), dtype=">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def _bytes_of(strings: pa.Array) -> bytes:
-    """What the strings of an array hold, one after the other."""
+    """Return the bytes of all strings of an array, one after the other."""
     strings = strings.cast(pa.string())
     ends = np.frombuffer(strings.buffers()[1], np.int32)[strings.offset : strings.offset + len(strings) + 1]
     return memoryview(strings.buffers()[2])[ends[0] : ends[-1]].tobytes()
@@ -48,7 +48,7 @@ class KeyMap:
             self._levels.append(_sorted(*both))
 
     def get(self, keys: Keys) -> NDArray[np.float32]:
-        """The value of each key, NaN where there is none."""
+        """Return the value of each key, NaN where there is none."""
         found = np.full(len(keys), ABSENT)
         for known, values in self._levels:
             place = np.searchsorted(known[:, 0], keys[:, 0])
@@ -64,7 +64,7 @@ class KeyMap:
 
 
 def _sorted(keys: Keys, values: NDArray[np.float32]) -> tuple[Keys, NDArray[np.float32]]:
-    """By key, each once, the first of equal ones."""
+    """Return keys and values sorted by key; of equal keys the first stays."""
     order = np.argsort(keys[:, 0], kind="stable")
     same = keys[order[1:], 0] == keys[order[:-1], 0]
     if (same & (keys[order[1:], 1] != keys[order[:-1], 1])).any():  # once in 10^19 / n^2 maps: then the slow way

@@ -96,7 +96,7 @@ class ModelSource:
     variant: str | None = None
 
     def folder(self) -> Path:
-        """The local folder of the pipeline; fetched first if it is elsewhere.
+        """Return the local folder of the pipeline; fetch it first if it is elsewhere.
 
         Raises:
             ModelError: There is no such pipeline, or it cannot be fetched.
@@ -104,7 +104,7 @@ class ModelSource:
         return resolve_model(self.model, revision=self.revision, variant=self.variant)
 
     def vae_folder(self) -> Path:
-        """The folder of the VAE: the pipeline's own, or the other one.
+        """Return the folder of the VAE: the pipeline's own, or the one that replaces it.
 
         Raises:
             ModelError: See `folder`.
@@ -117,7 +117,7 @@ class ModelSource:
         return resolve_model(self.vae, marker="config.json")
 
     def is_fetched(self) -> bool:
-        """Whether the pipeline and the VAE are on this machine, so that `folder` and `vae_folder` fetch nothing.
+        """Return whether the pipeline and the VAE are on this machine, so that `folder` and `vae_folder` fetch nothing.
 
         Raises:
             ModelError: A URL cannot be listed.
@@ -135,7 +135,7 @@ class ModelSource:
 def resolve_model(
     model: str, marker: str = MODEL_INDEX, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """The local folder of a model; fetched first if it is elsewhere.
+    """Return the local folder of a model; fetch it first if it is elsewhere.
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
@@ -180,7 +180,7 @@ def _single_file(model: str, *, is_there: bool) -> str:
 
 
 def _turn_into_folder(file: str, marker: str) -> str:
-    """How a checkpoint in a single file becomes a folder."""
+    """Explain how to turn a checkpoint in a single file into a folder."""
     kind, key = (SDXL.pipeline_class, "encode.model") if marker == MODEL_INDEX else ("AutoencoderKL", "encode.vae")
     name = Path(file).stem
     other = f" ({STABLE_DIFFUSION.pipeline_class} for Stable Diffusion 1.x and 2.x)" if marker == MODEL_INDEX else ""
@@ -191,7 +191,7 @@ def _turn_into_folder(file: str, marker: str) -> str:
 
 
 def read_model_index(folder: Path) -> JsonObject:
-    """`model_index.json` of a pipeline of one of the families.
+    """Read the `model_index.json` of a pipeline of one of the families.
 
     Raises:
         ModelError: It is something else.
@@ -210,7 +210,7 @@ def read_model_index(folder: Path) -> JsonObject:
 
 
 def read_family(folder: Path) -> Family:
-    """The family of a pipeline.
+    """Return the family of a pipeline.
 
     Raises:
         ModelError: It is of none of them.
@@ -219,7 +219,7 @@ def read_family(folder: Path) -> Family:
 
 
 def read_config(file: Path) -> JsonObject:
-    """A JSON configuration file of a model.
+    """Read a JSON configuration file of a model.
 
     Raises:
         ModelError: It is missing or is not JSON.
@@ -234,7 +234,7 @@ def read_config(file: Path) -> JsonObject:
 
 
 def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of one part, with its index if it is in several; each with a whole header.
+    """List the safetensors files of one part, and its index if there are several; check each header.
 
     Args:
         part: Its folder, such as `<model>/vae`.
@@ -267,7 +267,7 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
 
 
 def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """The sha256 of every file by its name; a file that has not changed since is not read again."""
+    """Return the sha256 of every file by its name; a file that has not changed since is not read again."""
     with ThreadPoolExecutor(HASHERS) as hashers:
         return dict(zip((file.name for file in files), hashers.map(_digest, files), strict=True))
 
@@ -283,7 +283,7 @@ def _digest_of_state(file: Path, size: int, changed_ns: int, changed_status_ns: 
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
-    """What to fetch of a model, and what of that to leave: what is no weights, and the weights of one variant."""
+    """Return patterns of the files to fetch, and of those to leave: configuration, and weights of one variant."""
     if variant is not None:
         return [*PLAIN_FILES, *(pattern.format(f".{variant}*") for pattern in WEIGHTS)], list(IGNORED)
     others = [f"*.{other}{end}" for other in VARIANTS for end in (".safetensors", "-*.safetensors")]
@@ -320,7 +320,7 @@ def _fetch(url: str, variant: str | None) -> Path:
 
 
 def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, JsonObject]:
-    """Where in the node's cache a remote folder belongs in its present state, and its files that are wanted."""
+    """Return where a remote folder in its present state belongs in the node's cache, and which files to fetch."""
     try:
         listing = storage.fs.find(storage.path(), detail=True)
     except Exception as error:  # each fsspec back end has its own exception tree
@@ -335,7 +335,7 @@ def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, JsonO
 
 
 def _is_fetched(model: str, revision: str | None, variant: str | None) -> bool:
-    """Whether a model is here; of one that is nowhere too, which `resolve_model` has the words for."""
+    """Return whether a model is on this machine; True also if it exists nowhere, as `resolve_model` reports."""
     if "://" in model:
         storage = Storage(model)
         return storage.is_local or _place(storage, model, variant)[0].is_dir()
@@ -366,12 +366,12 @@ def _fetch_file(storage: Storage, name: str, target: Path) -> None:
 
 
 def _mark(info: JsonObject) -> str:
-    """What changes when an object is written again."""
+    """Return a mark that changes when an object is written again."""
     return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
 
 
 def _fetch_from_hub(identifier: str, revision: str | None, variant: str | None) -> Path:
-    """A snapshot of a hub repository in the hub's own cache; from that cache alone where there is no network."""
+    """Return a snapshot of a hub repository in the hub's own cache; without a network it must be there already."""
     from huggingface_hub import snapshot_download
 
     wanted, left = _patterns(variant)

@@ -52,7 +52,7 @@ PAIRS_SCHEMA = pa.schema(
 
 
 def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
-    """32 hex digits that name a pair: a hash of the prompt and both images' bytes.
+    """Return 32 hex digits that name a pair: a hash of the prompt and both images' bytes.
 
     The order of the two images does not matter, so that a pair listed the other way round is seen as the same.
 
@@ -71,7 +71,7 @@ def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
 
 
 def prompt_id(prompt: str) -> str:
-    """32 hex digits that name a prompt: a hash of its UTF-8 bytes."""
+    """Return 32 hex digits that name a prompt: a hash of its UTF-8 bytes."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:32]
 
 
@@ -82,7 +82,7 @@ EMPTY_PROMPT_ID = prompt_id("")
 
 
 def split_of(prompt_identifier: str, validation_ratio: float) -> str:
-    """The split of a prompt: by its hash, so that no prompt is in both.
+    """Return the split of a prompt, which follows from its hash, so that no prompt is in both.
 
     Args:
         prompt_identifier: From `prompt_id`.
@@ -92,5 +92,5 @@ def split_of(prompt_identifier: str, validation_ratio: float) -> str:
 
 
 def split_border(validation_ratio: float) -> str:
-    """The first prompt_id that is not held out, as text: hex digits of one length compare as the numbers they are."""
+    """Return the first prompt_id that is not held out: hex digits of one length compare as the numbers they are."""
     return f"{min(int(validation_ratio * 2**64), 2**64 - 1):016x}"

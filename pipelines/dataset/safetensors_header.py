@@ -11,7 +11,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in safetensors files, from their headers; other files are passed over.
+    """Return the shape of every tensor in safetensors files, from their headers; other files are skipped.
 
     Raises:
         ModelError: A header is not whole.

@@ -22,12 +22,12 @@ MASK = "***"
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name is taken to hold a secret."""
+    """Return whether a variable of this name is taken to hold a secret."""
     return bool(SECRET_NAME.search(name)) and not PATH_NAME.search(name)
 
 
 def has_credentials(url: str) -> bool:
-    """Whether a URL holds a password or a signature."""
+    """Return whether a URL holds a password or a signature."""
     return bool(USER_INFO.search(url) or SIGNED.search(url))
 
 

@@ -44,7 +44,7 @@ class LatentsAhead:
         self._failed: Exception | None = None
 
     def finish(self) -> None:
-        """The ingest is over: let `run` end when all that it committed is encoded."""
+        """Let `run` end when all that the ingest has committed is encoded; called when the ingest is over."""
         self._is_over.set()
 
     def stop(self) -> None:
@@ -106,7 +106,7 @@ class LatentsAhead:
         return any(len(units) >= enough for units in self._looks(fingerprint)) and not self._is_over.is_set()
 
     def _looks(self, fingerprint: str) -> Iterator[list[Unit]]:
-        """After each change of the table the units of shards that were not given out, until the ingest is over."""
+        """Yield, after each change of the table, the units of shards not yet given out, until the ingest is over."""
         table, version, pause_s, is_over = pairs_table(self._storage), None, 0.0, False
         while not is_over:
             is_over = self._is_over.wait(pause_s)

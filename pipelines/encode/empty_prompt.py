@@ -11,7 +11,7 @@ from pipelines.encode.plan import empty_unit_id
 
 
 def text_version_without_empty_prompt(storage: Storage, fingerprint: str) -> int | None:
-    """The newest version of a table of text embeddings, less the commit of the embedding of "" if that is the last.
+    """Return the newest version of a text table, before the commit of the embedding of "" if that is the last.
 
     Args:
         storage: Of the data set.

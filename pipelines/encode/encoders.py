@@ -41,18 +41,18 @@ class Embedded:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Embedded":
-        """The same prompt with every tensor changed."""
+        """Return the same prompt with every tensor changed."""
         pooled = None if self.pooled_prompt_embeds is None else change(self.pooled_prompt_embeds)
         return Embedded(change(self.prompt_embeds), pooled, self.num_tokens)
 
 
 def usable_device() -> torch.device:
-    """The GPU that Ray gave to this process, else the CPU."""
+    """Return the GPU that Ray gave to this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quiet_diffusers() -> None:
-    """Only errors of diffusers and transformers are shown, and no progress bars; before their parts are imported."""
+    """Show only errors of diffusers and transformers, and no progress bars; call it before importing their parts."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -63,7 +63,7 @@ def quiet_diffusers() -> None:
 
 @contextlib.contextmanager
 def _loading(part: str, folder: Path) -> Iterator[None]:
-    """Whatever a library raises on a bad part becomes an error that names the part."""
+    """Turn whatever a library raises on a bad part into an error that names the part."""
     try:
         yield
     except ModelError:
@@ -74,7 +74,7 @@ def _loading(part: str, folder: Path) -> Iterator[None]:
 
 
 def _check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> None:
-    """Weights that a file lacks would otherwise be random, without a word."""
+    """Check that the file has all weights: missing ones would be random, without a word."""
     lacking = sorted(loading_info.get("missing_keys") or ())
     lacking += sorted(str(key) for key in loading_info.get("mismatched_keys") or ())
     if lacking:
@@ -84,7 +84,7 @@ def _check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> No
 
 
 def load_vae(source: ModelSource) -> Any:
-    """The VAE as diffusers has it (`AutoencoderKL`), in float32, on the CPU.
+    """Load the VAE as diffusers' `AutoencoderKL`, in float32, on the CPU.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -109,7 +109,7 @@ class Launched:
     _seconds: Callable[[], float]
 
     def wait(self) -> tuple[Tensor, float]:
-        """The latents (B, C, h, w; float32, on the CPU), and the seconds that the device was busy with them."""
+        """Return the latents (B, C, h, w; float32, on the CPU), and the seconds that the device was busy with them."""
         seconds = self._seconds()
         return self._latents, seconds
 
@@ -224,7 +224,7 @@ class TextEncoder:
         return [Embedded(*found) for found in zip(embeds_BSD.cpu(), pooled_BP, counts, strict=True)]
 
     def null(self) -> Embedded:
-        """What a dropped prompt becomes: the embedding of "", or zeros if the pipeline's configuration says so."""
+        """Return what a dropped prompt becomes: the embedding of "", or zeros if the pipeline asks for them."""
         (empty,) = self([""])
         if not self._pipeline.config.get("force_zeros_for_empty_prompt", False):
             return empty

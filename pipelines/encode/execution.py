@@ -57,7 +57,7 @@ def encode(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool
 
 
 def _stages(config: EncodeConfig, storage: Storage, todo: Pending) -> Iterator["_Stage"]:
-    """Text first: it is short, and a wrong text encoder should show before hours of images. Torch is loaded late."""
+    """Yield text, then latents: text is short, and a wrong text encoder should show before hours of images."""
     table = text_table(storage, fingerprint_of(todo.text_parts))
     yield _Stage("text", "prompt", todo.texts, table, TEXT, todo.text_parts, config, storage)
     table = latents_table(storage, fingerprint_of(todo.latents_parts))
@@ -103,6 +103,6 @@ class _Stage:
         return tally.take()
 
     def _max_dropped(self, num_planned: int) -> float:
-        """How many of the planned rows may be quarantined, beside those of earlier runs."""
+        """Return how many of the planned rows may be quarantined, given those of earlier runs."""
         rows = self.table.read(["status"])
         return self.config.max_drop_ratio * float(rows.num_rows + num_planned) - count_dropped(rows)

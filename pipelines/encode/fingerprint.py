@@ -29,7 +29,7 @@ NOTE = "fingerprint.json"
 
 
 def latents_fingerprint(config: EncodeConfig) -> str:
-    """32 hex digits that name everything that shapes a latent, except the image.
+    """Return 32 hex digits that name everything that shapes a latent, except the image.
 
     Raises:
         ModelError: The VAE is missing, damaged or something else.
@@ -38,7 +38,7 @@ def latents_fingerprint(config: EncodeConfig) -> str:
 
 
 def text_fingerprint(config: EncodeConfig) -> str:
-    """32 hex digits that name everything that shapes a text embedding, except the prompt.
+    """Return 32 hex digits that name everything that shapes a text embedding, except the prompt.
 
     Raises:
         ModelError: A text encoder or tokenizer is missing, damaged or something else.
@@ -47,7 +47,7 @@ def text_fingerprint(config: EncodeConfig) -> str:
 
 
 def fingerprint_of(parts: JsonObject) -> str:
-    """A hash of the canonical JSON of `parts`."""
+    """Return a hash of the canonical JSON of `parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
 
 
@@ -65,13 +65,13 @@ def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
 
 
 def noted_parts(storage: Storage, folder: str, fingerprint: str) -> JsonObject:
-    """What `note_parts` wrote; empty if nobody did."""
+    """Read what `note_parts` wrote; return an empty object if nothing was written."""
     name = f"{folder}/{fingerprint}/{NOTE}"
     return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
 
 
 def latents_parts(config: EncodeConfig) -> JsonObject:
-    """What `latents_fingerprint` is the hash of."""
+    """Return what `latents_fingerprint` is the hash of."""
     read_model_index(config.source.folder())
     folder = config.source.vae_folder()
     found = read_config(folder / "config.json").get("_class_name")
@@ -93,7 +93,7 @@ def latents_parts(config: EncodeConfig) -> JsonObject:
 
 
 def text_parts(config: EncodeConfig) -> JsonObject:
-    """What `text_fingerprint` is the hash of. SDXL is the family where none is named: its embeddings came first."""
+    """Return what `text_fingerprint` is the hash of. SDXL's parts name no family: its embeddings came first."""
     folder = config.source.folder()
     index = read_model_index(folder)
     family = FAMILIES[index["_class_name"]]

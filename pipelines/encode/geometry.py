@@ -53,7 +53,7 @@ class Placed:
 
 
 def bucket_list(resolution: int, buckets: bool | Sequence[Bucket]) -> tuple[Bucket, ...]:
-    """The buckets of a resolution: SDXL's own list scaled, the square alone, or the ones that are given.
+    """Return the buckets of a resolution: SDXL's own list scaled, the square alone, or the ones that are given.
 
     Args:
         resolution: Side of the square bucket; the others have about its area.
@@ -77,12 +77,12 @@ def bucket_list(resolution: int, buckets: bool | Sequence[Bucket]) -> tuple[Buck
 
 
 def _scaled(side: int, resolution: int, step: int) -> int:
-    """A side of SDXL's list at this resolution, to the nearest multiple of `step` (halves go up)."""
+    """Scale a side of SDXL's list to this resolution, to the nearest multiple of `step` (halves go up)."""
     return max(1, (2 * side * resolution + SDXL_RESOLUTION * step) // (2 * SDXL_RESOLUTION * step)) * step
 
 
 def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tuple[Bucket, ...]) -> Bucket:
-    """The bucket of a pair: nearest, in log aspect, to the geometric mean of both aspects.
+    """Choose the bucket of a pair: nearest, in log aspect, to the geometric mean of both aspects.
 
     Of buckets with equally near aspects, the one whose area is nearest to the geometric mean of both areas; of these
     the first.
@@ -118,7 +118,7 @@ def cover(height: int, width: int, bucket: Bucket) -> Cover:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image as it is meant to be seen: EXIF orientation applied, alpha on white, RGB.
+    """Open an image as it is meant to be seen: EXIF orientation applied, alpha on white, RGB.
 
     Raises:
         OSError, SyntaxError, ValueError, EOFError: The image is damaged.
@@ -158,7 +158,7 @@ def place(image: Image.Image, bucket: Bucket) -> Placed:
 
 
 def mirror(placed: Placed) -> Placed:
-    """An image in its bucket, mirrored left to right, as if the image had been mirrored before it was resized.
+    """Mirror an image in its bucket left to right, as if it had been mirrored before it was resized.
 
     The crop's left edge is that of the mirrored image: where a crop cuts off an odd number of columns, it is one off.
     """
@@ -169,7 +169,7 @@ def mirror(placed: Placed) -> Placed:
 
 
 def place_pair(data_0: bytes, data_1: bytes, buckets: tuple[Bucket, ...]) -> tuple[Bucket, Placed, Placed]:
-    """Both images of a pair, decoded and in their common bucket."""
+    """Return both images of a pair, decoded and in their common bucket."""
     image_0, image_1 = open_image(data_0), open_image(data_1)
     bucket = choose_bucket((image_0.height, image_0.width), (image_1.height, image_1.width), buckets)
     return bucket, place(image_0, bucket), place(image_1, bucket)

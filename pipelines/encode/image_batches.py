@@ -86,7 +86,7 @@ def _upright_size(pair: Row, side: int) -> tuple[int, int]:
 def load(
     planned: Planned, storage: Storage, effort: Effort, *, flips: bool = False
 ) -> list[tuple[ImageKey, Placed | Reason]]:
-    """The new images of a pair in their bucket, with `flips` mirrored as well; a reason for one that has no pixels.
+    """Read the new images of a pair into their bucket, with `flips` mirrored as well; a reason if one is damaged.
 
     Raises:
         ShardCorrupt: Bytes differ from their digest.
@@ -112,7 +112,7 @@ def _mirrored(key: ImageKey, image: Placed | Reason) -> tuple[ImageKey, Placed |
 
 
 def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
-    """The files of the new sides, each against its digest: in one request if both are needed and lie together."""
+    """Read the files of the new sides and check their digests; in one request if both are needed and lie together."""
     pair = planned.row
     places = {side: (pair[f"offset_{side}"], pair[f"length_{side}"]) for side in planned.new_sides}
     files: dict[int, bytes] = {}

@@ -75,13 +75,13 @@ def pending(config: EncodeConfig, storage: Storage, *, include_empty_prompt: boo
 
 
 def pending_latents(storage: Storage, fingerprint: str) -> list[Unit]:
-    """The missing units of latents alone, also where there is no pair yet."""
+    """Plan the missing units of latents alone; there may be no pair yet."""
     kept = pairs_table(storage).read(_IMAGE_COLUMNS, _KEPT)
     return latent_units(kept, storage, fingerprint) if kept.num_rows else []
 
 
 def is_encoded(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> bool:
-    """Whether no kept pair and no prompt is missing, and there is a kept pair; of 10 million pairs in seconds.
+    """Return whether there are kept pairs, and all of them and their prompts are encoded; takes seconds.
 
     Args:
         config: What to encode with.
@@ -105,13 +105,13 @@ def is_encoded(config: EncodeConfig, storage: Storage, *, include_empty_prompt: 
 
 
 def _distinct(table: Table, column: str, where: ds.Expression | None = None) -> Keys:
-    """The keys in a column, as pairs of integers; repeats within a batch once."""
+    """Return the keys in a column as pairs of integers; repeats within a batch count once."""
     found = [keys_of(batch.column(0).unique()) for batch in table.batches([column], where) if batch.num_rows]
     return np.concatenate(found) if found else keys_of(pa.array([], pa.string()))
 
 
 def _holds(known: Keys, wanted: Keys) -> bool:
-    """Whether every wanted key is among the known ones."""
+    """Return whether every wanted key is among the known ones."""
     marks = KeyMap()
     marks.add(known, np.zeros(len(known), np.float32))
     in_order = wanted[np.argsort(wanted[:, 0], kind="stable")]  # so that look-ups are near each other in memory
@@ -119,7 +119,7 @@ def _holds(known: Keys, wanted: Keys) -> bool:
 
 
 def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Unit]:
-    """One unit for every pair shard with pairs that have no latents: those pairs, by shard and place in it."""
+    """Plan one unit for every pair shard with pairs that have no latents: those pairs, by shard and place in it."""
     done = latents_table(storage, fingerprint).read(["pair_key"])["pair_key"]
     missing = kept.filter(pc.invert(pc.is_in(kept["pair_key"], pa.array(done.unique()))))
     missing = missing.sort_by([("shard", "ascending"), ("offset_0", "ascending")]).combine_chunks()
@@ -136,7 +136,7 @@ def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Uni
 def text_units(
     kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str, *, include_empty_prompt: bool = False
 ) -> list[Unit]:
-    """The distinct prompts (and the null conditioning) that have no embedding, sorted, so many to a unit.
+    """Plan units of the distinct prompts (and the null conditioning) that have no embedding, sorted.
 
     The embedding of "", where it is wanted, has the last unit alone: those of before are the same with and without it.
     """
@@ -151,7 +151,7 @@ def text_units(
 
 
 def empty_unit_id(fingerprint: str) -> str:
-    """The id of the unit of the embedding of ""."""
+    """Return the id of the unit of the embedding of ""."""
     return unit_id("text", fingerprint, EMPTY_PROMPT_ID)
 
 

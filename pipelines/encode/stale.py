@@ -22,7 +22,7 @@ UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False}
 
 
 def refusal(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> SnapshotError | None:
-    """An error that names the fingerprints that lack something, and what differs from those that are there.
+    """Return an error that names the fingerprints that lack something, and how they differ from existing ones.
 
     Args:
         config: What training would read.
@@ -52,13 +52,13 @@ def refusal(config: EncodeConfig, storage: Storage, *, include_empty_prompt: boo
         )
     return SnapshotError(
         "\n".join(lines),
-        "`mapo encode` with this configuration makes what is missing and leaves the others alone; to train on one of "
-        "those, give the settings and the model that it was made with",
+        "`mapo encode` with this configuration writes what is missing and keeps the others; to train on one of those, "
+        "use the settings and the model that it was made with",
     )
 
 
 def _is_only_empty(todo: Pending) -> bool:
-    """Whether all that is missing is the embedding of ""."""
+    """Return whether all that is missing is the embedding of ""."""
     return not todo.latents and [unit.rows["prompt_id"].to_pylist() for unit in todo.texts] == [[EMPTY_PROMPT_ID]]
 
 
@@ -75,11 +75,11 @@ def _missing(
     described = [(list(differences(noted_parts(storage, folder, other), parts)), other) for other in others]
     for found, other in sorted(described, key=lambda each: (len(each[0]), each[1]))[:MAX_OTHERS]:
         count = table_of(storage, other).count_rows()
-        yield f"  {other} ({count:,} {items}) is not the same: {'; '.join(found) or 'nobody noted how it was made'}"
+        yield f"  {other} ({count:,} {items}) differs: {'; '.join(found) or 'there is no record of how it was made'}"
 
 
 def differences(then: JsonObject, now: JsonObject, inside: str = "") -> Iterator[str]:
-    """`key was this, is that`, for every part of a fingerprint that is not the same; none if nothing is known of it."""
+    """Yield `key was this, is that` for every part of a fingerprint that differs; nothing if `then` is unknown."""
     if not then and not inside:
         return
     for key in sorted({*then, *now}):

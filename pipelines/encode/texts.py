@@ -72,7 +72,7 @@ class TextWriter:
             return shard.publish(), effort
 
     def _embed(self, named: dict[str, str], effort: Effort) -> dict[str, Embedded]:
-        """Every prompt's embedding in the stored type, in order; the null conditioning is no prompt and goes alone."""
+        """Embed every prompt, in order and in the stored type; the null conditioning is no prompt and goes alone."""
         found: dict[str, Embedded] = {}
         with effort.measured("encode"):
             if NULL_PROMPT_ID in named:
@@ -87,7 +87,7 @@ class TextWriter:
         return {identity: found[identity] for identity in named}
 
     def _pass(self, prompts: list[str]) -> list[Embedded] | None:
-        """One pass; None if there is no memory for so many prompts."""
+        """Run one pass; return None if there is no memory for so many prompts."""
         return self._batch_size.attempt(
             lambda: self._encoder(prompts), len(prompts), "embed even one prompt", "give the encoders other machines"
         )

@@ -85,7 +85,7 @@ class Committer:
         self._files, self._version = files, version
 
     def _take_in_own(self, rows: pa.Table) -> None:
-        """What was just committed, without reading it back; if others have committed since, `_catch_up` reads it."""
+        """Remember what was just committed; if others have committed since, `_catch_up` reads it back."""
         version = self._table.version
         if version == (0 if self._version is None else self._version + 1):
             self._remember(rows.filter(REMEMBERED).select(COLUMNS).to_batches())
@@ -102,7 +102,7 @@ class Committer:
 
 
 def _remembered(batch: pa.RecordBatch) -> tuple[Keys, Labels, Keys, Labels]:
-    """Of some rows: pairs with their canonical label or REMOVED, prompts with the number of their split."""
+    """Return pairs with their canonical label or REMOVED, and prompts with the number of their split."""
     label = pc.if_else(batch["mirrored"], pc.subtract(1.0, batch["label_0"]), batch["label_0"])
     removed = pc.equal(batch["status"], str(Status.QUARANTINED))
     live = batch.filter(pc.invert(removed)).select(["prompt_id", "split"])
@@ -121,14 +121,14 @@ class _Judgement:
         self._new_splits: dict[str, str] = {}
 
     def of(self, rows: pa.Table) -> pa.Table:
-        """The rows, each with its final status, reason and split."""
+        """Return the rows, each with its final status, reason and split."""
         found = rows.to_pylist()
         labels, splits = self._known(found, "pair_key", self._labels), self._known(found, "prompt_id", self._splits)
         judged = [self._judge(row, float(labels[i]), float(splits[i])) for i, row in enumerate(found)]
         return pa.Table.from_pylist(judged, schema=PAIRS_SCHEMA)
 
     def _known(self, rows: list[Row], column: str, known: KeyMap) -> Labels:
-        """What the map has for each row; NaN without a key."""
+        """Return the value of each row's key in the map; NaN without a key."""
         values = np.full(len(rows), np.nan, np.float32)
         have = [i for i, row in enumerate(rows) if row[column] is not None]
         keys: Keys = keys_of(pa.array([rows[i][column] for i in have], pa.string()))
@@ -162,6 +162,6 @@ class _Judgement:
 
 
 def canonical_label(row: Row) -> float:
-    """The label as seen from the image of smaller digest: the same whichever image is listed first."""
+    """Return the label as seen from the image of smaller digest: the same whichever image is listed first."""
     label = float(row["label_0"])
     return 1.0 - label if row["mirrored"] else label

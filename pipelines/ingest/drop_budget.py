@@ -57,7 +57,7 @@ class DropBudget:
         return self._dropped + self._reasons.total() > self._limit * total
 
     def note(self) -> str:
-        """What was dropped in this run, for the progress line."""
+        """Say what was dropped in this run, for the progress line."""
         if not self._reasons:
             return ""
         shown = ", ".join(f"{reason} {count:,}" for reason, count in self._reasons.most_common(SHOWN_REASONS))
@@ -65,7 +65,7 @@ class DropBudget:
 
     @staticmethod
     def stored_bytes(rows: pa.Table) -> int:
-        """Bytes of images that the rows point to."""
+        """Return the bytes of the images that the rows point to."""
         return sum(int(pc.sum(rows[name]).as_py() or 0) for name in ("length_0", "length_1"))
 
 
@@ -93,7 +93,7 @@ def check_drop_budget(config: IngestConfig, storage: Storage) -> None:
 
 
 def _still_dropped(dropped: pa.Table, storage: Storage) -> pa.Table:
-    """Without those rows that a later state of their file has in a usable form."""
+    """Return the rows that no later state of their file has in a usable form."""
     place = ["source_uri", "source_row", "source_pair"]
     files = pc.unique(dropped["source_uri"])
     usable = (pc.field("status") != str(Status.QUARANTINED)) & pc.field("source_uri").isin(files)

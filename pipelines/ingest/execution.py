@@ -43,7 +43,7 @@ MAX_TABLE_FILES = 200  # every unit adds one to the table, and every question op
 
 
 def plan_units(config: IngestConfig) -> list[SourceUnit]:
-    """All units of all sources, held-out ones first; reads directory listings, parquet footers and JSON only.
+    """Plan the units of all sources, held-out ones first; only directory listings, parquet footers and JSON are read.
 
     A prompt that some source holds out is then known before another source's training rows claim it.
     """
@@ -66,13 +66,13 @@ def _is_held_out(unit: SourceUnit) -> bool:
 
 
 def pending_of(planned: Sequence[SourceUnit], storage: Storage) -> list[SourceUnit]:
-    """Those of some units that are not in the table yet."""
+    """Return the units that are not in the table yet."""
     units = {unit.id: unit for unit in planned}
     return [units[identity] for identity in pairs_table(storage).uncommitted(list(units))]
 
 
 def is_up_to_date(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]) -> bool:
-    """Whether the table has every planned unit, and every row is as the policy has it."""
+    """Return whether the table has every planned unit, and every row follows the policy."""
     table = pairs_table(storage)
     return table.version is not None and not pending_of(planned, storage) and is_applied(Policy.of(config), table)
 
@@ -120,7 +120,7 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]
 
 
 def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
-    """The units in order, as what one task does after the other: many at first, single ones at the end.
+    """Group units, in order, into tasks that do them one after the other: many at first, single ones at the end.
 
     Ray Data takes 0.1 to 0.2 s to notice that a task has ended. So that this does not cost as much as a unit and the
     workers still end together, a task takes its half of a fair share of what is left (guided self-scheduling).

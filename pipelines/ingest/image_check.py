@@ -74,7 +74,7 @@ def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full")
 
 
 def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
-    """What an opened image says of itself before a pixel is decoded."""
+    """Return what an opened image says of itself before a pixel is decoded, or why it cannot be used."""
     if image.format not in EXTENSIONS:
         return Reason.UNSUPPORTED_FORMAT
     if image.width * image.height > (MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS):
@@ -87,7 +87,7 @@ def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, or 1: a broken EXIF block says nothing, and Pillow's parser fails in many ways."""
+    """Return the EXIF orientation, or 1: a broken EXIF block says nothing, and Pillow's parser fails in many ways."""
     if "exif" not in image.info:
         return 1
     try:
@@ -98,7 +98,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """As strict as a decoder, eight times as fast: the entropy-coded data is read for markers, the rest is decoded.
+    """Check a JPEG as strictly as a decoder, eight times as fast: of the entropy-coded data only markers are read.
 
     Raises:
         OSError: What Pillow raises when it decodes the file.
@@ -116,7 +116,7 @@ def _load_small(jpeg: bytes) -> None:
 
 
 def _check_png_chunks(data: bytes) -> None:
-    """Every chunk is there to IEND, with its checksum: Pillow is content once it has the last pixel.
+    """Check every chunk up to IEND and its checksum: Pillow is content once it has the last pixel.
 
     Raises:
         EOFError: The file ends before IEND.

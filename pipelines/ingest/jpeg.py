@@ -13,7 +13,7 @@ STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # without a length: TEM, RST
 
 
 def jpeg_skeleton(data: bytes) -> bytes | None:
-    """The file without the entropy-coded data of its scans, or None if a marker, a segment or the end is missing.
+    """Return the file without the entropy-coded data of its scans; None if a marker, a segment or the end is missing.
 
     A decoder makes some image of the skeleton, or fails as it would at the file. None is not a verdict: libjpeg
     forgives some bytes between segments, where no writer should have put them.
@@ -46,7 +46,7 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
 
 
 def _markers(data: bytes) -> np.ndarray:
-    """Where 0xFF begins a marker that ends a scan: not a stuffed data byte, a fill byte or a restart."""
+    """Find where 0xFF begins a marker that ends a scan: not a stuffed data byte, a fill byte or a restart."""
     values = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)
     code = values[at + 1]

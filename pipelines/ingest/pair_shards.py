@@ -45,7 +45,7 @@ class WriteShards:
     """
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """One Ray Data batch in, a batch of one row out for each unit."""
+        """Write the units of a batch; yield a batch of one row for each."""
         storage = Storage(str(batch["storage"][0]))
         units = [SourceUnit.from_json(str(unit)) for unit in batch["unit"]]
         for unit, rows in zip(units, write_units(units, storage), strict=True):
@@ -59,7 +59,7 @@ def write_unit(unit: SourceUnit, storage: Storage) -> pa.Table:
 
 
 def write_units(units: Iterable[SourceUnit], storage: Storage) -> Iterator[pa.Table]:
-    """`write_unit` for each; what one has gathered is uploaded while the next one is read."""
+    """Write the shards of each unit; a unit's shards are uploaded while the next unit is read."""
     with ThreadPoolExecutor(1) as uploads:
         last: _Gathered | None = None
         for unit in units:
@@ -97,14 +97,14 @@ class _Gathered:
     uploads: list[Future[None]]
 
     def rows(self) -> pa.Table:
-        """The rows, once every upload has ended well."""
+        """Return the rows once every upload has succeeded."""
         for upload in self.uploads:
             upload.result()
         return self.table
 
 
 def _rows_of_earlier_states(unit: SourceUnit, storage: Storage) -> dict[tuple[int, int], list[Row]]:
-    """What the table has of this file's rows, by row and pair, in the range of the unit."""
+    """Read what the table has of this file's rows, by row and pair, in the range of the unit."""
     where = (pc.field("source_uri") == unit.file.uri) & (pc.field("unit") != unit.id)
     if unit.num_rows:
         row = pc.field("source_row")
@@ -129,7 +129,7 @@ def _is_known(row: Row, known: dict[tuple[int, int], list[Row]]) -> bool:
 
 
 def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
-    """One source row as a table row, and its two images if they can be used.
+    """Return a source row as a table row, and its two images if they can be used.
 
     Kept here means usable: ties, splits and repeats are decided where the unit is committed.
     """
@@ -167,7 +167,7 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
 
 
 def _problem(prompt: str | Reason, infos: Sequence[ImageInfo | Reason], source: SourceRow) -> str | None:
-    """The first thing that is wrong with a row: prompt, image 0, image 1, label, both images alike."""
+    """Return the first thing that is wrong with a row: prompt, image 0, image 1, label, both images alike."""
     for found in (prompt, *infos, source.label_0):
         if isinstance(found, Reason):
             return str(found)
@@ -184,7 +184,7 @@ def _usable(infos: Sequence[ImageInfo | Reason], images: Sequence[bytes | Reason
 
 
 def read_prompt(value: object) -> str | Reason:
-    """A prompt exactly as the source has it, or why it cannot be used."""
+    """Return a prompt exactly as the source has it, or why it cannot be used."""
     if value is None or isinstance(value, Reason):
         return value or Reason.MISSING_PROMPT
     try:
@@ -200,7 +200,7 @@ def read_prompt(value: object) -> str | Reason:
 
 
 def record_of(row: Row) -> bytes:
-    """The JSON member of a pair, for readers of the tars that do not have the table."""
+    """Return the JSON member of a pair, for readers of the tars that do not have the table."""
     return json.dumps({name: row[name] for name in RECORD}, ensure_ascii=False, sort_keys=True).encode()
 
 

@@ -25,7 +25,7 @@ class Policy:
 
     @staticmethod
     def of(config: IngestConfig) -> "Policy":
-        """The policy of a configuration."""
+        """Return the policy of a configuration."""
         return Policy(config.validation_ratio, config.ties, config.min_vote_share)
 
     @property
@@ -34,13 +34,13 @@ class Policy:
         return max(EQUAL, self.min_vote_share - 0.5 - EQUAL)
 
     def status_of(self, label_0: float) -> tuple[Status, Reason | None]:
-        """Kept, or a tie and why."""
+        """Return kept, or a tie and why."""
         if self.ties == "keep" or abs(label_0 - 0.5) >= self.tie_width:
             return Status.KEPT, None
         return Status.TIE, Reason.EQUAL_PREFERENCE if abs(label_0 - 0.5) < EQUAL else Reason.WEAK_PREFERENCE
 
     def split_of(self, prompt_id: str) -> str:
-        """The split of a prompt that no source has in a split of its own."""
+        """Return the split of a prompt that no source has in a split of its own."""
         return split_of(prompt_id, self.validation_ratio)
 
 
@@ -61,7 +61,7 @@ def apply_policy(policy: Policy, table: Table) -> int:
 
 
 def is_applied(policy: Policy, table: Table) -> bool:
-    """Whether every row is as the policy has it; reads five columns."""
+    """Return whether every row follows the policy; five columns are read."""
     return _wrong_rows(policy, table) is None
 
 
@@ -102,7 +102,7 @@ def _is_wrong_tie(policy: Policy) -> pc.Expression:
 
 
 def _is_wrong_split(policy: Policy) -> pc.Expression:
-    """Of a prompt that no source has in a split of its own, as far as the row knows."""
+    """Match rows in the wrong split whose source has no split of its own."""
     held_out = pc.field("prompt_id") < split_border(policy.validation_ratio)
     is_held_out = pc.field("split") == VALIDATION
     free = pc.field("prompt_id").is_valid() & ~pc.field("source_split").is_valid()
@@ -110,7 +110,7 @@ def _is_wrong_split(policy: Policy) -> pc.Expression:
 
 
 def _as_wanted(policy: Policy, rows: pa.Table, wrong: _Wrong) -> pa.Table:
-    """Rows with the status, reason and split that the policy gives them."""
+    """Return the rows with the status, reason and split that the policy gives them."""
     distance = pc.abs(pc.subtract(rows["label_0"], 0.5))
     judged = pc.is_in(rows["status"], pa.array([str(Status.KEPT), str(Status.TIE)]))
     close = pc.fill_null(pc.less(distance, policy.tie_width), False)

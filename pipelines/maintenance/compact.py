@@ -89,7 +89,7 @@ def compact(storage: Storage, *, on_cluster: bool = False) -> Iterator[Compacted
 
 
 def _gone(pairs: Table, key: str) -> frozenset[str]:
-    """Keys of removed rows that no other row has."""
+    """Return the keys of removed rows that no other row has."""
     removed = pairs.read([key], REMOVED)[key].drop_null().unique()
     if not len(removed):
         return frozenset()
@@ -103,7 +103,7 @@ def _rewrite(storage: Storage, shards: Iterable[Occupied], folder: str, on_clust
 
 
 def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | None:
-    """The shard anew, or None if all that is in it is needed."""
+    """Write the shard anew; return None if everything in it is needed."""
     if not shard.keys:
         return Rewritten(shard)
     if not shard.has_dead_members(storage):
@@ -133,7 +133,7 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
 
 
 def _members(opened: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Name and payload of every member. Not `tarfile.open`: it may take a header that it cannot read for the end."""
+    """Yield name and payload of every member. `tarfile.open` may take a header that it cannot read for the end."""
     while any(header := opened.read(tarfile.BLOCKSIZE)):
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         payload = opened.read(info.size)
@@ -142,7 +142,7 @@ def _members(opened: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _download(storage: Storage, shard: Occupied, file: Path) -> None:
-    """The shard as a local file, held against its digest: a damaged one must not get a fresh digest."""
+    """Download the shard and check its digest: a damaged one must not get a fresh digest."""
     digest = hashlib.sha256()
     with file.open("wb") as out:
         for start in range(0, shard.num_bytes, BLOCK_BYTES):
@@ -157,7 +157,7 @@ def _download(storage: Storage, shard: Occupied, file: Path) -> None:
 
 
 def _places(rewritten: Iterable[Rewritten], offsets: dict[str, str]) -> pa.Table:
-    """One row for each moved key: where it was, and where its members are now.
+    """Return one row for each moved key: where it was, and where its members are now.
 
     Args:
         rewritten: Shards with live members.
@@ -181,7 +181,7 @@ def _places(rewritten: Iterable[Rewritten], offsets: dict[str, str]) -> pa.Table
 
 
 def _commit(table: Table, key: str, rewritten: list[Rewritten], places: pa.Table, gone: frozenset[str]) -> None:
-    """Rows of what is gone are deleted, rows of what moved follow it. A pair that was removed meanwhile stays so."""
+    """Delete the rows of what is gone and update those of what moved. A pair that was removed meanwhile stays so."""
     deleted = pa.array(sorted(gone), pa.string())
     moved_from = pa.array([shard.old.name for shard in rewritten if shard.name], pa.string())
 

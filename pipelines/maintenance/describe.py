@@ -16,7 +16,7 @@ MAX_TOKENS = 77  # that both of SDXL's text encoders read
 
 
 def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, Any]:
-    """The data set as plain data; the shape is part of the Contract.
+    """Describe the data set; its JSON is part of the Contract.
 
     Args:
         storage: Where it lies.
@@ -49,7 +49,7 @@ def describe_dataset(storage: Storage, version: int | None = None) -> dict[str, 
 
 
 def describe_encoding(storage: Storage, latents: str, text: str) -> dict[str, Any]:
-    """What is encoded under two fingerprints, and what it takes, as plain data for the report."""
+    """Describe what is encoded under two fingerprints, and what it takes, for the report."""
     pairs = latents_table(storage, latents).read(["status", "reason", "length"])
     texts = text_table(storage, text).read(["prompt_id", "status", "reason", "length", "num_tokens"])
     kept = pc.equal(pairs["status"], str(Status.KEPT))
@@ -78,7 +78,7 @@ def describe_encoding(storage: Storage, latents: str, text: str) -> dict[str, An
 
 
 def _images(storage: Storage) -> tuple[int, int]:
-    """The images of all kept pairs, and how many distinct ones their shards have."""
+    """Count the images of all kept pairs, and the distinct ones in their shards."""
     rows = pairs_table(storage).read(
         ["shard", "image_0_sha256", "image_1_sha256"], pc.field("status") == str(Status.KEPT)
     )
@@ -111,14 +111,14 @@ def _encoded(table: Table, fingerprint: str, what: str) -> dict[str, Any]:
 
 
 def summary_line(description: dict[str, Any]) -> str:
-    """The accounting in one line; its parts add up to the rows read."""
+    """Return the accounting in one line; its parts add up to the rows read."""
     rows = description["rows"]
     parts = ", ".join(f"{rows[str(status)]:,} {status}" for status in Status)
     return f"{sum(rows.values()):,} rows: {parts}"
 
 
 def as_text(description: dict[str, Any]) -> str:
-    """The description for a terminal."""
+    """Return the description for a terminal."""
     lines = [
         f"{description['storage']} · version {description['version']}",
         summary_line(description),

@@ -64,7 +64,7 @@ def export_parquet(storage: Storage, target: str, *, images: bool = False) -> Ex
     parent, _, name = Storage(target).url.rpartition("/")
     place = Storage(parent or "/")
     if place.exists(name):
-        raise ConfigError(f"there is something at {place.uri(name)} already", "name a new file or folder")
+        raise ConfigError(f"{place.uri(name)} already exists", "name a new file or folder")
     first = next(groups, None)
     if first is None:
         raise SnapshotError(f"there is no kept pair in {storage.url}", "`mapo data show` lists what became of the rows")
@@ -76,7 +76,7 @@ def export_parquet(storage: Storage, target: str, *, images: bool = False) -> Ex
 
 
 def _write_folder(groups: Iterator[pa.Table], place: Storage, work: Path, name: str) -> Exported:
-    """Local: beside the folder's name, then renamed. Elsewhere: under its name, and taken back after a failure."""
+    """Write a folder: locally beside its name, then renamed; elsewhere under its name, and removed after a failure."""
     staged = f".{name}.{uuid.uuid4().hex[:8]}.tmp" if place.is_local else name
     try:
         exported = _write_parts(groups, place, work, None, folder=staged)
@@ -96,7 +96,7 @@ def _write_folder(groups: Iterator[pa.Table], place: Storage, work: Path, name: 
 def _write_parts(
     groups: Iterator[pa.Table], place: Storage, work: Path, names: list[str] | None, folder: str = ""
 ) -> Exported:
-    """All row groups into the one named file, or into as many numbered ones as it takes."""
+    """Write all row groups into the one named file, or into as many numbered ones as it takes."""
     num_pairs = num_files = num_bytes = 0
     file = work / "part.parquet"
     group = next(groups, None)
@@ -117,7 +117,7 @@ def _write_parts(
 
 
 def _groups(storage: Storage, images: bool) -> Iterator[pa.Table]:
-    """The kept rows in row groups, all of one version."""
+    """Yield the kept rows in row groups, all of one version."""
     version = pairs_table(storage).version
     if version is None:
         raise SnapshotError(
@@ -131,7 +131,7 @@ def _groups(storage: Storage, images: bool) -> Iterator[pa.Table]:
 
 
 def _split(rows: pa.Table, images: bool) -> Iterator[pa.Table]:
-    """Slices of at most `ROWS_A_GROUP` rows; with images, of about `GROUP_BYTES` of them."""
+    """Yield slices of at most `ROWS_A_GROUP` rows; with images, of about `GROUP_BYTES` of them."""
     sizes = pc.add(rows["length_0"], rows["length_1"]).to_pylist() if images else [0] * rows.num_rows
     start = total = 0
     for position, size in enumerate(sizes):

@@ -46,7 +46,7 @@ class StoredObject:
 
 
 def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
-    """What may be deleted, by name.
+    """List the objects that may be deleted, by name.
 
     Raises:
         SnapshotError: There is no data set.
@@ -72,7 +72,7 @@ def delete_garbage(storage: Storage, garbage: Iterable[StoredObject]) -> Iterato
 
 
 def tables(storage: Storage) -> list[str]:
-    """The folders of all tables.
+    """List the folders of all tables.
 
     Raises:
         SnapshotError: There is no data set.
@@ -86,7 +86,7 @@ def tables(storage: Storage) -> list[str]:
 
 
 def pinned_versions(storage: Storage) -> Pins:
-    """For each table the versions that runs are pinned to, with the names of the runs.
+    """Return for each table the versions that runs are pinned to, with the names of the runs.
 
     A training is pinned from its start (`snapshot.json`); a finished one by its record.
 
@@ -105,7 +105,7 @@ def pinned_versions(storage: Storage) -> Pins:
 
 
 def lineage_versions(storage: Storage) -> Pins:
-    """For each table the versions that rounds read from which models come, with their names, such as `photos round 1`.
+    """Return for each table the versions in the lineage of models, with the names of rounds, such as `photos round 1`.
 
     Of a run they are the rounds that its last training goes back to, and those of the exported model.
 
@@ -163,7 +163,7 @@ def _pin(pins: Pins, snapshot: JsonObject, who: str) -> None:
 
 
 def _needed(storage: Storage, table: str, pins: Iterable[int], told: Iterable[int], newest: datetime) -> set[str]:
-    """Files of the table's wanted versions with the shards that their rows point to, and files of those in `told`."""
+    """Return the files of wanted versions, the shards that these reference, and the files of versions in `told`."""
     history = versions(storage.child(table))
     if not history:
         return set()
@@ -180,7 +180,7 @@ def _needed(storage: Storage, table: str, pins: Iterable[int], told: Iterable[in
             raise StorageError(
                 f"version {number} of the table {storage.uri(table)} lacks {len(missing):,} of {len(found):,} files, "
                 f"such as {min(missing)}",
-                "put them back from a copy; until then nothing is known to be garbage",
+                "restore them from a copy; until then gc deletes nothing",
             )
         needed |= found
     present = sorted(file for file in needed if storage.exists(file))
@@ -188,7 +188,7 @@ def _needed(storage: Storage, table: str, pins: Iterable[int], told: Iterable[in
 
 
 def _recent(history: list[Version], newest: datetime) -> Iterator[int]:
-    """Versions that were the newest at some moment after `newest`."""
+    """Yield the versions that were the newest at some moment after `newest`."""
     for version, successor in pairwise(history):
         if successor.time > newest:
             yield version.number
@@ -206,7 +206,7 @@ def _shards_in(storage: Storage, files: list[str]) -> set[str]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether it is of a kind that something should point to; anything else is not for us to judge."""
+    """Return whether an object is of a kind that something should reference; others are not ours to delete."""
     folder, _, file = name.rpartition("/")
     if UNFINISHED.fullmatch(file):
         return True
@@ -214,7 +214,7 @@ def _is_ours(name: str) -> bool:
 
 
 def stored_objects(storage: Storage) -> list[StoredObject]:
-    """Every object below the data set's folder, unfinished ones too, by name."""
+    """List every object below the data set's folder, unfinished ones too, by name."""
     prefix = storage.path().rstrip("/") + "/"
     try:
         found: dict[str, JsonObject] = storage.fs.find(storage.path(DATASET), detail=True)

@@ -36,7 +36,7 @@ class HistoryEntry:
 
 
 def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
-    """The versions, newest first.
+    """List the versions, newest first.
 
     Args:
         storage: Where the data set lies.
@@ -70,7 +70,7 @@ def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
 
 
 def _added(storage: Storage, version: Version) -> dict[str, int]:
-    """Rows by status; none if the version rewrote files, or if `gc` has taken them."""
+    """Count added rows by status; none if the version rewrote files, or if `gc` has deleted them."""
     counted: Counter[str] = Counter()
     if version.dropped:
         return {}
@@ -84,7 +84,7 @@ def _added(storage: Storage, version: Version) -> dict[str, int]:
 
 
 def as_text(entries: list[HistoryEntry]) -> str:
-    """One line a version."""
+    """Return one line for each version."""
     lines = []
     for entry in entries:
         if entry.num_rows is None:

@@ -36,7 +36,7 @@ class Occupied:
     extents: tuple[tuple[int, int], ...]
 
     def has_dead_members(self, storage: Storage) -> bool:
-        """Whether something else is in it; if only the end can tell, its first block is read."""
+        """Return whether it holds members that no row references; if only the end can tell, its first block is read."""
         position = 0
         for start, end in self.extents:
             if start != position:
@@ -48,7 +48,7 @@ class Occupied:
 
 
 def pair_shards(table: Table) -> Iterator[Occupied]:
-    """The shards of the table of pairs, by name."""
+    """Yield the shards of the table of pairs, by name."""
     columns = [*SHARD, "offset_0", "offset_1", "length_1", *RECORD]
     rows = table.read([name for name in PAIRS_SCHEMA.names if name in columns], PLACED)
 
@@ -61,7 +61,7 @@ def pair_shards(table: Table) -> Iterator[Occupied]:
 
 
 def tensor_shards(table: Table, key: str, without: frozenset[str]) -> Iterator[Occupied]:
-    """The shards of a table of latents or texts, by name; rows of the keys `without` count as gone."""
+    """Yield the shards of a table of latents or texts, by name; rows of the keys `without` count as gone."""
     rows = table.read([*SHARD, key, "offset", "length"], PLACED)
     for shard in _by_shard(rows, "offset"):
         live = [row for row in shard if row[key] not in without]
@@ -70,7 +70,7 @@ def tensor_shards(table: Table, key: str, without: frozenset[str]) -> Iterator[O
 
 
 def padded(length: int) -> int:
-    """Bytes that a payload takes in a tar."""
+    """Return the bytes that a payload takes in a tar."""
     return length + -length % BLOCK_BYTES
 
 
@@ -81,7 +81,7 @@ def _by_shard(rows: pa.Table, offset: str) -> Iterator[list[Row]]:
 
 
 def runs(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
-    """Where each run of equal values starts and ends. `group_by` does not keep the order in which groups begin."""
+    """Yield where each run of equal values starts and ends; `group_by` does not keep the order of groups."""
     start = 0
     for end in pc.run_end_encode(column.combine_chunks()).run_ends.to_pylist() if len(column) else ():
         yield start, end

@@ -41,7 +41,7 @@ class Condition:
     is_pattern: bool = False
 
     def of(self, rows: pa.RecordBatch) -> pa.Array:
-        """For each row whether the condition holds; a null never does."""
+        """Return for each row whether the condition holds; it never does for a null."""
         if self.name == "source":
             held = pc.or_(pc.equal(rows["source"], self.value), pc.equal(rows["source_uri"], self.value))
         elif self.is_pattern:
@@ -52,7 +52,7 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """A `--where` of the command line.
+    """Parse a `--where` of the command line.
 
     Raises:
         ConfigError: It is of no known form, or its pattern is no regular expression.
@@ -120,7 +120,7 @@ def remove(storage: Storage, conditions: Sequence[Condition], *, dry_run: bool =
 
 
 def _find(table: Table, conditions: Sequence[Condition]) -> tuple[set[str], set[str]]:
-    """Identities of what the conditions name, and those of them that are pairs."""
+    """Return the identities that match all conditions, and those of them that are pairs."""
     found: set[str] = set()
     keys: set[str] = set()
     for batch in table.batches(COLUMNS, PRESENT):
@@ -132,14 +132,14 @@ def _find(table: Table, conditions: Sequence[Condition]) -> tuple[set[str], set[
 
 
 def _identities(rows: pa.RecordBatch | pa.Table) -> pa.Array:
-    """What is removed as one: a pair with all its rows, or a row of its own where it has no pair."""
+    """Return what is removed as one: a pair with all its rows, or a row of its own where it has no pair."""
     parts = [rows["unit"], *(rows[name].cast(pa.string()) for name in ("source_row", "source_pair"))]
     parts[2] = pc.fill_null(parts[2], "0")
     return pc.coalesce(rows["pair_key"], pc.binary_join_element_wise(*parts, "/"))
 
 
 def _count(table: Table, found: set[str]) -> Counter[str]:
-    """Rows of the pairs and rows of their own, by status."""
+    """Count the rows to remove, by status."""
     wanted = pa.array(sorted(found), pa.string())
     counted: Counter[str] = Counter()
     for batch in table.batches(["pair_key", "unit", "source_row", "source_pair", "status"], PRESENT):

@@ -32,7 +32,7 @@ class CommittedShard:
 
 
 def committed_shards(storage: Storage) -> list[CommittedShard]:
-    """Every shard that a committed row points to: pairs, latents and texts of all fingerprints, by name.
+    """List every shard that a committed row points to: pairs, latents and texts of all fingerprints, by name.
 
     Raises:
         SnapshotError: There is no data set.
@@ -50,7 +50,7 @@ def committed_shards(storage: Storage) -> list[CommittedShard]:
 
 
 def verify(storage: Storage, shards: Sequence[CommittedShard] | None = None, *, on_cluster: bool = False) -> list[str]:
-    """What differs from what was committed, one line a difference, in the order of the shards; none if all is well.
+    """List what differs from what was committed, one line a difference, in the order of the shards.
 
     Args:
         storage: Where the data set lies.
@@ -95,7 +95,7 @@ def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
 
 
 def _digests(storage: Storage, shard: CommittedShard, num_bytes: int) -> tuple[str, list[str], list[int]]:
-    """The digest of the object, and digest and CRC-32 of each member's range, from one pass over the object."""
+    """Return the digest of the object, and digest and CRC-32 of each member's range, from one pass over the object."""
     whole = hashlib.sha256()
     starts, lengths = shard.members["offset"].to_pylist(), shard.members["length"].to_pylist()
     payloads, checksums = [hashlib.sha256() for _ in starts], [0 for _ in starts]
@@ -132,7 +132,7 @@ def _members(rows: pa.Table, what: str) -> pa.Table:
 
 
 def _shards(members: pa.Table) -> Iterator[CommittedShard]:
-    """Members gathered by shard."""
+    """Yield the members gathered by shard."""
     identity = ["shard", "shard_bytes", "shard_sha256"]
     members = members.sort_by([(name, "ascending") for name in [*identity, "offset"]]).combine_chunks()
     same = pc.binary_join_element_wise(

@@ -38,11 +38,11 @@ class SourceConfig(Config):
 
     @model_validator(mode="after")
     def columns_are_of_the_format(self) -> Self:
-        """`columns` names only columns that the format has: a misspelt one would leave a column unread."""
+        """Check that `columns` names only columns of the format: a misspelt one would leave a column unread."""
         known = [field.name for field in KINDS[self.format].all_fields]
         for name in self.columns:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
                 way_out = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}"
-                raise ValueError(f"columns.{name} is nothing that format {self.format} has; {way_out}")
+                raise ValueError(f"format {self.format} has no column {name}; {way_out}")
         return self

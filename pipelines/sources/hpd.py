@@ -31,7 +31,7 @@ class HpdSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair of a v3 record or of two images; all pairs of more."""
+        """Yield one pair of a v3 record or of two images; all pairs of more."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("path1") is not None or record.get("path2") is not None:
             label = _from_position(record.get("choice_dist"))
@@ -51,7 +51,7 @@ class HpdSource(SourceKind):
 
 
 def _from_position(votes: Any) -> float | Reason:
-    """The first image is the preferred one; votes, where there are any, say by how much."""
+    """Return the label of a first image that is the preferred one; votes, where there are any, say by how much."""
     if votes is None:
         return 1.0
     if not isinstance(votes, list) or len(votes) != 2:

@@ -31,7 +31,7 @@ class ImagerewardSource(SourceKind):
     gathered = ("rank",)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Every two images of the record."""
+        """Yield every two images of the record."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("img_better") is not None or record.get("img_worse") is not None:
             yield Draft(prompt, record.get("img_better"), record.get("img_worse"), 1.0, user)

@@ -27,12 +27,12 @@ class PickapicSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a row."""
+        """Yield one pair a row."""
         yield Draft(record["caption"], record["jpg_0"], record["jpg_1"], read_label(record), record.get("user_id"))
 
 
 def read_label(values: Record) -> float | Reason:
-    """`label_0` as a probability, or why it cannot be read."""
+    """Return `label_0` as a probability, or why it cannot be read."""
     if is_false(values.get("has_label")):
         return Reason.MISSING_LABEL
     return from_labels(values["label_0"], values["label_1"])

@@ -31,7 +31,7 @@ class SourceReader:
         return self._kind.suffixes or tuple(CONTAINERS)
 
     def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[SourceUnit]:
-        """The units of a file, in order."""
+        """Plan the units of a file, in order."""
         container = container_of(file)
         columns = self._columns(config, container.names(file), file)
         if seen := container.seen(file):
@@ -44,7 +44,7 @@ class SourceReader:
         return container.plan(file, list(columns.values()), settings.max_shard_bytes, group_by, part)
 
     def rows(self, unit: SourceUnit) -> Iterator[SourceRow]:
-        """The rows of a unit, in source order; images are read as they are needed."""
+        """Yield the rows of a unit, in source order; images are read as they are needed."""
         container, cells = container_of(unit.file), Cells(unit.source, unit.file)
         known = container.names(unit.file)
         columns = self._columns(unit.source, known, unit.file)
@@ -71,7 +71,7 @@ class SourceReader:
                 )
 
     def _columns(self, config: SourceConfig, names: Sequence[str] | None, file: SourceFile) -> dict[str, str]:
-        """The file's column for each field that it has.
+        """Return the file's column for each field that it has.
 
         Raises:
             SourceError: A required one is missing.
@@ -98,7 +98,7 @@ class SourceReader:
         return found
 
     def _named(self, record: Record, columns: Mapping[str, str], config: SourceConfig, is_free: bool) -> Record:
-        """A record under the format's own names."""
+        """Return a record under the format's own names."""
         if BROKEN in record:
             return record
         if not is_free:
@@ -110,7 +110,7 @@ class SourceReader:
         return found
 
     def _grouped(self, records: Iterator[tuple[int, Record]], unit: SourceUnit) -> Iterator[tuple[int, Record]]:
-        """Records of one image each, gathered into one record of lists; others as they are."""
+        """Gather records of one image each into one record of lists; leave others as they are."""
         if self._kind.group_by is None:
             yield from records
             return
@@ -139,7 +139,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _read_once(cells: Cells) -> Callable[[object], bytes | Reason | None]:
-    """Reads the cells of one record: an image that is in many of its pairs is fetched once."""
+    """Return a reader of the cells of one record, which fetches an image of several pairs once."""
     found: dict[str, bytes | Reason | None] = {}
 
     def read(cell: object) -> bytes | Reason | None:

@@ -47,12 +47,12 @@ class SourceUnit:
     """Whether the table has rows of this file from an earlier state of it; not part of the id."""
 
     def to_json(self) -> str:
-        """As text, for Ray Data rows."""
+        """Return the unit as text, for Ray Data rows."""
         return json.dumps(asdict(self) | {"source": self.source.model_dump(mode="json")}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "SourceUnit":
-        """The unit that `to_json` wrote."""
+        """Read the unit that `to_json` wrote."""
         fields = json.loads(text)
         fields["source"] = SourceConfig.model_validate(fields["source"])
         fields["file"] = SourceFile(**fields["file"])
@@ -89,7 +89,7 @@ def make_unit(
     first_row: int,
     num_rows: int,
 ) -> SourceUnit:
-    """A unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
+    """Return a unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
     shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
     # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
     shaping += [

@@ -28,7 +28,7 @@ class WebdatasetSource(SourceKind):
     suffixes = (".tar",)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a sample; a label of image 0 alone is enough."""
+        """Yield one pair a sample; a label of image 0 alone is enough."""
         label: float | Reason
         if is_false(record["has_label"]):
             label = Reason.MISSING_LABEL

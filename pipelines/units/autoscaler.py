@@ -12,7 +12,7 @@ IS_V2_KEY = b"__autoscaler_v2_enabled"
 
 
 def has_autoscaler() -> bool | None:
-    """Whether a cluster launcher or KubeRay adds nodes to the cluster; None while that is not known.
+    """Return whether a cluster launcher or KubeRay adds nodes to the cluster; None while that is not known.
 
     Every head runs a monitor (KubeRay: beside it). Without a configuration of node types the monitor only mirrors the
     nodes that are there: the older one reports each as a node type of its own, named after the node. The newer one

@@ -99,7 +99,7 @@ class Wait:
 def wait_for(
     stage: str, demand: Demand, *, timeout_s: float | None, way_out: str, say: Callable[[str], None] = to_stderr
 ) -> Wait:
-    """The wait for one worker that asks for `demand`."""
+    """Return the wait for one worker that asks for `demand`."""
 
     def find_shortage() -> Shortage | None:
         if demand.has_node():
@@ -157,5 +157,5 @@ def _nothing() -> None:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, as 0:05."""
+    """Format seconds as minutes and seconds, as 0:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

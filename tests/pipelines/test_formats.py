@@ -242,9 +242,9 @@ def test_a_column_that_a_format_does_not_have_is_refused_when_the_configuration_
         assert SourceConfig(format=name, path="x", columns=columns).columns == columns
     with pytest.raises(ValidationError, match="'pickapic', 'webdataset', 'hpd', 'imagereward', 'rapidata', 'pairs' or"):
         SourceConfig(format="parquet", path="x")
-    with pytest.raises(ValidationError, match=r"columns\.image0 is nothing .* pairs has; did you mean `image_0`\?"):
+    with pytest.raises(ValidationError, match=r"format pairs has no column image0; did you mean `image_0`\?"):
         SourceConfig(format="pairs", path="x", columns={"image0": "left"})
-    with pytest.raises(ValidationError, match=r"columns\.zzz is nothing that format rapidata has; it has prompt, "):
+    with pytest.raises(ValidationError, match=r"format rapidata has no column zzz; it has prompt, "):
         SourceConfig(format="rapidata", path="x", columns={"zzz": "left"})
 
 
@@ -349,7 +349,7 @@ def test_an_image_in_many_pairs_of_a_record_is_read_once(folder: Path, monkeypat
 
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(SourceError, match=r"a\.csv is of no kind that can be read"):
+    with pytest.raises(SourceError, match=r"a\.csv is of a type that mapo cannot read"):
         rows_of(tmp_path / "a.csv", "pairs")
 
 
