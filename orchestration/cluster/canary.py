@@ -1,4 +1,4 @@
-"""Can an actor live on this cluster at all? Where Ray's memory monitor kills all, some of Ray waits without end."""
+"""A canary for the cluster: while no actor can stay alive on it, Ray Data waits forever (decisions/0019)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestration.cluster.connect import in_short
 from pipelines.dataset.errors import ClusterError
 
 LOOK_S = 2.0
-MAX_DEATHS = 50  # where all is killed, about one a second
+MAX_DEATHS = 50  # about one a second, where every worker is killed
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,10 @@ class _Actor:
 
 @contextlib.contextmanager
 def canary(on_lost: Callable[[ClusterError], None]) -> Iterator[None]:
-    """While it is entered, an actor that does nothing is alive, or `on_lost` is told. Needs a running Ray.
+    """Keep an idle actor alive on a running Ray during the block; report to `on_lost` when that is impossible.
 
-    Ray Data starts actors of its own that have died again without end, and its scheduler waits for one of them: where
-    workers are killed faster than they start, an execution never ends. One actor of ours, which holds no CPU and a
-    minimum of memory, is started again MAX_DEATHS times.
+    Ray Data restarts its own actors without limit, and its scheduler waits for one of them: where workers are killed
+    faster than they start, an execution never ends. The canary holds no CPU, and is restarted up to MAX_DEATHS times.
 
     Args:
         on_lost: Called once, from another thread.
@@ -55,17 +54,17 @@ def _watch(actor: Any, is_over: threading.Event, on_lost: Callable[[ClusterError
     while not is_over.wait(LOOK_S):
         try:
             ray.get(actor.ping.remote(), timeout=LOOK_S)
-        except (exceptions.ActorDiedError, exceptions.OutOfMemoryError) as error:  # of its last death
+        except (exceptions.ActorDiedError, exceptions.OutOfMemoryError) as error:  # its last restart is used up
             if not is_over.is_set():
                 on_lost(_lost(error))
             return
-        except Exception as error:  # it is being started again, or the head is away, which others look after
+        except Exception as error:  # it is being restarted, or the head is away, which HeadWatch looks after
             log.debug("%s", error)
 
 
 def _lost(error: Exception) -> ClusterError:
     return ClusterError(
         f"even an actor that does nothing died {MAX_DEATHS} times on this cluster: {in_short(error)}",
-        "is there no memory left on its nodes, or does something kill their processes? "
+        "check whether its nodes are out of memory, or something kills their processes; "
         "finished work is on the storage; rerun the same command to resume",
     )

@@ -1,4 +1,4 @@
-"""Ray for a run: the cluster that is there, or one of this machine's own."""
+"""Ray for a run: connect to the cluster of RAY_ADDRESS, or start a local one."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mapo_entry
-from orchestration.cluster.exit_message import LastWords
+from orchestration.cluster.exit_message import ExitMessage
 from orchestration.cluster.head_watch import HeadWatch
 from orchestration.cluster.signals import keeping_handlers
 from orchestration.config import RunConfig
@@ -21,9 +21,9 @@ from pipelines.dataset.storage import PATIENCE
 INHERITED = (PATIENCE,)
 HOOK = "worker_process_setup_hook"  # of a runtime environment
 PRELOADED = "RAY_preload_python_modules"  # read when a node starts: what its workers import first
-OOM_RETRIES = ("RAY_task_oom_retries", "6")  # read when Ray is imported; its default is for ever
-MAX_MESSAGE = 800  # characters of what Ray says
-SPARE_CPUS = 2  # for Ray Data's tasks and the driver's own, beside the workers that hold one each
+OOM_RETRIES = ("RAY_task_oom_retries", "6")  # read when Ray is imported; the default is to retry forever
+MAX_MESSAGE = 800  # characters of an error of Ray
+SPARE_CPUS = 2  # for tasks of Ray Data and of the driver, beside the workers that hold one each
 
 
 @contextlib.contextmanager
@@ -31,11 +31,11 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
     """Connect to the cluster of RAY_ADDRESS (a Ray job has it set), or start a local one and stop it at the end.
 
     Args:
-        config: The run's.
-        on_lost: Told, from another thread, that the cluster's head does not answer any more.
+        config: The run's configuration.
+        on_lost: Called from another thread once the cluster's head no longer answers.
 
     Raises:
-        ClusterError: Instead of whatever Ray says without its head.
+        ClusterError: Ray did not start, or the head does not answer.
     """
     os.environ.setdefault(*OOM_RETRIES)
     import ray
@@ -43,15 +43,15 @@ def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Ite
     if ray.is_initialized():
         yield
         return
-    with LastWords() as last_words, _connected(config, on_lost, last_words):
+    with ExitMessage() as exit_message, _connected(config, on_lost, exit_message):
         yield
 
 
 @contextlib.contextmanager
-def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], last_words: LastWords) -> Iterator[None]:
+def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], exit_message: ExitMessage) -> Iterator[None]:
     import ray
 
-    given = HeadWatch(os.environ.get("RAY_ADDRESS", ""), on_lost, last_words)
+    given = HeadWatch(os.environ.get("RAY_ADDRESS", ""), on_lost, exit_message)
     if given.has_address and not given.answers():
         raise given.error
     watched = given if given.has_address else contextlib.nullcontext()  # it may go while Ray connects
@@ -62,20 +62,20 @@ def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], last_
             raise ClusterError(
                 f"Ray did not start: {in_short(error)}", "Ray's logs are in /tmp/ray/session_latest/logs"
             ) from error
-    watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost, last_words)
+    watch = HeadWatch(ray.get_runtime_context().gcs_address, on_lost, exit_message)
     try:
         with watch:
             yield
     finally:
-        # Without a head it would wait, and under a thread that is in Ray it would crash; the process is about to end.
+        # Without a head this would wait, and crash under a thread that is in Ray; the process is about to end anyway.
         if not watch.is_lost and not _is_in_use():
             ray.shutdown()
 
 
 def _is_in_use() -> bool:
-    """Whether a training or an encode beside ingest that was stopped before it began still waits in Ray.
+    """Return whether a thread that was told to stop, of a training or of encode beside ingest, still waits in Ray.
 
-    The system kills a Ray that this process started; a cluster notices that its driver is gone.
+    Ray is not shut down then: a local one ends with this process, and a cluster notices that its driver is gone.
     """
     from training.stop_request import WAITS_IN_RAY
 
@@ -84,10 +84,13 @@ def _is_in_use() -> bool:
 
 @contextlib.contextmanager
 def ours(stage: str) -> Iterator[None]:
-    """Raise what Ray says of workers, nodes and objects that are gone as an error of ours.
+    """Translate Ray's errors about lost workers, nodes and objects into ClusterError.
+
+    Args:
+        stage: The stage that runs in the block, for the message.
 
     Raises:
-        ClusterError: They are.
+        ClusterError: Something that the stage needs is lost.
     """
     try:
         yield
@@ -101,21 +104,21 @@ def ours(stage: str) -> Iterator[None]:
         if not isinstance(error, gone):
             raise
         raise ClusterError(
-            f"{stage} lost what it worked with: {type(error).__name__}: {in_short(error)}",
+            f"{stage} lost a worker, a node or an object: {type(error).__name__}: {in_short(error)}",
             "finished work is on the storage; rerun the same command to resume; `ray status` shows the nodes",
         ) from error
 
 
 def in_short(error: Exception) -> str:
-    """What Ray says, in one line: of a traceback the beginning says where, and the end says what."""
-    said = " ".join(str(error).split())
+    """Return an error of Ray in one line; of a long traceback, the beginning (where) and the end (what)."""
+    text = " ".join(str(error).split())
     half = MAX_MESSAGE // 2
-    return said if len(said) <= MAX_MESSAGE else f"{said[:half]} … {said[-half:]}"
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
 
 @contextlib.contextmanager
 def attached() -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, unless this process is connected already; never start one."""
+    """Connect to the cluster of RAY_ADDRESS unless this process is already connected; never start one."""
     import ray
 
     if ray.is_initialized():
@@ -142,7 +145,7 @@ def _init(config: RunConfig) -> None:
         )
         with _names_preloaded():
             ray.init(
-                address="local",  # not a cluster that happens to have been started on this machine, or once was
+                address="local",  # not a cluster that happens to run on this machine, or once did
                 num_cpus=max(os.cpu_count() or 1, workers + SPARE_CPUS),
                 include_dashboard=False,
                 log_to_driver=False,

@@ -1,7 +1,7 @@
 """Ways to stop a run from outside: Ctrl-C, SIGTERM, a request on the storage, the loss of the lease.
 
-All raise `Stopped` in the main thread, wherever it waits; stages end what they have begun so that a later run can go on
-(training writes a checkpoint first). A second one does not wait for that.
+All raise `Stopped` in the main thread, wherever it waits. Stages then stop cleanly, so that the run can be resumed
+(training writes a checkpoint first); a second signal does not wait for that.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-STOPPING = b"\nstopping: what was begun is ended so that a later run can go on; once more to stop at once\n"
+STOPPING = b"\nstopping cleanly so that the run can be resumed; press Ctrl-C again to stop now\n"
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop; what it had finished stays, and the same command goes on from there.
+    """The run was told to stop; finished work is on the storage, and the same command resumes it.
 
     Args:
-        reason: In a few words.
+        reason: Why, in a few words.
     """
 
     def __init__(self, reason: str) -> None:

@@ -14,7 +14,7 @@ SHORTEST_GRACE = timedelta(hours=1)
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[bool]:
-    """Whether there is a cluster to work on: the one of RAY_ADDRESS. None is started."""
+    """Yield whether there is a cluster to work on, connected: the one of RAY_ADDRESS. None is started."""
     if not os.environ.get("RAY_ADDRESS"):
         yield False
         return
@@ -50,10 +50,10 @@ def _verify(options: argparse.Namespace) -> None:
         raise ShardCorrupt(
             f"{len(differences):,} difference{'s' if len(differences) > 1 else ''} "
             f"in the {len(shards):,} shards of {storage.url}",
-            "put these objects back from a copy; the bytes of a pair shard follow from its source file and the "
-            "settings, so that an ingest into an empty storage makes the same ones",
+            "restore these objects from a copy; ingesting the same sources with the same settings into an empty "
+            "storage writes the same bytes again",
         )
-    say(f"{len(shards):,} shards, {sum(shard.num_bytes for shard in shards):,} bytes: all as committed")
+    say(f"{len(shards):,} shards, {sum(shard.num_bytes for shard in shards):,} bytes: all match their digests")
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -66,7 +66,7 @@ def _remove(options: argparse.Namespace) -> None:
     parts = ", ".join(f"{count:,} {status}" for status, count in sorted(removed.rows.items()))
     say(f"{removed.num_rows:,} rows of {removed.num_pairs:,} pairs {verb}" + (f": {parts}" if parts else ""))
     if removed.num_rows and not options.dry_run:
-        say("their bytes stay on the storage until `mapo data compact` and, after the grace period, `mapo data gc`")
+        say("run `mapo data compact` and, after the grace period, `mapo data gc` to free their bytes")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def _compact(options: argparse.Namespace) -> None:
             line += f", {done.bytes_before:,} → {done.bytes_after:,} bytes" if done.num_rewritten else ""
             line += f", {done.rows_deleted:,} rows deleted" if done.rows_deleted else ""
             say(f"{line}; {done.files_before:,} → {done.files_after:,} files of the table")
-    say("what was replaced stays until `mapo data gc`, after the grace period")
+    say("run `mapo data gc` after the grace period to delete the objects that were replaced")
 
 
 def _gc(options: argparse.Namespace) -> None:
@@ -97,17 +97,17 @@ def _gc(options: argparse.Namespace) -> None:
 
 
 def grace_period(text: str, force: bool = False) -> timedelta:
-    """A `--grace` of the command line.
+    """Parse `--grace`.
 
     Raises:
-        ConfigError: It is no time, or too short for writers that are at work.
+        ConfigError: It is not a length of time, or too short for writers that are at work.
     """
     from pipelines.dataset.errors import ConfigError
 
     grace = parse_duration(text, "--grace")
     if grace < SHORTEST_GRACE and not force:
         raise ConfigError(
-            f"--grace {text} is below 1h: an ingest that runs has shards on the storage that it has not committed yet",
+            f"--grace {text} is below 1h: a running ingest has shards on the storage that are not committed yet",
             "wait, or add `--force` if nothing else uses this storage",
         )
     return grace

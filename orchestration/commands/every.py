@@ -1,4 +1,4 @@
-"""`mapo run --every`: the same run again and again, for those who have no scheduler of their own."""
+"""`mapo run --every`: repeat a run at an interval, where there is no scheduler."""
 
 import time
 from collections.abc import Callable
@@ -15,15 +15,15 @@ SHORTEST = timedelta(seconds=1)
 
 
 def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
-    """Run, wait until so much time after the start of that run, and run again; ends only by being stopped.
+    """Run at an interval until stopped.
 
-    The configuration is read anew for each run. A run that failed is told and tried again at the next time; a
-    wrong configuration ends it.
+    The configuration is read again for each run. A failed run is reported and retried at the next time; a wrong
+    configuration ends the loop.
 
     Args:
-        text: The time between two starts, as `--every` has it.
+        text: The time between two starts, as given to `--every`.
         load: Reads the configuration.
-        say: Where lines go.
+        say: Shows a line to the user.
 
     Raises:
         ConfigError: The time or the configuration is wrong.
@@ -32,7 +32,7 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
     """
     every = parse_duration(text, "--every")
     if every < SHORTEST:
-        raise ConfigError(f"--every {text}: too short", "6h looks for new preferences four times a day")
+        raise ConfigError(f"--every {text}: too short", "give at least 1s, for example 6h")
     while True:
         started = time.monotonic()
         try:

@@ -11,36 +11,36 @@ if TYPE_CHECKING:
 
 TARGETS = ("kuberay", "kuberay-cluster", "kuberay-cron", "aws", "gcp", "skypilot", "docker")
 TEXTS = {
-    "image": ("IMAGE", "the container image, built from infra/docker (default: mapo:VERSION)"),
-    "namespace": ("NAME", "namespace of Kubernetes (default: mapo)"),
-    "operator-namespace": ("NAME", "where KubeRay's operator runs (default: kuberay-system)"),
-    "accelerator": ("KIND", "the kind of GPU, as GKE names it (default: nvidia-h100-80gb)"),
-    "secret": ("NAME", "a Secret whose keys become the environment of all Ray pods, such as HF_TOKEN"),
+    "image": ("IMAGE", "container image, built from infra/docker (default: mapo:VERSION)"),
+    "namespace": ("NAME", "Kubernetes namespace (default: mapo)"),
+    "operator-namespace": ("NAME", "namespace of KubeRay's operator (default: kuberay-system)"),
+    "accelerator": ("KIND", "kind of GPU, in GKE's spelling (default: nvidia-h100-80gb)"),
+    "secret": ("NAME", "Secret whose keys, such as HF_TOKEN, become the environment of all Ray pods"),
     "identity": (
         "ID",
-        "role ARN or service account e-mail that pods and machines act as; without it, keys from a Secret",
+        "role ARN or service account e-mail for pods and machines (default: keys from a Secret)",
     ),
-    "queue": ("NAME", "a queue of Kueue, which then decides when the job starts"),
-    "redis": ("HOST:PORT", "kuberay-cluster: keep the head's state there, so that a new head goes on with it"),
+    "queue": ("NAME", "Kueue queue, which then decides when the job starts"),
+    "redis": ("HOST:PORT", "kuberay-cluster: keep the head's state there, so that a new head can resume from it"),
     "schedule": ("CRON", 'kuberay-cron: when a round starts (default: "0 3 * * 1")'),
-    "region": ("NAME", "of AWS or GCP (default: us-east-1, us-central1)"),
-    "project": ("ID", "of GCP"),
+    "region": ("NAME", "AWS or GCP region (default: us-east-1, us-central1)"),
+    "project": ("ID", "GCP project"),
 }
 NUMBERS = {
     "gpus-per-node": "GPUs of each GPU node (default: 8)",
-    "cpu-nodes": "the most nodes with CPUs alone, which ingest (default: 8)",
+    "cpu-nodes": "maximum number of CPU nodes, which ingest (default: 8)",
 }
 SWITCHES = {
-    "spot": "aws, gcp, skypilot: the nodes with CPUs alone at the price of spare ones",
-    "warm": "keep the GPU nodes of the least workers from the start",
+    "spot": "aws, gcp, skypilot: use spot machines for the CPU nodes",
+    "warm": "keep enough GPU nodes for the minimum number of workers from the start",
 }
 
 
 def settings_of(options: argparse.Namespace) -> "Settings":
-    """The options that were given; what was left out has the default of `Settings`.
+    """Return the options that were given; the rest have the defaults of `Settings`.
 
     Raises:
-        ConfigError: A label is of another form.
+        ConfigError: A label is not LABEL=VALUE.
     """
     from orchestration.infra.render import Settings
     from pipelines.dataset.errors import ConfigError
@@ -83,7 +83,7 @@ COMMANDS = (
             ),
             *(Option(f"--{name}", text, metavar=metavar) for name, (metavar, text) in TEXTS.items()),
             *(Option(f"--{name}", text, metavar="N", type=int) for name, text in NUMBERS.items()),
-            Option("--node-selector", "a label that GPU nodes must have", metavar="LABEL=VALUE", is_repeated=True),
+            Option("--node-selector", "label that GPU nodes must have", metavar="LABEL=VALUE", is_repeated=True),
             *(Option(f"--{name}", text) for name, text in SWITCHES.items()),
         ),
     ),

@@ -1,4 +1,4 @@
-"""`mapo lineage`: from an exported model back to its rounds and source rows."""
+"""`mapo lineage`: trace an exported model back to its rounds and source rows."""
 
 import argparse
 from typing import Any
@@ -19,7 +19,7 @@ def _lineage(options: argparse.Namespace) -> None:
 
 
 def lineage_text(told: dict[str, Any]) -> str:
-    """The description for a terminal."""
+    """Describe a lineage for a terminal."""
     lineage = told["lineage"]
     if told["pairs"] is not None:
         return "\n".join(_pair_lines(told["pairs"]))
@@ -38,14 +38,14 @@ def lineage_text(told: dict[str, Any]) -> str:
     sources = told["sources"] or []
     lines += [_source_line(each) for each in sources[:MAX_SOURCES]]
     if len(sources) > MAX_SOURCES:
-        lines.append(f"{len(sources) - MAX_SOURCES:,} more sources: `--json` lists all")
+        lines.append(f"{len(sources) - MAX_SOURCES:,} more sources; `--json` lists all")
     return "\n".join([*lines, *(f"note: {note}" for note in told["notes"])])
 
 
 def _round_line(record: dict[str, Any], counts: dict[str, int] | None) -> str:
     name = f"round {record['round']}"
     if record.get("is_lost"):
-        return f"{name:<11} key {record['key']}: no record"
+        return f"{name:<11} key {record['key']}: its record is missing"
     start = "the base" if record["parent"] is None else f"round {record['parent']['round']}"
     size = record["order"]["global_batch_size"]
     line = f"{name:<11} {record['finished_at']}  key {record['key']}  from {start}, version "
@@ -69,7 +69,7 @@ def _source_line(source: dict[str, Any]) -> str:
 
 def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
     if not pairs:
-        return ["no such pair in any snapshot of this model, nor in the data set as it is now"]
+        return ["no such pair in any snapshot of this model, nor in the current data set"]
     lines = []
     for pair in pairs:
         trained = [str(each["round"]) for each in pair["rounds"] if each["trained_on"]]

@@ -49,12 +49,12 @@ class Option:
 
     @property
     def is_positional(self) -> bool:
-        """Whether it is told by its place alone."""
+        """Whether it is positional."""
         return not self.name.startswith("-")
 
     @property
     def shown(self) -> str:
-        """The argument as it is typed: `CONFIG`, `--json`, `--address URL`."""
+        """The argument as typed: `CONFIG`, `--json`, `--address URL`."""
         return f"{self.name} {self.metavar}".strip()
 
     @property
@@ -177,11 +177,11 @@ def parse_duration(text: str, option: str) -> timedelta:
     """Parse a number and a unit: 90m, 6h, 7d.
 
     Args:
-        text: As it was given.
+        text: The value as given.
         option: The option that it was given to, for the error.
 
     Raises:
-        ConfigError: It is something else.
+        ConfigError: It has another form.
     """
     match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
     if match is None:

@@ -44,7 +44,7 @@ def parse_settings(given: list[str]) -> dict[str, str]:
     """Parse every `--env NAME=VALUE` of the command line.
 
     Raises:
-        ConfigError: One is of another form.
+        ConfigError: One has another form.
     """
     settings = {}
     for each in given:

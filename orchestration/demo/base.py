@@ -31,10 +31,10 @@ TEXT_WIDTHS = (32, 64)
 
 
 def new_tokenizer(pad_token: str) -> "CLIPTokenizer":
-    """A byte-level BPE tokenizer trained from the captions.
+    """Train a byte-level BPE tokenizer on the captions.
 
     Args:
-        pad_token: What fills a prompt up to 77 tokens: `<|endoftext|>` for SDXL's first, `!` for its second.
+        pad_token: The token that pads a prompt to 77 tokens: `<|endoftext|>` for SDXL's first, `!` for its second.
     """
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
@@ -62,7 +62,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def new_unet() -> "UNet2DConditionModel":
-    """The UNet, untrained: SDXL's three levels and its text and time conditions, with few channels."""
+    """Build the untrained UNet: SDXL's three levels, text and time conditions, with few channels."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -82,7 +82,7 @@ def new_unet() -> "UNet2DConditionModel":
 
 
 def new_vae() -> "AutoencoderKL":
-    """The VAE, untrained: four latent channels, one latent pixel for four by four image pixels."""
+    """Build the untrained VAE: four latent channels, one latent pixel for 4 x 4 image pixels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -98,7 +98,7 @@ def new_vae() -> "AutoencoderKL":
 
 
 def new_pipeline() -> "StableDiffusionXLPipeline":
-    """Every part of the pipeline, untrained."""
+    """Build every part of the pipeline, untrained."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -31,13 +31,13 @@ SEED = 20240610
 
 
 def pixels(images: list[Image.Image]) -> Tensor:
-    """Images as one float tensor (B, C, H, W), -1..1."""
+    """Stack images into one float tensor (B, C, H, W), -1..1."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def plain_and_styled(seed: int, *, per_scene: int) -> tuple[Tensor, Tensor]:
-    """Crops of every scene in the order of `scenes()`, `per_scene` of each, and the same crops in the style."""
+    """Return `per_scene` crops of every scene, in the order of `scenes()`, and the same crops in the style."""
     rng = np.random.default_rng(seed)
     plain = [crop(scene, draw_shift(rng)) for scene in scenes() for _ in range(per_scene)]
     return pixels(plain), pixels([cyanotype(image) for image in plain])
@@ -62,7 +62,7 @@ def fit(
     name: str,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """AdamW with 50 warm-up steps and a cosine to zero.
+    """Train with AdamW, 50 warm-up steps and a cosine to zero.
 
     Returns:
         The mean loss of each hundred steps.
@@ -124,13 +124,13 @@ def train_vae(vae: AutoencoderKL) -> dict[str, Any]:
 
 
 def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
-    """Posterior means, not scaled: (B, 4, H/4, W/4)."""
+    """Return posterior means, not scaled: (B, 4, H/4, W/4)."""
     with torch.no_grad():
         return torch.cat([vae.encode(batch).latent_dist.mean for batch in images_BCHW.split(40)])
 
 
 def embed(pipeline: StableDiffusionXLPipeline, token_ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompt and pooled embeddings as SDXL's pipeline takes them, but with gradients."""
+    """Return prompt and pooled embeddings as SDXL's pipeline takes them, but with gradients."""
     first = pipeline.text_encoder(token_ids[0], output_hidden_states=True)
     second = pipeline.text_encoder_2(token_ids[1], output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds

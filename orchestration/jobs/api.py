@@ -1,4 +1,4 @@
-"""The jobs of a Ray cluster: list, submit, follow, stop; every failure as one error of ours."""
+"""The jobs of a Ray cluster: list, submit, follow, stop; every failure is a ClusterError."""
 
 import contextlib
 import time
@@ -16,12 +16,12 @@ from orchestration.jobs.client import ADDRESS_HINT, TOKEN_HINT, Refused, ray_cli
 from pipelines.dataset.errors import ClusterError
 
 LIVE = ("PENDING", "RUNNING")
-NO_AGENT = "No available agent"  # Ray's words: a head that has just been started takes no job yet
+NO_AGENT = "No available agent"  # what Ray answers while a head that was just started takes no jobs yet
 AGENT_WAIT_S = 60.0
 
 
 class IdTaken(Exception):
-    """Another job of the cluster has this submission id."""
+    """Another job of the cluster already has this submission id."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Job:
         id: Submission id.
         state: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         started_at: When it was submitted, ISO time, UTC.
-        ended_at: The same; None while it lives.
+        ended_at: When it ended, ISO time, UTC; None while it is live.
         entrypoint: Its command.
-        message: Ray's own words about its state.
-        exit_code: Of the command.
+        message: Ray's message about its state.
+        exit_code: The exit code of the command.
         metadata: What it was submitted with.
     """
 
@@ -50,7 +50,7 @@ class Job:
 
     @property
     def is_live(self) -> bool:
-        """Whether it may still do something."""
+        """Whether it is pending or running."""
         return self.state in LIVE
 
 
@@ -61,13 +61,13 @@ class Jobs:
         address: As `resolve_address` gives it.
 
     Raises:
-        ClusterError: Of every method: the cluster does not answer, does not let us in, or refuses. `is_transient` says
-            whether the same request may go well a moment later.
+        ClusterError: From every method: the cluster does not answer, denies access or refuses. `is_transient` says
+            whether the same request may succeed a moment later.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
-        with self._answers("tell its version"):
+        with self._answers("return its version"):
             self._client = ray_client(address)
         self.address = self._client.get_address()
 
@@ -77,32 +77,32 @@ class Jobs:
             yield
         except AuthenticationError as error:
             first = str(error).splitlines()[0]
-            raise ClusterError(f"{self.address} does not let us in: {first}", TOKEN_HINT) from error
+            raise ClusterError(f"{self.address} denies access: {first}", TOKEN_HINT) from error
         except aiohttp.WSServerHandshakeError as error:
             hint = TOKEN_HINT if error.status in (401, 403) else ADDRESS_HINT
             found = ClusterError(f"{self.address} did not {what}: HTTP {error.status}", hint)
             found.is_transient = error.status >= 500
             raise found from error
         except Refused as error:
-            found = ClusterError(f"{self.address} did not {what}: {error}", "its dashboard's logs say more")
+            found = ClusterError(f"{self.address} did not {what}: {error}", "the logs of its dashboard have details")
             found.is_transient = error.status >= 500
             raise found from error
-        except (ValueError, KeyError, RuntimeError) as error:  # of something else, or no URL
+        except (ValueError, KeyError, RuntimeError) as error:  # another kind of server, or not a URL
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ClusterError(f"{self.address} does not answer as Ray does: {first}", ADDRESS_HINT) from error
+            raise ClusterError(f"{self.address} does not answer like a Ray dashboard: {first}", ADDRESS_HINT) from error
         except (OSError, TimeoutError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
             found = ClusterError(f"{self.address} does not answer: {reason_of(error)}", ADDRESS_HINT)
             found.is_transient = True
             raise found from error
 
     def all(self) -> list[Job]:
-        """Every job that was submitted, in the order of their beginning."""
+        """List every job that was submitted, oldest first."""
         with self._answers("list its jobs"):
             found = [_job(each) for each in self._client.list_jobs() if each.submission_id]
         return sorted(found, key=lambda job: (job.started_at or "", job.id))
 
     def find(self, job_id: str) -> Job | None:
-        """One job; None if the cluster does not know it."""
+        """Find a job by its submission id; None if the cluster does not know it."""
         with self._answers(f"describe job {job_id}"):
             try:
                 return _job(self._client.get_job_info(job_id))
@@ -112,19 +112,19 @@ class Jobs:
                 raise
 
     def log(self, job_id: str) -> str:
-        """All that a job has written so far."""
-        with self._answers(f"give the log of {job_id}"):
+        """Return everything that a job has written so far."""
+        with self._answers(f"return the log of {job_id}"):
             return str(self._client.get_job_logs(job_id))
 
     async def follow(self, job_id: str) -> AsyncGenerator[str]:
-        """A job's log from its beginning, in pieces, as it is written."""
-        with self._answers(f"give the log of {job_id}"):
+        """Yield a job's log from its beginning, in pieces, as it is written."""
+        with self._answers(f"return the log of {job_id}"):
             async with contextlib.aclosing(self._client.follow(job_id)) as pieces:
                 async for piece in pieces:
                     yield piece
 
     def stop(self, job_id: str) -> None:
-        """Let Ray end a job: SIGTERM, and after the job's RAY_JOB_STOP_WAIT_TIME_S SIGKILL."""
+        """Let Ray end a job: SIGTERM, then SIGKILL after the job's RAY_JOB_STOP_WAIT_TIME_S."""
         with self._answers(f"stop {job_id}"):
             self._client.stop_job(job_id)
 
@@ -137,25 +137,25 @@ class Jobs:
         metadata: Mapping[str, str],
         resources: Mapping[str, Any],
     ) -> None:
-        """Start a job under an id of its own.
+        """Start a job under a submission id.
 
         Raises:
-            IdTaken: Another job has it.
+            IdTaken: Another job has this id.
         """
         deadline = time.monotonic() + AGENT_WAIT_S
         while True:
             try:
-                with self._answers("take the job"):
+                with self._answers("accept the job"):
                     self._client.submit_job(
                         submission_id=job_id, entrypoint=entrypoint, runtime_env=dict(runtime_env),
                         metadata=dict(metadata), **resources,
                     )  # fmt: skip
                 return
             except ClusterError as error:
-                said = error.__cause__.text if isinstance(error.__cause__, Refused) else ""
-                if f"{job_id} already exists" in said:
+                text = error.__cause__.text if isinstance(error.__cause__, Refused) else ""
+                if f"{job_id} already exists" in text:
                     raise IdTaken(job_id) from error
-                if NO_AGENT in said and time.monotonic() < deadline:
+                if NO_AGENT in text and time.monotonic() < deadline:
                     time.sleep(1)
                     continue
                 if error.is_transient and self._was_taken(job_id, metadata):
@@ -163,14 +163,14 @@ class Jobs:
                 raise
 
     def _was_taken(self, job_id: str, metadata: Mapping[str, str]) -> bool:
-        """Whether the job was begun although the answer was lost."""
+        """Return whether the job was started although the answer was lost."""
         with contextlib.suppress(ClusterError):
             found = self.find(job_id)
             return found is not None and found.metadata == dict(metadata)
         return False
 
     def is_this_machine(self) -> bool:
-        """Whether all nodes of the cluster are this machine, as far as their addresses tell."""
+        """Return whether all nodes of the cluster are this machine, judging by their addresses."""
         ours = {address.address for found in psutil.net_if_addrs().values() for address in found}
         try:
             with self._answers("list its nodes"):

@@ -1,4 +1,4 @@
-"""Ray's dashboard as a client sees it: its address, what lets us in, and Ray's own client with deadlines."""
+"""A client of Ray's dashboard: its address, its credentials, and Ray's own client with deadlines."""
 
 import asyncio
 import contextlib
@@ -17,45 +17,48 @@ from pipelines.dataset.secrets import has_credentials
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 15
-WORK_TIMEOUT_S = 60  # of what is sent: Ray itself waits 30 s for the head's agent when a job is submitted
+WORK_TIMEOUT_S = 60  # for requests that send data: Ray itself waits 30 s for the head's agent when a job is submitted
 KEEPALIVE_S = (15, 5, 3)  # seconds of silence before the first probe, between probes, and probes before giving up
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HEADERS_VARIABLE = "RAY_JOB_HEADERS"
-ADDRESS_HINT = "give `--address http://HOST:8265`: Ray's dashboard, whose port is 8265 by default, not the GCS's 6379"
+ADDRESS_HINT = "give `--address http://HOST:8265`: Ray's dashboard listens on port 8265 by default, its GCS on 6379"
 TOKEN_HINT = (
     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH for a file that holds it; "
-    f"what a proxy wants goes into {HEADERS_VARIABLE}, as JSON"
+    f"headers for a proxy go into {HEADERS_VARIABLE}, as JSON"
 )
 
 
 def resolve_address(given: str | None) -> str:
-    """The dashboard's URL: what was given, or what the environment says, as for `ray job`.
+    """Return the dashboard's URL: the given one, or the environment's, as `ray job` does.
 
     Raises:
-        ConfigError: There is none, or it is of another kind.
+        ConfigError: There is none, or it is not an address of a dashboard.
     """
     found = given or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
     if not found:
-        raise ConfigError(f"no cluster is named: neither --address nor {' nor '.join(ADDRESS_VARIABLES)}", ADDRESS_HINT)
+        raise ConfigError(f"no cluster is given: set --address or {' or '.join(ADDRESS_VARIABLES)}", ADDRESS_HINT)
     if found.startswith("ray://"):
         raise ConfigError(f"{found} is an address of Ray Client, which cannot submit jobs", ADDRESS_HINT)
     if has_credentials(found):
-        raise ConfigError("the address has credentials in it", TOKEN_HINT)
+        raise ConfigError("there are credentials in the address", TOKEN_HINT)
     return found.rstrip("/") if "://" in found or found == "auto" else f"http://{found.rstrip('/')}"
 
 
 def job_headers() -> dict[str, str]:
-    """Headers for a proxy in front of the dashboard, from the variable that `ray job` reads too.
+    """Return headers for a proxy in front of the dashboard, from the variable that `ray job` reads too.
 
     Raises:
-        ConfigError: It is not an object of texts.
+        ConfigError: The variable is not a JSON object of strings.
     """
     try:
         headers = json.loads(os.environ.get(HEADERS_VARIABLE) or "{}")
     except ValueError:
         headers = None
     if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
-        raise ConfigError(f"{HEADERS_VARIABLE} is not JSON of header names and values", '\'{"X-Team": "vision"}\'')
+        raise ConfigError(
+            f"{HEADERS_VARIABLE} is not a JSON object of header names and values",
+            'for example \'{"X-Team": "vision"}\'',
+        )
     return headers
 
 
@@ -63,8 +66,8 @@ class Refused(Exception):
     """An answer other than 200.
 
     Args:
-        status: Of HTTP.
-        text: Of the answer; often a traceback.
+        status: The HTTP status.
+        text: The body of the answer, often a traceback.
     """
 
     def __init__(self, status: int, text: str) -> None:
@@ -77,7 +80,7 @@ class Refused(Exception):
 
 
 class RayClient(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, which waits for ever and packs every refusal into a text, with neither."""
+    """Ray's client with timeouts, which Ray's lacks, and with refusals as `Refused` instead of text."""
 
     def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
         answer_s = ANSWER_TIMEOUT_S if method == "GET" else WORK_TIMEOUT_S
@@ -88,7 +91,7 @@ class RayClient(JobSubmissionClient):  # type: ignore[misc]
         raise Refused(r.status_code, r.text)
 
     async def follow(self, job_id: str) -> AsyncGenerator[str]:
-        """Pieces of a job's log from its beginning, until the server ends it; a broken connection is an OSError."""
+        """Yield a job's log from its beginning until the server ends it; a broken connection is an OSError."""
         url = f"{self._address}/api/jobs/{job_id}/logs/tail"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         session = aiohttp.ClientSession(cookies=self._cookies, headers=self._headers, timeout=timeout, trust_env=True)
@@ -106,7 +109,7 @@ class RayClient(JobSubmissionClient):  # type: ignore[misc]
 
 
 def _keep_alive(connection: socket.socket | None) -> None:
-    """Let the kernel find out when the other side is gone: Ray's proxy answers no pings."""
+    """Let the kernel notice when the other side is gone: Ray's proxy does not answer pings."""
     if connection is None or not hasattr(socket, "TCP_KEEPIDLE"):
         return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -116,7 +119,7 @@ def _keep_alive(connection: socket.socket | None) -> None:
 
 
 def ray_client(address: str) -> RayClient:
-    """A client that has found a Ray at this address; errors are Ray's own."""
+    """Connect a client to this address; errors are Ray's own."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     for name in ("dashboard_sdk", "job.sdk"):  # they set their own levels
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
@@ -127,7 +130,7 @@ def ray_client(address: str) -> RayClient:
 
 @contextlib.contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    """A variable of this process's environment, set in the block alone."""
+    """Set a variable of this process's environment during the block."""
     kept = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -139,7 +142,7 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost words about a failed connection; requests and urllib3 wrap them four times."""
+    """Return the innermost message about a failed connection; requests and urllib3 wrap it four times."""
     inner = error
     for _ in range(8):
         cause = getattr(inner, "reason", None) or inner.__cause__ or inner.__context__

@@ -1,4 +1,4 @@
-"""A job's log as it is written, over connections that may break: no line twice, none lost."""
+"""Follow a job's log over connections that may break: no line comes twice, none is lost."""
 
 import asyncio
 import contextlib
@@ -7,37 +7,37 @@ from collections.abc import Callable
 from orchestration.jobs.api import Job, Jobs
 from pipelines.dataset.errors import ClusterError, JobError
 
-FIRST_WAIT_S, MAX_WAIT_S = 0.5, 10.0  # between attempts to connect again; doubled at each
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 10.0  # between attempts to reconnect; doubled after each
 MAX_AWAY_S = 600.0  # a head that is replaced is back sooner
-SILENCE_S = 15.0  # without a line: is the job still there?
-STOPPED, COMMAND_NOT_FOUND = 130, 127  # exit codes: of `mapo` that was told to stop, and of a shell
+SILENCE_S = 15.0  # without a line, before the job's state is checked
+STOPPED, COMMAND_NOT_FOUND = 130, 127  # exit codes of `mapo` after a stop, and of a shell
 
 Write = Callable[[str], None]
-"""Takes a piece of text as it is, line ends included."""
+"""Takes a piece of text verbatim, line ends included."""
 
 
 def follow(jobs: Jobs, job_id: str, write: Write, note: Write) -> Job:
-    """Write a job's log until the job has ended; returns the job as it then is.
+    """Write a job's log until the job has ended; return its final state.
 
     Args:
-        jobs: Of the cluster.
-        job_id: Which one.
+        jobs: The cluster's jobs.
+        job_id: Submission id of the job.
         write: Takes the log.
-        note: Takes what we say about the job and the connection, a line each.
+        note: Takes lines about the job and the connection.
 
     Raises:
-        ClusterError: The cluster was away for MAX_AWAY_S, does not let us in, or no longer knows the job.
+        ClusterError: The cluster was away for MAX_AWAY_S, denies access, or no longer knows the job.
     """
     return asyncio.run(_Follower(jobs, job_id, write, note).run())
 
 
 class _Follower:
-    """Ray gives a log from its beginning at each connection; what was written before is left out."""
+    """Writes each part of a log once, although Ray sends it from the beginning at each connection."""
 
     def __init__(self, jobs: Jobs, job_id: str, write: Write, note: Write) -> None:
         self._jobs, self._id, self._write, self._note = jobs, job_id, write, note
         self._num_written = 0  # characters
-        self._said = ""  # why the job waits
+        self._reason = ""  # why the job waits
         self._lost: ClusterError | None = None
         self._away_since = 0.0
 
@@ -57,7 +57,7 @@ class _Follower:
             await asyncio.sleep(wait_s)
 
     async def _read(self) -> None:
-        """Write what one connection brings, until the server ends it or the job is over."""
+        """Write what one connection sends, until the server ends it or the job is over."""
         position = 0
         await self._ask()
         async with contextlib.aclosing(self._jobs.follow(self._id)) as pieces:
@@ -84,7 +84,7 @@ class _Follower:
                     await asyncio.wait({waiting})
 
     def _put(self, text: str, position: int) -> None:
-        """Write what of a text that begins at `position` of the log has not been written."""
+        """Write the unwritten part of a text that begins at `position` of the log."""
         new = text[max(0, self._num_written - position) :]
         if new:
             self._write(new)
@@ -98,16 +98,16 @@ class _Follower:
         return job
 
     def _note_waiting(self, job: Job) -> None:
-        if job.state == "PENDING" and job.message != self._said:
-            self._said = job.message
+        if job.state == "PENDING" and job.message != self._reason:
+            self._reason = job.message
             self._note(f"{job.id} PENDING: {job.message}")
 
     async def _write_rest(self) -> None:
-        """The end of a finished job's log, whether or not the last connection brought all of it."""
+        """Write the end of a finished job's log, which the last connection may not have sent."""
         try:
             self._put(await asyncio.to_thread(self._jobs.log, self._id), 0)
         except ClusterError as error:
-            self._note(f"the end of the log cannot be read: {error.message}")
+            self._note(f"cannot read the end of the log: {error.message}")
 
     def _note_loss(self, error: ClusterError) -> None:
         loop_time = asyncio.get_running_loop().time()
@@ -115,9 +115,9 @@ class _Follower:
             raise error
         if self._lost is None:
             self._lost, self._away_since = error, loop_time
-            self._note(f"{error.message}; trying again, {self._id} goes on meanwhile")
+            self._note(f"{error.message}; reconnecting, {self._id} keeps running meanwhile")
         elif loop_time - self._away_since > MAX_AWAY_S:
-            raise ClusterError(f"{error.message}, for {MAX_AWAY_S:.0f} s now", f"{self._id} may still be at work")
+            raise ClusterError(f"{error.message}, for {MAX_AWAY_S:.0f} s now", f"{self._id} may still be running")
 
     def _note_return(self) -> None:
         if self._lost is not None:
@@ -126,27 +126,27 @@ class _Follower:
 
 
 def unknown(jobs: Jobs, job_id: str) -> ClusterError:
-    """The error about a job that is not there."""
+    """Return the error for a job that the cluster does not know."""
     return ClusterError(
-        f"{jobs.address} knows no job {job_id}",
-        "a head that was replaced knows no earlier jobs, and they have ended with it; submit again to go on",
+        f"{jobs.address} has no job {job_id}",
+        "a head that was replaced does not know earlier jobs, and they ended with the old one; submit again to resume",
     )
 
 
 def check_success(job: Job) -> None:
-    """Nothing, if a job ended well.
+    """Check that a job succeeded.
 
     Raises:
-        JobError: It failed or was stopped; Ray's own words where there was no command to say more.
+        JobError: It failed or was stopped; with Ray's message where its command did not run.
     """
     if job.state == "SUCCEEDED":
         return
     if job.state == "FAILED" and job.exit_code is not None:
-        hint = "its log says why; submit again to go on from what is done"
+        hint = "its log says why; submit again to resume"
         if job.exit_code == STOPPED:
-            raise JobError(f"job {job.id} was told to stop and did so", "submit again to go on from what is done")
+            raise JobError(f"job {job.id} was stopped cleanly", "submit again to resume")
         if job.exit_code == COMMAND_NOT_FOUND:
-            hint = "`mapo` must be installed on the cluster's nodes and on the PATH of their Ray"
+            hint = "install `mapo` on the cluster's nodes, on the PATH of their Ray"
         raise JobError(f"job {job.id} failed: its command ended with exit code {job.exit_code}", hint)
-    words = job.message.splitlines()[0] if job.message else ""
-    raise JobError(f"job {job.id} {job.state}: {words}"[:2000], "submit again to go on from what is done")
+    message = job.message.splitlines()[0] if job.message else ""
+    raise JobError(f"job {job.id} {job.state}: {message}"[:2000], "submit again to resume")

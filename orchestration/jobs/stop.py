@@ -1,4 +1,4 @@
-"""`mapo stop`: ask whoever drives a run to end it cleanly; a Ray job that does not is ended by Ray."""
+"""Stop a run: ask its driver to stop cleanly, and let Ray end a job that does not."""
 
 import time
 
@@ -12,42 +12,42 @@ from orchestration.run.lease import current_holder
 from pipelines.dataset.errors import ClusterError, JobError
 
 POLL_S = 1.0
-KILL_S = 30.0  # that Ray may take beyond the time it gives a job between SIGTERM and SIGKILL
+KILL_S = 30.0  # what Ray may take beyond the time between SIGTERM and SIGKILL
 
 
 def stop_run(config: RunConfig, jobs: Jobs | None, *, timeout_s: float, say: Say) -> None:
     """Stop a run, and wait until it has ended.
 
     Args:
-        config: The run's.
-        jobs: Of the cluster where its job is; without, whoever drives it is asked and nothing else is done.
-        timeout_s: What the driver has to end by itself: a checkpoint is written first.
-        say: Where lines go.
+        config: The run's configuration.
+        jobs: Jobs of the cluster where the run's job is; without them, its driver is asked and nothing else is done.
+        timeout_s: How long the driver may take to stop; it writes a checkpoint first.
+        say: Shows a line to the user.
 
     Raises:
-        JobError: It has not ended, and there is no job that could be ended.
+        JobError: It has not stopped, and there is no job for Ray to end.
         ClusterError: Ray did not end the job.
     """
     run = Run.open(config, say)
     job = _live_job(config, jobs)
     holder = current_holder(run.storage, run.folder)
     if job is None and holder is None:
-        return say(f"nothing drives run {config.name}: nothing to stop")
+        return say(f"run {config.name} is not running")
     say(f"stopping  {job.id if job else holder}")
     if job is not None and jobs is not None and job.state == "PENDING" and holder is None:
-        job = _end(jobs, job)  # it waits for its turn, and nobody reads a request
+        job = _end(jobs, job)  # it is still queued, and nobody reads a request
     else:
         job = _ask_and_wait(run, job, jobs, timeout_s)
         if job is not None and jobs is not None and job.is_live:
-            say(f"{job.id} has not ended within {timeout_s:.0f} s: Ray ends it")
+            say(f"{job.id} did not stop within {timeout_s:.0f} s; Ray is ending it")
             job = _end(jobs, job)
-    return say(f"stopped   {_ending(job)}; the same run goes on from what is done")
+    return say(f"stopped   {_ending(job)}; rerun the same command to resume")
 
 
 def _ask_and_wait(run: Run, job: Job | None, jobs: Jobs | None, timeout_s: float) -> Job | None:
-    """Ask the driver, and wait for its end and the job's; returns the job as it then is.
+    """Ask the driver to stop, and wait until it and the job have ended; return the job's new state.
 
-    A job that begins forgets a request that was made before, so every driver that shows up while it lives is asked.
+    A driver that starts discards earlier requests, so every driver that shows up while the job is live is asked.
     """
     deadline, asked = time.monotonic() + timeout_s, ""
     while True:
@@ -66,14 +66,14 @@ def _ask_and_wait(run: Run, job: Job | None, jobs: Jobs | None, timeout_s: float
             job = _look(jobs, job)
     if job is None:
         raise JobError(
-            f"run {run.config.name} has not ended within {timeout_s:.0f} s; it is driven by {holder}",
-            "it stays asked to stop; if its machine is gone, the next `mapo run` takes the run over",
+            f"run {run.config.name} did not stop within {timeout_s:.0f} s: {holder}",
+            "the request to stop stands; if its machine is gone, the next `mapo run` takes over",
         )
     return job
 
 
 def _look(jobs: Jobs, job: Job) -> Job:
-    """The job now; as it was, if the cluster does not answer at this moment."""
+    """Return the job's state now; the last known one if the cluster does not answer at the moment."""
     try:
         return jobs.find(job.id) or job
     except ClusterError as error:
@@ -83,7 +83,7 @@ def _look(jobs: Jobs, job: Job) -> Job:
 
 
 def _end(jobs: Jobs, job: Job) -> Job:
-    """Let Ray end a job, and wait for it."""
+    """Let Ray end a job, and wait until it has."""
     jobs.stop(job.id)
     wait_s = STOP_WAIT_S + KILL_S
     deadline = time.monotonic() + wait_s
@@ -101,6 +101,6 @@ def _live_job(config: RunConfig, jobs: Jobs | None) -> Job | None:
 
 def _ending(job: Job | None) -> str:
     if job is None:
-        return "its driver has ended"
+        return "its driver has exited"
     code = f" with exit code {job.exit_code}" if job.exit_code is not None else ""
     return f"{job.id} is {job.state}{code}"

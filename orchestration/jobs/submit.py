@@ -1,7 +1,7 @@
-"""A run as a Ray job: what is sent, under which id, and when it is refused.
+"""Submit a run as a Ray job: what is sent, under which id, and when it is refused.
 
-What is sent is the configuration file as it is written and what `--include` names; overrides go on the job's command
-line. The cluster needs the installed package and nothing else of this machine.
+The configuration file and what `--include` names are sent; overrides go on the job's command line. The cluster needs
+the installed package, and nothing else from this machine.
 """
 
 import getpass
@@ -38,12 +38,12 @@ class Submission:
     """A run, checked and ready to be sent.
 
     Args:
-        file: The configuration.
-        overrides: As they were given; then those that make local paths absolute.
-        config: What they come to.
-        included: More files and folders.
-        environment: Plain settings of the job's processes.
-        resources: What the job's command itself takes, by the names of Ray's client.
+        file: The configuration file.
+        overrides: The given overrides, then those that make local paths absolute.
+        config: The resolved configuration.
+        included: More files and folders to send.
+        environment: Environment variables of the job's processes; no secrets.
+        resources: What the job's own command needs, by the names of Ray's client.
         command: What the submitter typed.
     """
 
@@ -62,7 +62,7 @@ class Submission:
         return shlex.join(["mapo", "run", name, *(part for each in self.overrides for part in ("-o", each))])
 
     def metadata(self) -> dict[str, str]:
-        """What `ray job list` and the dashboard show; the last one tells this submission from every other."""
+        """Return what `ray job list` and the dashboard show; `mapo_submission` is unique to each submission."""
         return {
             "mapo_run": self.config.name,
             "mapo_storage": storage_name(self.config),
@@ -86,7 +86,7 @@ def prepare(
     """Check everything that can be checked without the cluster.
 
     Raises:
-        ConfigError: The configuration is wrong or not whole, a setting is secret, or there is nothing to include.
+        ConfigError: The configuration is wrong or incomplete, a variable looks secret, or an included file is missing.
     """
     config, every = load_located(file, overrides)
     missing = sorted({s.section for s in STAGES.values() if s.section and getattr(config, s.section) is None})
@@ -106,11 +106,11 @@ def prepare(
 
 
 def submit(submission: Submission, jobs: Jobs) -> Job:
-    """Start the job, unless a job of the same run lives; of several submits at the same moment exactly one does.
+    """Start the job unless the same run has a live job; of several concurrent submits exactly one succeeds.
 
     Raises:
-        JobError: A job of this run lives.
-        ClusterError: The cluster does not take it.
+        JobError: The run has a live job.
+        ClusterError: The cluster does not accept the job.
     """
     metadata, config = submission.metadata(), submission.config
     with bundled(submission.file, submission.included) as folder:
@@ -127,48 +127,48 @@ def submit(submission: Submission, jobs: Jobs) -> Job:
                     resources=submission.resources,
                 )  # fmt: skip
             except IdTaken:
-                continue  # somebody was faster; a look shows with which run
+                continue  # another submit was faster; look which run it was for
             found = jobs.find(job_id)
             if found is not None:
                 return found
     raise ClusterError(
-        f"{jobs.address} gave none of {MAX_ID_ATTEMPTS} submission ids of run {config.name}",
-        "many submit runs of this name at this moment; try again",
+        f"{jobs.address}: {MAX_ID_ATTEMPTS} submission ids of run {config.name} were taken by other submits",
+        "many are submitting runs of this name at the moment; try again",
     )
 
 
 def next_id(name: str, taken: Sequence[str]) -> str:
-    """The submission id after those that jobs of this run name have."""
+    """Return the next submission id for jobs of this run name."""
     numbers = (re.fullmatch(rf"mapo-{re.escape(name)}-(\d+)", job_id) for job_id in taken)
     return f"mapo-{name}-{max((int(match[1]) for match in numbers if match), default=0) + 1}"
 
 
 def jobs_of(config: RunConfig, known: Sequence[Job]) -> list[Job]:
-    """The jobs that `mapo submit` began for a run: same name, same storage; the newest last."""
+    """List the jobs that `mapo submit` started for a run (same name, same storage), newest last."""
     run = (config.name, storage_name(config))
     return [job for job in known if (job.metadata.get("mapo_run"), job.metadata.get("mapo_storage")) == run]
 
 
 def find_job(config: RunConfig, jobs: Jobs) -> Job | None:
-    """The newest job of a run that `mapo submit` began; else the job that drives it, whatever began that."""
+    """Find the newest job of a run that `mapo submit` started, or else the job of its current driver."""
     if found := jobs_of(config, jobs.all()):
         return found[-1]
     run = Run.open(config, lambda line: None)
     try:
         holder = current_holder(run.storage, run.folder)
-    except StorageError:  # a cluster's storage need not be reached from here
+    except StorageError:  # a cluster's storage may be out of reach from here
         return None
     return jobs.find(holder.job) if holder and holder.job else None
 
 
 def storage_name(config: RunConfig) -> str:
-    """The storage as jobs are told apart by it: the same for every way to write one place, links aside."""
+    """Return the storage in one normal form, by which jobs of runs with the same name are told apart."""
     path = config.storage.removeprefix("file://")
     return path.rstrip("/") if "://" in path else absolute_path(path)
 
 
 def submitter() -> str:
-    """Who submits: user and machine."""
+    """Return the submitting user and machine."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user need not have a name
@@ -181,25 +181,25 @@ def _refusal(job: Job, jobs: Jobs, config: RunConfig) -> JobError:
     return JobError(
         f"run {config.name} on {config.storage} has a live job: {job.id}, {job.state} since {job.started_at}{by}, "
         f"on {jobs.address}",
-        "`mapo logs CONFIG --follow` shows what it does, `mapo stop CONFIG` ends it; another `name` is another run",
+        "`mapo logs CONFIG --follow` shows its log, `mapo stop CONFIG` stops it; another `name` makes another run",
     )
 
 
 def _check_plain(name: str, value: str) -> None:
-    """A setting that anyone may read: neither a secret by its name, nor one of this process's, nor options with one.
+    """Check that a variable is not secret: by its name, by a value in this process's environment, or inside JSON.
 
     Raises:
-        ConfigError: It is none; the message does not repeat the value.
+        ConfigError: It looks secret; the message does not repeat the value.
     """
     if is_secret_name(name) or has_credentials(value) or redact(value) != value or _has_secret_key(value):
         raise ConfigError(
-            f"--env {name} looks like a secret, and what a job is sent with is shown by `ray job list` and dashboards",
+            f"--env {name} looks like a secret, and `ray job list` and dashboards show what a job was sent with",
             "set it in the environment of the cluster's nodes: on Kubernetes by a Secret, on machines by their role",
         )
 
 
 def _has_secret_key(value: str) -> bool:
-    """Whether a value is JSON with the name of a secret among its keys, such as FSSPEC_S3 may have."""
+    """Return whether a value is JSON with the name of a secret among its keys, as in FSSPEC_S3."""
     try:
         waiting = [json.loads(value)]
     except ValueError:

@@ -1,4 +1,4 @@
-"""One run, as its stages see it."""
+"""A run as its stages see it: configuration, storage, journal, output."""
 
 import shlex
 import sys
@@ -27,11 +27,11 @@ class Run:
     """A configuration, its storage, its journal, and where lines go.
 
     Args:
-        config: The run's.
-        storage: Of data set and runs.
-        journal: Its durable record.
-        say: Where lines go.
-        goal: The stages that this command is to bring up to date.
+        config: The run's configuration.
+        storage: The storage of the data set and the runs.
+        journal: The run's durable record.
+        say: Shows a line to the user.
+        goal: The stages that this command brings up to date.
     """
 
     config: RunConfig
@@ -42,13 +42,13 @@ class Run:
 
     @staticmethod
     def open(config: RunConfig, say: Say, goal: Sequence[str] = ()) -> "Run":
-        """The run that a configuration names."""
+        """Open the run of a configuration."""
         storage = Storage(config.storage)
         return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
 
     @cached_property
     def units(self) -> "list[SourceUnit]":
-        """The units of all sources, as they were when they were first asked for: one command works on one listing."""
+        """The units of all sources, listed once per command."""
         from pipelines.ingest.execution import plan_units
 
         assert self.config.ingest
@@ -56,7 +56,7 @@ class Run:
 
     @cached_property
     def ahead(self) -> "EncodeAhead":
-        """What encodes beside ingest."""
+        """The thread that encodes while ingest runs."""
         from orchestration.run.encode_ahead import EncodeAhead
 
         return EncodeAhead(self.storage, self.say)
@@ -84,7 +84,7 @@ def command_line() -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage did: a line for people, and details for later stages and the report."""
+    """The result of a stage: a line for people, and details for later stages and the report."""
 
     summary: str
     details: dict[str, Any] = field(default_factory=dict)

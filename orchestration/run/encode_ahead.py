@@ -1,4 +1,4 @@
-"""Encode beside ingest: no GPU waits for the last source file."""
+"""Encode while ingest runs, so that no GPU waits for the last source file."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 WAITS_IN_RAY = "encode-ahead"
 """The name of its thread: Ray must not be shut down under it."""
-MAX_STOP_S = 20.0  # a unit takes less
+MAX_STOP_S = 20.0  # longer than a unit takes
 
 
 class EncodeAhead:
-    """Begun by the stage `ingest`, ended by the stage `encode`, or by `stop`: in between, a thread of the driver
-    encodes the latents of what ingest has committed.
+    """A thread of the driver that encodes the latents of what ingest has committed.
 
-    An error does not end the ingest: the stage `encode` meets it again.
+    The stage `ingest` starts it; the stage `encode`, or `stop`, ends it. An error does not end the ingest: the stage
+    `encode` meets it again.
 
     Args:
-        storage: Of the data set.
-        say: Where lines go.
+        storage: The storage of the data set.
+        say: Shows a line to the user.
     """
 
     def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
@@ -37,9 +37,7 @@ class EncodeAhead:
         self._thread: threading.Thread | None = None
 
     def begin(self, ingest: IngestConfig, encode: EncodeConfig) -> None:
-        """Begin, unless both stages would only take CPUs from each other: there must be GPUs, or nodes of encode's own
-        by `encode.resources`.
-        """
+        """Start, if encode has GPUs, or nodes of its own by `encode.resources`; else both would compete for CPUs."""
         from pipelines.encode.ahead import LatentsAhead
         from pipelines.units.pool import demand_of
 
@@ -49,24 +47,24 @@ class EncodeAhead:
             self._thread = threading.Thread(target=self._run, args=(self._ahead,), name=WAITS_IN_RAY, daemon=True)
             self._thread.start()
             if not (demand := demand_of(encode)).has_node():
-                self._say(f"encode    starts beside ingest once a node has {demand}")
+                self._say(f"encode    starts alongside ingest once a node has {demand}")
 
     def _run(self, ahead: LatentsAhead) -> None:
         try:
             ahead.run()
         except MapoError as error:
-            self._say(f"encode    beside ingest ended, and is tried again after it: {error.message}")
-        except Exception as error:  # of Ray, which may be going down
-            self._say(f"encode    beside ingest ended, and is tried again after it: {type(error).__name__}")
+            self._say(f"encode    failed alongside ingest, will retry after it: {error.message}")
+        except Exception as error:  # from Ray, which may be shutting down
+            self._say(f"encode    failed alongside ingest, will retry after it: {type(error).__name__}")
 
     def speed(self) -> Speed | None:
-        """What was done since this was last asked, and how fast; None if nothing."""
+        """Return what was encoded since the last call, and how fast; None if nothing."""
         return None if self._ahead is None else self._ahead.take_speed()
 
     def finish(self) -> Speed | None:
-        """Wait until all that is committed is encoded; the speed of this rest.
+        """Wait until everything committed is encoded; return the speed of that last part.
 
-        Where there has been no node for it so far, nothing is waited for: that is left to the stage `encode`.
+        Does not wait while no node could run it yet: the stage `encode` does.
         """
         if self._ahead is None or self._thread is None:
             return None
@@ -75,7 +73,7 @@ class EncodeAhead:
         return self.speed()
 
     def stop(self) -> None:
-        """End it after the next unit, or at once while it waits for a node."""
+        """Stop after the current unit, or at once while waiting for a node."""
         if self._ahead is not None and self._thread is not None:
             self._ahead.stop()
             self._thread.join(MAX_STOP_S)

@@ -1,7 +1,7 @@
-"""The durable record of a run: what each stage did, kept on the storage and never in memory alone.
+"""The durable record of a run: what each stage did, always on the storage.
 
-`stages/<stage>.json` is the last success of a stage, with the key of what it was made from; `journal/` has one
-small object for every event, in order. A run that does nothing writes nothing.
+`stages/<stage>.json` is the last success of a stage, with the key of its inputs; `journal/` has one small object for
+every event, in order. A run that does nothing writes nothing.
 """
 
 import json
@@ -22,7 +22,7 @@ class StageRecord:
 
     Args:
         stage: Its name.
-        key: Digest of everything that it was made from.
+        key: Digest of all its inputs.
         summary: One line for people.
         seconds: How long it took.
         finished_at: ISO time, UTC.
@@ -48,21 +48,21 @@ class Journal:
         return f"{self.folder}/stages/{stage}.json"
 
     def record(self, stage: str) -> StageRecord | None:
-        """The last success of a stage, if there was one."""
+        """Return the last success of a stage, if there was one."""
         name = self._name(stage)
         if not self._storage.exists(name):
             return None
         return StageRecord(**json.loads(self._storage.read(name)))
 
     def finish(self, stage: str, *, key: str, summary: str, seconds: float, details: Mapping[str, Any]) -> StageRecord:
-        """Note a success: from now on the stage is up to date for this key."""
+        """Record a success: from now on the stage is up to date for this key."""
         record = StageRecord(stage, key, summary, round(seconds, 3), now(), dict(details))
         self.event("finished", stage=stage, summary=summary, seconds=record.seconds)
         self._storage.write(self._name(stage), redact(json.dumps(asdict(record), indent=1)).encode())
         return record
 
     def events(self) -> list[dict[str, Any]]:
-        """Every event, oldest first."""
+        """Read every event, oldest first."""
         names = self._storage.names(f"{self.folder}/journal")
         return [json.loads(self._storage.read(name)) for name in names]
 
@@ -74,5 +74,5 @@ class Journal:
 
 
 def now() -> str:
-    """The time as ISO text, UTC, to the second."""
+    """Return the time as ISO text, UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,8 +1,8 @@
-"""One driver for a run at a time: a lease on the storage, which a living driver renews and a dead one loses.
+"""One driver for a run at a time: a lease on the storage, which a live driver renews and a dead one loses.
 
-A driver's turn is a *term*: an object `lease/<term>.json` that can be created once, so of several drivers that want the
-next term one gets it. Its holder rewrites `lease/<term>.beat` every few seconds. Whoever finds the newest term without
-a beat for `TTL_S`, measured on its own clock, may create the next; clocks of two machines are never compared. A driver
+A driver's turn is a *term*: an object `lease/<term>.json` that can be created only once, so that exactly one of several
+drivers gets the next term. Its holder rewrites `lease/<term>.beat` every few seconds. A driver that sees no new beat in
+the newest term for `TTL_S`, by its own clock, may create the next; clocks of two machines are never compared. A driver
 that finds a newer term than its own has lost the run, and stops.
 """
 
@@ -29,14 +29,14 @@ from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 
 BEAT_S = 5.0
-TTL_S = 30.0  # several beats, and a storage that stutters in between
+TTL_S = 30.0  # several beats, with room for a storage that stutters
 POLL_S = 0.5
 TERM = re.compile(r"(\d{6})\.json")
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who drives a run: for people, and for others on the same machine to see whether it lives."""
+    """The process that drives a run: for messages, and to see on the same machine whether it is alive."""
 
     id: str
     host: str
@@ -44,15 +44,15 @@ class Holder:
     started_at: str
     command: str
     job: str | None
-    """Submission id, if it runs as a Ray job."""
+    """The submission id, if it runs as a Ray job."""
     machine: str
-    """Boot and process namespace: only where these are the same does the pid mean anything."""
+    """Boot id and process namespace: the pid means something only where both are the same."""
     born: float
-    """When the process was created, by the machine's own clock: pids come again."""
+    """When the process was created, by the machine's own clock: pids are reused."""
 
     @staticmethod
     def here(command: str) -> Holder:
-        """This process."""
+        """Describe this process."""
         return Holder(
             id=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -65,7 +65,7 @@ class Holder:
         )
 
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone; False also where this cannot be told."""
+        """Return whether its process is known to be gone; False also where this cannot be known."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -80,10 +80,10 @@ class Holder:
 
 
 class Terms:
-    """The terms of a run's lease as they lie on the storage.
+    """The terms of a run's lease on the storage.
 
     Args:
-        storage: Of the run.
+        storage: The run's storage.
         folder: The run's folder.
     """
 
@@ -91,21 +91,21 @@ class Terms:
         self._storage, self.folder = storage, f"{folder}/lease"
 
     def newest(self) -> int:
-        """The newest term; 0 before the first."""
+        """Return the newest term; 0 before the first."""
         found = (TERM.fullmatch(name.rpartition("/")[2]) for name in self._storage.names(self.folder))
         return max((int(match[1]) for match in found if match), default=0)
 
     def file(self, term: int, kind: str = "json") -> str:
-        """The name of a term's object, or of its `beat`."""
+        """Return the name of a term's object, or of its `beat`."""
         return f"{self.folder}/{term:06d}.{kind}"
 
     def holder(self, term: int) -> Holder | None:
-        """Who took a term; None if it has been tidied away."""
+        """Return the holder of a term; None if the term was removed."""
         content = self._read(self.file(term))
         return Holder(**content) if content else None
 
     def beat(self, term: int) -> dict[str, Any]:
-        """What its holder last said of a term; empty before the first beat."""
+        """Return the last beat of a term; empty before the first."""
         return self._read(self.file(term, "beat"))
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -119,17 +119,17 @@ class Terms:
 
 
 class Lease:
-    """The right to drive one run; a context manager that takes it and gives it back.
+    """The right to drive one run; a context manager that acquires and releases it.
 
     Args:
-        storage: Of the run.
+        storage: The run's storage.
         folder: The run's folder.
-        command: What this driver was called with.
+        command: The command line of this driver.
         on_beat: Called after every beat, from another thread.
-        on_lost: Called with a reason when another driver has taken the run over, from another thread.
+        on_lost: Called with a reason when another driver has taken over, from another thread.
 
     Raises:
-        LeaseError: Another driver works on the run.
+        LeaseError: The run is already running.
     """
 
     def __init__(
@@ -157,34 +157,34 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         self._thread.join()
-        with contextlib.suppress(MapoError):  # it runs out by itself
+        with contextlib.suppress(MapoError):  # it expires anyway
             if self._terms.newest() == self._term:
                 self._write_beat(released=True)
 
     def confirm(self) -> None:
-        """Make sure, before something is recorded, that the run is still this driver's.
+        """Check that this driver still holds the lease, before something is recorded.
 
         Raises:
-            LeaseError: Another driver has taken it over.
+            LeaseError: Another driver has taken over.
         """
         if (newest := self._terms.newest()) > self._term:
-            raise LeaseError(self._lost(newest), "it goes on; `mapo status` shows where it is")
+            raise LeaseError(self._lost(newest), "the run continues there; `mapo status` shows its state")
 
     def _try(self) -> bool:
-        """Take the next term if the newest is free; False if another driver was faster."""
+        """Try to take the next term once the newest is free; return False if another driver was faster."""
         newest = self._terms.newest()
         if newest:
             self._wait_until_free(newest)
         content = json.dumps(asdict(self.holder), indent=1).encode()
         if not self._storage.create(self._terms.file(newest + 1), content) or self._terms.newest() != newest + 1:
-            return False  # the second: this one was slow, and its term had been taken, given back and tidied away
+            return False  # in the second case this driver was slow: the term was taken, released and removed meanwhile
         self._term = newest + 1
         self._write_beat()
         self._tidy()
         return True
 
     def _wait_until_free(self, term: int) -> None:
-        """Until the term was given back, or its holder is dead or has not renewed it for TTL_S; raises if it lives."""
+        """Wait until the term is released, its holder is dead or has not renewed it for TTL_S; raise if it is alive."""
         holder, beat, seen = self._terms.holder(term), self._terms.beat(term), time.monotonic()
         while not beat.get("released") and not (holder and holder.is_dead()):
             if time.monotonic() - seen > TTL_S or self._terms.newest() != term:
@@ -193,8 +193,8 @@ class Lease:
             newest = self._terms.beat(term)
             if newest.get("beats", 0) != beat.get("beats", 0) and not newest.get("released"):
                 raise LeaseError(
-                    f"run {self._name} is driven by {holder or 'another driver'}",
-                    "wait for it, or stop it with `mapo stop`; another `name` is another run",
+                    f"run {self._name} is already running: {holder or 'another driver'}",
+                    "wait for it, or stop it with `mapo stop`; another `name` makes another run",
                 )
             beat = newest
 
@@ -208,7 +208,7 @@ class Lease:
                 self._write_beat()
                 self._on_beat()
             except MapoError:
-                continue  # the storage is away for a moment: if it stays so, nothing can be recorded anyway
+                continue  # the storage is away for a moment; if it stays away, nothing can be recorded anyway
 
     def _lost(self, term: int) -> str:
         with contextlib.suppress(MapoError):
@@ -221,7 +221,7 @@ class Lease:
         self._storage.write(self._terms.file(self._term, "beat"), json.dumps(beat).encode())
 
     def _tidy(self) -> None:
-        """Remove terms that are over; the newest always stays, so that numbers only grow."""
+        """Remove terms that are over; the newest always stays, so that the numbers only grow."""
         for name in self._storage.names(self._terms.folder):
             number = name.rpartition("/")[2].partition(".")[0]
             if number.isdigit() and int(number) < self._term:
@@ -229,9 +229,9 @@ class Lease:
 
 
 def current_holder(storage: Storage, folder: str) -> Holder | None:
-    """Who drives a run as far as a look at the storage tells; None if nobody, or if its process is known to be gone.
+    """Return the driver of a run according to the storage; None if there is none, or its process is known to be gone.
 
-    A driver that died on another machine is still named, until another takes over.
+    A driver that died on another machine is still returned until another takes over.
     """
     terms = Terms(storage, folder)
     term = terms.newest()

@@ -1,6 +1,6 @@
 """A run's numbers for Prometheus, through Ray: each node's agent exports them as `ray_<name>`.
 
-Nothing is done, and Ray is not imported, where this process is not connected to a Ray. A run never fails by this file.
+Does nothing, and does not import Ray, while this process is not connected to one. Metrics never fail a run.
 """
 
 import contextlib
@@ -11,23 +11,23 @@ from typing import Any
 from pipelines import progress
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mapo_stage_running": ("1 while the stage is at work", ("run", "stage")),
-    "mapo_units_done": ("What the stage has done: units, shards or batches", ("run", "stage")),
-    "mapo_units_total": ("Of so many", ("run", "stage")),
+    "mapo_stage_running": ("1 while the stage is running", ("run", "stage")),
+    "mapo_units_done": ("Units, shards or batches that the stage has finished", ("run", "stage")),
+    "mapo_units_total": ("Units, shards or batches in all", ("run", "stage")),
     "mapo_rows": ("Rows that this driver has ingested, by status", ("run", "status")),
     "mapo_train_step": ("Finished optimizer steps", ("run",)),
-    "mapo_train_max_steps": ("Of so many", ("run",)),
+    "mapo_train_max_steps": ("Optimizer steps in all", ("run",)),
     "mapo_train_loss": ("Loss of the newest step", ("run",)),
     "mapo_implicit_accuracy": ("Share of pairs whose chosen image is denoised better", ("run",)),
     "mapo_grad_norm": ("Norm of the newest gradient", ("run",)),
     "mapo_skipped_steps": ("fp16 steps whose gradient was not finite", ("run",)),
-    "mapo_pairs_per_second": ("Of the newest step, over all workers", ("run",)),
+    "mapo_pairs_per_second": ("Pairs per second in the newest step, over all workers", ("run",)),
     "mapo_mfu": ("Model FLOPs utilization, 0..1", ("run",)),
-    "mapo_data_wait_ratio": ("Share of the newest step spent on waiting for data, 0..1", ("run",)),
-    "mapo_train_starts": ("How often workers were started", ("run",)),
+    "mapo_data_wait_ratio": ("Share of the newest step spent waiting for data, 0..1", ("run",)),
+    "mapo_train_starts": ("How often the workers were started", ("run",)),
 }
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mapo_stages_finished": ("Stages that ended well", ("run", "stage")),
+    "mapo_stages_finished": ("Stages that succeeded", ("run", "stage")),
     "mapo_stages_failed": ("Stages that failed", ("run", "stage")),
 }
 """Exported as `ray_<name>_total`."""
@@ -51,7 +51,7 @@ class _Outlet:
         self._made: dict[str, Any] = {}
 
     def metric(self, name: str) -> Any | None:
-        """Ray's metric of this name; None without a connection."""
+        """Return Ray's metric of this name; None without a connection."""
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             return None
@@ -72,7 +72,7 @@ _outlet = _Outlet()
 
 def record(name: str, value: float, **tags: str) -> None:
     """Set a gauge, or add to a counter."""
-    with contextlib.suppress(Exception):  # numbers for others are worth no run
+    with contextlib.suppress(Exception):  # metrics must not fail a run
         metric = _outlet.metric(name)
         if metric is None:
             return
@@ -84,11 +84,11 @@ def record(name: str, value: float, **tags: str) -> None:
 
 @contextlib.contextmanager
 def stage(run: str, name: str) -> Iterator[None]:
-    """Tell that a stage is at work, what it has done as `Progress` counts it, and how it ends.
+    """Export that a stage is running, its progress, and how it ends.
 
     Args:
         run: The run's name.
-        name: The stage's.
+        name: The stage's name.
     """
     rows: dict[str, int] = {}
 
@@ -114,7 +114,7 @@ def stage(run: str, name: str) -> Iterator[None]:
 
 
 def training(run: str, seen: Mapping[str, Any]) -> None:
-    """Tell the newest numbers of a training.
+    """Export the newest metrics of a training.
 
     Args:
         run: The run's name.

@@ -122,7 +122,7 @@ def check_that_a_second_is_refused(first: Driver, folder: Path, *options: str) -
     """While the first is held: it could be done before the second has looked."""
     with first.held(), Driver(folder, "run", *options) as second:
         assert second.wait() == 1
-    assert re.search(rf"LeaseError: run small is driven by pid {first.process.pid} on ", second.errors)
+    assert re.search(rf"LeaseError: run small is already running: pid {first.process.pid} on ", second.errors)
     assert second.errors.count("hint: ") == 1
 
 
@@ -159,7 +159,7 @@ def test_a_stopped_driver_leaves_a_checkpoint_from_which_the_next_goes_on(folder
         first.until(lambda: first.step >= 2)
         first.process.send_signal(signal.SIGTERM)
         assert first.wait() == 130
-    assert "stopped by SIGTERM; run the same command again to go on" in first.errors
+    assert "stopped by SIGTERM; rerun the same command to resume" in first.errors
     stopped_at = newest_step(first.run)
     assert 2 <= stopped_at < MAX_STEPS, "it has left a checkpoint that no interval asked for"
     assert list(events(first.run))[-2:] == [("began", "train"), ("stopped", "train")]
@@ -179,7 +179,7 @@ def test_a_driver_is_stopped_while_its_workers_start(folder: Path, seconds: int)
         assert driver.wait() == 130, driver.errors
         left = psutil.wait_procs(list(driver._family), timeout=90)[1]  # Ray's agents notice within a minute
         assert left == []
-    assert "stopped by SIGTERM; run the same command again to go on" in driver.errors
+    assert "stopped by SIGTERM; rerun the same command to resume" in driver.errors
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_request_on_the_storage_stops_a_run(folder: Path) -> None:
         driver.until(lambda: driver.step >= 1)
         (driver.run / "stop.json").write_text(json.dumps({"requested_at": "2026-01-01T00:00:00Z", "by": "ada"}))
         assert driver.wait() == 130
-    assert "stopped by request of ada; run the same command again" in driver.errors
+    assert "stopped by request of ada; rerun the same command to resume" in driver.errors
     assert not (driver.run / "stop.json").exists()
     assert newest_step(driver.run) >= 1
 

@@ -198,14 +198,14 @@ def test_the_configuration_and_what_is_included_are_all_that_is_sent(here: Path)
 def test_too_much_to_send_is_refused_before_it_is_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "big.bin").touch()
     os.truncate(here / "big.bin", MAX_SENT_BYTES)  # takes no space
-    with pytest.raises(ConfigError, match=r"2 files of 67,\d+,\d+ bytes.*67,108,864; the largest is big.bin"):
+    with pytest.raises(ConfigError, match=r"2 files of 67,\d+,\d+ bytes.*67,108,864\); the largest is big.bin"):
         prepare("photos.yaml", [], command="", included=["big.bin"])
 
 
 @pytest.mark.parametrize(
     ("included", "message"),
-    [(["none.py"], "there is no such"), (["a/x.py", "b/x.py"], "a/x.py goes by the name x.py"),
-     (["a/photos.yaml"], "photos.yaml goes by the name")],
+    [(["none.py"], "no such file"), (["a/x.py", "b/x.py"], "a/x.py is already sent as x.py"),
+     (["a/photos.yaml"], "photos.yaml is already sent as")],
 )  # fmt: skip
 def test_what_cannot_be_included_is_named(here: Path, included: list[str], message: str) -> None:
     for name in ("a/x.py", "b/x.py", "a/photos.yaml"):
@@ -258,7 +258,7 @@ def test_metadata_say_what_runs(here: Path) -> None:
         (["--entrypoint-resources", "[1]"], "not a JSON object of names and numbers"),
         (["--entrypoint-num-cpus", "-1"], "must not be negative"),
         (["--address", "ray://head:10001"], "http://HOST:8265"),
-        (["--address", "http://me:canary@head:8265"], "credentials in it"),
+        (["--address", "http://me:canary@head:8265"], "credentials in the address"),
     ],
 )
 def test_what_is_wrong_is_found_without_a_cluster(
@@ -288,7 +288,7 @@ def test_the_address_given_goes_before_the_environment(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("headers", ["x", "[]", '{"a": 1}'])
 def test_headers_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
     monkeypatch.setenv("RAY_JOB_HEADERS", headers)
-    with pytest.raises(ConfigError, match="RAY_JOB_HEADERS is not JSON"):
+    with pytest.raises(ConfigError, match="RAY_JOB_HEADERS is not a JSON object"):
         Jobs("http://127.0.0.1:9")
 
 
@@ -332,6 +332,6 @@ def test_another_server_is_not_taken_for_ray() -> None:
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ClusterError, match="does not answer as Ray does"):
+        with pytest.raises(ClusterError, match="does not answer like a Ray dashboard"):
             Jobs(f"http://127.0.0.1:{server.getsockname()[1]}")
         server.shutdown(socket.SHUT_RDWR)

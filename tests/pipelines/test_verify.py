@@ -164,7 +164,7 @@ def test_the_command_says_what_it_read(storage: Storage, capsys: pytest.CaptureF
     assert main(["data", "verify", storage.url]) == 0
     shards = committed_shards(storage)
     num_bytes = sum(storage.size(shard.name) for shard in shards)
-    assert capsys.readouterr().out == f"{len(shards)} shards, {num_bytes:,} bytes: all as committed\n"
+    assert capsys.readouterr().out == f"{len(shards)} shards, {num_bytes:,} bytes: all match their digests\n"
 
 
 @pytest.mark.parametrize(

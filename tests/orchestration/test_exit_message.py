@@ -1,4 +1,4 @@
-"""A process that ends without a word still has one said, on its standard error; one that ends in order has not."""
+"""A process that is killed still shows a message on standard error; one that ends in order does not."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ from orchestration.cluster.exit_message import UNEXPECTED
 
 DRIVER = """
 import os, signal, sys
-from orchestration.cluster.exit_message import LastWords
-with LastWords() as last_words:
+from orchestration.cluster.exit_message import ExitMessage
+with ExitMessage() as exit_message:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # as while Ray starts
     {end}
 """
@@ -32,5 +32,5 @@ def test_a_process_that_ends_in_order_has_nothing_added(end: str, code: int) -> 
 
 
 def test_the_last_of_several_words_counts_as_it_was_given() -> None:
-    words = r"""last_words.say("one"); last_words.say("C:\\new 100%\nhint: $HOME `x` 'y'"); os._exit(4)"""
+    words = r"""exit_message.set("one"); exit_message.set("C:\\new 100%\nhint: $HOME `x` 'y'"); os._exit(4)"""
     assert said(words) == (4, "C:\\new 100%\nhint: $HOME `x` 'y'\n")
