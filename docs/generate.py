@@ -22,10 +22,12 @@ from orchestration.commands.options import Command, Option
 from orchestration.config import RunConfig
 from pipelines.sources.kind import Field
 from pipelines.sources.registry import KINDS
+from training import losses
 from training.methods import METHODS
+from training.tracking.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "docs" / "reference"
+FOLDER, CONCEPTS = ROOT / "docs" / "reference", ROOT / "docs" / "concepts"
 FLOORS = ("orchestration", "training", "pipelines")
 ARCHITECTURE_HEAD = """# Architecture
 
@@ -89,8 +91,8 @@ def configuration_page() -> str:
     kinds = [(f"`{kind.format}`", _columns(kind.fields), kind.label) for kind in KINDS.values()]
     parts.append(_table(("format", "columns (other names in brackets; required in bold)", "label"), kinds))
     parts.append("## Losses\n\nWhat `train.loss` may hold, by `train.method`; [the formulas](../concepts/losses.md).\n")
-    rows = [(f"`{name}`", _parameters(values)) for name, values in METHODS.items()]
-    parts.append(_table(("method", "parameters and defaults"), rows))
+    rows = [(f"`{name}`", method.summary, _parameters(method.defaults)) for name, method in METHODS.items()]
+    parts.append(_table(("method", "what it is", "parameters and defaults"), rows))
     return "\n".join(parts)
 
 
@@ -212,6 +214,63 @@ def _columns(fields: Sequence[Field]) -> str:
     return ", ".join(shown)
 
 
+def losses_table() -> str:
+    """Return the table of docs/concepts/losses.md."""
+    rows = []
+    for name, method in METHODS.items():
+        noted = [
+            f"`{key}` {parameter.default:g}" + (f" ({parameter.note})" if parameter.note else "")
+            for key, parameter in method.parameters.items()
+        ]
+        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else "none"
+        reference = "yes" if method.needs_reference else "no"
+        rows.append((f"`{name}`", f"`{method.formula}`", "; ".join(noted) or "none", reference, paper))
+    return _table(("`train.method`", "loss of a pair", "parameters", "reference", "paper on arXiv"), rows)
+
+
+def losses_of_python() -> str:
+    """Return the losses of docs/reference/python.md: each function as it is called, and what it is."""
+    rows = []
+    for name, method in METHODS.items():
+        found = inspect.signature(getattr(losses, f"{name}_loss")).parameters.values()
+        free = [each.name for each in found if each.kind is not each.KEYWORD_ONLY]
+        named = [each.name for each in found if each.kind is each.KEYWORD_ONLY]
+        called = ", ".join([*free, *(["*"] if named else []), *named])
+        rows.append((f"`{name}_loss({called})`", method.summary))
+    return _table(("name", "returns, for each pair"), rows)
+
+
+def trackers_table() -> str:
+    """Return the table of docs/concepts/metrics.md."""
+    rows = [
+        (
+            f"`{name}`",
+            f"`pip install 'mapo[{backend.extra}]'`" if backend.extra else "included",
+            backend.resumes,
+            backend.variables,
+        )
+        for name, backend in BACKENDS.items()
+    ]
+    return _table(("tracker", "installation", "a resumed run", "environment variables"), rows)
+
+
+def with_blocks(file: Path, **blocks: str) -> str:
+    """Return a page with its generated blocks as they should be.
+
+    Args:
+        file: The page, written by hand around lines `<!-- NAME: ... -->` and `<!-- end of NAME -->`.
+        blocks: The text between those lines, by name.
+    """
+    text = file.read_text()
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}: written by docs/generate.py -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"{file} has no block {name}"
+        text = f"{before}{begin}\n{block}\n{end}{after}"
+    return text
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
@@ -249,7 +308,10 @@ def pages() -> dict[Path, str]:
     return {
         FOLDER / "configuration.md": configuration_page(),
         FOLDER / "commands.md": commands_page(),
-        ROOT / "docs" / "concepts" / "architecture.md": architecture_page(),
+        FOLDER / "python.md": with_blocks(FOLDER / "python.md", losses=losses_of_python()),
+        CONCEPTS / "losses.md": with_blocks(CONCEPTS / "losses.md", losses=losses_table()),
+        CONCEPTS / "metrics.md": with_blocks(CONCEPTS / "metrics.md", trackers=trackers_table()),
+        CONCEPTS / "architecture.md": architecture_page(),
     }
 
 

@@ -1,12 +1,18 @@
 """Configuration of training, export and evaluation. Imports neither ray nor torch."""
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipelines.dataset.config import Config, Device, WorkerCount, worker_range
 from pipelines.dataset.errors import ConfigError
 from training.methods import NEEDS_REFERENCE, check_parameters, default_rate
+from training.tracking.backends import BACKENDS
+
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(BACKENDS)]
 
 Action = Literal["stop", "warn", "ignore"]
 NullPrompt = Literal["auto", "zeros", "empty"]
@@ -61,7 +67,7 @@ class TrainConfig(Config):
     """MaPO on DeepSpeed ZeRO."""
 
     method: str = "mapo_paper"
-    """A loss: mapo_paper, mapo_paper_linear, mapo, sft, dpo, ipo, simpo or orpo."""
+    """The loss, by its name in [Losses](#losses)."""
     loss: dict[str, float] = Field(default_factory=dict)
     """The method's own parameters; what is left out has the method's default."""
     labels: Literal["soft", "hard"] = "soft"
@@ -138,7 +144,7 @@ class TrainConfig(Config):
     """Steps between grids of samples from held-out prompts; none by default."""
     num_samples: int = Field(4, ge=1)
     """Samples of a grid."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where curves go beside the report; wandb and mlflow are configured by their own environment variables."""
     trouble: TroubleConfig = TroubleConfig()
     """What a run does when its numbers go wrong."""

@@ -12,6 +12,7 @@ from training.data.loader import Batch, PairLoader, PairReader
 from training.data.order import noise_seed
 from training.engine import Engine
 from training.losses import PairLoss
+from training.methods import METHODS
 from training.model import Denoiser
 from training.preemption import Notice
 from training.samples import SampleGrid
@@ -60,7 +61,7 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     """
     config, history, step = loop.spec.config, loop.history, first_step
     batches, notice = iter(loop.loader), Notice()
-    watch = Watch(config.trouble, history.steps, learns_preference=config.method != "sft")
+    watch = Watch(config.trouble, history.steps, learns_preference=METHODS[config.method].learns_preference)
     speed = Speed(loop.spec, loop.engine, dict(loop.denoiser.base.unet.config))
     with (
         loop.progress.writer(enabled=loop.engine.is_first, history=history) as show,

@@ -17,6 +17,7 @@ from orchestration.infra import machines
 from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
 from orchestration.jobs.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
 from pipelines.dataset.errors import ConfigError
+from training.tracking.backends import extras_of
 
 TEMPLATES = Path(__file__).parent
 RAY_VERSION = "2.60.0"
@@ -186,7 +187,7 @@ def _volumes(config: RunConfig) -> list[dict[str, Any]]:
 def _extras(config: RunConfig) -> str:
     """Return the extras of the package that the image needs for this configuration."""
     assert config.train
-    wanted = {"gpu", EXTRAS[storage_kind(config)], *(t for t in config.train.trackers if t in ("wandb", "mlflow"))}
+    wanted = {"gpu", EXTRAS[storage_kind(config)], *extras_of(config.train.trackers)}
     sources = config.ingest.sources if config.ingest else ()
     wanted |= {"s3" for source in sources if source.path.startswith("s3://")}
     wanted |= {"gcs" for source in sources if source.path.startswith(("gs://", "gcs://"))}

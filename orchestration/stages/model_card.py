@@ -13,15 +13,10 @@ from orchestration.stages.licence import licence_of
 from pipelines.dataset.model_files import HUB_ID, read_family
 from pipelines.encode.geometry import bucket_list
 from training.config import TrainConfig
+from training.methods import METHODS
 from training.schedule import MIN_SHARE, average_share, of_average
 
 MAX_BUCKETS = 6  # that are listed
-
-PAPERS = {
-    "mapo": "2406.06424", "mapo_paper": "2406.06424", "mapo_paper_linear": "2406.06424", "dpo": "2311.12908",
-    "ipo": "2310.12036", "simpo": "2405.14734", "orpo": "2403.07691",
-}  # fmt: skip
-"""Method -> where it was published, on arXiv."""
 
 
 def model_card(
@@ -46,7 +41,7 @@ def model_card(
     assert config.encode is not None
     train = trained_with(config, trained)
     is_average = weights == "ema" if weights else train.ema is not None and config.export.weights != "raw"
-    paper = PAPERS.get(train.method)
+    paper = METHODS[train.method].paper
     method = train.method if paper is None else f"{train.method}, [arXiv {paper}](https://arxiv.org/abs/{paper})"
     model, step = config.encode.model, int(re.findall(r"step-(\d+)", checkpoint)[-1])
     licence = licence_of(config.encode.source)

@@ -138,13 +138,13 @@ class Recorder:
 
 def test_the_writer_feeds_every_tracker_and_the_progress_file(tmp_path) -> None:
     storage, trackers = Storage(str(tmp_path)), [Recorder(), Recorder()]
-    trackers[1].warning = "tracker wandb is given up"
+    trackers[1].warning = "tracker wandb disabled"
     with MetricsWriter(storage, "runs/photos", trackers) as out:
         out.step({"step": 1, "loss": 0.5, "num_pairs": 8.0}, {"step": 1})
         out.validation({"step": 1, "loss": 0.25, "num_pairs": 3.0})
         out.image("samples/grid", tmp_path / "grid.png", 1)
         out.flush()
-        assert out.warnings == ["tracker wandb is given up"]
+        assert out.warnings == ["tracker wandb disabled"]
     assert json.loads(storage.read("runs/photos/progress.json")) == {"step": 1}
     for tracker in trackers:
         assert tracker.logged == [({"train/loss": 0.5}, 1), ({"validation/loss": 0.25}, 1)]

@@ -79,7 +79,7 @@ def test_a_tracker_that_fails_in_the_middle_is_given_up_with_one_warning(caplog,
     service = Service(log=lambda step: fail() if step == 2 else None)
     tracker = tracked(service)
     assert service.steps == [0, 1]
-    expected = "tracker service is given up, training goes on: ConnectionError: the network is gone"
+    expected = "tracker service disabled; training continues: ConnectionError: the network is gone"
     assert [record.message for record in caplog.records] == [expected] == [tracker.warning]
 
 

@@ -1,21 +1,32 @@
-"""The services behind the trackers, of each as little as a run needs. `training.tracking.trackers` guards them."""
+"""The services behind the trackers, one class each, and the registry of them. `training.tracking.trackers` guards them.
+
+Importing this loads none of the services, neither ray nor torch: the configuration takes the names from here.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import numpy as np
-from PIL import Image
-
-from pipelines.dataset.storage import Storage
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROJECT = "mapo"  # of wandb and MLflow, unless their own variables say otherwise
 MAX_PARAMETERS = 100  # of one MLflow request
 MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
+
+
+class Uploads(Protocol):
+    """What a service needs of the run's storage."""
+
+    def upload_folder(self, name: str, local_folder: Path) -> None:
+        """Put every file of a local folder below `name`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class TrackedRun:
         parameters: The resolved configuration of training.
     """
 
-    storage: Storage
+    storage: Uploads
     folder: str
     identity: str
     start: int
@@ -38,28 +49,51 @@ class TrackedRun:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Return the run's name."""
         return self.folder.rsplit("/", 1)[-1]
 
 
 class Backend(Protocol):
-    """One service. Every method may raise, and may take its time."""
+    """One service. Every method may raise, and may take its time.
+
+    It is opened on the tracker's thread with the run and a local folder that lasts as long as the tracker.
+    """
+
+    name: ClassVar[str]
+    """Its name in `train.trackers`."""
+    package: ClassVar[str]
+    """The Python package that must be importable."""
+    extra: ClassVar[str | None]
+    """The extra of `mapo` that installs the package; None if it is always installed."""
+    resumes: ClassVar[str]
+    """For the docs: what happens to the curves when a run is resumed."""
+    variables: ClassVar[str]
+    """For the docs: the environment variables that configure it."""
+
+    def __init__(self, run: TrackedRun, local: Path) -> None:
+        """Open the service for a run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers of a step; names have a group, as in train/loss."""
+        """Log the numbers of a step; names have a group, as in train/loss."""
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """A picture in RGB."""
+        """Log a picture in RGB."""
 
     def flush(self) -> None:
-        """Bring out what was logged."""
+        """Send or write what was logged."""
 
     def close(self, *, failed: bool) -> None:
-        """The end of the run, or of this part of it."""
+        """End the run, or this part of it."""
 
 
-class TensorBoard:
+class TensorBoard(Backend):
     """Events in a local folder, which is copied to `<run>/tensorboard` at each flush."""
+
+    name = "tensorboard"
+    package = "tensorboard"
+    extra = None
+    resumes = "steps after the checkpoint replace those of the failed part"
+    variables = "none; events are written to `<run>/tensorboard`"
 
     def __init__(self, run: TrackedRun, local: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -71,12 +105,14 @@ class TensorBoard:
         self._writer.add_text("config", f"```json\n{parameters}\n```", run.start)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One scalar each."""
+        """Add one scalar for each number."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """One image."""
+        """Add one image."""
+        import numpy as np
+
         self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def flush(self) -> None:
@@ -85,13 +121,22 @@ class TensorBoard:
         self._run.storage.upload_folder(f"{self._run.folder}/tensorboard", self._local)
 
     def close(self, *, failed: bool) -> None:
-        """The events of a run that failed are wanted most."""
+        """Copy the events once more: those of a failed run are wanted most."""
         self._writer.close()
         self._run.storage.upload_folder(f"{self._run.folder}/tensorboard", self._local)
 
 
-class Wandb:
+class Wandb(Backend):
     """One wandb run for all parts of a training; what an offline run writes is copied to `<run>/wandb`."""
+
+    name = "wandb"
+    package = "wandb"
+    extra = "wandb"
+    resumes = "continues the wandb run, whose id is made from storage, run and key"
+    variables = (
+        "`WANDB_API_KEY`, `WANDB_PROJECT` (`mapo`), `WANDB_NAME` (the run's), `WANDB_ENTITY`, `WANDB_MODE`, "
+        "`WANDB_BASE_URL`, `WANDB_DIR`"
+    )
 
     def __init__(self, run: TrackedRun, local: Path) -> None:
         import wandb
@@ -110,28 +155,36 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One row."""
+        """Log one row."""
         self._run.log({**metrics, "step": step})
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """One row."""
+        """Log a row with the picture."""
         self._run.log({name: self._wandb.Image(image), "step": step})
 
     def flush(self) -> None:
-        """A process of wandb's own sends what is online."""
+        """Copy what an offline run wrote; online, a process of wandb's own sends it."""
         if self._run.offline:  # wandb names its folder by the second alone
             part = f"{self._of.folder}/wandb/from-step-{self._of.start}"
             self._of.storage.upload_folder(part, self._local / "wandb")
 
     def close(self, *, failed: bool) -> None:
-        """wandb marks a run with an exit code as failed."""
+        """Finish the run; wandb marks one with an exit code as failed."""
         self._run.finish(exit_code=int(failed))
         self.flush()
 
 
-class Mlflow:
+class Mlflow(Backend):
     """One MLflow run for all parts of a training, found again by its tag."""
 
+    name = "mlflow"
+    package = "mlflow"
+    extra = "mlflow"
+    resumes = "continues the MLflow run with its tag `mapo.run`"
+    variables = (
+        "`MLFLOW_TRACKING_URI` (required), `MLFLOW_EXPERIMENT_NAME` (`mapo`), `MLFLOW_TRACKING_TOKEN` and the others of "
+        "MLflow"
+    )
     TAG = "mapo.run"
 
     def __init__(self, run: TrackedRun, local: Path) -> None:
@@ -155,24 +208,33 @@ class Mlflow:
             self._client.log_batch(self._id, params=flat[first : first + MAX_PARAMETERS])
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One request."""
+        """Send one request."""
         now_ms = int(time.time() * 1000)
         self._client.log_batch(self._id, [self._metric(name, value, now_ms, step) for name, value in metrics.items()])
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """An artifact that MLflow shows by step."""
+        """Log an artifact that MLflow shows by step."""
         self._client.log_image(self._id, image, key=name, step=step)
 
     def flush(self) -> None:
-        """Each call has arrived when it returns."""
+        """Do nothing: each call has arrived when it returns."""
 
     def close(self, *, failed: bool) -> None:
-        """The run's end."""
+        """End the run."""
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
+BACKENDS: Mapping[str, type[Backend]] = MappingProxyType({each.name: each for each in (TensorBoard, Wandb, Mlflow)})
+"""`train.trackers` -> the service: the only list of them."""
+
+
+def extras_of(names: Iterable[str]) -> list[str]:
+    """Return the extras of `mapo` that install these trackers' packages, in their order."""
+    return [extra for name in names if (extra := BACKENDS[name].extra) is not None]
+
+
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted names, as `-o` takes them."""
+    """Yield nested settings by dotted names, as `-o` takes them."""
     for name, value in parameters.items():
         if isinstance(value, Mapping) and value:
             yield from flat_parameters(value, f"{prefix}{name}.")

@@ -20,14 +20,7 @@ from PIL import Image
 
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.storage import Storage
-from training.tracking.backends import Backend, Mlflow, TensorBoard, TrackedRun, Wandb
-
-BACKENDS: Mapping[str, Callable[[TrackedRun, Path], Backend]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "mlflow": Mlflow,
-}
-"""Tracker -> its backend; the package that it needs and the extra that installs it have the same name."""
+from training.tracking.backends import BACKENDS, Backend, TrackedRun, extras_of
 
 MAX_WAITING = 1000  # entries that a slow service may be behind
 FLUSH_S = 60.0  # training waits for a tracker at a checkpoint, no longer than this and once
@@ -41,16 +34,18 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: With all that is missing.
     """
-    missing = [name for name in names if not _is_installed(name)]
+    missing = [name for name in names if not _is_installed(BACKENDS[name].package)]
     if missing:
+        extras = extras_of(missing)
+        wanted = f"'mapo[{','.join(extras)}]'" if extras else " ".join(BACKENDS[name].package for name in missing)
         raise ConfigError(
             f"train.trackers has {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            f"`pip install 'mapo[{','.join(missing)}]'`, on the workers' nodes too; or leave `train.trackers` out",
+            f"`pip install {wanted}`, on the workers' nodes too; or leave `train.trackers` out",
         )
 
 
 def _is_installed(package: str) -> bool:
-    """A folder `wandb` in the working directory, which wandb itself leaves there, is no package."""
+    """Return whether it can be imported: a folder `wandb`, which wandb leaves where it ran, is no package."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -58,7 +53,7 @@ def _is_installed(package: str) -> bool:
 def open_trackers(
     names: Sequence[str], *, storage: Storage, folder: str, key: str, start: int, parameters: Mapping[str, Any]
 ) -> list["Tracker"]:
-    """The trackers of a run, on rank 0. A run that is started again continues its curves.
+    """Open the trackers of a run, on rank 0. A run that is started again continues its curves.
 
     Args:
         names: Keys of BACKENDS.
@@ -91,20 +86,20 @@ class Tracker:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Numbers of a step; names have a group, as in train/loss."""
+        """Log the numbers of a step; names have a group, as in train/loss."""
         self._put(lambda backend: backend.log(metrics, step))
 
     def image(self, name: str, image: Image.Image | Path, step: int) -> None:
-        """A picture; a file is read before this returns."""
+        """Log a picture; a file is read before this returns."""
         try:
             picture = (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
         except OSError as error:
-            self._give_up(error)
+            self._disable(error)
         else:
             self._put(lambda backend: backend.image(name, picture, step))
 
     def flush(self) -> None:
-        """Wait until all is out that was logged; for FLUSH_S, after which the tracker is given up."""
+        """Wait until all that was logged is sent; after FLUSH_S the tracker is disabled."""
         done = threading.Event()
 
         def flush(backend: Backend) -> None:
@@ -115,7 +110,7 @@ class Tracker:
         self._wait(done)
 
     def close(self, *, failed: bool) -> None:
-        """The last call; waits like `flush`."""
+        """End the tracker; waits like `flush`."""
         self._put(lambda backend: backend.close(failed=failed))
         self._put(None)
         self._wait(threading.Event())
@@ -125,14 +120,14 @@ class Tracker:
             try:
                 self._waiting.put_nowait(action)
             except queue.Full:
-                self._give_up(f"it is {MAX_WAITING} entries behind")
+                self._disable(f"it is {MAX_WAITING:,} entries behind")
 
     def _wait(self, done: threading.Event) -> None:
-        """Until `done` or the end of the thread."""
+        """Wait until `done` or the end of the thread."""
         deadline = time.monotonic() + FLUSH_S
         while self.warning is None and self._thread.is_alive() and not done.wait(0.01):
             if time.monotonic() > deadline:
-                self._give_up(f"it took more than {FLUSH_S:.0f} s to bring out what it had")
+                self._disable(f"it took more than {FLUSH_S:.0f} s to send what was logged")
 
     def _work(self) -> None:
         try:
@@ -141,11 +136,11 @@ class Tracker:
                 while (action := self._waiting.get()) is not None and self.warning is None:
                     action(backend)
         except Exception as error:  # every service has its own exception tree, and none may end the run
-            self._give_up(error)
+            self._disable(error)
 
-    def _give_up(self, reason: Exception | str) -> None:
+    def _disable(self, reason: Exception | str) -> None:
         text = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        self.warning = f"tracker {self.name} is given up, training goes on: {text}"
+        self.warning = f"tracker {self.name} disabled; training continues: {text}"
         logger.warning("%s", self.warning)
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)  # the thread may be waiting for work
