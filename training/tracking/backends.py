@@ -182,8 +182,8 @@ class Mlflow(Backend):
     extra = "mlflow"
     resumes = "continues the MLflow run with its tag `mapo.run`"
     variables = (
-        "`MLFLOW_TRACKING_URI` (required), `MLFLOW_EXPERIMENT_NAME` (`mapo`), `MLFLOW_TRACKING_TOKEN` and the others of "
-        "MLflow"
+        "`MLFLOW_TRACKING_URI` (required), `MLFLOW_EXPERIMENT_NAME` (`mapo`), `MLFLOW_TRACKING_TOKEN` and the others "
+        "of MLflow"
     )
     TAG = "mapo.run"
 
