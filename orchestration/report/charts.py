@@ -1,4 +1,4 @@
-"""Where everything in the charts of a report lies, in SVG units; `report.html.j2` has the markup."""
+"""Layout of the charts of a report, in SVG units; `report.html.j2` has the markup."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ STYLES = ("raw", "line", "marks")  # in the order of drawing
 
 
 class Frame(NamedTuple):
-    """The inner rectangle of a chart in SVG units, and the ranges it shows."""
+    """Inner rectangle of a chart in SVG units, and the ranges it shows."""
 
     left: float
     right: float
@@ -47,7 +47,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """A series of a chart; style is `raw`, `line` or `marks`, tone is 0 or 1 (drawn solid or dashed)."""
+    """Series of a chart; style is `raw`, `line` or `marks`, tone is 0 or 1 (drawn solid or dashed)."""
 
     label: str
     style: str
@@ -57,7 +57,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """A curve that the page shows if it has numbers.
+    """Curve that the page shows if it has numbers.
 
     Args:
         title: Its heading.
@@ -78,7 +78,7 @@ class ChartSpec:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, ready to be drawn.
+    """Chart, ready to be drawn.
 
     Args:
         title: Its heading.
@@ -109,7 +109,7 @@ CURVES = (
     ChartSpec("Denoising error", {"mse_chosen": "chosen", "mse_rejected": "rejected"}),
     ChartSpec("Gradient norm", {"grad_norm": "train"}, size=SMALL),
     ChartSpec("Learning rate", {"learning_rate": "train"}, size=SMALL),
-    ChartSpec("Pairs a second", {"pairs_per_s": "train"}, size=SMALL, low=0.0),
+    ChartSpec("Pairs per second", {"pairs_per_s": "train"}, size=SMALL, low=0.0),
 )
 
 
@@ -209,7 +209,7 @@ def downsample(points: Sequence[Point]) -> list[Point]:
 
 @dataclass(frozen=True)
 class IntervalPlot:
-    """A score's two intervals on one axis, with their change."""
+    """Intervals of a score on one axis, with their change."""
 
     score: Score
     change: Change

@@ -51,7 +51,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Price:
-    """The price of the GPU hours, at a price for one of them."""
+    """Price of the GPU hours: in all, and for one of them."""
 
     amount: float
     hour: float
@@ -83,14 +83,14 @@ class Used:
 
     Args:
         encoders: Device of each kind of encoding, and how many actors it had.
-        workers: Device of each worker of the newest training.
+        workers: Node and device of each worker of the newest training.
     """
 
     encoders: Sequence[tuple[str, int]]
-    workers: Sequence[str]
+    workers: Sequence[tuple[str, str]]
 
     @staticmethod
-    def of_records(encoded: StageRecord | None, workers: Iterable[str]) -> "Used":
+    def of_records(encoded: StageRecord | None, workers: Iterable[tuple[str, str]]) -> "Used":
         """Return the devices from the record of encode, and those of the workers."""
         speeds = (encoded.details.get("speed") or {}).values() if encoded else ()
         return Used([(each["device"], int(each["num_actors"])) for each in speeds if each], tuple(workers))
@@ -134,7 +134,7 @@ def _encode_ahead(ingested: StageRecord | None) -> StageCost:
     seconds = sum(each["seconds"] for each in passes)
     num_actors = max((int(each["num_actors"]) for each in passes), default=1)
     devices = Devices(num_actors, _has_gpu(each["device"] for each in passes))
-    return StageCost("encode beside ingest", devices, seconds, len(passes))
+    return StageCost("encode during ingest", devices, seconds, len(passes))
 
 
 def _devices(config: RunConfig, used: Used) -> dict[str, Devices]:
@@ -142,7 +142,7 @@ def _devices(config: RunConfig, used: Used) -> dict[str, Devices]:
     num_actors = config.encode.worker_range[1] if config.encode else 1
     num_workers = config.train.worker_range[1] if config.train else 1
     encodes_on_gpu = _has_gpu(device for device, _ in used.encoders)
-    trains_on_gpu = _has_gpu(used.workers)
+    trains_on_gpu = _has_gpu(device for _, device in used.workers)
     any_gpu = encodes_on_gpu or trains_on_gpu
     return {
         "encode": Devices(max((count for _, count in used.encoders), default=num_actors), any_gpu),

@@ -1,4 +1,4 @@
-"""The course of a run, read from its journal: which stage ran when, how it ended, and where the run is now."""
+"""Course of a run, read from its journal: which stage ran when, how it ended, and where the run is now."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
 ORDER = (*STAGES_SHOWN, "report")
 OF_STORAGE = ("ingest", "encode")
 SILENCE = timedelta(minutes=3)
-"""A driver without a heartbeat for this long counts as gone: they come every few seconds, but clocks differ."""
+"""Drivers without a heartbeat for this long count as gone; heartbeats come every few seconds, but clocks differ."""
 
 
 class StageState(StrEnum):
-    """The state of a stage, or of one execution of it."""
+    """State of a stage, or of one execution of it."""
 
     RUNNING = "running"
     DONE = "done"
@@ -33,7 +33,7 @@ class StageState(StrEnum):
 
 
 class RunState(StrEnum):
-    """The state of a run; `partial` means that stages are missing and nothing went wrong."""
+    """State of a run; `partial` means that stages are missing and nothing went wrong."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -50,7 +50,7 @@ ENDS = {"finished": StageState.DONE, "failed": StageState.FAILED, "stopped": Sta
 
 @dataclass(frozen=True)
 class JournalEvent:
-    """An event of the journal; fields that its kind does not have keep their defaults.
+    """Event of the journal; fields that its kind does not have keep their defaults.
 
     Args:
         kind: `started`, `began`, `finished`, `failed`, `stopped`, ...
@@ -86,7 +86,7 @@ class JournalEvent:
 
 @dataclass(frozen=True)
 class Execution:
-    """One execution of a stage.
+    """Execution of a stage.
 
     Args:
         stage: The stage's name.
@@ -110,7 +110,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Course:
-    """Where a run is.
+    """State of a run and how it got there.
 
     Args:
         state: State of the run.

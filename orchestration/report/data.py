@@ -1,9 +1,9 @@
-"""Gathers the data of a report from the storage alone."""
+"""Gather the data of a report from the storage alone."""
 
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -28,7 +28,6 @@ from orchestration.report.records import (
     SourceRow,
     StageRow,
     TrainingSection,
-    WorkerRow,
 )
 from orchestration.report.timeline import timeline
 from orchestration.report.training_section import finished_training, live_training, unfinished_progress
@@ -47,7 +46,7 @@ T = TypeVar("T")
 
 
 class Gathered:
-    """A cache of what was read and cannot change, so that a page that is written often costs little."""
+    """Cache of what was read and cannot change, so that a page that is written often costs little."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Any] = {}
@@ -94,8 +93,7 @@ def report_data(
     training, snapshot = _training(config, storage, folder, records["train"], course)
     trained_on = _fingerprints(snapshot)
     dataset = _dataset(storage, snapshot.get("pairs_version"), gathered)
-    workers = training.workers if training else ()
-    used = Used.of_records(records["encode"], [worker.device for worker in workers])
+    used = _used(records["encode"], training)
     return ReportData(
         name=config.name,
         created_at=now(),
@@ -109,7 +107,7 @@ def report_data(
         timeline=timeline(course),
         started_at=course.started.strftime(TIME) if course.started else None,
         cost=cost_of(course, config, records["ingest"], used),
-        places=_places(workers, used),
+        places=_places(used),
         sources=_sources(config),
         rounds=[_round(record) for record in rounds_of(storage, folder)],
         dataset=dataset,
@@ -152,9 +150,14 @@ def _stage(name: str, record: StageRecord | None, dataset: DatasetSection | None
     return StageRow(name, state)
 
 
-def _places(workers: Sequence[WorkerRow], used: Used) -> list[DeviceUse]:
+def _used(encoded: StageRecord | None, training: TrainingSection | None) -> Used:
+    workers = training.workers if training else ()
+    return Used.of_records(encoded, [(worker.node, worker.device) for worker in workers])
+
+
+def _places(used: Used) -> list[DeviceUse]:
     """Return the devices that training and encoding ran on, by node and kind."""
-    counted = Counter((worker.node, worker.device) for worker in workers)
+    counted = Counter(used.workers)
     found = [DeviceUse("train", count, device, node) for (node, device), count in counted.items()]
     actors: dict[str, int] = {}
     for device, num_actors in used.encoders:

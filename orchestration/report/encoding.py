@@ -1,4 +1,4 @@
-"""The encoding section of a report: what is encoded, how fast it went, and how it looks when it is decoded."""
+"""Encoding section of a report: what is encoded, how fast it went, and how it looks when it is decoded."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.maintenance.describe import describe_encoding
 
 ITEMS = {"latents": "pair", "text": "prompt"}
-"""What is encoded -> the item that its speed counts; in the order of the page."""
+"""Kind of encoding -> the item that its speed counts; in the order of the page."""
 
 
 def recorded_fingerprints(record: StageRecord | None) -> Fingerprints | None:

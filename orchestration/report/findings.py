@@ -1,4 +1,4 @@
-"""What a report concludes from its numbers: how held-out accuracy changed, how fast training was, what time is left."""
+"""Conclusions from a report's numbers: change of held-out accuracy, training speed, time left."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Z = 1.96  # of a 95 % interval
 
 @dataclass(frozen=True)
 class Change:
-    """How a measure changed."""
+    """Change of a measure."""
 
     before: Interval
     after: Interval
@@ -32,20 +32,20 @@ class Change:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the two intervals do not overlap."""
+        """Return whether the two intervals are disjoint."""
         return self.before.high < self.after.low or self.after.high < self.before.low
 
 
 @dataclass(frozen=True)
 class HeldOutChange(Change):
-    """How held-out implicit accuracy changed from before training to its end."""
+    """Change of held-out implicit accuracy from before training to its end."""
 
     num_pairs: int
 
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    """How fast training was; what no step says is None.
+    """Speed of a training; numbers that no step has are None.
 
     Args:
         pairs_per_s: Pairs per second of all workers, median of the steps.
@@ -67,7 +67,7 @@ class TrainingSpeed:
 
     @property
     def is_known(self) -> bool:
-        """Whether any of it was measured."""
+        """Return whether any of it was measured."""
         return any(value is not None for value in vars(self).values())
 
 

@@ -1,4 +1,4 @@
-// The index of runs: sorts the table by its heads, and compares two runs. It makes text and elements, never markup.
+// The index of runs: sorts the table by its column headers and compares two runs. It creates text and elements, never markup.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
@@ -28,7 +28,7 @@ function number(value) {
 
 const percent = (ratio) => `${(100 * ratio).toFixed(1)}\u00a0%`;
 
-// Sorting: a button in each head; the order is said by aria-sort.
+// Sorting: a button in each column header; aria-sort states the order.
 
 function sortable(table) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
@@ -134,20 +134,20 @@ function compare(pair) {
   const add = (title, ...found) => parts.push(make("h3", { class: "later" }, title), ...found);
   parts.push(make("p", { class: "legend" }, ...pair.map((run, tone) => make("span", {}, swatch(tone), ` ${run.run}`))));
   const drawn = Object.keys(data.titles).map((key) => chart(key, pair)).filter(Boolean);
-  add("Curves", drawn.length ? make("div", { class: "grid charts" }, ...drawn) : make("p", {}, "Neither run has trained a step."));
+  add("Curves", drawn.length ? make("div", { class: "grid charts" }, ...drawn) : make("p", {}, "Neither run has trained yet."));
   const rows = scores(pair);
   add("Scores", rows.length ? table("Scores of both runs, with 95 % intervals", heads, rows) : make("p", {}, "Neither run has scores."));
   const settings = data.settings.flatMap((key, i) => (pair[0].values[i] === pair[1].values[i] ? [] : [[make("code", {}, key), ...pair.map((run) => run.values[i] ?? DASH)]]));
   add("Settings that differ", settings.length ? table("Settings that differ", heads, settings) : make("p", {}, "None: both runs have the same configuration."));
   const shown = samples(pair);
-  add("Samples of the same prompt and seed", shown.length ? make("div", { class: "grid pairs" }, ...shown) : make("p", {}, "They have none in common."));
+  add("Samples of the same prompt and seed", shown.length ? make("div", { class: "grid pairs" }, ...shown) : make("p", {}, "The runs have no samples in common."));
   document.getElementById("comparison").replaceChildren(...parts);
 }
 
 function choose() {
   const form = document.getElementById("choice"), picks = ["one", "other"].map((id) => document.getElementById(id));
   if (data.runs.length < 2) {
-    document.getElementById("comparison").append(make("p", {}, "There are no two runs yet."));
+    document.getElementById("comparison").append(make("p", {}, "There are fewer than two runs."));
     return;
   }
   const wanted = new URLSearchParams(location.hash.slice(1));

@@ -1,4 +1,4 @@
-"""The index of all runs of a storage, `runs/index.html`: composed of each run's summary, whole or not at all.
+"""Index of all runs of a storage, `runs/index.html`: composed of each run's summary, whole or not at all.
 
 Every run writes its own summary and then the index. If several do so at once, the last one to write has them all: it
 looks again after its write, and any summary that comes later is followed by its own run's write.
@@ -32,7 +32,7 @@ COMPARED = ("run", "state", "accuracy", "scores", "curves", "samples")
 
 @dataclass(frozen=True)
 class When:
-    """A time as ISO text, by which the table sorts, and as a person writes it."""
+    """Time as ISO text, by which the table sorts, and as a person writes it."""
 
     iso: str
     text: str
@@ -40,7 +40,7 @@ class When:
 
 @dataclass(frozen=True)
 class IndexRow:
-    """A run as the table of the index shows it.
+    """Run as the table of the index shows it.
 
     Args:
         summary: The run's summary.

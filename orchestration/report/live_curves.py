@@ -1,4 +1,4 @@
-"""The curves of a live training: those of its newest checkpoint, and what was seen since.
+"""Curves of a live training: those of its newest checkpoint, and what was seen since.
 
 Workers keep every number in their checkpoints and write the newest ones to `progress.json` every few seconds. Whoever
 watches that file has the steps since the checkpoint: all of them if a step takes longer than the time between two
@@ -24,7 +24,7 @@ HELD_OUT = "validation_"
 
 @dataclass(frozen=True)
 class LiveProgress:
-    """What `progress.json` says of a training.
+    """Progress of a training, as `progress.json` has it.
 
     Args:
         key: The training's key.
@@ -98,7 +98,7 @@ def read_progress(storage: Storage, folder: str) -> LiveProgress | None:
 
 
 class SeenSteps:
-    """The steps seen since the newest checkpoint of a run's training; kept beside the report for other readers.
+    """Steps seen since the newest checkpoint of a run's training; kept beside the report for other readers.
 
     Args:
         storage: The run's storage.

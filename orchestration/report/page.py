@@ -1,4 +1,4 @@
-"""The run's report, one self-contained HTML page; `report.html.j2` has the markup."""
+"""Report of a run, one self-contained HTML page; `report.html.j2` has the markup."""
 
 import base64
 import functools
@@ -28,7 +28,7 @@ RELOAD_S = 60  # after which the page of a live run reloads itself
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, with the size of the original."""
+    """Image as a data URI, with the size of the original."""
 
     uri: str
     width: int
@@ -70,7 +70,7 @@ def template(name: str) -> jinja2.Template:
 
 
 class Widths:
-    """The widths of bars as rules of the style sheet: a strict policy allows no style in a tag."""
+    """Widths of bars as rules of the style sheet: a strict policy allows no style in a tag."""
 
     def __init__(self, values: Iterable[float]) -> None:
         self._names = {float(value): f"grow-{i}" for i, value in enumerate(dict.fromkeys(map(float, values)))}

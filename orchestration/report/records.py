@@ -1,4 +1,4 @@
-"""The typed records that a report is made of: one for each section of the page.
+"""Typed records that a report is made of: one for each section of the page.
 
 A section that is None belongs to a stage that has not run. `data.py` makes these records from the storage; `page.py`
 renders them, `summary.py` condenses them. Cost, timeline and course have their records in their own modules.
@@ -12,12 +12,12 @@ from orchestration.report.cost import Cost
 from orchestration.report.timeline import Timeline
 
 Row = Mapping[str, float]
-"""The numbers of one step or one validation, by name; `step` is among them."""
+"""Numbers of one step or one validation, by name; `step` is among them."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its 95 % interval."""
+    """Mean with the ends of its 95 % interval."""
 
     low: float
     mean: float
@@ -31,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class StageRow:
-    """A stage as the table of stages shows it.
+    """Stage as the table of stages shows it.
 
     Args:
         name: The stage's name.
@@ -60,7 +60,7 @@ class DeviceUse:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A configured source; secrets in its path are masked."""
+    """Configured source; secrets in its path are masked."""
 
     format: str
     path: str
@@ -68,7 +68,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A finished round; `parent` is the round whose model it started from, None for the base model."""
+    """Finished round; `parent` is the round whose model it started from, None for the base model."""
 
     round: int
     parent: int | None
@@ -81,7 +81,7 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class DatasetSection:
-    """The snapshot that was trained on; before training, the newest version of the table.
+    """Snapshot that was trained on; before training, the newest version of the table.
 
     Args:
         storage: URL of the storage.
@@ -113,7 +113,7 @@ class DatasetSection:
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """The fingerprints of the latents and text embeddings that were trained on."""
+    """Fingerprints of the latents and text embeddings that were trained on."""
 
     latents: str
     text: str
@@ -121,7 +121,7 @@ class Fingerprints:
 
 @dataclass(frozen=True)
 class WorkPart:
-    """A part of encoding: its seconds over all actors and its share (0..1) of the work."""
+    """Part of encoding: its seconds over all actors and its share (0..1) of the work."""
 
     name: str
     seconds: float
@@ -130,7 +130,7 @@ class WorkPart:
 
 @dataclass(frozen=True)
 class EncodingSpeed:
-    """How fast this run encoded latents or text.
+    """Speed at which this run encoded latents or text.
 
     Args:
         name: `latents` or `text`.
@@ -174,7 +174,7 @@ class BytesPerPair:
 
 @dataclass(frozen=True)
 class ContactImage:
-    """An image of the contact sheet: names of its source and decoded files, relative to the run's folder.
+    """Image of the contact sheet, with the names of its source and decoded files, relative to the run's folder.
 
     Args:
         pair_key: Its pair.
@@ -202,7 +202,7 @@ class ContactImage:
 
 @dataclass(frozen=True)
 class EncodingSection:
-    """What is encoded under the fingerprints that were trained on; `speeds` and `contact` only if this run did it."""
+    """Encodings under the fingerprints that were trained on; `speeds` and `contact` only if this run did it."""
 
     pairs: int
     images: int
@@ -231,7 +231,7 @@ class EncodingSection:
 
 @dataclass(frozen=True)
 class WorkerRow:
-    """A training worker; `num_pairs` and `digest` of the pairs it consumed are known once training has finished."""
+    """Training worker; `num_pairs` and `digest` of the pairs it consumed are known once training has finished."""
 
     rank: int
     world_size: int
@@ -251,7 +251,7 @@ class WorkerRow:
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """A grid of samples drawn during training; `image` is its file, relative to the run's folder."""
+    """Grid of samples drawn during training; `image` is its file, relative to the run's folder."""
 
     step: int
     image: str
@@ -259,7 +259,7 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class TrainingSection:
-    """A training that has finished, or a live one as far as it has come.
+    """Finished training, or a live one as far as it has come.
 
     Args:
         method: `train.method`.
@@ -306,7 +306,7 @@ class TrainingSection:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of the base model and of the aligned model."""
+    """Score of the base model and of the aligned model."""
 
     name: str
     description: str
@@ -315,13 +315,13 @@ class Score:
 
     @property
     def ends(self) -> Sequence[float]:
-        """All six numbers."""
+        """Return all six numbers."""
         return [value for side in (self.base, self.aligned) for value in (side.low, side.mean, side.high)]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and seed drawn by both models; `base` and `aligned` are files in the folder of the evaluation."""
+    """Prompt and seed drawn by both models; `base` and `aligned` are files in the folder of the evaluation."""
 
     prompt: str
     seed: int
@@ -336,7 +336,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """The newest evaluation."""
+    """Newest evaluation."""
 
     num_samples: int
     num_inference_steps: int

@@ -1,4 +1,4 @@
-"""A run in a few kilobytes: what the index of runs shows and compares, kept as `report/summary.json`."""
+"""Summary of a run in a few kilobytes: what the index of runs shows and compares, kept as `report/summary.json`."""
 
 import json
 import math
@@ -21,7 +21,7 @@ CURVES = {
     "loss": "Loss",
     "margin": "Margin",
     "implicit_accuracy": "Implicit accuracy",
-    "pairs_per_s": "Pairs a second",
+    "pairs_per_s": "Pairs per second",
 }
 NOT_COMPARED = ("name", "storage", "report")  # sections of the configuration
 
@@ -36,7 +36,7 @@ class AccuracySummary:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """A score of the base model and of the aligned model."""
+    """Score of the base model and of the aligned model."""
 
     name: str
     base: Interval
@@ -45,7 +45,7 @@ class ScoreSummary:
 
 @dataclass(frozen=True)
 class CurveSummary:
-    """A curve: the averaged line of training, and the held-out points."""
+    """Curve: the averaged line of training, and the held-out points."""
 
     line: Sequence[Point]
     marks: Sequence[Point]
@@ -62,7 +62,7 @@ class CostSummary:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the index shows of a run; every number is finite.
+    """Run as the index shows it; every number is finite.
 
     Args:
         run: The run's name.

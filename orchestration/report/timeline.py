@@ -1,4 +1,4 @@
-"""The timeline of a run: when each stage ran, on one axis that leaves long pauses out."""
+"""Timeline of a run: when each stage ran, on one axis that leaves long pauses out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 @dataclass(frozen=True)
 class Bar:
-    """An execution on the axis: its left end and its width, in SVG units."""
+    """Execution on the axis: its left end and its width, in SVG units."""
 
     stage: str
     state: StageState
@@ -25,7 +25,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The executions of all stages on one axis.
+    """Executions of all stages on one axis.
 
     Args:
         bars: The executions.
@@ -50,7 +50,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of time: work, a short pause, or a pause that is left out."""
+    """Stretch of time: work, a short pause, or a pause that is left out."""
 
     start: datetime
     end: datetime
@@ -62,7 +62,7 @@ class _Piece:
 
 
 class _Axis:
-    """Places times on an axis of WIDTH that is cut at long pauses."""
+    """Placement of times on an axis of WIDTH that is cut at long pauses."""
 
     def __init__(self, pieces: Sequence[_Piece]) -> None:
         self._pieces = pieces

@@ -1,4 +1,4 @@
-"""The training section of a report: a finished training from its record, a live one from its progress."""
+"""Training section of a report: a finished training from its record, a live one from its progress."""
 
 import re
 from collections.abc import Sequence

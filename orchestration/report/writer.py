@@ -1,4 +1,4 @@
-"""Writes a run's page and the index of runs: once when asked, or again and again beside a stage."""
+"""Write a run's report and the index of runs: once on request, or again and again while a stage runs."""
 
 import contextlib
 import logging
@@ -17,8 +17,8 @@ from pipelines.dataset.errors import MapoError
 
 EVERY_S = 60.0
 LOOK_S = 5.0  # as often as workers write their progress
-MAX_LOAD = 0.05  # of the time: a page that takes long is written less often
-CLOSE_S = 60.0  # that the last page may take
+MAX_LOAD = 0.05  # share of the time: a page that takes long to write is written less often
+CLOSE_S = 60.0  # to wait for the last page
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,16 @@ def write_report(
     gathered: Gathered | None = None,
     is_stopped: threading.Event | None = None,
 ) -> str:
-    """Write the run's page, its summary and the index of runs, as the storage has the run at this moment.
+    """Write the run's report, its summary and the index of runs, as of now.
 
-    Can be called at any time: before any stage has run, while one runs (also from another machine), after a failure.
+    Can be called at any time: before any stage has run, while one runs (from another machine, too), after a failure.
 
     Args:
         run: The run.
-        command: What brings the run to its end, where its journal does not know.
-        is_driven: Whether a driver works on the run: False for the driver's own last page; by default the lease tells.
+        command: The command that brings the run to its end, if its journal does not know.
+        is_driven: Whether a driver is working on the run; False for its own last page; by default the lease tells.
         gathered: What an earlier call has read.
-        is_stopped: Nothing is written any more once it is set.
+        is_stopped: Once it is set, nothing more is written.
 
     Returns:
         The page's name on the storage.
@@ -61,12 +61,12 @@ def write_report(
 
 
 def report_now(config: RunConfig, *, config_file: str, say: Say) -> None:
-    """Write both pages of a run as it is now, and say where they are.
+    """Write the report of a run and the index of runs, and say where they are.
 
     Args:
-        config: The run's.
-        config_file: Where it was read from.
-        say: Where the lines go.
+        config: The run's configuration.
+        config_file: The file it was read from.
+        say: Takes lines for the terminal.
     """
     from orchestration.report.index import INDEX
 
@@ -76,15 +76,15 @@ def report_now(config: RunConfig, *, config_file: str, say: Say) -> None:
 
 
 class ReportWriter:
-    """Writes the report every minute or so while a stage runs; a context manager.
+    """Context manager that writes the report every minute or so while a stage runs.
 
-    No failure of it is one of the run: it is logged, and the next page is tried in its turn. After it was closed
-    nothing is written.
+    Its failures never fail the run: they are logged, and the next page is attempted in due time. Nothing is written
+    after `close`.
 
     Args:
         run: The run.
-        command: As of `write_report`.
-        every_s: Seconds between two pages; more where a page takes more than MAX_LOAD of that.
+        command: See `write_report`.
+        every_s: Seconds between two pages; longer if writing a page takes more than MAX_LOAD of that.
     """
 
     def __init__(self, run: Run, *, command: str, every_s: float = EVERY_S) -> None:
@@ -103,7 +103,7 @@ class ReportWriter:
         self.close()
 
     def close(self) -> None:
-        """End; a page that is being written is waited for, and dropped if it takes longer than CLOSE_S."""
+        """Stop; wait for a page that is being written, and drop it if it takes longer than CLOSE_S."""
         self._closed.set()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_S)
@@ -112,30 +112,30 @@ class ReportWriter:
         """Write the page now, in this thread: between stages, or with `is_driven=False` at the driver's end.
 
         Args:
-            is_driven: As of `write_report`.
+            is_driven: See `write_report`.
         """
-        with self._forgiven("report"):
+        with self._errors_logged("report"):
             write_report(self._run, command=self._command, is_driven=is_driven, gathered=self._gathered)
 
     def _work(self) -> None:
         train = self._run.config.train
         seen = None
-        with self._forgiven("curves"):
+        with self._errors_logged("curves"):
             if train is not None:
                 seen = SeenSteps(self._run.storage, self._run.folder, validate_every=train.validate_every)
         next_page = time.monotonic()
         while not self._closed.is_set():
             if seen is not None:
-                with self._forgiven("curves"):
+                with self._errors_logged("curves"):
                     seen.look()
             if time.monotonic() >= next_page:
                 next_page = self._page(seen)
             self._closed.wait(min(LOOK_S, self._every_s))
 
     def _page(self, seen: SeenSteps | None) -> float:
-        """Write a page; gives the time of the next one."""
+        """Write a page; return the time of the next one."""
         started = time.monotonic()
-        with self._forgiven("report"):
+        with self._errors_logged("report"):
             if seen is not None:
                 seen.save()
             write_report(
@@ -149,10 +149,10 @@ class ReportWriter:
         return ended + max(self._every_s, (ended - started) / MAX_LOAD)
 
     @contextlib.contextmanager
-    def _forgiven(self, what: str) -> Iterator[None]:
+    def _errors_logged(self, what: str) -> Iterator[None]:
         try:
             yield
         except MapoError as error:
             log.warning("%s not written: %s", what, error.message)
-        except Exception:  # the run goes on whatever becomes of its page
+        except Exception:  # a page must never fail the run
             log.warning("%s not written", what, exc_info=True)

@@ -1,4 +1,4 @@
-"""The report while a run goes on: from its journal, its checkpoints and what was seen, and never at the run's cost."""
+"""The report of a live run: from its journal, its checkpoints and what was seen, without ever failing the run."""
 
 import hashlib
 import json
@@ -76,7 +76,7 @@ def test_a_failure_is_on_the_page_with_its_stage_and_message(run: Run) -> None:
     run.journal.event("failed", stage="ingest", error="StorageError", message="no space left\nhint: make room")
     write_report(run, command="mapo run photos.yaml", is_driven=False)
     text = text_of(run)
-    assert "Failed in ingest no space left hint: make room" in text
+    assert "Failed during ingest no space left hint: make room" in text
     assert "mapo run p.yaml -o seed=1" in text
 
 
@@ -90,7 +90,7 @@ def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: R
         assert (data.state, [stage.status for stage in data.stages]) == (state, states)
 
 
-def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
+def test_the_last_page_of_a_run_shows_it_as_finished(run: Run) -> None:
     key, version = "0" * 32, "1"
     details = {"snapshot": {"pairs_version": None, "latents_fingerprint": key, "text_fingerprint": key}, "steps": 2}
     details |= {"workers": [WORKER | {"num_pairs": 2, "digest": version}], "starts": 1}
@@ -109,7 +109,7 @@ def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
     assert report_data(run.config, run.storage, run.journal, command="", is_driven=False).state == "failed"
 
 
-def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_what_was_seen_since(run: Run) -> None:
+def test_live_curves_join_the_checkpoint_and_what_was_seen_since(run: Run) -> None:
     seen = SeenSteps(run.storage, run.folder, validate_every=5)
     for number, held_out in ((1, 0.4), (2, 0.4), (7, 0.3)):
         put_progress(run, number, held_out=held_out)
@@ -128,7 +128,7 @@ def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_w
     assert [(row["step"], row["loss"]) for row in curves.validations] == [(0, 0.4), (5, 0.3)]
 
 
-def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
+def test_restarted_workers_replace_what_was_seen(run: Run) -> None:
     seen = SeenSteps(run.storage, run.folder, validate_every=5)
     for number in (6, 7, 3, 4):
         put_progress(run, number)
@@ -139,7 +139,7 @@ def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
     assert [row["step"] for row in seen.steps] == [1]
 
 
-def test_a_damaged_checkpoint_gives_no_curve(run: Run) -> None:
+def test_a_damaged_checkpoint_contributes_no_curve(run: Run) -> None:
     put_checkpoint(run, 4)
     run.storage.write(f"{run.folder}/checkpoints/{KEY}/step-00000004/{STATE}", b'{"history": {}}')
     put_progress(run, 5)
@@ -148,7 +148,9 @@ def test_a_damaged_checkpoint_gives_no_curve(run: Run) -> None:
     assert [row["step"] for row in live_curves(run.storage, run.folder, progress, validate_every=5).steps] == [5]
 
 
-def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_counts_every_execution_and_names_those_it_cannot_count(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for minute, (event, facts) in enumerate(
         (("began", {}), ("failed", {"message": "x"}), ("began", {}), ("began", {}), ("stopped", {"reason": "y"}))
     ):
@@ -167,7 +169,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
         threading.Event().wait(0.01)
 
 
-def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: Run) -> None:
+def test_the_writer_follows_the_run_and_writes_nothing_once_closed(run: Run) -> None:
     run.journal.event("started", by="x", stages=["train"])
     run.journal.event("began", stage="train")
     put_progress(run, 3)
@@ -182,7 +184,7 @@ def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: 
     assert run.storage.exists(f"{run.folder}/{SEEN}")
 
 
-def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_failing_writer_does_not_fail_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     def refuse(self: Storage, name: str, data: bytes) -> None:
         raise StorageError("no space left", "make room")
 
@@ -214,7 +216,7 @@ def test_the_last_page_of_a_failed_run_is_written_by_whoever_drives_it(
     assert written == ([] if is_taken_over else [False])
 
 
-def test_a_closed_writer_drops_the_page_that_it_was_making(run: Run) -> None:
+def test_a_closed_writer_drops_the_page_it_was_making(run: Run) -> None:
     is_stopped = threading.Event()
     is_stopped.set()
     write_report(run, command="mapo run", is_stopped=is_stopped)

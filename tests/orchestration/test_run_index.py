@@ -60,13 +60,13 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_run_is_listed_the_newest_first(storage: Storage) -> None:
+def test_all_runs_are_listed_newest_first(storage: Storage) -> None:
     for day, name in enumerate(("b", "c", "a"), start=1):
         write_index(storage, summary(name, started_at=f"2026-11-{day:02}T00:00:00Z"))
     assert listed(storage) == ["a", "c", "b"]
 
 
-def test_runs_that_end_at_once_are_all_in_the_index(storage: Storage) -> None:
+def test_runs_that_end_at_the_same_time_are_all_in_the_index(storage: Storage) -> None:
     start, names = threading.Barrier(6), [f"run-{i}" for i in range(6)]
 
     def finish(name: str) -> None:
@@ -95,7 +95,7 @@ def test_a_run_that_wrote_while_the_index_was_composed_is_not_lost(storage: Stor
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"version": 99, "run": "bad"}', b"\xff"])
-def test_a_damaged_summary_costs_its_own_row_alone(storage: Storage, damage: bytes) -> None:
+def test_a_damaged_summary_costs_only_its_own_row(storage: Storage, damage: bytes) -> None:
     storage.write(f"runs/bad/{SUMMARY}", damage)
     write_index(storage, summary("good"))
     assert listed(storage) == ["good"]
@@ -142,7 +142,7 @@ def test_runs_on_object_storage_are_found(s3_server: dict[str, str], monkeypatch
     assert sorted(listed(storage)) == ["one", "two"]
 
 
-def test_what_a_run_holds_is_text_and_never_markup() -> None:
+def test_text_of_a_run_is_never_markup() -> None:
     data = summary(HOSTILE, method=HOSTILE, stage=HOSTILE, state=HOSTILE)
     data = changed(data, {"scores.0.name": HOSTILE, "samples.0.prompt": HOSTILE, "settings": {"seed": HOSTILE}})
     page = render_index([data, summary("other")], HOSTILE)
@@ -162,7 +162,7 @@ json_values = st.recursive(
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @given(json_values)
-def test_data_in_a_script_element_comes_out_as_it_went_in(value: Any) -> None:
+def test_data_survives_the_script_element_unchanged(value: Any) -> None:
     text = in_script(value)
     assert json.loads(text) == value
     assert not set("<>&\u2028\u2029") & set(text)
@@ -184,7 +184,7 @@ def test_a_summary_is_small_and_every_number_finite() -> None:
     assert [score["name"] for score in made["scores"]] == ["content"]
 
 
-def test_a_run_whose_end_nobody_noted_has_none_in_the_index() -> None:
+def test_a_run_whose_end_is_unknown_has_none_in_the_index() -> None:
     ended = {state: summary_of(replace(sample_data(200), state=state)).ended_at for state in ("finished", "lost")}
     assert ended == {"finished": "2026-11-23T23:10:00Z", "lost": None}
 
@@ -224,7 +224,7 @@ def test_two_runs_are_compared_in_a_browser(two_runs: Path, over_http: bool) -> 
 
 
 @needs_chromium
-def test_the_table_is_sorted_by_its_heads_with_the_keyboard(two_runs: Path) -> None:
+def test_the_table_can_be_sorted_with_the_keyboard(two_runs: Path) -> None:
     script = """const runs = () => [...doc.querySelectorAll('#table tbody th')].map(th => th.innerText).join(' ')
         const button = [...doc.querySelectorAll('#table thead button')].find(b => b.textContent === 'Steps')
         const before = runs(); button.focus()
@@ -237,6 +237,6 @@ def test_the_table_is_sorted_by_its_heads_with_the_keyboard(two_runs: Path) -> N
 
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
-def test_all_text_of_the_index_has_the_contrast_of_aa(two_runs: Path, dark: bool) -> None:
+def test_all_text_of_the_index_has_aa_contrast(two_runs: Path, dark: bool) -> None:
     seen = look(two_runs, "runs/index.html#one=photos&other=style", CONTRAST, width=1280, dark=dark)
     assert float(seen.text.split()[0]) >= 4.5, seen.text

@@ -44,7 +44,7 @@ PROMPTS = (
 
 
 def landscape(seed: int, *, side: int = 64, styled: bool = False) -> bytes:
-    """A small landscape; styled: in warm colours, as a style taught from preferences would be."""
+    """Return a small landscape; `styled` gives it warm colours, as a style taught from preferences would be."""
     rng = random.Random(seed)
     image = Image.new("RGB", (side, side), (240, 190, 120) if styled else (150, 180, 205))
     draw = ImageDraw.Draw(image)
@@ -136,7 +136,7 @@ def _quarters(progress: float) -> dict[str, float]:
 
 
 def _grid(progress: float) -> bytes:
-    """Four landscapes, the more styled the later."""
+    """Return four landscapes, the more styled the later."""
     grid = Image.new("RGB", (1032, 1032), (128, 128, 128))
     for i in range(4):
         plain, styled = (Image.open(io.BytesIO(landscape(40 + i, side=512, styled=each))) for each in (False, True))
