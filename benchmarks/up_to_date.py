@@ -23,9 +23,9 @@ from deltalake import write_deltalake
 from benchmarks.encode import write_model
 from benchmarks.scale import PAIRS_A_PROMPT, ROWS_A_COMMIT, make_table
 from orchestration.config import RunConfig
-from orchestration.driver.runner import ALL_STAGES, STAGES
 from orchestration.run.context import Run
-from orchestration.stages.actions import encode_check, ingest_check
+from orchestration.stages import encode, ingest
+from orchestration.stages.registry import ALL_STAGES, STAGES
 from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
@@ -59,13 +59,15 @@ def write_records(run: Run) -> None:
     """What the stages of a finished run leave, as far as later ones look at it."""
     checkpoint = f"{run.folder}/checkpoints/0/step-00002000-0001-00000000"
     for name in ALL_STAGES:
-        key = STAGES[name].key(run)
+        key = STAGES[name].look(run).key
         assert key is not None, name
         details: dict[str, Any] = {}
         if name == "ingest":
-            details = {"checked": ingest_check(run, key)}
+            details = {"checked": ingest.what_was_checked(run, key)}
         if name == "encode":
-            details = {"versions": encode_check(run, pairs_table(run.storage).version)}
+            version = pairs_table(run.storage).version
+            assert version is not None
+            details = {"versions": encode.versions(run, version, encode.fingerprints(run))}
         if name == "train":
             details = {"checkpoint": checkpoint, "best_checkpoint": checkpoint}
         if name == "export":

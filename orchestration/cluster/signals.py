@@ -7,6 +7,7 @@ All raise `Stopped` in the main thread, wherever it waits. Stages then stop clea
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ class Stopped(KeyboardInterrupt):
         reason: Why, in a few words.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str = "stopped") -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -37,14 +38,20 @@ class Interruption:
         self._reason: str | None = None
         self._error: Exception | None = None
         self._raised: BaseException | None = None
-        self._main = threading.main_thread()
-        self._is_armed = False
+        self._thread = threading.main_thread()
+        self._is_armed = self._takes_signals = False
 
     def ask(self, reason: str) -> None:
-        """Stop the main thread, from any thread; nothing happens if it is being stopped already."""
-        if self._reason is None and self._is_armed and self._main.ident is not None:
-            self._reason = reason
-            signal.pthread_kill(self._main.ident, signal.SIGTERM)
+        """Stop the thread that works, from any thread; nothing happens if it is being stopped already."""
+        if self._reason is not None or not self._is_armed or self._thread.ident is None:
+            return
+        self._reason = reason
+        if self._takes_signals:
+            signal.pthread_kill(self._thread.ident, signal.SIGTERM)
+        else:  # raised as soon as that thread runs Python again; `named` then says what it meant
+            self._raised = self._error or Stopped(reason)
+            thread = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stopped))
 
     def fail(self, error: Exception) -> None:
         """End the main thread's work with an error, from any thread: there is nothing to end cleanly."""
@@ -72,10 +79,22 @@ class Interruption:
             raise
 
     @contextlib.contextmanager
-    def armed(self) -> Iterator[Interruption]:
-        """Until the end of the block; does nothing outside of the main thread, where no signal arrives."""
-        if threading.current_thread() is not self._main:
-            yield self
+    def armed(self, *, takes_signals: bool = True) -> Iterator[Interruption]:
+        """Stop the work of the block in this thread whenever one of the ways to stop it is taken.
+
+        Args:
+            takes_signals: Whether SIGINT and SIGTERM are among them, in the main thread. Without, their handlers stay
+                as they are, as a notebook needs it: there an interrupt is a plain `KeyboardInterrupt`.
+        """
+        self._thread = threading.current_thread()
+        self._takes_signals = takes_signals and self._thread is threading.main_thread()
+        if not self._takes_signals:
+            self._is_armed = True
+            try:
+                with self.named():
+                    yield self
+            finally:
+                self._is_armed = False
             return
         kept: dict[Any, Any] = {number: signal.signal(number, self._raise) for number in SIGNALS}
         self._is_armed = True

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from orchestration import api
 from orchestration.cluster.signals import Interruption
 from orchestration.commands.options import parse_duration
 from orchestration.config import RunConfig
-from orchestration.driver.runner import MAX_MESSAGE, run_all
+from orchestration.driver.runner import MAX_MESSAGE
 from orchestration.run.context import Say
 from pipelines.dataset.errors import ClusterError, ConfigError
 
@@ -36,7 +37,7 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
     while True:
         started = time.monotonic()
         try:
-            run_all(load(), say)
+            api.run(load(), say=say, takes_signals=True)
         except ConfigError:
             raise
         except Exception as error:  # whatever it is

@@ -4,17 +4,36 @@ import argparse
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from orchestration.run.console import note, say, write
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, redact
 
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
+
+__all__ = [
+    "CONFIG",
+    "CONFIGURED",
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "JSON",
+    "OVERRIDE",
+    "Command",
+    "MaskedFormatter",
+    "Option",
+    "load",
+    "note",
+    "parse_duration",
+    "place",
+    "say",
+    "say_json",
+    "write",
+]  # fmt: skip
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 """2, for a wrong command or configuration, comes from argparse and `ConfigError`."""
@@ -129,28 +148,6 @@ JSON = Option("--json", "as JSON")
 DEBUG = Option("--debug", "show tracebacks")
 
 
-def say(line: str) -> None:
-    """Show the user a line, on stdout."""
-    write(f"{line}\n")
-
-
-def note(line: str) -> None:
-    """Show the user a line beside a command's output, on stderr."""
-    write(f"{line}\n", sys.stderr)
-
-
-def write(text: str, stream: TextIO | None = None) -> None:
-    """Write text with every secret masked; the only place in which commands write to stdout or stderr.
-
-    Args:
-        text: Line ends included.
-        stream: By default stdout.
-    """
-    out = stream or sys.stdout
-    out.write(redact(text))
-    out.flush()
-
-
 def say_json(data: object) -> None:
     """Show the user data as JSON."""
     say(json.dumps(data, indent=2))
@@ -166,11 +163,9 @@ class MaskedFormatter(logging.Formatter):
 
 def load(options: argparse.Namespace) -> "RunConfig":
     """Load the configuration that a command was given, with its overrides and absolute paths."""
-    from orchestration.config import load_config
-    from orchestration.jobs.paths import check_inside_job, load_located
+    from orchestration import api
 
-    check_inside_job(load_config(options.config, options.overrides), say)
-    return load_located(options.config, options.overrides)[0]
+    return api.load(options.config, options.overrides, say=say)
 
 
 def parse_duration(text: str, option: str) -> timedelta:

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from orchestration import api
     from orchestration.commands.every import run_every
-    from orchestration.driver.plan import BLOCKED
-    from orchestration.driver.runner import plan_run, run_all
 
     def load_again() -> "RunConfig":
         return load(options)
@@ -21,14 +20,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.json and not options.dry_run:
         raise ConfigError("--json is for --dry-run", "`mapo status --json` describes a run as JSON")
     if options.dry_run:
-        described, lines = plan_run(load(options))
+        plan = api.plan(load(options))
         if options.json:
-            say_json(described)
+            say_json(plan.to_json())
         else:
-            say("\n".join(lines))
-        return EXIT_FAILED if any(stage["state"] == BLOCKED for stage in described["stages"]) else 0
+            say("\n".join(plan.lines()))
+        return EXIT_FAILED if plan.is_blocked else 0
     if options.every is None:
-        run_all(load(options), say)
+        api.run(load(options), say=say, takes_signals=True)
     else:
         run_every(options.every, load_again, say)
     return 0

@@ -9,36 +9,36 @@ from orchestration.commands.options import CONFIGURED, JSON, Command, Option, sa
 
 if TYPE_CHECKING:
     from orchestration.config import RunConfig
+    from orchestration.driver.status import RunStatus
 
 
 def _status(options: argparse.Namespace) -> None:
-    from orchestration.driver.status import describe_run
-    from orchestration.jobs.paths import load_located
+    from orchestration import api
 
-    config, _ = load_located(options.config, options.overrides)
-    described = describe_run(config)
+    config = api.load(options.config, options.overrides, say=lambda line: None)
+    status = api.status(config)
+    described = status.to_json()
     if options.address is not None:
         described["job"] = job_of(config, options.address)
     if options.json:
         return say_json(described)
-    say(status_text(described))
+    say(status_text(status))
     if options.address is not None:
         say(job_text(described["job"]))
     return None
 
 
-def status_text(described: dict[str, Any]) -> str:
+def status_text(status: "RunStatus") -> str:
     """Describe a run for a terminal."""
-    from orchestration.run.lease import Holder
-    from orchestration.stages.actions import describe_progress
+    from orchestration.driver.status import describe_progress
 
-    lines = [f"{described['run']} · {described['storage']}"]
-    if described["driver"]:
-        lines.append(f"driven by {Holder(**described['driver'])}")
-    for stage in described["stages"]:
-        lines.append(f"{stage['stage']:<9} {stage['state']:<11} {stage['problem'] or stage['summary'] or ''}".rstrip())
-    if described["training"]:
-        lines.append(f"training: {describe_progress(described['training'])}")
+    lines = [f"{status.run} · {status.storage}"]
+    if status.driver:
+        lines.append(f"running: {status.driver}")
+    for each in status.stages:
+        lines.append(f"{each.stage:<9} {each.state:<11} {each.problem or each.summary or ''}".rstrip())
+    if status.training:
+        lines.append(f"training: {describe_progress(status.training)}")
     return "\n".join(lines)
 
 

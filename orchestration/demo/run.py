@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from orchestration import api
 from orchestration.config import parse_config
-from orchestration.driver.runner import run_all
 from orchestration.run.context import Say
 from pipelines.dataset.errors import ConfigError, StorageError
 
@@ -35,4 +35,4 @@ def run_demo(folder: str, overrides: Sequence[str], say: Say) -> None:
     except OSError as error:
         raise StorageError(f"cannot write to {place}: {error}", "give another folder: `mapo demo DIR`") from error
     say(f"photos    {len(files)} parquet files in {place / 'source'}")
-    run_all(config, say)
+    api.run(config, say=say, takes_signals=True)

@@ -3,33 +3,21 @@
 Numbers are counted where the tables and file listings tell them, and are upper bounds behind a stage that has work.
 """
 
-from __future__ import annotations
-
 import functools
 import math
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from orchestration.driver.looks import Looks
 from orchestration.run.context import Run
 from orchestration.stages.base_check import BaseLook, look_at_base
+from orchestration.stages.registry import Stage
+from orchestration.stages.stage import Look, StageState
 from pipelines.dataset.errors import MapoError
-from pipelines.dataset.layout import pairs_table
-from pipelines.dataset.model_files import read_config
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from orchestration.driver.runner import Stage
-    from pipelines.config import EncodeConfig
-    from pipelines.sources.unit import SourceUnit
-
-VAE_FACTOR, LATENT_CHANNELS = 8, 4
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-UP_TO_DATE, TO_DO, WAITS, NOT_SET, BLOCKED = "up to date", "to do", "waits", "not set", "blocked"
-OF_BASE = ("encode", "train")
-"""Stages that a base model of a kind that training does not know is refused for; the first that has work says so."""
 LABELS = {"num_bytes": "bytes", "latent_bytes": "bytes of latents"}
+HAS_WORK = (StageState.TO_DO, StageState.STALE, StageState.WAITS, StageState.BLOCKED)
 
 
 @dataclass(frozen=True)
@@ -38,170 +26,130 @@ class StagePlan:
 
     Args:
         stage: Its name.
-        state: `up to date`, `to do`, `waits` (for one before it), `not set` (no section) or `blocked` (by an error).
+        state: See `StageState`; `waits` for a stage before it that has work.
         work: How much of what; empty where nothing is known.
-        note: A word on it: the record's summary, what it waits for, or the error.
+        note: The summary of its last success, what it waits for, or the error.
         settings: What it takes where the configuration leaves a choice, by name.
         remarks: Lines on those settings and on the base model, for people.
     """
 
     stage: str
-    state: str
-    work: dict[str, int] = field(default_factory=dict)
+    state: StageState
+    work: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
-def plan_stages(run: Run, stages: Sequence[Stage]) -> list[StagePlan]:
-    """Plan these stages in their order; reads the storage and the sources, writes nothing, needs no Ray."""
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would do.
+
+    Args:
+        run: Its name.
+        storage: The URL of its storage.
+        stages: What each stage would do, in order.
+    """
+
+    run: str
+    storage: str
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a stage cannot be done as the configuration has it."""
+        return any(plan.state is StageState.BLOCKED for plan in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return the plan for a terminal."""
+        return plan_text(self.stages)
+
+
+def plan_stages(run: Run, stages: Sequence[Stage], looks: Looks) -> list[StagePlan]:
+    """Plan these stages in their order; reads the storage and the sources, writes nothing, needs no Ray.
+
+    Args:
+        run: The run.
+        stages: The stages to plan.
+        looks: The looks of this command; those that are made here are kept for the work.
+    """
     plans: list[StagePlan] = []
     base = functools.cache(lambda: look_at_base(run))
     before: str | None = None  # the last stage that has work
     rows = 0  # that ingest would add at most
     for stage in stages:
-        plan = _plan(run, stage, before, rows, base)
-        if stage.name == "train" and plan.state in (TO_DO, WAITS, UP_TO_DATE):
-            plan = _with_settings(run, plan)
-        if plan.state in (TO_DO, WAITS, BLOCKED):
+        plan = _plan(run, stage, before, rows, looks, base)
+        if plan.state in HAS_WORK:
             before = stage.name
-        if stage.name == "ingest" and plan.state == TO_DO:
+        if stage.name == "ingest" and before == stage.name:
             rows = plan.work.get("rows", 0)
         plans.append(plan)
     return plans
 
 
-def _plan(run: Run, stage: Stage, before: str | None, rows: int, base: Callable[[], BaseLook]) -> StagePlan:
-    if stage.section is not None and getattr(run.config, stage.section) is None:
-        return StagePlan(stage.name, NOT_SET, note=f"the configuration has no `{stage.section}` section")
+def _plan(
+    run: Run, stage: Stage, before: str | None, rows: int, looks: Looks, base: Callable[[], BaseLook]
+) -> StagePlan:
+    """Plan one stage; `before` is the last stage before it that has work, and `rows` is what ingest would add."""
+    if not is_set(run, stage):
+        return StagePlan(stage.name, StageState.NOT_SET, note=f"the configuration has no `{stage.section}` section")
     try:
-        key = stage.key(run) if before is None else None
-        if key is not None and stage.is_done(run, key):
+        look = looks.at(stage) if before is None else None
+        if look is not None and look.is_done:
             record = run.journal.record(stage.name)
-            return StagePlan(stage.name, UP_TO_DATE, note=record.summary if record else "")
-        reads_base = stage.name in OF_BASE and before not in OF_BASE
-        if reads_base and (refusal := base().refusal) is not None:
-            return StagePlan(stage.name, BLOCKED, note=str(refusal))
-        remarks = list(base().remarks) if stage.name == "encode" else []
-        if before is not None:
-            return StagePlan(stage.name, WAITS, WORK[stage.name](run, rows), f"after {before}", remarks=remarks)
-        if key is None and (refusal := stage.refusal(run)) is not None:
-            return StagePlan(stage.name, BLOCKED, note=str(refusal))
-        state = TO_DO if key is not None else WAITS
-        return StagePlan(stage.name, state, WORK[stage.name](run, rows), remarks=remarks)
+            remarks = look.notes().remarks
+            return StagePlan(stage.name, StageState.UP_TO_DATE, note=record.summary if record else "", remarks=remarks)
+        # Of the stages that read the base, the first that has work says why it is refused; for ingest it need not be.
+        meets_base = stage.reads_base and stage.name != "ingest"
+        is_first = before is None or before == "ingest"
+        if meets_base and is_first and (refusal := base().refusal) is not None:
+            return StagePlan(stage.name, StageState.BLOCKED, note=str(refusal))
+        of_base = base().remarks if stage.name == "encode" else ()
+        if look is None:
+            notes, work = stage.notes(run), stage.estimate(run, rows)
+            state, note = StageState.WAITS, f"after {before}"
+        else:
+            state = state_of(run, stage, look)
+            if state is StageState.BLOCKED:
+                return StagePlan(stage.name, state, note=str(look.refusal))
+            notes, work, note = look.notes(), look.amount(), ""
+            if state is StageState.WAITS:
+                notes, work = stage.notes(run), stage.estimate(run, rows)
+        return StagePlan(stage.name, state, work, note, notes.settings, (*of_base, *notes.remarks))
     except MapoError as error:
-        return StagePlan(stage.name, BLOCKED, note=str(error))
+        return StagePlan(stage.name, StageState.BLOCKED, note=str(error))
 
 
-def _ingest_work(run: Run, _: int) -> dict[str, int]:
-    from pipelines.ingest.execution import pending_of
-
-    pending = pending_of(run.units, run.storage)
-    rows = sum(unit.num_rows for unit in pending)
-    counted = {"rows": rows} if all(unit.num_rows for unit in pending) else {}
-    return {"units": len(pending), "of_units": len(run.units), "num_bytes": _bytes_of(pending, run.units), **counted}
+def is_set(run: Run, stage: Stage) -> bool:
+    """Return whether the configuration has the section that a stage cannot do without."""
+    return stage.section is None or getattr(run.config, stage.section, None) is not None
 
 
-def _bytes_of(units: Sequence[SourceUnit], planned: Sequence[SourceUnit]) -> int:
-    """Bytes of source files behind units: each file's, by the unit's share of its rows."""
-    parts: dict[str, int] = defaultdict(int)
-    for unit in planned:
-        parts[unit.file.uri] += _weight(unit)
-    return round(sum(unit.file.size * _weight(unit) / parts[unit.file.uri] for unit in units))
-
-
-def _weight(unit: SourceUnit) -> int:
-    return unit.num_rows or max(1, unit.part[1] - unit.part[0])
-
-
-def _encode_work(run: Run, rows: int) -> dict[str, int]:
-    from pipelines.encode.plan import pending
-
-    config = run.config.encode
-    assert config
-    pairs = prompts = shards = 0
-    if pairs_table(run.storage).version is not None:
-        todo = pending(config, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
-        pairs, prompts = (sum(unit.rows.num_rows for unit in units) for units in (todo.latents, todo.texts))
-        shards = len(todo.latents)
-    work = {"shards": shards, "pairs": pairs + rows, "latent_bytes": (pairs + rows) * _latent_bytes(config)}
-    return work | ({} if rows else {"prompts": prompts})
-
-
-def _latent_bytes(config: EncodeConfig) -> int:
-    """Of a pair of full-size buckets, as all buckets are, nearly."""
-    channels, side = LATENT_CHANNELS, config.resolution // VAE_FACTOR
-    if config.source.is_fetched():
-        channels = int(read_config(config.source.vae_folder() / "config.json").get("latent_channels", channels))
-    num_latents = 4 if config.flips else 2
-    return num_latents * channels * side * side * DTYPE_BYTES[config.dtype]
-
-
-def _train_work(run: Run, _: int) -> dict[str, int]:
-    from orchestration.stages.actions import train_spec
-    from training.state.checkpoint_format import committed
-
-    config = run.config.train
-    assert config
-    done = 0
-    spec = train_spec(run)
-    if spec is not None and (manifests := committed(run.storage, spec.checkpoints)):
-        done = manifests[-1].step
-    steps = max(0, config.max_steps - done)
-    work = {"steps": steps, "of_steps": config.max_steps, "pairs": steps * config.global_batch_size}
-    return work | {"workers": config.worker_range[0]}
-
-
-def _with_settings(run: Run, plan: StagePlan) -> StagePlan:
-    from orchestration.stages.actions import train_spec
-    from orchestration.stages.training_notes import training_notes, training_settings, version_notes
-
-    config = run.config.train
-    assert config
-    spec = train_spec(run) if plan.state in (TO_DO, UP_TO_DATE) else None
-    begun, versions = (None, []) if spec is None else (spec.config, version_notes(spec))
-    if plan.state == UP_TO_DATE:
-        return replace(plan, remarks=versions)
-    settings, remarks = training_settings(config, begun), training_notes(config, begun)
-    return replace(plan, settings=settings, remarks=[*remarks, *versions])
-
-
-def _evaluate_work(run: Run, _: int) -> dict[str, int]:
-    return {"samples": 2 * run.config.evaluate.num_samples}
-
-
-def _no_work(run: Run, _: int) -> dict[str, int]:
-    return {}
-
-
-WORK = {
-    "ingest": _ingest_work,
-    "encode": _encode_work,
-    "train": _train_work,
-    "export": _no_work,
-    "evaluate": _evaluate_work,
-    "report": _no_work,
-}
-
-
-def plan_json(run: Run, plans: Sequence[StagePlan]) -> dict[str, Any]:
-    """The plan as plain data."""
-    return {"run": run.config.name, "storage": run.storage.url, "stages": [asdict(plan) for plan in plans]}
+def state_of(run: Run, stage: Stage, look: Look) -> StageState:
+    """Return the state that a look shows, of a stage whose section is set."""
+    if look.is_done:
+        return StageState.UP_TO_DATE
+    if look.key is None:
+        return StageState.WAITS if look.refusal is None else StageState.BLOCKED
+    return StageState.TO_DO if run.journal.record(stage.name) is None else StageState.STALE
 
 
 def plan_text(plans: Sequence[StagePlan]) -> list[str]:
-    """The plan for a terminal: a line a stage, and below it its way out and its remarks."""
+    """Return the plan for a terminal: a line for each stage, and below it its way out and its remarks."""
     lines = []
     for plan in plans:
         lines.append(f"{plan.stage:<9} {plan.state:<11} {_detail(plan)}".rstrip())
-        way_out = plan.note.splitlines()[1:] if plan.state == BLOCKED else []
+        way_out = plan.note.splitlines()[1:] if plan.state is StageState.BLOCKED else []
         lines += [f"{'':<21} {line}" for line in (*way_out, *plan.remarks)]
     return lines
 
 
 def _detail(plan: StagePlan) -> str:
-    note = plan.note.partition("\n")[0]
-    return ", ".join(part for part in (note if plan.state != TO_DO else "", _work_text(plan.work)) if part)
+    return ", ".join(part for part in (plan.note.partition("\n")[0], _work_text(plan.work)) if part)
 
 
 def _work_text(work: Mapping[str, int]) -> str:
@@ -217,7 +165,7 @@ def _work_text(work: Mapping[str, int]) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Return bytes as people read them, in powers of 1000."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f} B"
     power = min(int(math.log10(num_bytes) // 3), 5)

@@ -1,4 +1,4 @@
-"""The stages of a run, in order: is it up to date, and if not, do it.
+"""The stages of a run, in order: look at each, and do what is not up to date.
 
 Whether a stage is up to date follows from what is on storage. The key of a stage is a digest of all that it is made
 from, the key of the stage before it included, so that a change runs through to the report.
@@ -6,86 +6,57 @@ from, the key of the stage before it included, so that a change runs through to 
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orchestration.cluster.canary import canary
 from orchestration.cluster.connect import connected, ours
 from orchestration.config import RunConfig
-from orchestration.driver.plan import plan_json, plan_stages, plan_text
+from orchestration.driver.looks import Looks
+from orchestration.driver.plan import RunPlan, is_set, plan_stages, plan_text
 from orchestration.driver.session import Driving, driving, hurry
 from orchestration.report.writer import ReportWriter
 from orchestration.run import telemetry
-from orchestration.run.context import Outcome, Run, Say, command_line
-from orchestration.run.journal import StageRecord
+from orchestration.run.context import Run, Say, command_line
 from orchestration.run.lease import Lease
-from orchestration.stages import actions
-from orchestration.stages.base_check import check_base_model
+from orchestration.stages.base_check import check_base_model, check_model, check_training
+from orchestration.stages.registry import ALL_STAGES, REPORT, STAGES, Stage
+from orchestration.stages.stage import Look, StageState
 from pipelines.dataset.errors import ConfigError, MapoError
 
 MAX_MESSAGE = 2000  # characters of an error in the journal: Ray's may be a worker's whole traceback
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage.
+class StageResult:
+    """What a command has of one stage.
 
     Args:
-        name: As in the command.
-        section: The configuration section that it cannot do without.
-        key: What it would be made from now; None while an earlier stage has not run.
-        is_done: Whether the storage holds its result for this key.
-        execute: Do it.
-        needs_ray: Whether it runs on a cluster.
-        refusal: Why there is no key, if the stage knows more than that an earlier one has not run.
+        stage: Its name.
+        state: `done` by this command, or `up to date` before it.
+        key: Digest of everything that its result was made from.
+        summary: One line for people; empty where another run that shares the storage has done it.
+        seconds: How long its last execution took; None where no record tells.
+        details: What its record says beside, as plain data.
     """
 
-    name: str
-    section: str | None
-    key: Callable[[Run], str | None]
-    is_done: Callable[[Run, str], bool]
-    execute: Callable[[Run, str], Outcome]
-    needs_ray: bool
-    refusal: Callable[[Run], MapoError | None] = lambda run: None
+    stage: str
+    state: StageState
+    key: str
+    summary: str
+    seconds: float | None
+    details: Mapping[str, Any]
 
 
-def recorded(name: str) -> Callable[[Run, str], bool]:
-    """A stage whose record on storage is the mark that it is done."""
-
-    def is_done(run: Run, key: str) -> bool:
-        record = run.journal.record(name)
-        return record is not None and record.key == key
-
-    return is_done
-
-
-MADE_FOR_BASE = ("ingest", "encode", "train")
-"""Stages whose work would be lost on a base model that training does not understand."""
-ALL_STAGES = ("ingest", "encode", "train", "export", "evaluate", "report")
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("ingest", "ingest", actions.ingest_key, actions.ingest_is_done, actions.run_ingest, True),
-        Stage("encode", "encode", actions.encode_key, actions.encode_is_done, actions.run_encode, True),
-        Stage("train", "train", actions.train_key, recorded("train"), actions.run_train, True, actions.train_refusal),
-        Stage("export", "train", actions.export_key, actions.export_is_done, actions.run_export, False),
-        Stage("evaluate", "encode", actions.evaluate_key, recorded("evaluate"), actions.run_evaluate, True),
-        Stage("report", None, actions.report_key, actions.report_is_done, actions.run_report, False),
-    )
-}
-
-
-def run_all(config: RunConfig, say: Say) -> None:
-    """All stages; the last lines say where the report and the model are."""
-    run_stages(config, ALL_STAGES, say)
-    run = Run.open(config, say)
-    say(f"\nreport  {run.storage.uri(run.report)}\nmodel   {run.storage.uri(run.model)}")
-
-
-def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
+def run_stages(config: RunConfig, names: Sequence[str], say: Say, *, takes_signals: bool = True) -> list[StageResult]:
     """Bring these stages up to date, in their order. Ray starts only if one of them has work that needs it.
+
+    Args:
+        config: The run's configuration.
+        names: Stages, in their order.
+        say: Shows one line to the user.
+        takes_signals: Whether SIGINT and SIGTERM end the run cleanly while it works; a notebook keeps its own handlers.
 
     Raises:
         ConfigError: A stage has no configuration, or the stage before it has not run.
@@ -96,79 +67,85 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say) -> None:
     run = Run.open(config, say, names)
     stages = [STAGES[name] for name in names]
     for stage in stages:
-        if stage.section is not None and getattr(config, stage.section) is None:
+        if not is_set(run, stage):
             raise ConfigError(
                 f"the configuration has no `{stage.section}` section, which {stage.name} needs",
                 "docs/reference/configuration.md has every section with its keys",
             )
-    position = 0
-    while position < len(stages) and _is_up_to_date(run, stages[position]):
-        position += 1
-    if position == len(stages):
-        return
-    _check(run, stages[position:])
-    with driving(run) as driver:
+    looks, results = Looks(run), []
+    for stage in stages:
+        if not (look := looks.at(stage)).is_done:
+            break
+        results.append(_up_to_date(run, stage, look))
+    rest = stages[len(results) :]
+    if not rest:
+        return results
+    _check(run, rest, looks)
+    with driving(run, takes_signals=takes_signals) as driver:
+        looks.forget_if_changed(num_own_events=1)
         if len(stages) > 1 or stages[0].name == "train":
-            for line in plan_text(plan_stages(run, stages[position:])):
+            for line in plan_text(plan_stages(run, rest, looks)):
                 say(f"plan      {line}")
-        _run_rest(run, stages[position:], driver)
+        return results + _run_rest(run, rest, looks, driver)
 
 
-def plan_run(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    """What `run_all` would do, as plain data and as lines; writes nothing and needs no Ray."""
+def plan_run(config: RunConfig) -> RunPlan:
+    """Return what `mapo run` would do; write nothing and need no Ray."""
     run = Run.open(config, lambda line: None, ALL_STAGES)
-    plans = plan_stages(run, [STAGES[name] for name in ALL_STAGES])
-    return plan_json(run, plans), plan_text(plans)
+    return RunPlan(config.name, run.storage.url, tuple(plan_stages(run, list(STAGES.values()), Looks(run))))
 
 
-def _check(run: Run, stages: Sequence[Stage]) -> None:
-    """What can be wrong before any work: what the first stage needs, models, trackers, the export, the storage."""
+def _check(run: Run, stages: Sequence[Stage], looks: Looks) -> None:
+    """Find what can be wrong before any work: what the first stage needs, models, trackers, the export, the storage."""
     first, config = stages[0], run.config
     if config.encode is not None:
-        if any(stage.name in MADE_FOR_BASE for stage in stages):
+        if any(stage.reads_base for stage in stages):
             for note in check_base_model(config):
                 if len(stages) == 1:  # else the plan says it
-                    run.say(f"{stages[0].name:<9} note: {note}")
+                    run.say(f"{first.name:<9} note: {note}")
         else:  # what is trained already can be exported as ever
-            actions.check_model(config.encode)
-    if first.key(run) is None:
-        raise first.refusal(run) or ConfigError(
-            f"{first.name} needs the stage before it, which has not run for this configuration",
+            check_model(config)
+    look = looks.at(first)
+    if look.key is None:
+        raise look.refusal or ConfigError(
+            f"{first.name} needs the result of {look.waits_for}, which has not run for this configuration",
             "`mapo run` does all stages in order",
         )
-    if config.train is not None:
-        actions.check_training(config.train)
-        actions.check_rounds(run)
-    if any(stage.name == "train" for stage in stages):
-        actions.check_export(config)
+    check_training(run)
+    for stage in stages:
+        stage.check(run)
     run.storage.check_writable()
 
 
-def _is_up_to_date(run: Run, stage: Stage) -> bool:
-    key = stage.key(run)
-    if key is None or not stage.is_done(run, key):
-        return False
+def _up_to_date(run: Run, stage: Stage, look: Look) -> StageResult:
     record = run.journal.record(stage.name)
     run.say(f"{stage.name:<9} up to date   {record.summary if record else ''}".rstrip())
-    return True
+    assert look.key is not None
+    if record is None:
+        return StageResult(stage.name, StageState.UP_TO_DATE, look.key, "", None, {})
+    return StageResult(stage.name, StageState.UP_TO_DATE, look.key, record.summary, record.seconds, record.details)
 
 
-def _run_rest(run: Run, stages: Sequence[Stage], driver: Driving) -> None:
-    """Do what is to be done; another driver may have done some of it while this one waited for the lease."""
+def _run_rest(run: Run, stages: Sequence[Stage], looks: Looks, driver: Driving) -> list[StageResult]:
+    """Do what is to be done, each stage by the look that was shown."""
+    results = []
     with contextlib.ExitStack() as cluster, _growing_report(run, driver.lease) as report:
         is_connected = False
         for stage in stages:
-            if _is_up_to_date(run, stage):
+            look = looks.at(stage)
+            if look.is_done:
+                results.append(_up_to_date(run, stage, look))
                 continue
             if stage.needs_ray and not is_connected:
                 cluster.enter_context(connected(run.config, driver.interruption.fail))
                 is_connected = True
                 cluster.callback(run.ahead.stop)
-            if stage.name not in ("ingest", "encode"):
+            if not stage.shares_data:
                 run.ahead.stop()
-            if stage.name == "report" and report is not None:
+            if stage.name == REPORT and report is not None:
                 report.close()
-            run_stage(run, stage, driver)
+            results.append(run_stage(run, stage, look, driver))
+    return results
 
 
 @contextlib.contextmanager
@@ -177,7 +154,7 @@ def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
 
     A driver whose run was taken over leaves that page to the other.
     """
-    if "report" not in run.goal:
+    if REPORT not in run.goal:
         yield None
         return
     writer = ReportWriter(run, command=command_line())
@@ -191,17 +168,17 @@ def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
         raise
 
 
-def run_stage(run: Run, stage: Stage, driver: Driving) -> StageRecord:
-    """Do one stage and record it."""
-    key = stage.key(run)
-    assert key is not None, "the stages before this one have just run"
+def run_stage(run: Run, stage: Stage, look: Look, driver: Driving) -> StageResult:
+    """Do the work that a look found, and record it under the key of that look."""
+    assert look.key is not None, "the stages before this one have just run"
+    assert look.work is not None
     run.say(f"{stage.name:<9} …")
     run.journal.event("began", stage=stage.name)
     started = time.monotonic()
     try:
         living = canary(driver.interruption.fail) if stage.needs_ray else contextlib.nullcontext()
         with telemetry.stage(run.config.name, stage.name), driver.interruption.named(), ours(stage.name), living:
-            outcome = stage.execute(run, key)
+            outcome = look.work()
         driver.lease.confirm()
     except BaseException as error:
         hurry()
@@ -212,7 +189,7 @@ def run_stage(run: Run, stage: Stage, driver: Driving) -> StageRecord:
                 what = {"error": type(error).__name__, "message": str(error)[:MAX_MESSAGE]}
                 run.journal.event("failed", stage=stage.name, **what)
         raise
-    seconds = time.monotonic() - started
-    record = run.journal.finish(stage.name, key=key, summary=outcome.summary, seconds=seconds, details=outcome.details)
+    seconds, details = time.monotonic() - started, outcome.details
+    record = run.journal.finish(stage.name, key=look.key, summary=outcome.summary, seconds=seconds, details=details)
     run.say(f"{stage.name:<9} {seconds:7.1f} s    {outcome.summary}")
-    return record
+    return StageResult(stage.name, StageState.DONE, look.key, record.summary, record.seconds, record.details)

@@ -31,8 +31,12 @@ class Driving:
 
 
 @contextlib.contextmanager
-def driving(run: Run) -> Iterator[Driving]:
+def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
     """Hold the run's lease, and turn every way to stop it into `Stopped` in this thread.
+
+    Args:
+        run: The run.
+        takes_signals: Whether SIGINT and SIGTERM are among them.
 
     Raises:
         LeaseError: Another driver works on this run.
@@ -45,7 +49,7 @@ def driving(run: Run) -> Iterator[Driving]:
         on_beat=lambda: _look_for_request(run, interruption),
         on_lost=interruption.ask,
     )
-    with interruption.armed(), lease, patient():
+    with interruption.armed(takes_signals=takes_signals), lease, patient():
         run.storage.delete(f"{run.folder}/{STOP_FILE}")  # of an earlier driver
         _note_settings(run)
         run.journal.event("started", by=str(lease.holder), job=lease.holder.job, stages=list(run.goal))

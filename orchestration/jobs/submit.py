@@ -19,12 +19,12 @@ from typing import Any
 
 from orchestration import __version__
 from orchestration.config import RunConfig, resolved_json
-from orchestration.driver.runner import STAGES
 from orchestration.jobs.api import IdTaken, Job, Jobs
 from orchestration.jobs.bundle import bundled, check_size
 from orchestration.jobs.paths import absolute_path, load_located
 from orchestration.run.context import Run
 from orchestration.run.lease import current_holder
+from orchestration.stages.registry import STAGES
 from pipelines.dataset.errors import ClusterError, ConfigError, JobError, StorageError
 from pipelines.dataset.secrets import has_credentials, is_secret_name, redact
 

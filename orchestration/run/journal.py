@@ -61,6 +61,11 @@ class Journal:
         self._storage.write(self._name(stage), redact(json.dumps(asdict(record), indent=1)).encode())
         return record
 
+    @property
+    def num_events(self) -> int:
+        """How many events there are."""
+        return len(self._storage.names(f"{self.folder}/journal"))
+
     def events(self) -> list[dict[str, Any]]:
         """Read every event, oldest first."""
         names = self._storage.names(f"{self.folder}/journal")
@@ -68,8 +73,7 @@ class Journal:
 
     def event(self, event: str, **facts: Any) -> None:
         """Append one event."""
-        number = len(self._storage.names(f"{self.folder}/journal")) + 1
-        name = f"{self.folder}/journal/{number:06d}-{uuid.uuid4().hex[:6]}-{event}.json"
+        name = f"{self.folder}/journal/{self.num_events + 1:06d}-{uuid.uuid4().hex[:6]}-{event}.json"
         self._storage.write(name, redact(json.dumps({"time": now(), "event": event, **facts})).encode())
 
 

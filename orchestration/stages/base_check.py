@@ -38,6 +38,24 @@ def check_base_model(config: RunConfig) -> list[str]:
     return [*facts.notes, *([] if note is None else [note])]
 
 
+def check_model(config: RunConfig) -> None:
+    """Find a wrong base model, or settings that it cannot be run with, before hours of ingest and not after."""
+    from pipelines.encode.plan import check_settings
+
+    assert config.encode is not None
+    check_settings(config.encode)
+
+
+def check_training(run: Run) -> None:
+    """Find what training could not be tracked with, or its next round could not start from, before anything starts."""
+    from orchestration.rounds.series import check_next_round
+    from training.tracking.trackers import check_trackers
+
+    if run.config.train is not None:
+        check_trackers(run.config.train.trackers)
+        check_next_round(run)
+
+
 def look_at_base(run: Run) -> BaseLook:
     """Check the base model for a plan, which fetches nothing."""
     encode = run.config.encode

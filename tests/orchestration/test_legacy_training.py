@@ -9,7 +9,7 @@ from torch import zeros
 
 from orchestration.config import parse_config
 from orchestration.run.context import Run
-from orchestration.stages.actions import as_begun
+from orchestration.stages.train import as_begun
 from orchestration.stages.training_notes import version_notes
 from pipelines.dataset.model_files import ModelSource
 from training.config import TrainConfig

@@ -291,7 +291,8 @@ def test_a_dry_run_has_the_rate_in_its_lines_and_as_fields(folder: Path, tiny_pi
     config = small(
         folder, tiny_pipeline, RECIPES / "orpo.yaml", **{"train.learning_rate": 1e-8, "storage": folder / "no"}
     )
-    described, lines = plan_run(config)
+    plan_of_run = plan_run(config)
+    described, lines = plan_of_run.to_json(), plan_of_run.lines()
     plan = next(plan for plan in described["stages"] if plan["stage"] == "train")
     assert plan["state"] == "waits"
     assert plan["settings"] == {"learning_rate": {"value": 1e-8, "source": "set", "is_set": True}}

@@ -29,7 +29,7 @@ from orchestration.rounds.series import (
     rounds_of,
 )  # fmt: skip
 from orchestration.run.context import Run
-from orchestration.stages import actions
+from orchestration.stages.base_check import check_training
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.model_files import ModelSource
@@ -204,7 +204,7 @@ def test_another_base_or_other_adapters_are_one_error_that_says_what_differs(
     settings = run.config.model_dump(mode="json") | {"encode": {"model": str(tiny_pipeline)}}
     early = Run.open(parse_config(yaml.safe_dump(settings)), lambda line: None)
     with pytest.raises(ConfigError, match="round 2 cannot go on from round 1"):
-        actions.check_rounds(early)
+        check_training(early)
     check_next_round(Run.open(parse_config(yaml.safe_dump(settings), ["train.rounds=restart"]), lambda line: None))
 
 

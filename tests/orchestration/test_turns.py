@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from orchestration.config import RunConfig
-from orchestration.stages import evaluation, turns
+from orchestration.stages import model_samples as evaluation
+from orchestration.stages import turns
 from orchestration.stages.drawn_samples import DrawnSamples
-from orchestration.stages.evaluation import SampleModel, draw_samples
+from orchestration.stages.model_samples import SampleModel, draw_samples
 from orchestration.stages.turns import Room, draw_missing, find_room
 from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.storage import Storage

@@ -11,7 +11,9 @@ from factories import photo_pairs, write_parquet
 
 from orchestration.config import RunConfig
 from orchestration.run.context import Run
-from orchestration.stages.actions import encode_check, encode_is_done, train_refusal, train_spec
+from orchestration.stages import encode as encode_stage
+from orchestration.stages import train as train_stage
+from orchestration.stages.train import train_spec
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import pairs_table, text_table
@@ -117,22 +119,22 @@ def test_a_record_of_before_does_not_hide_that_it_is_missing(
 ) -> None:
     plain, wanting = run_of(storage, encoded, "auto"), run_of(storage, encoded, "empty")
     for run in (plain, wanting):
-        versions = encode_check(plain, pairs_table(storage).version)
+        versions = encode_stage.versions(plain, pairs_table(storage).version, encode_stage.fingerprints(plain))
         run.journal.finish("encode", key="k", summary="", seconds=0.0, details={"versions": versions})
-    assert encode_is_done(plain, "")
-    assert not encode_is_done(wanting, "")
+    assert encode_stage.look(plain).is_done
+    assert not encode_stage.look(wanting).is_done
     assert train_spec(wanting) is None
-    refused = train_refusal(wanting)
+    refused = train_stage.look(wanting).refusal
     assert refused is not None
     assert 'the embedding of "", which `train.null_prompt: empty` gives to dropped prompts' in refused.message
     assert "mapo encode" in str(refused.hint)
     encode_here(encoded, storage, vae, text, include_empty_prompt=True)
-    assert encode_is_done(wanting, "")
-    assert train_refusal(wanting) is None
-    versions = encode_check(wanting, pairs_table(storage).version)
+    assert encode_stage.look(wanting).is_done
+    assert train_stage.look(wanting).refusal is None
+    versions = encode_stage.versions(wanting, pairs_table(storage).version, encode_stage.fingerprints(wanting))
     wanting.journal.finish("encode", key="k", summary="", seconds=0.0, details={"versions": versions})
-    assert encode_is_done(wanting, "")
-    assert encode_is_done(plain, "")
+    assert encode_stage.look(wanting).is_done
+    assert encode_stage.look(plain).is_done
 
 
 def test_another_training_on_the_storage_does_not_notice(

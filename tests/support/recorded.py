@@ -90,7 +90,7 @@ def fingerprints() -> dict[str, list[str]]:
 def digests() -> dict[str, str]:
     """The base digest of the shipped model, and what export and evaluate make of their sections."""
     from orchestration.config import comparable, parse_config
-    from orchestration.stages.actions import digest
+    from orchestration.stages.stage import digest
     from pipelines.dataset.model_files import ModelSource
     from training.config import EvaluateConfig, ExportConfig
     from training.spec import base_digest
