@@ -57,7 +57,7 @@ def test_the_cell_of_the_guide_runs_twice_in_one_process(
 
 def test_a_configuration_as_plain_data_is_checked_like_a_file(tmp_path: Path, tiny_pipeline: Path) -> None:
     given = settings(tmp_path, tiny_pipeline)
-    with pytest.raises(ConfigError, match="unknown key `encode.modle`"):
+    with pytest.raises(ConfigError, match=r"unknown key `encode\.modle`"):
         api.plan(given | {"encode": {"modle": "x"}})
     plan = api.plan(given, overrides=[f"ingest.sources.0.path={tmp_path}/data/*.parquet", f"storage={tmp_path}/s"])
     assert [each.stage for each in plan.stages][:2] == ["ingest", "encode"]
