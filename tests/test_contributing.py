@@ -54,7 +54,8 @@ def tree(steps: dict[str, list[Step]], tmp_path_factory: pytest.TempPathFactory)
     ignore = shutil.ignore_patterns("__pycache__", "base_model", "*.jpg")
     for folder in ("pipelines", "training", "orchestration", "docs", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
-    shutil.copy(ROOT / "pyproject.toml", tree)
+    for file in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
+        shutil.copy(file, tree)
     for recipe in steps.values():
         apply(recipe, tree)
     return tree

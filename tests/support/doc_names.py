@@ -23,7 +23,7 @@ from pipelines.dataset import errors
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pipelines", "training", "orchestration")
 FOLDERS = (*PACKAGES, "tests", "docs", "benchmarks", "infra")
-FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 WORD = re.compile(r"[A-Za-z_]\w*")
 FILE = re.compile(r"\w[\w.*-]*\.(?:py|md|toml|txt|ya?ml|j2|css|js|png|jpg)(?::\d[\d,:-]*)?")
