@@ -60,7 +60,7 @@ class RunConfig(Config):
     @field_validator("name")
     @classmethod
     def name_is_a_folder(cls, value: str) -> str:
-        """The name is one part of a path on every file system."""
+        """Check that the name is one part of a path on every file system."""
         if not NAME.fullmatch(value):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
         return value
@@ -97,7 +97,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
-    """The same from a text; `source` is named in errors."""
+    """Do the same with a text; `source` is named in errors."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -115,7 +115,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
 
 
 def _refuse_secrets(config: RunConfig) -> None:
-    """What is configured is kept beside the run, shown in the report and sent with jobs: no secret may be in it."""
+    """Refuse secrets: the configuration is kept beside the run, shown in the report and sent with jobs."""
     found = list(_credentials(config.model_dump(mode="json"), ()))
     if config.train is not None:
         found += [f"train.environment.{name}" for name in config.train.environment if is_secret_name(name)]
@@ -127,7 +127,7 @@ def _refuse_secrets(config: RunConfig) -> None:
 
 
 def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
-    """The places of texts that are URLs with a password or a signature."""
+    """Find the places of texts that are URLs with a password or a signature."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _credentials(inner, (*where, str(key)))
@@ -139,7 +139,7 @@ def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
 
 
 def resolved_json(config: RunConfig) -> str:
-    """The whole configuration with every default, as it is saved beside a run."""
+    """Return the whole configuration with every default, as it is saved beside a run."""
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
@@ -217,7 +217,7 @@ def _is_inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 
 
 def _nearest(location: tuple[int | str, ...]) -> str | None:
-    """What an unknown key may have meant: the nearest key of its section, or the section's keys."""
+    """Guess what an unknown key meant: the nearest key of its section, or else list the section's keys."""
     section: Any = RunConfig
     for part in location[:-1]:
         if isinstance(part, int):
@@ -234,7 +234,7 @@ def _nearest(location: tuple[int | str, ...]) -> str | None:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The configuration section inside `X | None`, `tuple[X, ...]` or `X`."""
+    """Return the configuration section inside `X | None`, `tuple[X, ...]` or `X`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):

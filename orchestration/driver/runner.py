@@ -150,7 +150,7 @@ def _run_rest(run: Run, stages: Sequence[Stage], looks: Looks, driver: Driving) 
 
 @contextlib.contextmanager
 def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
-    """The run's page, written again and again while stages run; the last one of a run that fails tells why.
+    """Write the run's page again and again while stages run; the last page of a run that fails tells why.
 
     A driver whose run was taken over leaves that page to the other.
     """

@@ -89,7 +89,7 @@ def _look_for_request(run: Run, interruption: Interruption) -> None:
 
 
 def _note_settings(run: Run) -> None:
-    """The resolved configuration, beside the run."""
+    """Keep the resolved configuration beside the run."""
     name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
     if not run.storage.exists(name) or run.storage.read(name) != resolved:
         run.storage.write(name, resolved)

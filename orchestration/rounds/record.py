@@ -24,7 +24,7 @@ VERSION = 1
 
 
 def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) -> dict[str, Any]:
-    """What `lineage.json` of an export holds: the same for the same export, whenever it is written.
+    """Return what `lineage.json` of an export holds: the same for the same export, whenever it is written.
 
     Args:
         run: The run.
@@ -66,7 +66,7 @@ def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) ->
 
 
 def _round(run: Run, number: int, key: str) -> dict[str, Any] | None:
-    """The record of a round, unless another training has taken its number since."""
+    """Return the record of a round, unless another training has taken its number since."""
     name = f"{run.folder}/rounds/{number:04d}.json"
     if not run.storage.exists(name):
         return None
@@ -80,7 +80,7 @@ def _used(checkpoint: str, weights: str) -> dict[str, Any]:
 
 
 def read_lineage(model: str) -> dict[str, Any]:
-    """The lineage of an exported model.
+    """Read the lineage of an exported model.
 
     Args:
         model: Its folder, a path or an fsspec URL.
@@ -107,7 +107,7 @@ def read_lineage(model: str) -> dict[str, Any]:
 def describe_lineage(
     model: str, *, storage: str | None = None, rows: str | None = None, pair: str | None = None
 ) -> dict[str, Any]:
-    """The lineage of an exported model, and what the tables say of it.
+    """Return the lineage of an exported model, and what the tables say of it.
 
     Args:
         model: Its folder, a path or an fsspec URL; a copy elsewhere will do.

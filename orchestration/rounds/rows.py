@@ -53,7 +53,7 @@ class Survey:
     sources: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
     def source(self, name: str, uri: str) -> dict[str, Any]:
-        """The counts of one source."""
+        """Return the counts of one source."""
         return self.sources.setdefault((name, uri), {"rows": {}, "trained_on": 0, "removed": 0})
 
 
@@ -112,7 +112,7 @@ def _target(rows: str | None) -> tuple[Storage | None, str]:
 
 
 def _removed(storage: Storage) -> KeyMap:
-    """The keys of pairs that the newest version has as removed."""
+    """Return the keys of pairs that the newest version has as removed."""
     gone = KeyMap()
     for batch in pairs_table(storage).batches(["pair_key"], REMOVED & pc.field("pair_key").is_valid()):
         keys = keys_of(batch["pair_key"])
@@ -121,7 +121,7 @@ def _removed(storage: Storage) -> KeyMap:
 
 
 def _trained_rows(storage: Storage, rounds: Sequence[Trained], first: KeyMap, gone: KeyMap) -> Iterator[pa.Table]:
-    """A row for each pair, from the snapshot of the round that trained on it first."""
+    """Yield a row for each pair, from the snapshot of the round that trained on it first."""
     names = [name for name in ROWS_SCHEMA.names if name not in ("first_round", "removed")]
     for each in rounds:
         for batch in pairs_table(storage, each.snapshot.pairs_version).batches(names, each.pairs):
@@ -147,7 +147,7 @@ def _count_rows(storage: Storage, snapshot: Snapshot, found: Survey) -> None:
 
 
 def find_pair(storage: Storage, rounds: Sequence[Trained], asked: str) -> list[dict[str, Any]]:
-    """What the rounds had to do with a pair, or with the pairs of a source row.
+    """Tell what the rounds had to do with a pair, or with the pairs of a source row.
 
     Args:
         storage: Of the data set.

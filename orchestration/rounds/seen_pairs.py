@@ -46,7 +46,7 @@ class Trained:
 
     @staticmethod
     def of_record(record: dict[str, Any]) -> "Trained":
-        """A round of `lineage.json`."""
+        """Read a round of `lineage.json`."""
         order = record["order"]
         sizes = int(order["micro_batch_size"]), int(order["global_batch_size"])
         snapshot = Snapshot(**record["snapshot"])
@@ -74,7 +74,7 @@ class Seen:
 
 
 def seen_pairs(storage: Storage, trained: Trained) -> Seen:
-    """The pairs that a round could train on, and which of them it did: what `training.data.index` and the plan give.
+    """Return the pairs that a round could train on, and which of them it did, by `training.data.index` and the plan.
 
     Raises:
         SnapshotError: A version that it read is no more.
@@ -104,7 +104,7 @@ def seen_pairs(storage: Storage, trained: Trained) -> Seen:
 
 
 def _buckets(storage: Storage, snapshot: Snapshot) -> tuple[KeyMap, NDArray[np.int64]]:
-    """The number of each encoded pair's bucket, and the place of each number among buckets by height and width."""
+    """Return the number of each encoded pair's bucket, and the place of that bucket by height and width."""
     buckets, numbers = KeyMap(), dict[tuple[int, int], int]()
     table = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version)
     for batch in table.batches(["pair_key", "bucket_height", "bucket_width"], KEPT):

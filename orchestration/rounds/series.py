@@ -1,6 +1,6 @@
 """Rounds: a run's trainings on one snapshot after another, each from the base or from the model of the one before.
 
-Which round is next, and what it goes on from, follows from what is on storage: the record of the last finished round
+Which round is next, and what it starts from, follows from what is on storage: the record of the last finished round
 (`stages/train.json`), what was exported of it, and the versions of the tables.
 """
 
@@ -37,7 +37,7 @@ class Round:
     Args:
         number: From 1.
         snapshot: What it reads.
-        parent: What it goes on from; None for the base.
+        parent: The model it starts from; None for the base.
     """
 
     number: int
@@ -46,21 +46,21 @@ class Round:
 
 
 def next_round(run: Run, newest: Snapshot) -> Round:
-    """The round that brings the run up to date.
+    """Return the round that brings the run up to date.
 
     On the snapshot of the last finished round it is that round again, from the parent that it had: with the same
     settings it is up to date, with others it is done anew. On another snapshot it is the next one.
 
     Args:
         run: With a section `train`.
-        newest: The tables as they are now.
+        newest: The newest versions of the tables.
 
     Raises:
-        ModelError: The checkpoint to go on from is gone.
+        ModelError: The checkpoint to start from is gone.
     """
     assert run.config.train is not None
     record = run.journal.record("train")
-    if record is None or "snapshot" not in record.details:  # an old record tells too little to go on from
+    if record is None or "snapshot" not in record.details:  # an old record tells too little to start from
         return Round(1, newest, None)
     done, number = Snapshot(**record.details["snapshot"]), int(record.details.get("round", 1))
     if run.config.train.rounds == "restart":
@@ -75,7 +75,7 @@ def next_round(run: Run, newest: Snapshot) -> Round:
 
 
 def _begun(run: Run) -> Snapshot | None:
-    """What the newest training reads, finished or not."""
+    """Return what the newest training reads, finished or not."""
     name = f"{run.folder}/snapshot.json"
     return Snapshot(**json.loads(run.storage.read(name))) if run.storage.exists(name) else None
 
@@ -110,7 +110,7 @@ def _brings(storage: Storage, version: Version) -> bool:
 
 
 def parent_of(run: Run, record: StageRecord) -> Parent:
-    """The last aligned model: what `export` wrote of the last finished round, or would write where it has not run.
+    """Return the last aligned model: what `export` wrote of the last finished round, or would write if it ran.
 
     Raises:
         ModelError: Its checkpoint is gone.
@@ -145,14 +145,14 @@ def _manifest_digest(storage: Storage, checkpoint: str) -> str:
     name = f"{checkpoint}/{MANIFEST}"
     if not storage.exists(name):
         raise ModelError(
-            f"there is no whole checkpoint {storage.uri(checkpoint)} to go on from",
+            f"there is no whole checkpoint {storage.uri(checkpoint)} to start from",
             "put it back from a copy, or train from the base model with `train.rounds: restart`",
         )
     return hashlib.sha256(storage.read(name)).hexdigest()
 
 
 def check_parent(spec: TrainSpec) -> None:
-    """Find what a round cannot go on from.
+    """Check that a round can start from its parent.
 
     Raises:
         ConfigError: The parent was trained from another base, or other weights of it were.
@@ -163,7 +163,7 @@ def check_parent(spec: TrainSpec) -> None:
 
 
 def check_next_round(run: Run) -> None:
-    """The same before ingest and encode have made the snapshot of a round that will go on from the last one.
+    """Check that the next round can start, before ingest and encode have made its snapshot.
 
     Raises:
         ConfigError: See `check_parent`.
@@ -187,13 +187,13 @@ def _check(number: int, parent: str, bases: tuple[str, str], loras: tuple[Any, A
         differences.append(f"train.lora is {loras[1]}, it was trained with {loras[0]}")
     if differences:
         raise ConfigError(
-            f"round {number} cannot go on from {parent}: {'; '.join(differences)}",
-            "set them back; or begin anew with `train.rounds: restart`, or under another `name`",
+            f"round {number} cannot start from {parent}: {'; '.join(differences)}",
+            "set them back, start from the base with `train.rounds: restart`, or choose another `name`",
         )
 
 
 def rounds_of(storage: Storage, folder: str) -> Iterator[dict[str, Any]]:
-    """The records of a run's finished rounds, by number.
+    """Yield the records of a run's finished rounds, by number.
 
     Args:
         storage: Where the run is.
@@ -232,7 +232,7 @@ def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: in
 
 
 def made_from(spec: TrainSpec) -> dict[str, Any]:
-    """What the record of a training says that it was made from."""
+    """Return what the record of a training says that it was made from."""
     return {
         "snapshot": asdict(spec.snapshot),
         "base_digest": spec.base_digest,
@@ -242,7 +242,7 @@ def made_from(spec: TrainSpec) -> dict[str, Any]:
 
 
 def describe_round(*, number: int, key: str, details: dict[str, Any], finished_at: str) -> dict[str, Any]:
-    """A round as plain data, from the details of its training: what it read, from what, and what came out."""
+    """Describe a round as plain data, from the details of its training: inputs, settings and results."""
     config, seed = details.get("config", {}), details.get("seed", 0)
     order = {name: config.get(name) for name in ("micro_batch_size", "global_batch_size", "labels")}
     settings = json.dumps([config, seed], sort_keys=True)
@@ -268,7 +268,7 @@ def describe_round(*, number: int, key: str, details: dict[str, Any], finished_a
 def forget_old_rounds(run: Run) -> None:
     """Delete the checkpoints of all but the newest `train.keep_rounds` finished rounds; their records stay.
 
-    Counted from the round that the record of the stage `train` tells of: what the next one goes on from, and what an
+    Counted from the round that the record of the stage `train` tells of: what the next one starts from, and what an
     export is made of, is of that round and stays.
     """
     record = run.journal.record("train")

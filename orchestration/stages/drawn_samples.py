@@ -40,7 +40,7 @@ class DrawnSamples:
                     self._images[place] = image
 
     def name(self, place: int) -> str:
-        """The name of a sample's image in the folder."""
+        """Return the name of a sample's image in the folder."""
         return f"{self._model}-{place:03d}.png"
 
     @property

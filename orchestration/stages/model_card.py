@@ -79,7 +79,7 @@ def model_card(
 
 
 def _front_matter(config: RunConfig, train: TrainConfig, licence: Mapping[str, str]) -> str:
-    """The metadata at the top, in the hub's own terms."""
+    """Return the metadata at the top, in the hub's own terms."""
     assert config.encode is not None
     model = config.encode.model
     front: dict[str, Any] = {**licence, "library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -132,7 +132,7 @@ def _weights(train: TrainConfig, step: int, *, is_average: bool) -> str:
 
 
 def _data(config: RunConfig, train: TrainConfig, latents: Mapping[str, Any], licence: Mapping[str, str]) -> str:
-    """What the training saw of images, labels and ties, and the licence that it inherits."""
+    """Tell what the training saw of images, labels and ties, and which licence it inherits."""
     encode, ingest = config.encode, config.ingest
     assert encode is not None
     buckets = latents.get("buckets") or [list(each) for each in bucket_list(encode.resolution, encode.buckets)]
@@ -168,10 +168,10 @@ def _lineage(
 
 
 def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
-    """The chain of rounds, if there is more than one."""
+    """Describe the chain of rounds, if there is more than one."""
     if len(rounds) < 2:
         return ""
-    lines = ["", "| round | goes on from | table of pairs | steps | finished | key |", "|---|---|---|---|---|---|"]
+    lines = ["", "| round | starts from | table of pairs | steps | finished | key |", "|---|---|---|---|---|---|"]
     for each in rounds:
         if each.get("is_lost"):
             lines.append(f"| {each['round']} | no record | | | | `{each['key']}` |")
@@ -185,7 +185,7 @@ def _rounds(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _escaped(rows: dict[str, Any]) -> dict[str, str]:
-    """A bar would end the cell."""
+    """Escape bars, which would end the cell."""
     return {name: str(value).replace("|", r"\|").replace("\n", " ") for name, value in rows.items()}
 
 

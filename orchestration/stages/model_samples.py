@@ -99,7 +99,7 @@ def draw_samples(
 
 
 def base_identity(config: EncodeConfig) -> str:
-    """A digest of every file of the base that shapes a sample: UNet, scheduler, VAE, text encoders, tokenizers."""
+    """Digest every file of the base that shapes a sample: UNet, scheduler, VAE, text encoders, tokenizers."""
     from training.spec import base_digest
 
     texts = {name: files for name, files in text_parts(config).items() if isinstance(files, dict)}
@@ -135,7 +135,7 @@ class SampleModel:
         self._sampler: Any = None
 
     def dtype(self) -> str:
-        """What the pipeline computes in on this machine."""
+        """Return what the pipeline computes in on this machine."""
         import torch
 
         return "float16" if torch.cuda.is_available() else "float32"
@@ -158,7 +158,7 @@ class SampleModel:
         )  # fmt: skip
 
     def _load(self) -> Any:
-        """The pipeline; with the first batch, where Ray keeps the class of an error."""
+        """Load the pipeline; with the first batch, where Ray keeps the class of an error."""
         from pipelines.units.actor import is_out_of_memory
         from training.engine import set_threads
         from training.evaluate import Sampler

@@ -35,7 +35,7 @@ class TrainingView:
         if progress["starts"] > self._starts:
             self._starts = progress["starts"]
             if self._starts > 1:
-                self._say(f"train     start {self._starts}: goes on from step {int(progress['step']):,}")
+                self._say(f"train     restart {self._starts}: resuming from step {int(progress['step']):,}")
             for worker in progress["workers"]:
                 place = f"pid {worker['pid']} on {worker['node']}, {worker['device']}, {worker['backend']}"
                 engine = f"DeepSpeed ZeRO stage {worker['zero_stage']}"

@@ -43,7 +43,7 @@ def find_room(config: RunConfig, num_models: int) -> Room:
 
 
 def pipeline_bytes(source: ModelSource) -> int:
-    """What a process holds that has loaded the pipeline in float32."""
+    """Return the bytes that a process holds once it has loaded the pipeline in float32."""
     folder = source.folder()
     parts = [(folder / "unet", "diffusion_pytorch_model", source.variant)]
     parts.append((source.vae_folder(), "diffusion_pytorch_model", source.vae_variant))

@@ -196,14 +196,14 @@ def test_another_base_or_other_adapters_are_one_error_that_says_what_differs(
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         check_parent(spec)
-    assert "round 2 cannot go on from round 1 (" in caught.value.message
+    assert "round 2 cannot start from round 1 (" in caught.value.message
     assert f"has the digest {'1' * 16}, it was trained from {'0' * 16}" in caught.value.message
     assert "train.lora is {'rank': 4" in caught.value.message
     assert "train.rounds: restart" in str(caught.value.hint)
     assert "`name`" in str(caught.value.hint)
     settings = run.config.model_dump(mode="json") | {"encode": {"model": str(tiny_pipeline)}}
     early = Run.open(parse_config(yaml.safe_dump(settings)), lambda line: None)
-    with pytest.raises(ConfigError, match="round 2 cannot go on from round 1"):
+    with pytest.raises(ConfigError, match="round 2 cannot start from round 1"):
         check_training(early)
     check_next_round(Run.open(parse_config(yaml.safe_dump(settings), ["train.rounds=restart"]), lambda line: None))
 
