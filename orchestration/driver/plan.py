@@ -6,7 +6,7 @@ Numbers are counted where the tables and file listings tell them, and are upper 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestration.driver.looks import Looks
@@ -100,28 +100,44 @@ def _plan(
     try:
         look = looks.at(stage) if before is None else None
         if look is not None and look.is_done:
-            record = run.journal.record(stage.name)
-            remarks = look.notes().remarks
-            return StagePlan(stage.name, StageState.UP_TO_DATE, note=record.summary if record else "", remarks=remarks)
-        # Of the stages that read the base, the first that has work says why it is refused; for ingest it need not be.
-        meets_base = stage.reads_base and stage.name != "ingest"
-        is_first = before is None or before == "ingest"
-        if meets_base and is_first and (refusal := base().refusal) is not None:
+            return _up_to_date(run, stage, look)
+        if _meets_base(stage, before) and (refusal := base().refusal) is not None:
             return StagePlan(stage.name, StageState.BLOCKED, note=str(refusal))
-        of_base = base().remarks if stage.name == "encode" else ()
-        if look is None:
-            notes, work = stage.notes(run), stage.estimate(run, rows)
-            state, note = StageState.WAITS, f"after {before}"
-        else:
-            state = state_of(run, stage, look)
-            if state is StageState.BLOCKED:
-                return StagePlan(stage.name, state, note=str(look.refusal))
-            notes, work, note = look.notes(), look.amount(), ""
-            if state is StageState.WAITS:
-                notes, work = stage.notes(run), stage.estimate(run, rows)
-        return StagePlan(stage.name, state, work, note, notes.settings, (*of_base, *notes.remarks))
+        plan = _behind(run, stage, f"after {before}", rows) if look is None else _seen(run, stage, look, rows)
     except MapoError as error:
         return StagePlan(stage.name, StageState.BLOCKED, note=str(error))
+    is_encode = stage.name == "encode" and plan.state is not StageState.BLOCKED
+    return replace(plan, remarks=(*base().remarks, *plan.remarks)) if is_encode else plan
+
+
+def _meets_base(stage: Stage, before: str | None) -> bool:
+    """Return whether a stage is the first with work that reads the base: it says why that is refused."""
+    return stage.reads_base and stage.name != "ingest" and before in (None, "ingest")
+
+
+def _up_to_date(run: Run, stage: Stage, look: Look) -> StagePlan:
+    record = run.journal.record(stage.name)
+    note = record.summary if record else ""
+    return StagePlan(stage.name, StageState.UP_TO_DATE, note=note, remarks=look.notes().remarks)
+
+
+def _seen(run: Run, stage: Stage, look: Look, rows: int) -> StagePlan:
+    """Plan a stage by the look at it, which found work or what is in its way."""
+    state = state_of(run, stage, look)
+    if state is StageState.BLOCKED:
+        return StagePlan(stage.name, state, note=str(look.refusal))
+    if state is StageState.WAITS:
+        return _behind(run, stage, f"after {look.waits_for}", rows)
+    notes = look.notes()
+    return StagePlan(stage.name, state, look.amount(), settings=notes.settings, remarks=notes.remarks)
+
+
+def _behind(run: Run, stage: Stage, note: str, rows: int) -> StagePlan:
+    """Plan a stage that waits for an earlier one: its work is bounded from above."""
+    notes = stage.notes(run)
+    return StagePlan(
+        stage.name, StageState.WAITS, stage.estimate(run, rows), note, settings=notes.settings, remarks=notes.remarks
+    )
 
 
 def is_set(run: Run, stage: Stage) -> bool:

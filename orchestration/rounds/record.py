@@ -18,12 +18,13 @@ from pipelines.dataset.errors import ConfigError, MapoError, ModelError, Snapsho
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 
 LINEAGE = "lineage.json"
 VERSION = 1
 
 
-def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) -> dict[str, Any]:
+def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) -> JsonObject:
     """Return what `lineage.json` of an export holds: the same for the same export, whenever it is written.
 
     Args:
@@ -61,25 +62,25 @@ def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) ->
         "finished_at": newest["finished_at"],
         "rounds": rounds,
     }
-    plain: dict[str, Any] = json.loads(redact(json.dumps(lineage)))
+    plain: JsonObject = json.loads(redact(json.dumps(lineage)))
     return plain
 
 
-def _round(run: Run, number: int, key: str) -> dict[str, Any] | None:
+def _round(run: Run, number: int, key: str) -> JsonObject | None:
     """Return the record of a round, unless another training has taken its number since."""
     name = f"{run.folder}/rounds/{number:04d}.json"
     if not run.storage.exists(name):
         return None
-    record: dict[str, Any] = json.loads(run.storage.read(name))
+    record: JsonObject = json.loads(run.storage.read(name))
     return record if record["key"] == key else None
 
 
-def _used(checkpoint: str, weights: str) -> dict[str, Any]:
+def _used(checkpoint: str, weights: str) -> JsonObject:
     """Which weights of a round the next one, or the export, took: not always those of its last step."""
     return {"checkpoint": checkpoint, "weights": weights, "step": int(re.findall(r"step-(\d+)", checkpoint)[-1])}
 
 
-def read_lineage(model: str) -> dict[str, Any]:
+def read_lineage(model: str) -> JsonObject:
     """Read the lineage of an exported model.
 
     Args:
@@ -95,7 +96,7 @@ def read_lineage(model: str) -> dict[str, Any]:
             "name the folder of an exported model, such as STORAGE/runs/NAME/model; `mapo export` writes the file anew",
         )
     try:
-        lineage: dict[str, Any] = json.loads(folder.read(LINEAGE))
+        lineage: JsonObject = json.loads(folder.read(LINEAGE))
         if lineage["version"] != VERSION:
             raise ValueError(f"version {lineage['version']}, not {VERSION}")
         assert lineage["rounds"]
@@ -106,7 +107,7 @@ def read_lineage(model: str) -> dict[str, Any]:
 
 def describe_lineage(
     model: str, *, storage: str | None = None, rows: str | None = None, pair: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return the lineage of an exported model, and what the tables say of it.
 
     Args:
@@ -125,7 +126,7 @@ def describe_lineage(
     """
     lineage = read_lineage(model)
     place = Storage(storage or lineage["storage"])
-    told: dict[str, Any] = {"model": Storage(model).url, "lineage": lineage, "trained_on": None, "sources": None}
+    told: JsonObject = {"model": Storage(model).url, "lineage": lineage, "trained_on": None, "sources": None}
     told |= {"pairs": None, "notes": []}
     known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
     if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
@@ -151,7 +152,7 @@ def describe_lineage(
     return told
 
 
-def _totals(rounds: Mapping[int, dict[str, int]], sources: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+def _totals(rounds: Mapping[int, dict[str, int]], sources: Mapping[Any, JsonObject]) -> JsonObject:
     return {
         "pairs": sum(each["first_time"] for each in rounds.values()),
         "removed": sum(each["removed"] for each in sources.values()),

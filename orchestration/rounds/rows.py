@@ -18,6 +18,7 @@ from pipelines.dataset.key_map import KeyMap, keys_of
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import Reason, Status
 from pipelines.dataset.storage import Storage, absolute_url
+from pipelines.dataset.values import JsonObject
 from training.spec import Snapshot
 
 REMOVED = pc.field("reason") == str(Reason.REMOVED)
@@ -50,9 +51,9 @@ class Survey:
     """
 
     rounds: dict[int, dict[str, int]] = field(default_factory=dict)
-    sources: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    sources: dict[tuple[str, str], JsonObject] = field(default_factory=dict)
 
-    def source(self, name: str, uri: str) -> dict[str, Any]:
+    def source(self, name: str, uri: str) -> JsonObject:
         """Return the counts of one source."""
         return self.sources.setdefault((name, uri), {"rows": {}, "trained_on": 0, "removed": 0})
 
@@ -146,7 +147,7 @@ def _count_rows(storage: Storage, snapshot: Snapshot, found: Survey) -> None:
         found.source(source, uri)["rows"].setdefault(split, {})[status] = count
 
 
-def find_pair(storage: Storage, rounds: Sequence[Trained], asked: str) -> list[dict[str, Any]]:
+def find_pair(storage: Storage, rounds: Sequence[Trained], asked: str) -> list[JsonObject]:
     """Tell what the rounds had to do with a pair, or with the pairs of a source row.
 
     Args:
@@ -188,7 +189,7 @@ def _keys(storage: Storage, version: int | None, where: Any) -> list[str]:
     return list(rows["pair_key"].unique().to_pylist())
 
 
-def _pair(storage: Storage, rounds: Sequence[Trained], key: str, seen: dict[int, bool | None]) -> dict[str, Any]:
+def _pair(storage: Storage, rounds: Sequence[Trained], key: str, seen: dict[int, bool | None]) -> JsonObject:
     columns, of_key = ["status", "reason", "split", "label_0", "source_uri", "source_row"], pc.field("pair_key") == key
     now = pairs_table(storage).read(columns, of_key).to_pylist()
     told = []

@@ -107,15 +107,18 @@ def _buckets(storage: Storage, snapshot: Snapshot) -> tuple[KeyMap, NDArray[np.i
     """Return the number of each encoded pair's bucket, and the place of that bucket by height and width."""
     buckets, numbers = KeyMap(), dict[tuple[int, int], int]()
     table = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version)
-    for batch in table.batches(["pair_key", "bucket_height", "bucket_width"], KEPT):
-        if not batch.num_rows:
-            continue
-        sides = np.stack([batch[name].to_numpy() for name in ("bucket_height", "bucket_width")], axis=1)
-        shapes, inverse = np.unique(sides, axis=0, return_inverse=True)
-        of_shape = [numbers.setdefault((int(height), int(width)), len(numbers)) for height, width in shapes]
-        buckets.add(keys_of(batch["pair_key"]), np.array(of_shape, np.float32)[inverse.ravel()])
-    places = {shape: place for place, shape in enumerate(sorted(numbers))}
-    return buckets, np.array([places[shape] for shape in numbers] or [0], np.int64)
+    for batch in filter(len, table.batches(["pair_key", "bucket_height", "bucket_width"], KEPT)):
+        buckets.add(keys_of(batch["pair_key"]), _numbered(batch, numbers))
+    ordered = sorted(numbers)
+    return buckets, np.array([ordered.index(shape) for shape in numbers] or [0], np.int64)
+
+
+def _numbered(batch: pa.RecordBatch, numbers: dict[tuple[int, int], int]) -> NDArray[np.float32]:
+    """Return the number of each row's bucket; a shape that is not in `numbers` yet gets the next one there."""
+    sides = np.stack([batch[name].to_numpy() for name in ("bucket_height", "bucket_width")], axis=1)
+    shapes, inverse = np.unique(sides, axis=0, return_inverse=True)
+    of_shape = [numbers.setdefault((int(height), int(width)), len(numbers)) for height, width in shapes]
+    return np.array(of_shape, np.float32)[inverse.ravel()]
 
 
 def count_pairs(spec: TrainSpec, steps: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from pipelines.dataset.layout import PAIRS
 from pipelines.dataset.pair import Status
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from pipelines.dataset.versions import Version, versions_after
 from training.spec import Parent, Snapshot, TrainSpec, base_digest
 from training.state.checkpoint_format import MANIFEST, remove_checkpoints
@@ -192,7 +193,7 @@ def _check(number: int, parent: str, bases: tuple[str, str], loras: tuple[Any, A
         )
 
 
-def rounds_of(storage: Storage, folder: str) -> Iterator[dict[str, Any]]:
+def rounds_of(storage: Storage, folder: str) -> Iterator[JsonObject]:
     """Yield the records of a run's finished rounds, by number.
 
     Args:
@@ -203,7 +204,7 @@ def rounds_of(storage: Storage, folder: str) -> Iterator[dict[str, Any]]:
         yield json.loads(storage.read(name))
 
 
-def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: int, num_seen: int) -> dict[str, Any]:
+def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: int, num_seen: int) -> JsonObject:
     """Write the record of a finished round, once; gives what the record of the stage says of it.
 
     Args:
@@ -231,7 +232,7 @@ def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: in
     return {"round": spec.round, "parent": parent, "manifests": manifests}
 
 
-def made_from(spec: TrainSpec) -> dict[str, Any]:
+def made_from(spec: TrainSpec) -> JsonObject:
     """Return what the record of a training says that it was made from."""
     return {
         "snapshot": asdict(spec.snapshot),
@@ -241,7 +242,7 @@ def made_from(spec: TrainSpec) -> dict[str, Any]:
     }
 
 
-def describe_round(*, number: int, key: str, details: dict[str, Any], finished_at: str) -> dict[str, Any]:
+def describe_round(*, number: int, key: str, details: JsonObject, finished_at: str) -> JsonObject:
     """Describe a round as plain data, from the details of its training: inputs, settings and results."""
     config, seed = details.get("config", {}), details.get("seed", 0)
     order = {name: config.get(name) for name in ("micro_batch_size", "global_batch_size", "labels")}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pipelines.dataset.storage import Storage
@@ -60,14 +60,19 @@ class DrawnSamples:
             dtype: What the pipeline computes in on this machine: samples of another type are others, too.
         """
         if dtype is not None:
-            kept = {place for place in self._images if self._entries[self.name(place)]["dtype"] == dtype}
-            self._images = {place: image for place, image in self._images.items() if place in kept}
+            self._images = {
+                place: image for place, image in self._images.items()
+                if self._entries[self.name(place)]["dtype"] == dtype
+            }  # fmt: skip
         names = {self.name(place) for place in self._images}
-        others = [name for name in self._entries if name not in names]
-        for name in others:
-            del self._entries[name]
-        if others:
+        kept = {name: entry for name, entry in self._entries.items() if name in names}
+        if len(kept) < len(self._entries):
+            self._entries = kept
             self._write_record()
+        self._delete_images_but(names)
+
+    def _delete_images_but(self, names: Collection[str]) -> None:
+        """Delete the images of this model that have other names."""
         for path in self._storage.names(self._folder):
             name = path.rpartition("/")[2]
             if re.fullmatch(rf"{self._model}-\d+\.png", name) and name not in names:

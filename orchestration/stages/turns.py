@@ -1,7 +1,7 @@
 """Models that draw samples: side by side where the cluster has room for all, else one after the other."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ from pipelines.dataset.model_files import ModelSource, read_family, weight_files
 from pipelines.dataset.safetensors_header import tensor_shapes
 from pipelines.progress import ProgressBar
 from pipelines.resources import Demand, nodes, uses_gpu
-from pipelines.units.waiting import LOOK_S, wait_for
+from pipelines.units.waiting import LOOK_S, Wait, wait_for
 
 WEIGHT_BYTES = 4  # on CPUs pipelines compute in float32
 PROCESS_BYTES = 1 << 30  # Python with torch and diffusers
 PIXEL_BYTES = 3 << 10  # of a sample while the VAE decodes it: 3 GB at 1024 x 1024, about three times its widest layer
+
+WAY_OUT = "add such a node, or set `encode.device: cpu`; `encode.start_timeout_s` allows a longer wait"
 
 
 @dataclass(frozen=True)
@@ -140,38 +142,44 @@ def draw_missing(
     if not waiting:
         return
     assert config.encode is not None
-    room = find_room(
-        config, len(drawn)
-    )  # as if none were drawn yet: the threads of torch, and so its sums, follow from it
-    way_out = "add such a node, or set `encode.device: cpu`; `encode.start_timeout_s` allows a longer wait"
-    running: dict[str, _Sampler] = {}
-    with ProgressBar("evaluate", sum(len(drawn[name].missing) for name in waiting), "samples") as progress:
+    # As if none were drawn yet: the threads of torch, and so its sums, follow from it.
+    room, batch_size = find_room(config, len(drawn)), config.evaluate.batch_size
+    running: list[_Sampler] = []
+    num_missing = sum(len(samples.missing) for samples in drawn.values())
+    with ProgressBar("evaluate", num_missing, "samples") as progress:
         timeout_s = config.encode.start_timeout_s
-        wait = wait_for("evaluate", room.demand, timeout_s=timeout_s, way_out=way_out, say=progress.say)
+        wait = wait_for("evaluate", room.demand, timeout_s=timeout_s, way_out=WAY_OUT, say=progress.say)
         try:
             while waiting or running:
                 if waiting and _has_room(room, running):
                     name = waiting.pop(0)
-                    sampler = _Sampler(new_actor(name, room), drawn[name], prompts, seeds, config.evaluate.batch_size)
-                    running[name] = sampler
-                done, _ = ray.wait([each.pending for each in running.values()], timeout=LOOK_S)
-                if done or all(each.is_placed() for each in running.values()):
-                    wait.restart()
-                else:
-                    wait.look()
-                for name, sampler in list(running.items()):
-                    if sampler.pending in done and not sampler.advance(progress):
-                        running.pop(name).close()
+                    running.append(_Sampler(new_actor(name, room), drawn[name], prompts, seeds, batch_size))
+                _advance(running, wait, progress)
         except ray.exceptions.RayError as error:
             raise unwrap(error) or error from error
         finally:
-            for sampler in running.values():
+            for sampler in running:
                 sampler.close()
 
 
-def _has_room(room: Room, running: Mapping[str, _Sampler]) -> bool:
+def _advance(running: list[_Sampler], wait: Wait, progress: ProgressBar) -> None:
+    """Keep the batches that are drawn within LOOK_S, ask for the next ones, and end the samplers that have none."""
+    import ray
+
+    done, _ = ray.wait([each.pending for each in running], timeout=LOOK_S)
+    if done or all(each.is_placed() for each in running):
+        wait.restart()
+    else:
+        wait.look()
+    for sampler in list(running):
+        if sampler.pending in done and not sampler.advance(progress):
+            running.remove(sampler)
+            sampler.close()
+
+
+def _has_room(room: Room, running: Sequence[_Sampler]) -> bool:
     """Whether another model may begin: always if none draws; else if those that draw have left room for it."""
     if not running:
         return True
-    are_placed = all(each.is_placed() for each in running.values())
+    are_placed = all(each.is_placed() for each in running)
     return len(running) < room.at_once and are_placed and room.demand.is_free()

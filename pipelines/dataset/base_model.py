@@ -5,7 +5,7 @@ encoding. Reads configuration files and the headers of weights; needs neither ra
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,11 @@ def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -
             f"unet.out_channels of {model} is {given}, and the VAE has vae.latent_channels {channels}{learned}",
             CHOOSE_A_BASE,
         )
+    _check_conditioning(config, family, model)
+
+
+def _check_conditioning(config: dict[str, Any], family: Family, model: str) -> None:
+    """Check that the UNet expects nothing beside the family's conditioning, and whole weights."""
     for key, what in NOT_GIVEN.items():
         if config.get(key):
             raise ModelError(
@@ -295,10 +300,13 @@ def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], fam
                 "(hidden_size)",
                 "the text encoders are not those that the UNet was trained with; choose a whole base",
             )
-    if not family.has_pooled:
-        return
+    if family.has_pooled:
+        _check_time_ids(config, widths[-1][1], model)
+
+
+def _check_time_ids(config: dict[str, Any], pooled: int, model: str) -> None:
+    """Check that the UNet takes six time ids and the pooled embedding of the last text encoder."""
     each, found = (config.get(key) for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
-    pooled = widths[-1][1]
     if type(each) is not int or found != NUM_TIME_IDS * each + pooled:
         is_refiner = type(each) is int and found == NUM_REFINER_TIME_IDS * each + pooled
         raise ModelError(
@@ -320,22 +328,7 @@ def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> 
         )
     shapes = tensor_shapes(files)
     blocks = _numbers(config, "block_out_channels", [320, 640, 1280, 1280], "unet", source.model)
-    expected: list[tuple[str, int, str, Any]] = [
-        ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
-        ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
-        ("conv_out.weight", 0, "out_channels", config.get("out_channels", 4)),
-    ]
-    for number, channels in enumerate(blocks):
-        name = f"down_blocks.{number}.resnets.0.conv1.weight"
-        expected.append((name, 0, f"block_out_channels[{number}]", channels))
-    if config.get("addition_embed_type") == "text_time":
-        key = "projection_class_embeddings_input_dim"
-        expected.append(("add_embedding.linear_1.weight", 1, key, config.get(key)))
-    dims = config.get("cross_attention_dim", 1280)
-    attention = sorted(name for name in shapes if name.endswith(".attn2.to_k.weight"))
-    if not isinstance(dims, list):
-        expected += [(name, 1, "cross_attention_dim", dims) for name in attention]
-    for name, axis, key, value in expected:
+    for name, axis, key, value in _expected_shapes(config, blocks, shapes):
         if name not in shapes:
             raise ModelError(f"the weights of the unet of {source.model} lack {name}", WAY_OUT)
         if len(shapes[name]) <= axis or shapes[name][axis] != value:
@@ -353,6 +346,28 @@ def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> 
                 f"wants {what}, which training does not give",
                 f"choose the base that it was made from; {CHOOSE_A_BASE}",
             )
+
+
+def _expected_shapes(
+    config: dict[str, Any], blocks: Sequence[int], names: Iterable[str]
+) -> list[tuple[str, int, str, Any]]:
+    """List what a configuration says of its weights: a tensor, its axis, the key, and the size under that key."""
+    expected: list[tuple[str, int, str, Any]] = [
+        ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
+        ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
+        ("conv_out.weight", 0, "out_channels", config.get("out_channels", 4)),
+    ]
+    for number, channels in enumerate(blocks):
+        name = f"down_blocks.{number}.resnets.0.conv1.weight"
+        expected.append((name, 0, f"block_out_channels[{number}]", channels))
+    if config.get("addition_embed_type") == "text_time":
+        key = "projection_class_embeddings_input_dim"
+        expected.append(("add_embedding.linear_1.weight", 1, key, config.get(key)))
+    dims = config.get("cross_attention_dim", 1280)
+    attention = sorted(name for name in names if name.endswith(".attn2.to_k.weight"))
+    if not isinstance(dims, list):
+        expected += [(name, 1, "cross_attention_dim", dims) for name in attention]
+    return expected
 
 
 def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, model: str) -> None:
@@ -375,20 +390,35 @@ def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, m
                 f"unet.{side}_block_types of {model} is {types}, and block_out_channels has {num_blocks}", WAY_OUT
             )
         for number, (kind, count) in enumerate(zip(types, counts, strict=True)):
-            found = {name.split(".")[3] for name in names if name.startswith(f"{side}_blocks.{number}.resnets.")}
-            if len(found) != count:
-                raise ModelError(
-                    f"unet.layers_per_block of {model} is {layers}, and the weights of {side}_blocks.{number} have "
-                    f"{len(found)} layers, not {count}: its config.json is not of these weights",
-                    OTHER_CONFIG,
-                )
-            has_attention = any(name.startswith(f"{side}_blocks.{number}.attentions.") for name in names)
-            if kind in ATTENDS and ATTENDS[kind] != has_attention:
-                raise ModelError(
-                    f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
-                    f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
-                    OTHER_CONFIG,
-                )
+            _check_block(f"{side}_blocks.{number}", kind, count, names, layers, model)
+
+
+def _check_block(block: str, kind: str, count: int, names: Collection[str], layers: Any, model: str) -> None:
+    """Check the layers and the attention of one block of the UNet.
+
+    Args:
+        block: Beginning of the names of its weights, such as `down_blocks.0`.
+        kind: Its class, by the configuration.
+        count: Its number of layers, by the configuration.
+        names: Of all weights.
+        layers: `layers_per_block`, for messages.
+        model: The base, for messages.
+    """
+    found = {name.split(".")[3] for name in names if name.startswith(f"{block}.resnets.")}
+    if len(found) != count:
+        raise ModelError(
+            f"unet.layers_per_block of {model} is {layers}, and the weights of {block} have {len(found)} layers, not "
+            f"{count}: its config.json is not of these weights",
+            OTHER_CONFIG,
+        )
+    has_attention = any(name.startswith(f"{block}.attentions.") for name in names)
+    if kind in ATTENDS and ATTENDS[kind] != has_attention:
+        side, number = block.split("_blocks.")
+        raise ModelError(
+            f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
+            f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
+            OTHER_CONFIG,
+        )
 
 
 def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:

@@ -117,7 +117,7 @@ def _check_kind(config: JsonObject, classes: Sequence[str], model: str) -> None:
 
 def _check_betas(config: JsonObject, model: str) -> None:
     """Check that the file states its betas: diffusers' defaults are those of no published base."""
-    steps, trained, name = (config.get(key) for key in ("num_train_timesteps", "trained_betas", "beta_schedule"))
+    trained, name = config.get("trained_betas"), config.get("beta_schedule")
     wanted = ["num_train_timesteps", *(["beta_schedule"] if trained is None else [])]
     if trained is None and name not in WITHOUT_BOUNDS:
         wanted += ["beta_start", "beta_end"]
@@ -129,28 +129,41 @@ def _check_betas(config: JsonObject, model: str) -> None:
             "beta_schedule scaled_linear, beta_start 0.00085, beta_end 0.012, num_train_timesteps 1000); if not, "
             f"{CHOOSE_A_BASE}",
         )
-    wrong = None
-    if type(steps) is not int or steps < 2:
-        wrong = f"num_train_timesteps of {model} is {steps}, not a number of steps"
-    elif trained is not None:
-        if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
-            size = len(trained) if isinstance(trained, list) else 0
-            wrong = f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
-        elif trained != sorted(trained):
-            wrong = f"trained_betas of {model} fall somewhere; a noise schedule rises"
-    elif name not in BETA_SCHEDULES:
-        wrong = f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
-    elif name not in WITHOUT_BOUNDS:
-        start, end = config["beta_start"], config["beta_end"]
-        if not (_is_beta(start) and _is_beta(end) and start <= end):
-            wrong = f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
-    if wrong is None and type(rescaled := config.get("rescale_betas_zero_snr", False)) not in (bool, type(None)):
-        wrong = f"rescale_betas_zero_snr of {model} is {rescaled!r}, not true or false"
-    if wrong is not None:
+    if (wrong := _wrong_schedule(config, model)) is not None:
         raise ModelError(
             f"scheduler.{wrong}",
             f"set it in scheduler/scheduler_config.json to what the model was trained with; or {CHOOSE_A_BASE}",
         )
+
+
+def _wrong_schedule(config: dict[str, Any], model: str) -> str | None:
+    """Say which of the keys that are written is wrong; None if none is."""
+    steps, trained = config.get("num_train_timesteps"), config.get("trained_betas")
+    if type(steps) is not int or steps < 2:
+        return f"num_train_timesteps of {model} is {steps}, not a number of steps"
+    wrong = _wrong_trained_betas(trained, steps, model) if trained is not None else _wrong_bounds(config, model)
+    if wrong is None and type(rescaled := config.get("rescale_betas_zero_snr", False)) not in (bool, type(None)):
+        wrong = f"rescale_betas_zero_snr of {model} is {rescaled!r}, not true or false"
+    return wrong
+
+
+def _wrong_trained_betas(trained: Any, steps: int, model: str) -> str | None:
+    if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
+        size = len(trained) if isinstance(trained, list) else 0
+        return f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
+    return None if trained == sorted(trained) else f"trained_betas of {model} fall somewhere; a noise schedule rises"
+
+
+def _wrong_bounds(config: dict[str, Any], model: str) -> str | None:
+    name = config.get("beta_schedule")
+    if name not in BETA_SCHEDULES:
+        return f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
+    if name in WITHOUT_BOUNDS:
+        return None
+    start, end = config["beta_start"], config["beta_end"]
+    if _is_beta(start) and _is_beta(end) and start <= end:
+        return None
+    return f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
 
 
 def _is_beta(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Whether the text encoders and tokenizers of a base are there, of its family, and fit each other."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def check_text(
                 CHOOSE_A_BASE,
             )
         configs.append(_encoder(folder / name, f"{name} of {model}", variant))
+    _check_tokenizers(folder, index, family, configs, model)
+    return [(config["hidden_size"], config["projection_dim"]) for config in configs]
+
+
+def _check_tokenizers(
+    folder: Path, index: Mapping[str, Any], family: Family, configs: Sequence[dict[str, int]], model: str
+) -> None:
+    """Check that each tokenizer fits its encoder, and that all cut a prompt at the same length."""
     lengths = {}
     for name, (encoder, config) in zip(family.tokenizers, zip(family.text_encoders, configs, strict=True), strict=True):
         kind = (index.get(name) or (None, None))[1]
@@ -57,7 +65,6 @@ def check_text(
             + ", ".join(f"{name} has {length}" for name, length in lengths.items()),
             "set the same in both tokenizer_config.json; SDXL has 77",
         )
-    return [(config["hidden_size"], config["projection_dim"]) for config in configs]
 
 
 def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:

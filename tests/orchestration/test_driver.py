@@ -147,7 +147,7 @@ def test_one_that_is_killed_in_a_training_is_followed_from_its_newest_checkpoint
         first.kill()
         with Driver(folder, "train", *options) as third:
             assert third.wait() == 0, third.errors
-    goes_on = re.search(r"start 2: goes on from step (\d+)", third.output)
+    goes_on = re.search(r"restart 2: resuming from step (\d+)", third.output)
     assert goes_on
     assert 4 <= left_at <= int(goes_on[1]) < 24
     assert newest_step(first.run) == 24
@@ -165,7 +165,7 @@ def test_a_stopped_driver_leaves_a_checkpoint_from_which_the_next_goes_on(folder
     assert list(events(first.run))[-2:] == [("began", "train"), ("stopped", "train")]
     with Driver(folder, "train") as second:
         assert second.wait() == 0, second.errors
-    assert f"start 2: goes on from step {stopped_at}" in second.output
+    assert f"restart 2: resuming from step {stopped_at}" in second.output
     assert newest_step(first.run) == MAX_STEPS
 
 

@@ -367,4 +367,4 @@ def test_the_card_shows_the_chain(photos: Photos, tmp_path: Path) -> None:
     card = model_card(of_model, photos.record, checkpoint, rounds)
     assert "| 1 | the base | version 0 | 2 of 2 |" in card
     assert "| 2 | round 1, `raw` | version 1 | 2 of 2 |" in card
-    assert "| round | goes on from |" not in model_card(of_model, photos.record, checkpoint, rounds[1:])
+    assert "| round | starts from |" not in model_card(of_model, photos.record, checkpoint, rounds[1:])

@@ -216,7 +216,7 @@ def test_a_stopped_training_goes_on_with_the_next_submit(first, head: RayHead, f
     assert "mapo-long-1 is FAILED with exit code 130" in stopped.stdout, stopped.stderr
     again = mapo(head, "submit", "small.yaml", "--include", "bright.py", "--follow", *settings, cwd=folder)
     assert again.returncode == 0, again.stdout + again.stderr
-    resumed = re.search(r"^train +start 2: goes on from step (\d+)", again.stdout, re.MULTILINE)
+    resumed = re.search(r"^train +restart 2: resuming from step (\d+)", again.stdout, re.MULTILINE)
     assert resumed is not None, again.stdout
     assert 1 < int(resumed[1]) < num_steps
 
