@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration.config import RunConfig
-from orchestration.report.course import Course, StageState
+from orchestration.report.course import Course
 from orchestration.run.journal import StageRecord
+from orchestration.stages.stage import StageState
 
 NUM_SAMPLERS = 2  # of evaluate: one actor per model
 S_PER_H = 3600.0

@@ -9,27 +9,14 @@ from typing import Any
 
 from orchestration.run.journal import StageRecord
 from orchestration.run.lease import Terms, current_holder
+from orchestration.stages.registry import ALL_STAGES, REPORT, STAGES
+from orchestration.stages.stage import StageState
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.storage import Storage
 
-STAGES_SHOWN = ("ingest", "encode", "train", "export", "evaluate")
-ORDER = (*STAGES_SHOWN, "report")
-OF_STORAGE = ("ingest", "encode")
+STAGES_SHOWN = tuple(name for name in ALL_STAGES if name != REPORT)
 SILENCE = timedelta(minutes=3)
 """Drivers without a heartbeat for this long count as gone; heartbeats come every few seconds, but clocks differ."""
-
-
-class StageState(StrEnum):
-    """State of a stage, or of one execution of it."""
-
-    RUNNING = "running"
-    DONE = "done"
-    UP_TO_DATE = "up to date"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    LOST = "lost"
-    WAITING = "waiting"
-    NOT_RUN = "not run"
 
 
 class RunState(StrEnum):
@@ -181,7 +168,7 @@ def is_alive(storage: Storage, folder: str, now: datetime) -> bool:
 
 def _is_this_page(execution: Execution) -> bool:
     """Check for the report that is being written: it describes the run as it will be once that is done."""
-    return execution.stage == "report" and execution.state == StageState.LOST
+    return execution.stage == REPORT and execution.state == StageState.LOST
 
 
 def _run_state(last: Execution | None, records: Mapping[str, StageRecord | None], *, is_driven: bool) -> RunState:
@@ -229,7 +216,7 @@ def _stage_states(
     for stage in STAGES_SHOWN:
         last = newest.get(stage)
         if driver is not None and _is_waiting(stage, last, running, driver):
-            states[stage] = StageState.WAITING
+            states[stage] = StageState.WAITS
         elif last is not None:
             states[stage] = last.state
         else:
@@ -240,13 +227,13 @@ def _stage_states(
 def _is_waiting(stage: str, last: Execution | None, running: str | None, driver: JournalEvent) -> bool:
     if stage not in driver.stages:
         return False
-    is_ahead = running in ORDER and ORDER.index(stage) > ORDER.index(running)
+    is_ahead = running in ALL_STAGES and ALL_STAGES.index(stage) > ALL_STAGES.index(running)
     return is_ahead or (last is not None and last.state in UNDONE and last.began < driver.time)
 
 
 def _is_done(stage: str, records: Mapping[str, StageRecord | None]) -> bool:
     """Check whether a stage has ever succeeded; a later stage shows that another run has ingested and encoded."""
-    later = STAGES_SHOWN[STAGES_SHOWN.index(stage) :] if stage in OF_STORAGE else (stage,)
+    later = STAGES_SHOWN[STAGES_SHOWN.index(stage) :] if STAGES[stage].shares_data else (stage,)
     return any(records[each] for each in later)
 
 

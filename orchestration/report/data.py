@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from orchestration import __version__
 from orchestration.config import RunConfig
 from orchestration.report.cost import Used, cost_of
-from orchestration.report.course import STAGES_SHOWN, UNDONE, Course, JournalEvent, StageState, is_alive, read_course
+from orchestration.report.course import STAGES_SHOWN, UNDONE, Course, JournalEvent, is_alive, read_course
 from orchestration.report.encoding import described, recorded_fingerprints, with_own_work
 from orchestration.report.live_curves import read_json
 from orchestration.report.records import (
@@ -34,6 +34,8 @@ from orchestration.report.training_section import finished_training, live_traini
 from orchestration.rounds.series import rounds_of
 from orchestration.run.context import EVALUATION, RESULTS
 from orchestration.run.journal import Journal, StageRecord, now
+from orchestration.stages.registry import STAGES
+from orchestration.stages.stage import StageState
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
@@ -145,7 +147,7 @@ def _stage(name: str, record: StageRecord | None, dataset: DatasetSection | None
         return StageRow(name, state, seconds or None, newest.message, began)
     if record is not None:
         return StageRow(name, state, record.seconds, record.summary)
-    if state == StageState.NOT_RUN and name in ("ingest", "encode") and dataset is not None:
+    if state == StageState.NOT_RUN and STAGES[name].shares_data and dataset is not None:
         return StageRow(name, StageState.UP_TO_DATE, summary=dataset.summary)  # another run of this storage did it
     return StageRow(name, state)
 

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from orchestration.report.charts import IntervalPlot, curves, interval_plot
-from orchestration.report.course import RunState, StageState
+from orchestration.report.course import RunState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
 from orchestration.report.records import ReportData
+from orchestration.stages.stage import StageState
 
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
 MAX_GRID_SIDE = 768  # the same for a grid of samples

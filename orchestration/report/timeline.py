@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from orchestration.report.course import STAGES_SHOWN, Course, Execution, RunState, StageState
+from orchestration.report.course import STAGES_SHOWN, Course, Execution, RunState
+from orchestration.stages.stage import StageState
 
 WIDTH = 1000.0  # of the axis, in SVG units
 MIN_WIDTH = 4.0  # of a bar, so that a short execution is seen

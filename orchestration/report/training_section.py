@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 
 from orchestration.config import RunConfig
-from orchestration.report.course import Course, RunState, StageState
+from orchestration.report.course import Course, RunState
 from orchestration.report.live_curves import LiveProgress, live_curves, read_progress
 from orchestration.report.records import Row, SampleGrid, TrainingSection, WorkerRow
 from orchestration.run.journal import StageRecord
+from orchestration.stages.stage import StageState
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 from training.schedule import of_average

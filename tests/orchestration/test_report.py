@@ -33,12 +33,12 @@ from orchestration.report.charts import (
     round_ticks,
     smooth,
 )
-from orchestration.report.course import StageState
 from orchestration.report.encoding import speeds, work_parts
 from orchestration.report.format import number
 from orchestration.report.page import MAX_GRID_SIDE, MAX_SIDE, render_report, source_digest
 from orchestration.report.records import StageRow
 from orchestration.report.training_section import sample_grids
+from orchestration.stages.stage import StageState
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 
@@ -287,7 +287,7 @@ def test_the_page_of_a_live_run_says_so_and_reloads_itself() -> None:
 
 def test_results_of_an_earlier_training_are_marked() -> None:
     done = sample_data().stages
-    data = changed(sample_data(), {"stages": [*done, StageRow("evaluate", StageState.WAITING)]})
+    data = changed(sample_data(), {"stages": [*done, StageRow("evaluate", StageState.WAITS)]})
     assert "until this one has its own: samples and scores." in render_report(data, {})
     data = changed(data, {"stages.2.status": StageState.RUNNING, "stages.2.began": "2026-11-23T22:00:00Z"})
     assert "until this one has its own: training, samples and scores." in render_report(data, {})

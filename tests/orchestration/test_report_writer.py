@@ -83,7 +83,7 @@ def test_a_failure_is_on_the_page_with_its_stage_and_message(run: Run) -> None:
 def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: Run) -> None:
     run.journal.event("started", by="x", stages=["ingest", "encode", "train"])
     run.journal.event("began", stage="ingest")
-    for is_driven, state, states in ((True, "running", ["running", "waiting", "waiting", "not run", "not run"]),
+    for is_driven, state, states in ((True, "running", ["running", "waits", "waits", "not run", "not run"]),
                                      (False, "lost", ["lost", "not run", "not run", "not run", "not run"]),
                                      (None, "lost", ["lost", "not run", "not run", "not run", "not run"])):  # fmt: skip
         data = report_data(run.config, run.storage, run.journal, command="", is_driven=is_driven)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from orchestration.report.cost import Cost, Devices, Price, StageCost
-from orchestration.report.course import RunState, StageState
+from orchestration.report.course import RunState
 from orchestration.report.encoding import work_parts
 from orchestration.report.records import (
     BytesPerPair,
@@ -34,6 +34,7 @@ from orchestration.report.records import (
     WorkerRow,
 )
 from orchestration.report.timeline import Bar, Timeline
+from orchestration.stages.stage import StageState
 
 GRIDS = (0, 400, 800, 1200)
 PROMPTS = (
