@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import mapo_entry
 from orchestration.cluster.exit_message import ExitMessage
@@ -153,7 +152,7 @@ def _init(config: RunConfig) -> None:
             )
 
 
-def _for_workers() -> dict[str, Any]:
+def _for_workers() -> dict[str, object]:
     """Return the runtime environment of a cluster's workers, less what the job has from its submitter.
 
     It holds what they must know of this process's environment, and the hook by which mapo's packages are theirs too.

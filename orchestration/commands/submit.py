@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from typing import Any
 
 from orchestration.commands.logs import ADDRESS, same_run, show_log
 from orchestration.commands.options import CONFIGURED, Command, Option, note, say
@@ -55,9 +54,9 @@ def parse_settings(given: list[str]) -> dict[str, str]:
     return settings
 
 
-def _resources(options: argparse.Namespace) -> dict[str, Any]:
+def _resources(options: argparse.Namespace) -> dict[str, float | dict[str, float]]:
     """Return what the job's own command needs, by the names of Ray's client."""
-    found: dict[str, Any] = {}
+    found: dict[str, float | dict[str, float]] = {}
     for name in ("entrypoint_num_cpus", "entrypoint_num_gpus", "entrypoint_memory"):
         if (amount := getattr(options, name)) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {amount}: must not be negative")

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestration.demo.scenes import RESOLUTION, crop, cyanotype, draw_shift, scenes
+from orchestration.stages.contact_sheet import psnr
 
+Figures = dict[str, float | list[float]]
+"""Figures of a training, for `recipe.json`."""
 log = logging.getLogger(__name__)
 
 NUM_CROPS_PER_SCENE = 16
@@ -43,14 +45,14 @@ def plain_and_styled(seed: int, *, per_scene: int) -> tuple[Tensor, Tensor]:
     return pixels(plain), pixels([cyanotype(image) for image in plain])
 
 
-def psnr(vae: AutoencoderKL, images_BCHW: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio of a round trip through the VAE, in dB."""
-    values = []
+def round_trip_psnr(vae: AutoencoderKL, images_BCHW: Tensor) -> float:
+    """Return the mean peak signal-to-noise ratio of images after a round trip through the VAE, in dB."""
+    values: list[float] = []
     with torch.no_grad():
         for batch in images_BCHW.split(40):
             restored = vae.decode(vae.encode(batch).latent_dist.mean).sample.clamp(-1, 1)
-            values.append(10 * torch.log10(4 / (restored - batch).square().mean((1, 2, 3))))
-    return float(torch.cat(values).mean())
+            values += [psnr(*pair, peak=2) for pair in zip(batch.numpy(), restored.numpy(), strict=True)]
+    return float(np.mean(values))
 
 
 def fit(
@@ -88,7 +90,7 @@ def fit(
     return [round(float(np.mean(losses[at : at + 100])), 5) for at in range(0, steps, 100)]
 
 
-def train_vae(vae: AutoencoderKL) -> dict[str, Any]:
+def train_vae(vae: AutoencoderKL) -> Figures:
     """Train the VAE in place and set its scaling factor so that latents have a standard deviation of one.
 
     Of every batch about 40 % are plain crops, 35 % are in the style and 25 % in random colours: a VAE that knew
@@ -120,7 +122,11 @@ def train_vae(vae: AutoencoderKL) -> dict[str, Any]:
     both = encode(vae, torch.cat([plain, styled]))
     vae.register_to_config(scaling_factor=round(1 / float(both.std()), 5))
     plain, styled = plain_and_styled(SEED + 1, per_scene=2)
-    return {"psnr_plain_db": psnr(vae, plain), "psnr_styled_db": psnr(vae, styled), "losses": losses}
+    return {
+        "psnr_plain_db": round_trip_psnr(vae, plain),
+        "psnr_styled_db": round_trip_psnr(vae, styled),
+        "losses": losses,
+    }
 
 
 def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ def embed(pipeline: StableDiffusionXLPipeline, token_ids: tuple[Tensor, Tensor])
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def train_unet(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
+def train_unet(pipeline: StableDiffusionXLPipeline) -> Figures:
     """Train UNet and text encoders together on plain crops, and leave their moving averages in the pipeline.
 
     Returns:

@@ -173,7 +173,7 @@ def _parquet(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _settings(seed: int) -> dict[str, Any]:
+def _settings(seed: int) -> dict[str, object]:
     return {
         "seed": seed,
         "resolution": RESOLUTION,
@@ -187,7 +187,7 @@ def _settings(seed: int) -> dict[str, Any]:
     }
 
 
-def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, settings: dict[str, object]) -> bool:
     """Return whether the folder holds exactly the files of these settings, by digest."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text())

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
@@ -24,6 +23,7 @@ RAY_VERSION = "2.60.0"
 """The version in the image, the manifests and constraints.txt; a test keeps them equal."""
 CONFIG_FILE = "/etc/mapo/run.yaml"
 TOKEN_KEY = "auth_token"  # noqa: S105 (a key of a Secret, as KubeRay has it)
+OFFLOAD_GIB = 100
 EXTRAS = {"s3": "s3", "gcs": "gcs", "other": None}
 COMMON = ("accounts.yaml", "config.yaml", "network.yaml", "disruption.yaml")
 
@@ -91,6 +91,21 @@ class Settings:
     warm: bool = False
 
 
+@dataclass(frozen=True)
+class Volume:
+    """A folder on each node's own disk.
+
+    Args:
+        name: The volume's name.
+        path: Where it is mounted.
+        gib: Its size.
+    """
+
+    name: str
+    path: str
+    gib: int
+
+
 def render_files(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, str]:
     """Render the files of a target's folder, by name.
 
@@ -115,7 +130,7 @@ def render_stream(file: str | Path, overrides: Sequence[str], target: str, setti
     return "---\n".join(_fill(template, facts) for template in STREAMS[target])
 
 
-def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, Any]:
+def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, object]:
     """Return everything that the templates refer to."""
     config = load_config(file, overrides)
     check_config(config)
@@ -172,15 +187,15 @@ def _check(config: RunConfig, target: str, settings: Settings) -> None:
         raise ConfigError("--queue works only for jobs, not for a cluster that stays", "use `--target kuberay`")
 
 
-def _volumes(config: RunConfig) -> list[dict[str, Any]]:
+def _volumes(config: RunConfig) -> list[Volume]:
     """List the folders on the nodes' own disks that the configuration names."""
     train = config.train
     assert train
-    found = []
+    found: list[Volume] = []
     if train.cache_dir:
-        found.append({"name": "cache", "path": train.cache_dir, "gib": math.ceil(train.max_cache_bytes / GIB)})
+        found.append(Volume("cache", train.cache_dir, math.ceil(train.max_cache_bytes / GIB)))
     if train.offload_path:
-        found.append({"name": "offload", "path": train.offload_path, "gib": 100})
+        found.append(Volume("offload", train.offload_path, OFFLOAD_GIB))
     return found
 
 
@@ -208,7 +223,7 @@ def _secrets(name: str, kind: str, target: str, settings: Settings) -> list[tupl
     return found
 
 
-def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, Any]:
+def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, object]:
     """Return the machine or accelerator names of the target's cloud."""
     if target in ("aws", "gcp"):
         gpu = machines.gpu_machine(target, settings.accelerator, settings.gpus_per_node) if has_gpus else None
@@ -218,7 +233,7 @@ def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, A
     return {"accelerator": machines.GKE.get(settings.accelerator, settings.accelerator)}
 
 
-def _fill(template: str, facts: Mapping[str, Any]) -> str:
+def _fill(template: str, facts: Mapping[str, object]) -> str:
     return _environment().get_template(f"{template}.j2").render(facts)
 
 

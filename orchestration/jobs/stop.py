@@ -8,7 +8,7 @@ from orchestration.jobs.api import Job, Jobs
 from orchestration.jobs.submit import STOP_WAIT_S, find_job, submitter
 from orchestration.run.context import Run, Say
 from orchestration.run.journal import now
-from orchestration.run.lease import current_holder
+from orchestration.run.lease import Holder, current_holder
 from pipelines.dataset.errors import ClusterError, JobError
 
 POLL_S = 1.0
@@ -52,9 +52,7 @@ def _ask_and_wait(run: Run, job: Job | None, jobs: Jobs | None, timeout_s: float
     deadline, asked = time.monotonic() + timeout_s, ""
     while True:
         holder = current_holder(run.storage, run.folder)
-        if job is None and (holder is None or (asked and holder.id != asked)):
-            return None
-        if job is not None and not job.is_live:
+        if _has_ended(job, holder, asked):
             return job
         if holder is not None and holder.id != asked:
             request_stop(run, by=submitter(), at=now())
@@ -70,6 +68,13 @@ def _ask_and_wait(run: Run, job: Job | None, jobs: Jobs | None, timeout_s: float
             "the request to stop stands; if its machine is gone, the next `mapo run` takes over",
         )
     return job
+
+
+def _has_ended(job: Job | None, holder: Holder | None, asked: str) -> bool:
+    """Return whether the job has ended; without a job, whether the driver that was asked has."""
+    if job is not None:
+        return not job.is_live
+    return holder is None or (asked != "" and holder.id != asked)
 
 
 def _look(jobs: Jobs, job: Job) -> Job:

@@ -79,6 +79,21 @@ class Holder:
         return f"pid {self.pid} on {self.host}{job} (`{self.command}`, since {self.started_at})"
 
 
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life from the holder of a term.
+
+    Args:
+        beats: How many there were, this one included.
+        at: When it was written, by the holder's clock.
+        released: Whether the holder gave the term back.
+    """
+
+    beats: int = 0
+    at: str = ""
+    released: bool = False
+
+
 class Terms:
     """The terms of a run's lease on the storage.
 
@@ -104,18 +119,19 @@ class Terms:
         content = self._read(self.file(term))
         return Holder(**content) if content else None
 
-    def beat(self, term: int) -> dict[str, Any]:
-        """Return the last beat of a term; empty before the first."""
-        return self._read(self.file(term, "beat"))
+    def beat(self, term: int) -> Beat:
+        """Return the last beat of a term; `Beat()` before the first."""
+        content = self._read(self.file(term, "beat")) or {}
+        return Beat(content.get("beats", 0), content.get("at", ""), content.get("released", False))
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> Any:
+        """Return the content of a JSON object; None if there is none."""
         try:
-            content: dict[str, Any] = json.loads(self._storage.read(name))
+            return json.loads(self._storage.read(name))
         except MapoError:
             if self._storage.exists(name):
                 raise
-            return {}
-        return content
+            return None
 
 
 class Lease:
@@ -186,12 +202,12 @@ class Lease:
     def _wait_until_free(self, term: int) -> None:
         """Wait until the term is released, its holder is dead or has not renewed it for TTL_S; raise if it is alive."""
         holder, beat, seen = self._terms.holder(term), self._terms.beat(term), time.monotonic()
-        while not beat.get("released") and not (holder and holder.is_dead()):
+        while not beat.released and not (holder and holder.is_dead()):
             if time.monotonic() - seen > TTL_S or self._terms.newest() != term:
                 return
             time.sleep(POLL_S)
             newest = self._terms.beat(term)
-            if newest.get("beats", 0) != beat.get("beats", 0) and not newest.get("released"):
+            if newest.beats != beat.beats and not newest.released:
                 raise LeaseError(
                     f"run {self._name} is already running: {holder or 'another driver'}",
                     "wait for it, or stop it with `mapo stop`; another `name` makes another run",
@@ -217,8 +233,8 @@ class Lease:
 
     def _write_beat(self, *, released: bool = False) -> None:
         self._num_beats += 1
-        beat = {"beats": self._num_beats, "at": now(), "released": released}
-        self._storage.write(self._terms.file(self._term, "beat"), json.dumps(beat).encode())
+        beat = Beat(self._num_beats, now(), released)
+        self._storage.write(self._terms.file(self._term, "beat"), json.dumps(asdict(beat)).encode())
 
     def _tidy(self) -> None:
         """Remove terms that are over; the newest always stays, so that the numbers only grow."""
@@ -235,7 +251,7 @@ def current_holder(storage: Storage, folder: str) -> Holder | None:
     """
     terms = Terms(storage, folder)
     term = terms.newest()
-    if not term or terms.beat(term).get("released"):
+    if not term or terms.beat(term).released:
         return None
     holder = terms.holder(term)
     return None if holder is None or holder.is_dead() else holder

@@ -133,10 +133,16 @@ def _decode_pair(vae: Any, storage: Storage, pair: dict[str, Any], latents: dict
         yield Decoded(pair["pair_key"], pair["prompt"], side, source, decoded_HWC.numpy())
 
 
-def psnr(source: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of 8-bit images in dB; infinite if they are equal."""
+def psnr(source: NDArray[Any], decoded: NDArray[Any], *, peak: float = 255) -> float:
+    """Return the peak signal-to-noise ratio of two images in dB; infinite if they are equal.
+
+    Args:
+        source: One image.
+        decoded: The other, of the same shape.
+        peak: The range of their values: 255 for 8-bit images.
+    """
     error = float(np.mean((source.astype(np.float64) - decoded) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
