@@ -101,7 +101,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}", "mind the indentation and the colons") from error
+        raise ConfigError(f"{source} is not YAML: {error}", "check the indentation and the colons") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{source} holds no keys", "it needs at least `name` and `storage`")
     for override in overrides:
@@ -180,13 +180,13 @@ def _step_into(place: Any, key: str, override: str) -> Any:
     if place.get(key) is None:
         place[key] = {}
     if not isinstance(place[key], dict | list):
-        raise ConfigError(f"-o {override}: {key} is a value, not a section", "leave out what follows it")
+        raise ConfigError(f"-o {override}: {key} is a value, not a section", "remove what follows it")
     return place[key]
 
 
 def _position(place: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(f"-o {override}: {key!r} is no place in a list of {len(place)}", "count from 0")
+        raise ConfigError(f"-o {override}: {key!r} is not an index of a list of {len(place)}", "count from 0")
     return int(key)
 
 

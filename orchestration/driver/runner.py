@@ -109,7 +109,7 @@ def _check(run: Run, stages: Sequence[Stage], looks: Looks) -> None:
     if look.key is None:
         raise look.refusal or ConfigError(
             f"{first.name} needs the result of {look.waits_for}, which has not run for this configuration",
-            "`mapo run` does all stages in order",
+            "`mapo run` runs all stages in order",
         )
     check_training(run)
     for stage in stages:

@@ -162,7 +162,7 @@ def is_alive(storage: Storage, folder: str, now: datetime) -> bool:
     terms = Terms(storage, folder)
     with contextlib.suppress(MapoError, ValueError, KeyError):  # a new driver may tidy them away meanwhile
         beat = terms.beat(terms.newest())
-        return now - _time(beat["at"]) < SILENCE if beat else False
+        return now - _time(beat.at) < SILENCE if beat.beats else False
     return True
 
 

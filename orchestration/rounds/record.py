@@ -93,7 +93,7 @@ def read_lineage(model: str) -> JsonObject:
     if not folder.exists(LINEAGE):
         raise ModelError(
             f"there is no {folder.uri(LINEAGE)}",
-            "name the folder of an exported model, such as STORAGE/runs/NAME/model; `mapo export` writes the file anew",
+            "give the folder of an exported model, such as STORAGE/runs/NAME/model; `mapo export` rewrites the file",
         )
     try:
         lineage: JsonObject = json.loads(folder.read(LINEAGE))
@@ -101,7 +101,7 @@ def read_lineage(model: str) -> JsonObject:
             raise ValueError(f"version {lineage['version']}, not {VERSION}")
         assert lineage["rounds"]
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ModelError(f"cannot read {folder.uri(LINEAGE)}: {error!r}", "`mapo export` writes it anew") from error
+        raise ModelError(f"cannot read {folder.uri(LINEAGE)}: {error!r}", "`mapo export` rewrites it") from error
     return lineage
 
 
@@ -130,11 +130,11 @@ def describe_lineage(
     told |= {"pairs": None, "notes": []}
     known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
     if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
-        told["notes"].append(f"no record of round {', '.join(lost)}: what was trained on there is not counted")
+        told["notes"].append(f"the record of round {', '.join(lost)} is missing: its pairs are not counted")
     rounds = [Trained.of_record(each) for each in known]
     try:
         if pairs_table(place).version is None:
-            raise SnapshotError(f"there is no data set at {place.url}", "name it by `--storage`")
+            raise SnapshotError(f"there is no data set at {place.url}", "give its place with `--storage`")
         if pair is not None:
             told["pairs"] = find_pair(place, rounds, pair)
         else:
@@ -148,7 +148,7 @@ def describe_lineage(
     except MapoError as error:
         if pair is not None or rows is not None:
             raise
-        told["notes"].append(f"this is what the file alone says: {error.message}")
+        told["notes"].append(f"from the model's own file only: {error.message}")
     return told
 
 

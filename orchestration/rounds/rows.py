@@ -106,9 +106,9 @@ def _target(rows: str | None) -> tuple[Storage | None, str]:
     parent, _, name = absolute_url(rows).rpartition("/")
     place = Storage(parent or "/")
     if not name.endswith(".parquet"):
-        raise ConfigError(f"--rows {rows}: not the name of a parquet file", "let it end with .parquet")
+        raise ConfigError(f"--rows {rows}: not the name of a parquet file", "give a name that ends with .parquet")
     if place.exists(name):
-        raise ConfigError(f"there is something at {place.uri(name)} already", "name a new file")
+        raise ConfigError(f"{place.uri(name)} already exists", "give a new file")
     return place, name
 
 
@@ -178,8 +178,8 @@ def _condition(asked: str) -> Any:
     uri, _, row = asked.rpartition("#")
     if not uri or not row.isdigit():
         raise ConfigError(
-            f"--pair {asked}: neither a key nor a row of a source",
-            "32 hex digits, or URI#ROW such as data/a.parquet#17",
+            f"--pair {asked}: neither a pair_key nor a source row",
+            "give 32 hex digits, or URI#ROW such as data/a.parquet#17",
         )
     return pc.field("source_uri").isin([uri, absolute_url(uri)]) & (pc.field("source_row") == int(row))
 

@@ -19,7 +19,7 @@ def look(run: Run) -> Look:
     from training.export import marker
 
     if run.config.encode is None:
-        raise ConfigError("export needs the section `encode`: the base model is named there", "add `encode`")
+        raise ConfigError("export needs the section `encode`, which names the base model", "add `encode`")
     trained = run.journal.record("train")
     checkpoint, kind = (None, "") if trained is None else exported_of(run, trained)
     if trained is None or checkpoint is None:
@@ -56,7 +56,7 @@ def _export(run: Run, trained: StageRecord, checkpoint: str, kind: str, weights:
     if trained.details.get("base_digest", digest_now := base_digest(source)) != digest_now:
         raise ConfigError(
             f"{source.model} is not the base that the weights were trained from",
-            "export with the `encode` section that they were trained with, or `mapo run` to train anew",
+            "export with the `encode` section that they were trained with, or train again with `mapo run`",
         )
     lineage = lineage_of(run, trained, checkpoint, kind)
     latents = noted_parts(run.storage, LATENTS, trained.details["snapshot"]["latents_fingerprint"])

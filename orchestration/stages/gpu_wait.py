@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from training.spec import TrainSpec
 
 WAY_OUT = (
-    "add GPU nodes, lower `train.num_workers` (a range such as 2..8 takes what there is), or set "
+    "add GPU nodes, lower `train.num_workers` (a range such as 2..8 takes as many as there are), or set "
     "`train.device: cpu`; `train.start_timeout_s` allows a longer wait"
 )
 

@@ -188,6 +188,6 @@ class SampleModel:
                 raise
             what = "the base model" if where is None else where.url
             raise EncodingError(
-                f"there is no memory to load {what}: {str(error).splitlines()[0] if str(error) else 'MemoryError'}",
+                f"not enough memory to load {what}: {str(error).splitlines()[0] if str(error) else 'MemoryError'}",
                 "evaluate on a machine with more memory",
             ) from error

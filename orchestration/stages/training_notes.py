@@ -29,7 +29,7 @@ def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> lis
         published = default_rate(config.method, with_adapters=True)
         notes.append(
             f"warning: adapters learn next to nothing at a learning rate of {rate['value']:.4g}; "
-            f"left out, it is {published.value:.4g}"
+            f"the default is {published.value:.4g}"
         )
     return [*notes, *average_notes(config, begun)]
 
@@ -69,7 +69,7 @@ def version_notes(spec: TrainSpec) -> list[str]:
     if not differences:
         return []
     return [
-        f"an earlier version began this training: {' and '.join(differences)}; it stays as it is",
+        f"an earlier version started this training: {' and '.join(differences)}; it continues that way",
         f"to train with today's arithmetic, run it under another `name`: {config.max_steps:,} steps of "
         f"{config.global_batch_size:,} pairs (the data set is shared, nothing is encoded again)",
     ]

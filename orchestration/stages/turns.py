@@ -82,7 +82,7 @@ class _Sampler:
             self._size = max(1, len(self._batch) // 2)
             self._todo = self._batch + self._todo
             progress.say(
-                f"evaluate: out of memory in a batch of {len(self._batch)}; going on with batches of {self._size}"
+                f"evaluate: out of memory in a batch of {len(self._batch)}; continuing with batches of {self._size}"
             )
             return self._ask()
         done, has_more = self._batch, self._ask()  # the device works while the samples are written

@@ -96,7 +96,7 @@ class Photos:
         self.record: StageRecord | None = None
 
     def train(self, steps: int = 2, exported_step: int | None = None) -> None:
-        """A round of so many steps; the next one goes on from the checkpoint of `exported_step`."""
+        """A round of so many steps; the next one starts from the checkpoint of `exported_step`."""
         number, used = len(self.seen) + 1, exported_step or steps
         parent = None
         if self.record is not None:
@@ -246,7 +246,7 @@ def test_a_copy_elsewhere_tells_what_its_file_says_and_all_of_it_where_the_stora
     moved = shutil.move(photos.storage.path(), tmp_path / "moved")
     told = describe_lineage(str(copy))
     assert told["trained_on"] is None
-    assert "this is what the file alone says: there is no data set at" in told["notes"][0]
+    assert "from the model's own file only: there is no data set at" in told["notes"][0]
     assert told["lineage"]["rounds"][0]["snapshot"]["pairs_version"] == 0
     assert describe_lineage(str(copy), storage=str(moved))["trained_on"]["pairs"] == 16
     assert main(["lineage", str(copy), "--rows", str(tmp_path / "rows.parquet")]) == 1
@@ -301,7 +301,7 @@ def test_a_round_whose_record_is_gone_is_said_to_be_unknown(photos: Photos) -> N
     photos.train()
     photos.storage.delete(f"{photos.run.folder}/rounds/0001.json")
     told = describe_lineage(photos.export())
-    assert told["notes"] == ["no record of round 1: what was trained on there is not counted"]
+    assert told["notes"] == ["the record of round 1 is missing: its pairs are not counted"]
     assert told["trained_on"]["rounds"].keys() == {"2"}
 
 

@@ -282,7 +282,7 @@ def test_the_plan_says_which_rate_was_taken_and_why() -> None:
 
 def test_adapters_at_a_rate_that_teaches_them_nothing_are_warned_of() -> None:
     _, warning = training_notes(TrainConfig(lora={"rank": 4}, learning_rate=1e-7))
-    assert warning == ("warning: adapters learn next to nothing at a learning rate of 1e-07; left out, it is 5e-05")
+    assert warning == ("warning: adapters learn next to nothing at a learning rate of 1e-07; the default is 5e-05")
     assert len(training_notes(TrainConfig(lora={"rank": 4}, learning_rate=1e-6))) == 1
     assert len(training_notes(TrainConfig(learning_rate=1e-9))) == 1, "all weights start from the base"
 

@@ -359,7 +359,7 @@ def test_the_second_round_goes_on_where_the_first_one_ended_and_not_at_the_base(
 @pytest.mark.slow
 def test_the_second_round_knows_its_parent_and_again_does_nothing(rounds: dict[str, Any]) -> None:
     run, (first, second) = rounds["run"], rounds["records"]
-    assert any(line.startswith("train     round 2 goes on from round 1 (") for line in rounds["said"])
+    assert any(line.startswith("train     round 2 starts from round 1 (") for line in rounds["said"])
     assert second["train"].details["round"] == 2
     assert second["train"].details["parent"]["key"] == first["train"].key
     assert second["train"].details["parent"]["checkpoint"] == first["export"].details["checkpoint"]

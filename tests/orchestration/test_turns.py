@@ -232,7 +232,7 @@ def test_a_batch_without_memory_is_halved_and_what_was_drawn_stays(
     drawn = drawn_by(config, tmp_path, _red, has_memory_for=1)
     assert drawn["base"].images == drawn["aligned"].images == [png("red")] * 3
     said = capfd.readouterr().err
-    assert said.count("evaluate: out of memory in a batch of 3; going on with batches of 1") == 2
+    assert said.count("evaluate: out of memory in a batch of 3; continuing with batches of 1") == 2
 
 
 def test_no_memory_for_a_single_sample_is_an_error(ray_cluster: None, config: RunConfig, tmp_path: Path) -> None:
