@@ -38,7 +38,7 @@ WANDB_MODE IPC_LOCK ValueError restricted finally string_view ext q4 m_c m_r ref
 trust_remote_code set_attention_backend get_scheduler force_zeros_for_empty_prompt timestep_spacing
 latest get_local_fp32_param set_local_hp_param
 train.py utils.py train_diffusion_orpo_sdxl_lora.py train_diffusion_orpo_sdxl_lora_wds.py
-registry.py jpg_0.jpg jpg_1.jpg label_0.txt label_1.txt caption.txt
+jpg_0.jpg jpg_1.jpg label_0.txt label_1.txt caption.txt
 """
 FOREIGN = frozenset(_FOREIGN_WORDS.split())
 """Names of other software and of its files, symbols of formulas: everything else in a code span is ours."""
