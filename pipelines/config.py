@@ -41,15 +41,20 @@ def _buckets(value: object) -> object:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError("write true, false (one square) or a list of [height, width], such as [[64, 64], [48, 80]]")
     for bucket in value:
-        if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
-            raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")
-        if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
-            raise ValueError(
-                f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
-            )
+        _check_bucket(bucket)
     if len({tuple(bucket) for bucket in value}) < len(value):
         raise ValueError("a bucket is in the list twice")
     return value
+
+
+def _check_bucket(bucket: object) -> None:
+    """Check one bucket of the list."""
+    if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
+        raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")
+    if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
+        raise ValueError(
+            f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
+        )
 
 
 class EncodeConfig(Config):

@@ -257,7 +257,7 @@ def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -
     _check_conditioning(config, family, model)
 
 
-def _check_conditioning(config: dict[str, Any], family: Family, model: str) -> None:
+def _check_conditioning(config: JsonObject, family: Family, model: str) -> None:
     """Check that the UNet expects nothing beside the family's conditioning, and whole weights."""
     for key, what in NOT_GIVEN.items():
         if config.get(key):
@@ -304,7 +304,7 @@ def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], fam
         _check_time_ids(config, widths[-1][1], model)
 
 
-def _check_time_ids(config: dict[str, Any], pooled: int, model: str) -> None:
+def _check_time_ids(config: JsonObject, pooled: int, model: str) -> None:
     """Check that the UNet takes six time ids and the pooled embedding of the last text encoder."""
     each, found = (config.get(key) for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
     if type(each) is not int or found != NUM_TIME_IDS * each + pooled:
@@ -349,7 +349,7 @@ def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> 
 
 
 def _expected_shapes(
-    config: dict[str, Any], blocks: Sequence[int], names: Iterable[str]
+    config: JsonObject, blocks: Sequence[int], names: Iterable[str]
 ) -> list[tuple[str, int, str, Any]]:
     """List what a configuration says of its weights: a tensor, its axis, the key, and the size under that key."""
     expected: list[tuple[str, int, str, Any]] = [

@@ -136,7 +136,7 @@ def _check_betas(config: JsonObject, model: str) -> None:
         )
 
 
-def _wrong_schedule(config: dict[str, Any], model: str) -> str | None:
+def _wrong_schedule(config: JsonObject, model: str) -> str | None:
     """Say which of the keys that are written is wrong; None if none is."""
     steps, trained = config.get("num_train_timesteps"), config.get("trained_betas")
     if type(steps) is not int or steps < 2:
@@ -154,7 +154,7 @@ def _wrong_trained_betas(trained: Any, steps: int, model: str) -> str | None:
     return None if trained == sorted(trained) else f"trained_betas of {model} fall somewhere; a noise schedule rises"
 
 
-def _wrong_bounds(config: dict[str, Any], model: str) -> str | None:
+def _wrong_bounds(config: JsonObject, model: str) -> str | None:
     name = config.get("beta_schedule")
     if name not in BETA_SCHEDULES:
         return f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"

@@ -146,31 +146,37 @@ def resolve_model(
     Raises:
         ModelError: There is no such folder, it cannot be fetched, or it lacks `marker`.
     """
-    is_folder = "://" not in model and Path(model).expanduser().exists()
-    if revision is not None and ("://" in model or is_folder):
+    is_url, path = "://" in model, Path(model).expanduser()
+    is_there = not is_url and path.exists()
+    if revision is not None and (is_url or is_there):
         raise ModelError(
             f"{model} has no revision {revision}: only a model on the hub has revisions",
             "remove `encode.revision`, or give a hub id as `encode.model`",
         )
-    if Path(model).suffix.lower() in SINGLE_FILES and not (is_folder and Path(model).expanduser().is_dir()):
-        raise ModelError(_single_file(model, is_there=is_folder or "://" in model), _turn_into_folder(model, marker))
-    if "://" in model:
-        folder = _fetch(model, variant)
-    elif is_folder and Path(model).expanduser().is_dir():
-        folder = Path(model).expanduser().resolve()
-    elif HUB_ID.fullmatch(model) and not is_folder:
-        folder = _fetch_from_hub(model, revision, variant)
-    else:
-        raise ModelError(
-            f"there is no model folder {Path(model).expanduser().absolute()}",
-            "set `encode.model` to the folder, fsspec URL or hub id of a pipeline that diffusers saved",
-        )
+    if path.suffix.lower() in SINGLE_FILES and not path.is_dir():
+        raise ModelError(_single_file(model, is_there=is_there or is_url), _turn_into_folder(model, marker))
+    folder = _find_folder(model, revision, variant)
     if not (folder / marker).is_file():
         raise ModelError(
             f"{model} has no {marker}",
             "a diffusers folder is what `save_pretrained` writes; " + _turn_into_folder("FILE.safetensors", marker),
         )
     return folder
+
+
+def _find_folder(model: str, revision: str | None, variant: str | None) -> Path:
+    """Return the folder of a model: as it is given, or fetched from a URL or the hub."""
+    path = Path(model).expanduser()
+    if "://" in model:
+        return _fetch(model, variant)
+    if path.is_dir():
+        return path.resolve()
+    if HUB_ID.fullmatch(model) and not path.exists():
+        return _fetch_from_hub(model, revision, variant)
+    raise ModelError(
+        f"there is no model folder {path.absolute()}",
+        "set `encode.model` to the folder, fsspec URL or hub id of a pipeline that diffusers saved",
+    )
 
 
 def _single_file(model: str, *, is_there: bool) -> str:
@@ -246,14 +252,9 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
     """
     of_variant = "" if variant is None else f".{variant}"
     index = part / f"{stem}.safetensors.index{of_variant}.json"
-    if index.is_file():
-        mapped = read_config(index).get("weight_map", {})
-        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
-            raise ModelError(f"{index} does not say which file holds which weight", "fetch the model again")
-        shards = sorted(set(mapped.values()))
-        files = [part / name for name in shards]
-    else:
-        index, files = Path(), [part / f"{stem}{of_variant}.safetensors"]
+    has_index = index.is_file()
+    names = _names_in_index(index) if has_index else [f"{stem}{of_variant}.safetensors"]
+    files = [part / name for name in names]
     for file in files:
         if not file.is_file():
             others = sorted(found.name for found in part.glob("*") if found.suffix in (".bin", ".safetensors", ".pth"))
@@ -263,7 +264,19 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
                 "diffusers and `save_pretrained` it once",
             )
         check_safetensors(file)
-    return [*([index] if index.name else []), *files]
+    return [index, *files] if has_index else files
+
+
+def _names_in_index(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists, sorted.
+
+    Raises:
+        ModelError: It does not list any.
+    """
+    mapped = read_config(index).get("weight_map", {})
+    if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+        raise ModelError(f"{index} does not say which file holds which weight", "fetch the model again")
+    return sorted(set(mapped.values()))
 
 
 def file_digests(files: Sequence[Path]) -> dict[str, str]:

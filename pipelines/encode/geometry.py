@@ -166,10 +166,3 @@ def mirror(placed: Placed) -> Placed:
     cut_off = cover(height, width, (bucket[0], bucket[1])).width - bucket[1]
     time_ids = (height, width, top, cut_off - left, bucket[0], bucket[1])
     return Placed(np.ascontiguousarray(placed.pixels[:, ::-1]), time_ids)
-
-
-def place_pair(data_0: bytes, data_1: bytes, buckets: tuple[Bucket, ...]) -> tuple[Bucket, Placed, Placed]:
-    """Return both images of a pair, decoded and in their common bucket."""
-    image_0, image_1 = open_image(data_0), open_image(data_1)
-    bucket = choose_bucket((image_0.height, image_0.width), (image_1.height, image_1.width), buckets)
-    return bucket, place(image_0, bucket), place(image_1, bucket)

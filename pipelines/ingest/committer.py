@@ -138,8 +138,7 @@ class _Judgement:
     def _judge(self, row: Row, known_label: float, known_split: float) -> Row:
         if row["prompt_id"] is None:
             return row
-        split = self._new_splits.get(row["prompt_id"]) or (None if np.isnan(known_split) else SPLITS[int(known_split)])
-        own = row["source_split"]
+        own, split = row["source_split"], self._split_so_far(row["prompt_id"], known_split)
         row = row | {"split": split or own or self._policy.split_of(row["prompt_id"])}
         if row["pair_key"] is None:
             return row
@@ -156,6 +155,10 @@ class _Judgement:
         self._new_splits[row["prompt_id"]] = row["split"]
         status, reason = self._policy.status_of(row["label_0"])
         return row | {"status": str(status), "reason": None if reason is None else str(reason)}
+
+    def _split_so_far(self, prompt_id: str, known_split: float) -> str | None:
+        """Return the split of a prompt by earlier rows of the unit, or else by the table; None if it is new."""
+        return self._new_splits.get(prompt_id) or (None if np.isnan(known_split) else SPLITS[int(known_split)])
 
     def _drop(self, row: Row, status: Status, reason: Reason) -> Row:
         return row | dict.fromkeys(PLACE_COLUMNS) | {"status": str(status), "reason": str(reason)}

@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -29,6 +29,7 @@ DATASET = "dataset"
 READERS = 16
 ROUND = re.compile(r"rounds/\d+\.json")
 MODEL_LINEAGE = "model/lineage.json"
+TRAIN_RECORD = "stages/train.json"
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # what fsspec's file systems call it
 
 Pins = dict[str, dict[int, list[str]]]
@@ -96,11 +97,11 @@ def pinned_versions(storage: Storage) -> Pins:
     pins: Pins = {}
     for name in storage.names(RUNS):
         run, _, file = name.removeprefix(f"{RUNS}/").partition("/")
-        if file not in ("stages/train.json", "snapshot.json"):
+        if file not in (TRAIN_RECORD, "snapshot.json"):
             continue
         with _readable(storage, name):
             record = json.loads(storage.read(name))
-            _pin(pins, record["details"]["snapshot"] if file == "stages/train.json" else record, run)
+            _pin(pins, record["details"]["snapshot"] if file == TRAIN_RECORD else record, run)
     return pins
 
 
@@ -116,21 +117,10 @@ def lineage_versions(storage: Storage) -> Pins:
     found: dict[str, dict[str, str]] = {}
     for name in storage.names(RUNS):
         run, _, file = name.removeprefix(f"{RUNS}/").partition("/")
-        if file in ("stages/train.json", MODEL_LINEAGE) or ROUND.fullmatch(file):
+        if file in (TRAIN_RECORD, MODEL_LINEAGE) or ROUND.fullmatch(file):
             found.setdefault(run, {})[file] = name
     for run, files in found.items():
-        rounds: dict[str, JsonObject] = {}  # by key
-        wanted: list[str] = []
-        for file, name in files.items():
-            with _readable(storage, name):
-                record = json.loads(storage.read(name))
-                if file == MODEL_LINEAGE:
-                    whole = [each for each in record["rounds"] if not each.get("is_lost")]
-                    rounds |= {each["key"]: each for each in whole}
-                    wanted += [each["key"] for each in whole]
-                else:
-                    wanted += [record.get("key", "")] if file == "stages/train.json" else []
-                    rounds |= {record["key"]: record} if ROUND.fullmatch(file) else {}
+        rounds, wanted = _rounds(storage, files)
         while wanted:
             each = rounds.pop(wanted.pop(), None)
             if each is not None:
@@ -138,6 +128,32 @@ def lineage_versions(storage: Storage) -> Pins:
                     _pin(pins, each["snapshot"], f"{run} round {each['round']}")
                     wanted += [each["parent"]["key"]] if each["parent"] else []
     return pins
+
+
+def _rounds(storage: Storage, files: Mapping[str, str]) -> tuple[dict[str, JsonObject], list[str]]:
+    """Read the records of a run.
+
+    Args:
+        storage: The run's storage.
+        files: Name in the run's folder -> name on the storage.
+
+    Returns:
+        Its rounds by key, and the keys of those that its last training and its exported model end with.
+    """
+    rounds: dict[str, JsonObject] = {}
+    ends: list[str] = []
+    for file, name in files.items():
+        with _readable(storage, name):
+            record = json.loads(storage.read(name))
+            if file == MODEL_LINEAGE:
+                whole = {each["key"]: each for each in record["rounds"] if not each.get("is_lost")}
+                rounds |= whole
+                ends += whole
+            elif file == TRAIN_RECORD:
+                ends.append(record.get("key", ""))
+            else:
+                rounds[record["key"]] = record
+    return rounds, ends
 
 
 @contextlib.contextmanager

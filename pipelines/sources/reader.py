@@ -8,7 +8,7 @@ from pipelines.dataset.status import Reason
 from pipelines.sources.cells import Cells
 from pipelines.sources.config import SourceConfig
 from pipelines.sources.files import split_of_row
-from pipelines.sources.kind import BROKEN, Record, SourceKind
+from pipelines.sources.kind import BROKEN, Field, Record, SourceKind
 from pipelines.sources.labels import text_of
 from pipelines.sources.records import CONTAINERS, container_of
 from pipelines.sources.registry import KINDS
@@ -76,26 +76,30 @@ class SourceReader:
         Raises:
             SourceError: A required one is missing.
         """
+        if names is None:
+            return {field.name: _names_in_files(field, config)[0] for field in self._kind.all_fields}
         found: dict[str, str] = {}
         for field in self._kind.all_fields:
-            wanted = [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
-            if names is None:
-                found[field.name] = wanted[0]
-            elif present := next((name for name in wanted if name in names), None):
+            wanted = _names_in_files(field, config)
+            if present := next((name for name in wanted if name in names), None):
                 found[field.name] = present
             elif field.required or field.name in config.columns:
                 raise SourceError(
                     f"{file.uri} has no column {wanted[0]}; it has {', '.join(sorted(names))}",
                     f"is it a `{self._kind.format}` source? `columns:` says which of its columns is which",
                 )
+        self._check_forms(found, names, file)
+        return found
+
+    def _check_forms(self, found: Mapping[str, str], names: Sequence[str], file: SourceFile) -> None:
+        """Check that a file has all fields of one of the kind's forms."""
         forms = self._kind.forms
-        if names is not None and forms and not any(set(form) <= found.keys() for form in forms):
+        if forms and not any(set(form) <= found.keys() for form in forms):
             raise SourceError(
                 f"{file.uri} has neither {' nor '.join(_listed(form) for form in forms)}; "
                 f"it has {', '.join(sorted(names))}",
                 "say with `columns:` which of its columns is which",
             )
-        return found
 
     def _named(self, record: Record, columns: Mapping[str, str], config: SourceConfig, is_free: bool) -> Record:
         """Return a record under the format's own names."""
@@ -105,7 +109,7 @@ class SourceReader:
             return {name: record.get(column) for name, column in columns.items()}
         found: Record = {}
         for field in self._kind.all_fields:
-            wanted = [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
+            wanted = _names_in_files(field, config)
             found[field.name] = next((record[name] for name in wanted if record.get(name) is not None), None)
         return found
 
@@ -130,6 +134,11 @@ class SourceReader:
         value = record.get(self._kind.group_by) if self._kind.group_by and BROKEN not in record else None
         is_list = any(isinstance(record.get(f.name), list) for f in self._kind.fields if f.is_image)
         return number if value is None or is_list else str(value)
+
+
+def _names_in_files(field: Field, config: SourceConfig) -> list[str]:
+    """Return the names that a column may have in files: the one that `columns` says, or its own and others."""
+    return [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
-from encode_steps import Counting, encode_here, files_of, ingest_here, write_latents, write_texts
+from encode_steps import Counting, encode_here, files_of, ingest_here, place_pair, write_latents, write_texts
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
@@ -39,7 +39,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.encode.encoders import LatentEncoder, Launched, TextEncoder
 from pipelines.encode.execution import encode
 from pipelines.encode.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
-from pipelines.encode.geometry import bucket_list, place_pair
+from pipelines.encode.geometry import bucket_list
 from pipelines.encode.latents import LatentWriter, WriteLatents
 from pipelines.encode.plan import pending
 

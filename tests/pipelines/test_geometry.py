@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from encode_steps import place_pair
 from factories import encoded, picture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from pipelines.encode.geometry import (
     cover,
     open_image,
     place,
-    place_pair,
 )
 
 SIDES = st.integers(1, 20_000)

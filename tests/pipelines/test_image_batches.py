@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encode_steps import Counting, ingest_here, write_latents
+from encode_steps import Counting, ingest_here, place_pair, write_latents
 from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image
 
@@ -21,7 +21,7 @@ from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.encode.encoders import LatentEncoder, Launched
-from pipelines.encode.geometry import bucket_list, place_pair
+from pipelines.encode.geometry import bucket_list
 from pipelines.encode.image_batches import Batches, ImageKey, load, plan_pairs
 from pipelines.encode.latents import LatentWriter
 from pipelines.encode.plan import pending

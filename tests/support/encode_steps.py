@@ -9,6 +9,7 @@ from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, 
 from pipelines.dataset.storage import Storage
 from pipelines.encode.encoders import Embedded, LatentEncoder, Launched, TextEncoder
 from pipelines.encode.fingerprint import fingerprint_of, note_parts
+from pipelines.encode.geometry import Bucket, Placed, choose_bucket, open_image, place
 from pipelines.encode.latents import LatentWriter
 from pipelines.encode.plan import Pending, pending
 from pipelines.encode.texts import TextWriter
@@ -86,6 +87,13 @@ def encode_here(
         rows = write_latents(unit.id, unit.rows, config, storage, name, vae, num_threads)
         latents_table(storage, name).append(unit.id, rows)
     return todo
+
+
+def place_pair(data_0: bytes, data_1: bytes, buckets: tuple[Bucket, ...]) -> tuple[Bucket, Placed, Placed]:
+    """Return both images of a pair, decoded and in their common bucket."""
+    image_0, image_1 = open_image(data_0), open_image(data_1)
+    bucket = choose_bucket((image_0.height, image_0.width), (image_1.height, image_1.width), buckets)
+    return bucket, place(image_0, bucket), place(image_1, bucket)
 
 
 def files_of(storage: Storage) -> dict[str, int]:
