@@ -30,7 +30,7 @@ def _show(options: argparse.Namespace) -> None:
 
     described = describe_dataset(Storage(options.storage))
     if options.json:
-        say_json(described)
+        say_json(described.to_json())
     else:
         say(as_text(described))
 

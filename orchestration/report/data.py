@@ -205,14 +205,14 @@ def _dataset(storage: Storage, version: int | None, gathered: Gathered) -> Datas
 def _describe(storage: Storage, version: int) -> DatasetSection:
     found = describe_dataset(storage, version)
     return DatasetSection(
-        storage=found["storage"],
-        version=found["version"],
-        rows=found["rows"],
-        reasons=found["reasons"],
-        splits=found["splits"],
-        prompts=found["prompts"],
-        shards=len(found["shards"]),
-        bytes=found["bytes"],
+        storage=found.storage,
+        version=found.version,
+        rows=found.rows,
+        reasons=found.reasons,
+        splits=found.splits,
+        prompts=found.prompts,
+        shards=len(found.shards),
+        bytes=found.bytes,
         summary=summary_line(found),
     )
 

@@ -1,7 +1,7 @@
 """Encoding section of a report: what is encoded, how fast it went, and how it looks when it is decoded."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from orchestration.report.records import (
@@ -36,16 +36,16 @@ def described(storage: Storage, fingerprints: Fingerprints) -> EncodingSection:
     """
     found = describe_encoding(storage, fingerprints.latents, fingerprints.text)
     return EncodingSection(
-        pairs=found["pairs"],
-        images=found["images"],
-        image_slots=found["image_slots"],
-        image_ratio=found["image_ratio"],
-        prompts=found["prompts"],
-        truncated_prompts=found["truncated_prompts"],
-        max_tokens=found["max_tokens"],
-        text_ratio=found["text_ratio"],
-        bytes_per_pair=BytesPerPair(**found["bytes_per_pair"]),
-        quarantined=found["quarantined"],
+        pairs=found.pairs,
+        images=found.images,
+        image_slots=found.image_slots,
+        image_ratio=found.image_ratio,
+        prompts=found.prompts,
+        truncated_prompts=found.truncated_prompts,
+        max_tokens=found.max_tokens,
+        text_ratio=found.text_ratio,
+        bytes_per_pair=BytesPerPair(**asdict(found.bytes_per_pair)),
+        quarantined=found.quarantined,
     )
 
 

@@ -86,9 +86,9 @@ def _encode(run: Run, version: int, prints: tuple[str, str]) -> Outcome:
     latents, text = prints
     facts = describe_encoding(run.storage, latents, text)
     contact = write_contact_sheet(config, run.storage, run.folder)
-    summary = f"{facts['pairs']:,} pairs, {facts['prompts']:,} prompts"
-    if facts["truncated_prompts"]:
-        summary += f", {facts['truncated_prompts']:,} of them cut at {MAX_TOKENS} tokens"
+    summary = f"{facts.pairs:,} pairs, {facts.prompts:,} prompts"
+    if facts.truncated_prompts:
+        summary += f", {facts.truncated_prompts:,} of them cut at {MAX_TOKENS} tokens"
     details = {"latents": latents, "text": text, "speed": speed, "contact": contact}
     details["versions"] = versions(run, version, prints)
     return Outcome(summary, details)

@@ -101,7 +101,7 @@ def test_it_is_one_unit_more_and_changes_nothing_else(
     assert is_encoded(encoded, storage)
     assert verify(storage) == []
     facts = describe_encoding(storage, latents_fingerprint(encoded), text_fingerprint(encoded))
-    assert facts["prompts"] == 2, "it is no prompt of the data set"
+    assert facts.prompts == 2, "it is no prompt of the data set"
 
 
 def test_with_it_from_the_start_the_other_units_are_the_same(

@@ -87,7 +87,7 @@ def test_an_image_of_many_pairs_is_read_decoded_and_encoded_once(
     encode_here(config, storage, counting, text)
     assert len(counting.shapes) == 9
     facts = describe_encoding(storage, latents_fingerprint(config), text_fingerprint(config))
-    assert (facts["image_slots"], facts["images"], facts["pairs"], facts["prompts"]) == (16, 9, 8, 1)
+    assert (facts.image_slots, facts.images, facts.pairs, facts.prompts) == (16, 9, 8, 1)
 
 
 def test_text_is_stored_once_a_prompt_and_not_with_every_pair(tmp_path: Path, storage: Storage) -> None:
