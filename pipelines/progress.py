@@ -1,4 +1,4 @@
-"""A progress bar on long steps: one line that says stage, done, rate and time left, or plain lines in a log."""
+"""A progress bar: one line with stage, count, rate and time left on a terminal, plain lines in a log."""
 
 import logging
 import sys

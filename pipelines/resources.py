@@ -1,4 +1,4 @@
-"""How much of the cluster a stage may use: what it runs on, and the nodes that its custom resources keep it to."""
+"""The part of the cluster that a stage may use: devices, and the nodes that have its custom resources."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Whether training understands a base model: UNet, VAE, noise schedule and text encoders, checked together.
+"""Checks that training understands a base model: UNet, VAE, noise schedule and text encoders, together.
 
 A base of another kind than its class says would train to the end and be spoilt, or end in a shape error after hours of
 encoding. Reads configuration files and the headers of weights; needs neither ray nor torch.

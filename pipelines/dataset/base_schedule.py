@@ -1,4 +1,4 @@
-"""Whether training understands a base's noise schedule: betas that are written down, and what the model predicts.
+"""Checks of a base's noise schedule: betas that are written down, and what the model predicts.
 
 Training adds noise as `DDPMScheduler` does, which fills what a scheduler file leaves out with betas of its own: a
 flow-matching or EDM model would train to the end on noise that it has never seen. Needs neither ray nor torch.

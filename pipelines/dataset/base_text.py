@@ -1,4 +1,4 @@
-"""Whether the text encoders and tokenizers of a base are there, of its family, and fit each other."""
+"""Checks that the text encoders and tokenizers of a base exist, belong to its family, and fit each other."""
 
 import json
 from collections.abc import Mapping, Sequence

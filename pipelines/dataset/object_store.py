@@ -1,4 +1,4 @@
-"""What an object store is asked for, which of its errors pass, and whether it holds what was put.
+"""Object stores: timeouts, which errors are worth another attempt, and uploads that are checked.
 
 Three layers try again: botocore a request, s3fs a part of a transfer, and `Storage` the whole of it once more, because
 it alone knows what must come out. The lower two get few attempts, so that all together end.

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: is the file whole, and which shapes do its tensors have? Reads no tensor."""
+"""The header of a safetensors file: tells whether the file is complete, and the shapes of its tensors."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what is written: the values that the environment holds, and credentials inside of URLs."""
+"""Masks secrets in everything that is written: values from the environment, and credentials inside URLs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tar in, tar out: WebDataset shards with the offset and digest of every member.
+"""WebDataset shards: tars written and read with the offset and digest of every member.
 
 The bytes of a shard are a pure function of what is added, in order: fixed time stamp, owner and mode, USTAR
 headers. A reader goes by offsets from the table and never by the tar's end, for a tar cut at a member's border

@@ -1,4 +1,4 @@
-"""One storage URL, through fsspec: every byte the product reads or writes goes through here.
+"""A storage at one URL, through fsspec: every byte that the product reads or writes goes through here.
 
 A write is whole or absent: local files are written beside their name and renamed, objects are put as a whole and the
 store is asked what it holds then. Transient errors are retried; a short read is an error, never short data.

@@ -1,4 +1,4 @@
-"""Latents of what an ingest has committed, encoded while it goes on, by one execution that stays until all is done.
+"""Latents encoded while the ingest is still running, by one execution that lasts until all committed pairs are done.
 
 Prompts are left to `encode`: which of them share a shard would follow from the moment. Latents do not: a unit is a
 shard, whenever it is encoded.

@@ -1,4 +1,4 @@
-"""The embedding of "", which some trainings want: the others on the same storage do not notice that it was added.
+"""The embedding of "", which some trainings need: others on the same storage do not notice that it was added.
 
 A training is pinned to versions of the tables, and another version would be another training. So those that do not ask
 for the embedding of "" read the text embeddings as they were before it came, if nothing came after it.

@@ -1,4 +1,4 @@
-"""VAE and text encoders, number for number as diffusers runs them.
+"""The VAE and the text encoders, with exactly the numbers that diffusers computes.
 
 Letters: B images or prompts, H rows, W columns, C channels (then h, w of latents), S tokens, D and P embedding sizes.
 """

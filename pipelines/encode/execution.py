@@ -1,4 +1,4 @@
-"""Pair shards to latent and text shards: what is missing is encoded on Ray Data actors and committed.
+"""The encode stage: missing latents and text embeddings are encoded on Ray Data actors and committed.
 
 Invariants: what has a row under the fingerprint is never encoded again; a shard exists only once a row points to it;
 a distinct prompt is embedded once, a distinct image of a shard once; the bytes of a unit are the same every time.

@@ -1,4 +1,4 @@
-"""What shaped the numbers: one fingerprint for the latents, one for the text embeddings.
+"""Fingerprints of everything that shapes encoded numbers: one for latents, one for text embeddings.
 
 Content, never a path: a model copied elsewhere has the same fingerprint, one changed byte of its weights has another.
 The driver asks at every start what is up to date, so neither ray, torch nor diffusers is imported here.

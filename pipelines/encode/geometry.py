@@ -1,4 +1,4 @@
-"""From an image as it came to the pixels that are encoded: one bucket for a pair, no stretching, a centre crop.
+"""From an image file to the pixels that are encoded: one bucket for a pair, no stretching, a centre crop.
 
 Both images of a pair land in one bucket, so that a micro-batch has one shape. Letters: H rows, W columns, C channels.
 """

@@ -1,4 +1,4 @@
-"""One unit of pairs to one latent shard. While it is encoded, the next unit is read and the last one is written."""
+"""Writes the latents of a unit of pairs as one shard, while the next unit is read and the last one uploaded."""
 
 import json
 import time

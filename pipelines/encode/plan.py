@@ -1,4 +1,4 @@
-"""What encode has to do: units of what is missing under the fingerprints, and whether the settings fit the model.
+"""The plan of encode: units of what is missing under the fingerprints, and whether the settings fit the model.
 
 Reads tables and the model's files; needs neither Ray nor torch.
 """

@@ -1,4 +1,4 @@
-"""Why training cannot start on what is encoded: what is missing, and how what is there differs."""
+"""The error of a training whose data is not encoded: what is missing, and how existing encodings differ."""
 
 from collections.abc import Iterator
 from typing import Any

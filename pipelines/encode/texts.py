@@ -1,4 +1,4 @@
-"""One unit of distinct prompts to one shard of text embeddings."""
+"""Writes the text embeddings of a unit of distinct prompts as one shard."""
 
 import time
 

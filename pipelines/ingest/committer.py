@@ -1,4 +1,4 @@
-"""The only place that commits pairs: what is a repeat, what is held out, and a unit's rows in one transaction.
+"""The only place that commits pairs: finds repeats and splits, and commits a unit's rows in one transaction.
 
 Invariants: of equal pairs one is kept; no prompt is in two splits; what a source holds out is never trained on; a pair
 that was removed stays away. They hold across units, runs and writers at once: rows are judged with one version of

@@ -1,4 +1,4 @@
-"""Sources to pair shards: plan units, read them on Ray Data, commit them to the table.
+"""The ingest stage: plans units of the sources, reads them on Ray Data, commits them to the table.
 
 Invariants: every source row becomes exactly one table row; a shard exists only once a row points to it; a
 committed unit is never read again; the shard bytes of a unit are the same whoever writes them, whenever.

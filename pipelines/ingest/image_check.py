@@ -1,4 +1,4 @@
-"""Is this image whole? Format, size and the whole stream, without keeping the pixels."""
+"""Checks an image: format, size and the complete stream, without keeping the pixels."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Whether a JPEG is whole, without decoding it.
+"""Checks that a JPEG is complete, without decoding it.
 
 libjpeg, and so Pillow, fails at a file that ends before its time and at tables that make no sense. It does not fail at
 wrong bits between two markers: these decode to something. So the entropy-coded data need only be read for markers, and

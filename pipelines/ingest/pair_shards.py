@@ -1,4 +1,4 @@
-"""One unit of a source to its pair shards: every row judged by itself, its images written as they came."""
+"""Writes the pair shards of a unit of a source: each row is judged by itself, images are stored unchanged."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""What the configuration decides about a row: is it a tie, is it held out. Rows change with it, tars never."""
+"""What the configuration decides about a row: ties and splits. Rows change with it, shards never."""
 
 from dataclasses import dataclass
 from typing import Literal

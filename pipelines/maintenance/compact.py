@@ -1,4 +1,4 @@
-"""Rewrite shards that hold what no row points to any more, without it, and let the rows follow in one commit.
+"""Compact: rewrites shards without the members that no row references, and updates the rows in one commit.
 
 A new shard is named by its bytes and put beside the old one; until the commit nobody sees it, and after it nobody
 needs the old one but older versions of the table. `gc` deletes what is left, of a crash as well.

@@ -1,4 +1,4 @@
-"""The kept pairs as plain parquet, with their images if wanted: whole or absent, a part in memory at a time."""
+"""Export: the kept pairs as plain Parquet, with their images if wanted; complete or not at all."""
 
 import shutil
 import tempfile

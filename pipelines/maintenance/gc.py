@@ -1,4 +1,4 @@
-"""Delete what nothing points to: no version of a table that someone may still read, and not just written.
+"""Garbage-collect: deletes old objects that no live version of a table references.
 
 Kept are the newest version of each table, every version that was the newest at some moment of the grace period, and
 every version that a run is pinned to. Of versions that are only part of the lineage of a model the rows are kept, so

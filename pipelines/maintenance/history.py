@@ -1,4 +1,4 @@
-"""What happened to the table of pairs: one entry a version."""
+"""History: what happened to the table of pairs, one entry for each version."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor

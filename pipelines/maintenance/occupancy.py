@@ -1,4 +1,4 @@
-"""Which shards hold members that no row points to: seen from the table's offsets, with one small read a shard."""
+"""Finds shards that hold members no row references: from the table's offsets, with one small read per shard."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

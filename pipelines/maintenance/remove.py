@@ -1,4 +1,4 @@
-"""Take pairs out of the data set: their rows stay, so that the accounting adds up, and say nothing about anyone."""
+"""Remove: takes pairs out of the data set; their rows stay for the accounting, without any content."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Is every committed byte still there? Shards against the digests in the tables, each object read once."""
+"""Verify: checks every committed shard against the digests in the tables, reading each object once."""
 
 import hashlib
 import zlib

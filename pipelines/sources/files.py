@@ -1,4 +1,4 @@
-"""The files that a source names, and how they are opened: as they were when the run was planned, or not at all."""
+"""The files of a source: listed, split by name, and opened only if unchanged since the run was planned."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""What sources say about a preference, as the probability that image 0 is preferred; never a guess.
+"""Turns what sources say about a preference into the probability that image 0 is preferred; never a guess.
 
 Every function takes values as they came (numbers of any type, text, bytes) and gives 0..1 or the `Reason` why not.
 """

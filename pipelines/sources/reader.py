@@ -1,4 +1,4 @@
-"""Source files to rows: finds the columns of a kind in a file, plans units, reads records and fetches their images."""
+"""Reads source files: finds the columns of a kind in a file, plans units, reads records and fetches images."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby

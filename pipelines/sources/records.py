@@ -1,4 +1,4 @@
-"""Containers: a file, or a part of it, as raw records with their number. Parquet, JSON, JSON lines and tar."""
+"""Containers (Parquet, JSON, JSON lines, tar): a file, or a part of it, as numbered raw records."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""What every kind of source gives: units of work, and rows with one meaning.
+"""Units of work of a source, and the rows that every kind of source turns into.
 
 A unit is a part of one file. Its id is a hash of the file's identity (URI, size, change mark), of the part, and of
 what shapes its shards and rows, so a changed file is new units and an unchanged one is none.

@@ -1,4 +1,4 @@
-"""Images behind http(s) addresses that a data set names: bounded in time and size, and never out of a private network.
+"""Fetches images from http(s) addresses in a data set: bounded in time and size, never in a private network.
 
 A data set is somebody else's text. An address in it must not reach what only this machine can: each host is resolved
 once, the addresses are checked, and the connection goes to just the address that was checked.

@@ -1,4 +1,4 @@
-"""The actor that writes units: called for several at once, with one thread for the device and batches that shrink.
+"""The actor that writes units: several at once, with one thread for the device and batches that shrink.
 
 A stage subclasses `UnitActor` and says what it writes, and with which model; `units.pool` runs it on Ray Data.
 """

@@ -1,4 +1,4 @@
-"""How often each unit was begun, so that one that kills its actor does not do so for ever.
+"""Counts how often each unit was begun, so that one that kills its actor does not do so for ever.
 
 Ray restarts an actor that died and gives it its units back, without end: right when a node is gone, wrong when the
 unit itself is the cause, such as an image that takes more memory than the machine has.

@@ -1,4 +1,4 @@
-"""Can nodes come to this cluster by themselves? Read from what Ray's own monitor writes on the head."""
+"""Finds out whether the cluster can add nodes by itself, from what Ray's own monitor writes on the head."""
 
 import json
 import logging

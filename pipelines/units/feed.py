@@ -1,4 +1,4 @@
-"""Units for an execution that is running already: it takes them as they come, and ends when the feed is closed.
+"""Feeds units to an execution that is already running, until the feed is closed.
 
 Ray Data's inputs are known when an execution begins. So its one read task asks an actor for unit after unit, waits
 where there is none yet, and the actors of the pool stay, with the model that they have loaded.

@@ -1,4 +1,4 @@
-"""Units through a pool of Ray Data actors that each load a model once: a unit in, its rows out, as soon as it is done.
+"""Runs units through a pool of Ray Data actors that each load a model once; yields each unit when it is done.
 
 The caller gives the class of the actors and their arguments; see `UnitActor` for what such a class is.
 """

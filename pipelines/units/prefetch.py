@@ -1,4 +1,4 @@
-"""One function over many items, in order and a bounded number of calls ahead: in threads, or as tasks of Ray."""
+"""Maps a function over many items, in order and a bounded number of calls ahead: in threads or as Ray tasks."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Wait for what a stage asks Ray for: say for what and how long, and end where it can never come."""
+"""Waits for what a stage asks Ray for: says for what and how long, and fails if it can never come."""
 
 import contextlib
 import sys
