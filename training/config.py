@@ -176,7 +176,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def method_knows_its_parameters(self) -> Self:
-        """A wrong name is found before anything starts."""
+        """Check method and loss parameters before anything starts."""
         try:
             check_parameters(self.method, self.loss)
         except ConfigError as error:
@@ -185,7 +185,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def reference_is_where_the_round_starts(self) -> Self:
-        """With adapters switched off the reference would be the base, and not the model that a round goes on from."""
+        """Refuse adapters where the reference is the model that a round continues: switched off, they give the base."""
         if self.rounds == "continue" and self.lora is not None and self.method in NEEDS_REFERENCE:
             raise ValueError(
                 f"rounds: continue with method {self.method} and lora: the reference of a round is the model that it "
@@ -196,7 +196,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
-        """A global batch is a whole number of micro-batches, shared evenly by a fixed number of workers."""
+        """Require a global batch of whole micro-batches, shared evenly by a fixed number of workers."""
         _, most = self.worker_range
         is_fixed = isinstance(self.num_workers, int)
         share = self.micro_batch_size * (most if is_fixed else 1)
@@ -218,7 +218,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def offload_has_a_place(self) -> Self:
-        """NVMe needs a folder and ZeRO-3; 8-bit states stay where they are."""
+        """Require a folder and ZeRO-3 for NVMe, and no offload for 8-bit states."""
         if self.offload == "nvme" and (self.offload_path is None or self.zero_stage != 3):
             raise ValueError(
                 f"offload nvme needs zero_stage 3 and offload_path; they are {self.zero_stage} and {self.offload_path}"

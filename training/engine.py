@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from pipelines.dataset.errors import ConfigError
 from training.config import TrainConfig
 from training.ops import leave_out_ops
+from training.run_progress import WorkerIdentity
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's default of 5e8 costs 2-3 GB a GPU; "auto" needs a hidden_size
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,34 +60,34 @@ class Engine:
         return int(self.unet.gradient_accumulation_steps())
 
     def set_learning_rate(self, rate: float) -> None:
-        """The schedule is ours: accelerate would step a scheduler once for each process."""
+        """Set the rate of this step: a scheduler of accelerate's would step once for each process."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, on the CPU; collective."""
+        """Return the sum over ranks, on the CPU; collective."""
         summed = values.to(self.device, copy=True)
         torch.distributed.all_reduce(summed)
         return summed.cpu()
 
-    def identity(self) -> dict[str, Any]:
-        """What this worker is, as the engine itself reports it; for the log and the report."""
+    def identity(self) -> WorkerIdentity:
+        """Describe this worker as the engine itself reports it; for the log and the report."""
         from ray.util import get_node_ip_address  # here, so that an engine can be had without Ray
 
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "pid": os.getpid(),
-            "node": get_node_ip_address(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "backend": torch.distributed.get_backend(),
-            "engine": type(self.unet).__name__,
-            "zero_stage": int(self.unet.zero_optimization_stage()),
-        }
+        return WorkerIdentity(
+            rank=self.rank,
+            world_size=self.world_size,
+            pid=os.getpid(),
+            node=get_node_ip_address(),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            backend=torch.distributed.get_backend(),
+            engine=type(self.unet).__name__,
+            zero_stage=int(self.unet.zero_optimization_stage()),
+        )
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
-    """What the UNet computes in."""
+    """Return the type that the UNet computes in."""
     return DTYPES[config.precision]
 
 
@@ -96,7 +97,7 @@ def set_threads(sharers: int) -> None:
 
 
 def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Integers wherever "auto" would ask the model for a hidden size."""
+    """Return DeepSpeed's own configuration, with integers wherever "auto" would ask the model for a hidden size."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
@@ -152,7 +153,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
-    """AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
+    """Build AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw_8bit":
@@ -198,7 +199,7 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
 
 
 def quiet_libraries() -> None:
-    """Leave our own lines readable."""
+    """Silence what libraries log below errors."""
     for name in ("DeepSpeed", "deepspeed", "accelerate", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("DeepSpeed")

@@ -40,7 +40,7 @@ class Scorer(Protocol):
         ...
 
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        """One value a sample, 0..1."""
+        """Return one value a sample, 0..1."""
         ...
 
 
@@ -55,7 +55,7 @@ class References:
 
 
 def load_scorers(names: Sequence[str]) -> list[Scorer]:
-    """The scorers that `module:Class` names stand for.
+    """Load the scorers that `module:Class` names stand for.
 
     Raises:
         ConfigError: A name cannot be imported.
@@ -73,7 +73,7 @@ def load_scorers(names: Sequence[str]) -> list[Scorer]:
 
 
 def load_references(storage: Storage, version: int) -> References:
-    """Up to MAX_REFERENCES kept pairs of a snapshot, in key order: held-out ones, training ones if none is held out.
+    """Load up to MAX_REFERENCES kept pairs of a snapshot, in key order: of training if none is held out.
 
     Raises:
         SnapshotError: No pair is kept.
@@ -101,7 +101,7 @@ def _stored_image(storage: Storage, row: dict[str, Any], side: int) -> Image.Ima
 
 
 def sample_prompts(references: References, num_samples: int) -> list[str]:
-    """The distinct prompts of the references in turn, `num_samples` in all."""
+    """Return the distinct prompts of the references in turn, `num_samples` in all."""
     distinct = sorted(set(references.prompts))
     return [distinct[i % len(distinct)] for i in range(num_samples)]
 
@@ -153,7 +153,7 @@ class Sampler:
         self._config, self._resolution = config, resolution
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[bytes]:
-        """PNG bytes of one sample for each prompt and its seed."""
+        """Draw one sample for each prompt and its seed; return PNG bytes."""
         import torch
 
         result = self._pipeline(
@@ -176,7 +176,7 @@ def _png(image: Any) -> bytes:
 def score_samples(
     scorers: Sequence[Scorer], references: References, samples: dict[str, list[bytes]], prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Each scorer's mean and 95 % bootstrap interval for each model.
+    """Return each scorer's mean and 95 % bootstrap interval for each model.
 
     Args:
         scorers: Unfitted.
@@ -196,7 +196,7 @@ def score_samples(
 
 
 def bootstrap_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean with its 95 % percentile bootstrap interval over samples; the same values give the same interval."""
+    """Return the mean with its 95 % percentile bootstrap interval over samples; equal values, equal interval."""
     array = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(0).integers(0, len(array), (BOOTSTRAP_RESAMPLES, len(array)))
     low, high = np.percentile(array[draws].mean(axis=1), [2.5, 97.5])

@@ -69,7 +69,7 @@ class Parent:
 
 
 def base_digest(base: ModelSource) -> str:
-    """16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
+    """Return 16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
 
     Raises:
         ModelError: The model is missing, incomplete or damaged.
@@ -194,7 +194,7 @@ class TrainSpec:
 
 
 def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> dict[str, Any]:
-    """The section `train` as far as it shapes weights: without later keys at their default, and without others."""
+    """Return the section `train` as far as it shapes weights: without later keys at their default, or others."""
     shaping = config.model_dump(mode="json", exclude={*UNSHAPING, *others})
     for name in set(ADDED) - set(others):
         if shaping[name] == TrainConfig.model_fields[name].default:

@@ -83,7 +83,7 @@ class Validation:
 
 
 def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, world_size: int) -> Groups:
-    """The held-out pairs in micro-batches of one shape, each with weight 1.
+    """Return the held-out pairs in micro-batches of one shape, each with weight 1.
 
     Every rank runs the same number of micro-batches (ZeRO-3 gathers weights in each): the list is filled up to a
     multiple of `world_size` with repeats of weight 0.

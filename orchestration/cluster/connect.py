@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from orchestration.cluster.exit_message import ExitMessage
 from orchestration.cluster.head_watch import HeadWatch
 from orchestration.cluster.signals import keeping_handlers
 from orchestration.config import RunConfig
-from orchestration.run import encode_ahead as overlap
 from pipelines.dataset.errors import ClusterError
+from pipelines.dataset.ray_thread import any_in_ray
 from pipelines.dataset.storage import PATIENCE
 
 INHERITED = (PATIENCE,)
@@ -67,18 +66,9 @@ def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], exit_
             yield
     finally:
         # Without a head this would wait, and crash under a thread that is in Ray; the process is about to end anyway.
-        if not watch.is_lost and not _is_in_use():
+        # Under a thread in Ray it is not shut down: a local one ends with this process, a cluster notices by itself.
+        if not watch.is_lost and not any_in_ray():
             ray.shutdown()
-
-
-def _is_in_use() -> bool:
-    """Return whether a thread that was told to stop, of a training or of encode beside ingest, still waits in Ray.
-
-    Ray is not shut down then: a local one ends with this process, and a cluster notices that its driver is gone.
-    """
-    from training.stop_request import WAITS_IN_RAY
-
-    return any(thread.name in (WAITS_IN_RAY, overlap.WAITS_IN_RAY) for thread in threading.enumerate())
 
 
 @contextlib.contextmanager

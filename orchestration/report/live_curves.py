@@ -14,7 +14,7 @@ from typing import Any
 from orchestration.report.records import Row, WorkerRow
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.storage import Storage
-from training.state.checkpoint_format import STATE, committed
+from training.state.checkpoint_format import STATE, list_checkpoints
 
 PROGRESS = "progress.json"
 SEEN = "report/seen.json"
@@ -163,7 +163,7 @@ def read_checkpoint(storage: Storage, folder: str, key: str) -> Curves:
         folder: The run's folder.
         key: The training's key.
     """
-    for manifest in reversed(committed(storage, f"{folder}/checkpoints/{key}") if key else []):
+    for manifest in reversed(list_checkpoints(storage, f"{folder}/checkpoints/{key}") if key else []):
         try:
             data = storage.read(f"{manifest.folder}/{STATE}")
         except MapoError:  # it may be deleted for a newer one at this moment

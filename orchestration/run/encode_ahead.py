@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pipelines.dataset.errors import MapoError
+from pipelines.dataset.ray_thread import RayThread
 from pipelines.resources import uses_gpu
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from pipelines.encode.ahead import LatentsAhead
     from pipelines.units.stats import Speed
 
-WAITS_IN_RAY = "encode-ahead"
-"""The name of its thread: Ray must not be shut down under it."""
 MAX_STOP_S = 20.0  # longer than a unit takes
 
 
@@ -34,7 +33,7 @@ class EncodeAhead:
     def __init__(self, storage: Storage, say: Callable[[str], None]) -> None:
         self._storage, self._say = storage, say
         self._ahead: LatentsAhead | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: RayThread | None = None
 
     def begin(self, ingest: IngestConfig, encode: EncodeConfig) -> None:
         """Start, if encode has GPUs, or nodes of its own by `encode.resources`; else both would compete for CPUs."""
@@ -44,7 +43,7 @@ class EncodeAhead:
         has_own_nodes = bool(encode.resources) and encode.resources != ingest.resources
         if has_own_nodes or uses_gpu(encode.device):
             self._ahead = LatentsAhead(encode, self._storage)
-            self._thread = threading.Thread(target=self._run, args=(self._ahead,), name=WAITS_IN_RAY, daemon=True)
+            self._thread = RayThread(functools.partial(self._run, self._ahead), "encode-ahead")
             self._thread.start()
             if not (demand := demand_of(encode)).has_node():
                 self._say(f"encode    starts alongside ingest once a node has {demand}")

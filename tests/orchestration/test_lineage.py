@@ -35,9 +35,9 @@ from pipelines.maintenance.remove import Condition, remove
 from training.config import TrainConfig
 from training.data.index import PairIndex, load_index
 from training.data.order import Plan
-from training.launch import Trained as Result
+from training.launch import TrainingResult as Result
 from training.spec import Parent, Snapshot, TrainSpec
-from training.tracking.account import Consumed
+from training.tracking.account import ConsumedPairs
 
 CONFIG = TrainConfig(global_batch_size=8, micro_batch_size=2, max_steps=2, rounds="continue")
 
@@ -69,11 +69,11 @@ def newest(storage: Storage) -> Snapshot:
     return Snapshot(versions[0], LATENTS, versions[1], TEXT, versions[2])  # type: ignore[arg-type]
 
 
-def consumed(index: PairIndex, spec: TrainSpec, steps: int) -> tuple[Consumed, set[str]]:
+def consumed(index: PairIndex, spec: TrainSpec, steps: int) -> tuple[ConsumedPairs, set[str]]:
     """What the ranks of a training count, and the pairs of its groups."""
     config = spec.config
     plan = Plan(index.bucket_sizes, config.micro_batch_size, config.global_batch_size, spec.seed)
-    account, keys = Consumed(), set()
+    account, keys = ConsumedPairs(), set()
     for step in range(steps):
         for slot in range(plan.num_slots):
             group = plan.group(step, slot)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipelines.dataset.storage import Storage
 from training.config import LoraConfig
 from training.state.checkpoint import Checkpointer
-from training.state.checkpoint_format import committed
+from training.state.checkpoint_format import list_checkpoints
 from training.state.zero import Fragment
 
 NUM_RANKS = 2
@@ -43,7 +43,7 @@ def write_checkpoint(
         checkpointer.save(step, parts, account={"rank": rank}, state=state)
     for checkpointer in ranks:
         checkpointer.wait()
-    return next(each.folder for each in committed(storage, folder) if each.step == step)
+    return next(each.folder for each in list_checkpoints(storage, folder) if each.step == step)
 
 
 def trained_weights(pipeline: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from training.export import read_weights
-from training.launch import Trained, train
+from training.launch import TrainingResult, train
 from training.spec import TrainSpec
 
 MOMENTS = 10  # files that are seen before a kill: one checkpoint is about eight of them, with unfinished ones
@@ -63,7 +63,7 @@ def pid_of(spec: TrainSpec, rank: int) -> int:
     return int(json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"][rank]["pid"])
 
 
-def check_killed_run(spec: TrainSpec, undisturbed: tuple[TrainSpec, Trained], seed: int, num_kills: int) -> None:
+def check_killed_run(spec: TrainSpec, undisturbed: tuple[TrainSpec, TrainingResult], seed: int, num_kills: int) -> None:
     """Train with so many kills, and hold what comes out against the same training without one."""
     with Killer(spec, seed, num_kills) as killer:
         trained = train(spec, lambda progress: None)

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 from training.launch import train
 from training.spec import TrainSpec
-from training.state.checkpoint_format import committed
+from training.state.checkpoint_format import list_checkpoints
 
 GRACE_S = 20
 
@@ -35,7 +35,7 @@ def take_away(cluster: Cluster, node: Any, spec: TrainSpec, found: dict) -> None
     while progress["step"] < 1 and time.monotonic() < deadline:
         time.sleep(0.2)
         progress = json.loads(spec.storage.read(f"{spec.folder}/progress.json"))
-    found["before"] = [each.step for each in committed(spec.storage, spec.checkpoints)]
+    found["before"] = [each.step for each in list_checkpoints(spec.storage, spec.checkpoints)]
     options = {"address": cluster.address, "node-id": node.node_id, "reason": "DRAIN_NODE_REASON_PREEMPTION"}
     options |= {"reason-message": "spot", "deadline-remaining-seconds": str(GRACE_S)}
     command = [str(Path(sys.executable).parent / "ray"), "drain-node"]
@@ -43,7 +43,7 @@ def take_away(cluster: Cluster, node: Any, spec: TrainSpec, found: dict) -> None
         command += [f"--{name}", value]
     subprocess.run(command, check=True, capture_output=True)
     end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and not (new := committed(spec.storage, spec.checkpoints)):
+    while time.monotonic() < end and not (new := list_checkpoints(spec.storage, spec.checkpoints)):
         time.sleep(0.1)
     found["in_time"] = [each.step for each in new]
     cluster.remove_node(node)

@@ -18,7 +18,7 @@ from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
 from training.export import read_weights
 from training.spec import Snapshot, TrainSpec
-from training.state.checkpoint_format import committed
+from training.state.checkpoint_format import list_checkpoints
 from training.state.float32_base import float32_beside
 from training.state.masters import StoredWeights, note_on
 from training.state.zero import Fragment
@@ -72,7 +72,7 @@ def test_a_bf16_training_goes_on_bit_for_bit(stage: int, base, tmp_path: Path) -
     assert [*resumed[0], *resumed[1]] == undisturbed
     for kind in ("raw", "ema"):
         expected, found = (
-            read_weights(each, committed(each, "checkpoints")[-1].folder, kind) for each in (whole, parts)
+            read_weights(each, list_checkpoints(each, "checkpoints")[-1].folder, kind) for each in (whole, parts)
         )
         assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 

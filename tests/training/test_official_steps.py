@@ -24,7 +24,7 @@ from training.config import TrainConfig
 from training.data.batch import Batch
 from training.export import read_weights
 from training.spec import TrainSpec, base_digest
-from training.state.checkpoint_format import committed
+from training.state.checkpoint_format import list_checkpoints
 
 STEPS = 10
 RATE = 1e-4
@@ -121,7 +121,7 @@ def test_ten_steps_are_those_of_the_released_formula_in_float64(method: str, tmp
     config = TrainConfig.model_validate(CONFIG.model_dump() | METHODS[method] | {"learning_rate": RATE})
     storage = Storage(str(tmp_path / "storage"))
     curve = on_ranks(2, train_and_save, config, str(base), storage.url, STEPS)[0]["curve"]
-    weights = read_weights(storage, committed(storage, "checkpoints")[-1].folder, "raw")
+    weights = read_weights(storage, list_checkpoints(storage, "checkpoints")[-1].folder, "raw")
     compare(method, config, base, curve, weights, ([global_batch(step)] for step in range(STEPS)))
 
 

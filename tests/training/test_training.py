@@ -18,7 +18,7 @@ from training.data.index import load_index, load_texts
 from training.data.loader import PairLoader, PairReader
 from training.data.order import Plan, noise_seed
 from training.export import export_model
-from training.launch import Trained, train
+from training.launch import TrainingResult, train
 from training.loop import draw_with
 from training.losses import mapo_paper_loss
 from training.model import Denoiser, load_base
@@ -48,7 +48,7 @@ def make_spec(folder: Path, config: TrainConfig = CONFIG, sides: tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, Trained]:
+def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, TrainingResult]:
     spec = make_spec(tmp_path_factory.mktemp("undisturbed"))
     return spec, train(spec, lambda progress: None)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines.dataset.errors import ShardCorrupt
 from training.data.index import PairRecord
-from training.data.tensors import Part
+from training.data.tensors import TensorPlace
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Batch:
 class _Column:
     """One tensor of the batch, its memory as a row of bytes for each pair, and which rows are written."""
 
-    def __init__(self, num_pairs: int, part: Part) -> None:
+    def __init__(self, num_pairs: int, part: TensorPlace) -> None:
         self.kind = (part.dtype, part.shape)
         self.tensor = torch.empty((num_pairs, *part.shape), dtype=part.dtype)
         self.rows: NDArray[np.uint8] = self.tensor.reshape(num_pairs, -1).view(torch.uint8).numpy()
@@ -53,7 +53,7 @@ class BatchRows:
         self._time_ids: list[tuple[list[float], list[float]]] = [([], [])] * len(self.records)
         self._lock = threading.Lock()
 
-    def write(self, name: str, row: int, data: bytes, part: Part) -> None:
+    def write(self, name: str, row: int, data: bytes, part: TensorPlace) -> None:
         """Copy one tensor out of a safetensors file.
 
         Raises:
@@ -65,7 +65,7 @@ class BatchRows:
         column.rows[row] = np.frombuffer(data, np.uint8, part.num_bytes, part.start)
         column.is_written[row] = 1
 
-    def _add(self, name: str, part: Part) -> _Column:
+    def _add(self, name: str, part: TensorPlace) -> _Column:
         with self._lock:
             if name not in self._columns:
                 self._columns[name] = _Column(len(self.records), part)
@@ -86,7 +86,7 @@ class BatchRows:
         return None if column is None else column.tensor
 
     def finish(self) -> Batch:
-        """The micro-batch, once every row is written.
+        """Return the micro-batch, once every row is written.
 
         Raises:
             ShardCorrupt: A part is there for some pairs and not for others.

@@ -101,7 +101,7 @@ class PairIndex:
         return [int(size) for size in np.diff(self._starts)]
 
     def pair(self, bucket: int, element: int, flipped: tuple[bool, bool] = (False, False)) -> PairRecord:
-        """The pair number `element` of a bucket, to be read with these of its two images mirrored."""
+        """Return pair number `element` of a bucket, to be read with these of its two images mirrored."""
         row = self._starts[bucket] + element
         return PairRecord(
             pair_key=self._keys[row].tobytes().hex(),
@@ -122,7 +122,7 @@ class PairIndex:
 
 
 def _from_hex(column: pa.ChunkedArray, digits: int) -> NDArray[np.uint8]:
-    """Strings of so many hex digits as a row of bytes each."""
+    """Turn strings of so many hex digits into a row of bytes each."""
     parts = [np.empty((0, digits // 2), np.uint8)]
     for chunk in column.chunks:
         fixed = chunk.cast(pa.binary()).cast(pa.binary(digits))
@@ -145,7 +145,7 @@ class _Repeated:
 
 
 def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labels = "soft") -> PairIndex:
-    """The kept pairs of a split whose latents and whose prompt's embedding were kept.
+    """Load the kept pairs of a split whose latents and whose prompt's embedding were kept.
 
     Args:
         storage: Of the data set.
@@ -162,7 +162,7 @@ def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labe
 
 
 def _rows(storage: Storage, snapshot: Snapshot, split: str, labels: Labels) -> pa.Table:
-    """Pairs joined with where their latents lie."""
+    """Join pairs with where their latents lie."""
     where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
     if labels == "hard":
         where &= pc.field("label_0") != PREFERRED
@@ -187,7 +187,7 @@ def _rows(storage: Storage, snapshot: Snapshot, split: str, labels: Labels) -> p
 
 
 def _read(table: Table, columns: list[str], where: ds.Expression | None = None) -> pa.Table:
-    """Rows of a table, repeated text once."""
+    """Read rows of a table, repeated text once."""
     rows = table.read(columns, where)
     for name in set(columns) & {"shard", "shard_sha256", "source_uri"}:
         encoded = rows[name].dictionary_encode().unify_dictionaries()

@@ -70,7 +70,7 @@ class PairLoader(Generic[Tag]):
         group.read(self._reader, row)
 
     def _result(self, ahead: "deque[_Group[Tag]]", entered: float) -> tuple[Tag, Batch]:
-        """The oldest group; nothing of it is held here while the consumer has it."""
+        """Return the oldest group; nothing of it is held here while the consumer has it."""
         group = ahead.popleft()
         try:
             return group.tag, group.wait()
@@ -102,7 +102,7 @@ class _Group(Generic[Tag]):
                 self._done.set()
 
     def wait(self) -> Batch:
-        """The batch, once it is whole; of several errors the first pair's."""
+        """Return the batch, once it is whole; of several errors, raise the first pair's."""
         self._done.wait()
         if self._errors:
             raise self._errors[min(self._errors)]

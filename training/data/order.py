@@ -29,7 +29,7 @@ _MAX_SORTED = 256  # below this a Feistel half has under 5 bits and mixes badly;
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class PairGroup:
     """One micro-batch: `elements` are indices into bucket `bucket`, drawn in `epoch`."""
 
     bucket: int
@@ -93,8 +93,8 @@ class Plan:
         """Optimizer steps in which every pair is seen once."""
         return sum(self.bucket_sizes) / self.global_batch_size
 
-    def group(self, step: int, slot: int) -> Group:
-        """The pairs of one slot of one global batch; any step can be asked for, in any order."""
+    def group(self, step: int, slot: int) -> PairGroup:
+        """Return the pairs of one slot of one global batch; steps can be asked for in any order."""
         if step < 0 or not 0 <= slot < self.num_slots:
             raise ValueError(f"No slot {slot} of step {step}: slots are 0 to {self.num_slots - 1}.")
         running = step * self.num_slots + slot
@@ -107,11 +107,11 @@ class Plan:
         for bucket, (low, high) in enumerate(pairwise(accumulate(counts, initial=0))):
             if dealt < high:
                 elements = self._elements(bucket, firsts[bucket] + dealt - low)
-                return Group(bucket=bucket, elements=elements, epoch=epoch)
+                return PairGroup(bucket=bucket, elements=elements, epoch=epoch)
         raise AssertionError(f"group {dealt} of {sum(counts)} belongs to no bucket")
 
     def slots_of(self, rank: int, world_size: int) -> list[tuple[int, float]]:
-        """The slots a rank takes in each step, in accumulation order, each with the weight of its mean loss.
+        """Return the slots a rank takes in each step, in accumulation order, each with the weight of its mean loss.
 
         Every rank has as many: ZeRO speaks in each backward pass. Where the slots cannot be shared evenly, some ranks
         have their last slot once more, with weight 0. Weights are such that the mean over the ranks of a rank's mean
@@ -128,7 +128,7 @@ class Plan:
         return [(slot, weight) for slot in slots] + [(slots[-1], 0.0)] * (turns - len(slots))
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches each rank adds up before the optimizer step.
+        """Return the micro-batches each rank adds up before the optimizer step.
 
         Raises:
             ConfigError: There are fewer slots than ranks.
@@ -142,11 +142,11 @@ class Plan:
         return -(-self.num_slots // world_size)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that the first group of a step belongs to; later groups may be in the next."""
+        """Return the epoch that the first group of a step belongs to; later groups may be in the next."""
         return self._epoch_of_group(step * self.num_slots)
 
     def seen(self, num_steps: int) -> list[NDArray[np.bool_]]:
-        """For each bucket, which of its elements the first `num_steps` steps have; one byte an element.
+        """Return for each bucket which of its elements the first `num_steps` steps have; one byte an element.
 
         Of whole epochs nothing is computed but how far they reach: groups of an epoch that is begun lie anywhere in it.
         """
@@ -180,7 +180,7 @@ class Plan:
         return sum(epoch * size // self.micro_batch_size for size in self.bucket_sizes)
 
     def _epoch_of_group(self, running: int) -> int:
-        """The epoch e with groups_before(e) <= running < groups_before(e + 1).
+        """Return the epoch e with groups_before(e) <= running < groups_before(e + 1).
 
         groups_before(e) <= e * n / m, so the first guess is never too late; rounding down in each
         bucket makes it too early by at most m epochs.
@@ -202,7 +202,7 @@ class Plan:
 
 
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """A pseudo-random bijection of range(size), element by element and in no memory of its own.
+    """Apply a pseudo-random bijection of range(size), element by element and in no memory of its own.
 
     A Feistel network over the next power of four; results outside range(size) go through it again
     until they are inside (cycle walking, under 4 times on average). Up to 256 elements it sorts by hash
@@ -228,12 +228,12 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
 
 
 def noise_seed(seed: int, step: int, slot: int) -> int:
-    """63 bits for the noise and timesteps of one slot; the same on any number of workers."""
+    """Return 63 bits for the noise and timesteps of one slot; the same on any number of workers."""
     return _hash("noise", seed, step, slot) >> 1
 
 
 def flips_of(seed: int, step: int, slot: int, num_pairs: int, flips: Flips) -> list[tuple[bool, bool]]:
-    """Which images of a slot's pairs are read mirrored, image 0 and image 1 of each: fair coins, known before reading.
+    """Draw which images of a slot's pairs are read mirrored, image 0 and image 1 of each, by fair coins.
 
     Args:
         seed: The run's.
@@ -251,7 +251,7 @@ def flips_of(seed: int, step: int, slot: int, num_pairs: int, flips: Flips) -> l
 
 
 def validation_seed(seed: int, pair_key: str) -> int:
-    """63 bits for the noise and timesteps of a validation pair; the same at every validation."""
+    """Return 63 bits for the noise and timesteps of a validation pair; the same at every validation."""
     return _hash("validation", seed, pair_key) >> 1
 
 
@@ -264,19 +264,19 @@ def _feistel(value: NDArray[np.uint64], half: int, round_keys: NDArray[np.uint64
 
 
 def _stream(key: int, count: int) -> NDArray[np.uint64]:
-    """The first `count` outputs of splitmix64 started at `key`; no two are equal."""
+    """Return the first `count` outputs of splitmix64 started at `key`; no two are equal."""
     start = np.array([key], dtype=np.uint64)
     return _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser: a bijection of 64 bits in which every bit depends on every other."""
+    """Apply splitmix64's finaliser: a bijection of 64 bits in which every bit depends on every other."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
     return value ^ (value >> np.uint64(31))
 
 
 def _hash(*parts: str | int) -> int:
-    """64 bits of the parts, the same on every machine and in every process."""
+    """Hash parts to 64 bits, the same on every machine and in every process."""
     plain = [part if isinstance(part, str) else int(part) for part in parts]  # repr(np.int64(1)) differs
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=8).digest(), "big")

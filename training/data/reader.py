@@ -48,7 +48,7 @@ class PairReader:
         self._recent = _Recent(max_text_bytes)
 
     def _read(self, where: Location) -> bytes:
-        """The bytes of one member, as they were written."""
+        """Return the bytes of one member, as they were written."""
         found = self._cache.read(where) if self._cache else None
         if found is None:
             is_fetching = self._cache is not None and self._cache.is_fetching
@@ -117,7 +117,7 @@ class PairReader:
             rows.write("pooled_BP", row, data, parts[POOLED])
 
     def read(self, records: Sequence[PairRecord]) -> Batch:
-        """One micro-batch, pair after pair; an error names the pair, its shard and its source row."""
+        """Read one micro-batch, pair after pair; an error names the pair, its shard and its source row."""
         rows = BatchRows(records)
         for row in range(len(rows.records)):
             self.fill(rows, row)

@@ -67,7 +67,7 @@ class ShardCache:
             ) from error
 
     def read(self, where: Location) -> bytes | None:
-        """A member, as it was written; None if its shard is not here, and then it is fetched in the background."""
+        """Return a member as it was written; None if its shard is not here, which is then fetched in the background."""
         if not where.shard_sha256 or where.shard_bytes > self._max_bytes:
             return None
         file = self._file(where)
@@ -213,7 +213,7 @@ class ShardCache:
         return files
 
     def _is_abandoned(self, part: Path) -> bool:
-        """Whether the process that fetched it is gone: a lock does not outlive its process."""
+        """Return whether the process that fetched it is gone: a lock does not outlive its process."""
         try:
             with FileLock(self._folder / "locks" / f"{part.stem}.lock", timeout=0):
                 return True

@@ -19,7 +19,7 @@ LENGTH_BYTES = 8  # little endian, before the header
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPlace:
     """One tensor: its kind, and its bytes from `start` on."""
 
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Part:
     num_bytes: int
 
     def tensor(self, data: bytes) -> Tensor:
-        """A copy of it."""
+        """Return a copy of it."""
         own = bytearray(data[self.start : self.start + self.num_bytes])
         return torch.frombuffer(own, dtype=self.dtype).reshape(self.shape)
 
@@ -37,13 +37,13 @@ class Part:
 class Layout:
     """What lies where in one safetensors file of at least `num_bytes`."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, TensorPlace]
     metadata: Mapping[str, str]
     num_bytes: int
 
 
 def layout_of(data: bytes) -> Layout:
-    """Where the tensors of a safetensors file lie.
+    """Return where the tensors of a safetensors file lie.
 
     Raises:
         ValueError: It is not one, or it holds a type that nothing here stores.
@@ -73,11 +73,11 @@ def _parse(header: bytes) -> Layout:
     return Layout(parts, metadata, max((part.start + part.num_bytes for part in parts.values()), default=start))
 
 
-def _part(name: str, entry: Mapping[str, Any], start: int) -> Part:
+def _part(name: str, entry: Mapping[str, Any], start: int) -> TensorPlace:
     kind, (first, end) = entry["dtype"], entry["data_offsets"]
     if kind not in DTYPES:
         raise ValueError(f"{name} is of type {kind}; known are {', '.join(DTYPES)}")
-    part = Part(DTYPES[kind], tuple(entry["shape"]), start + first, end - first)
+    part = TensorPlace(DTYPES[kind], tuple(entry["shape"]), start + first, end - first)
     if part.num_bytes != math.prod(part.shape) * part.dtype.itemsize or first < 0:
         raise ValueError(f"{name} of shape {part.shape} and type {kind} lies at {first} to {end}")
     return part

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from pipelines.dataset.errors import MapoError, ShardCorrupt, TrainingError
 from pipelines.dataset.storage import Storage
-from training.state.checkpoint_format import MANIFEST, STATE, Entry, Manifest, Reader, best_of, committed, rank_names
+from training.state.checkpoint_format import (
+    MANIFEST,
+    STATE,
+    FragmentEntry,
+    Manifest,
+    Reader,
+    best_of,
+    list_checkpoints,
+    rank_names,
+)
 from training.state.ema import EMA, ShardedEma
 from training.state.zero import KINDS, Fragment, ZeroState
 
@@ -90,7 +99,7 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written any more.
+        """Wait until nothing is being written any more.
 
         Raises:
             TrainingError: It could not be written.
@@ -150,7 +159,7 @@ class Checkpointer:
         remove_old(self._storage, self._folder, keep=self._keep, keep_best=self._keep_best, attempt=self._attempt)
 
     def _wait_for_all(self, folder: str) -> dict[str, bytes]:
-        """The index file of every rank; each is written after the rank's tensors."""
+        """Read the index file of every rank; each is written after the rank's tensors."""
         deadline = time.monotonic() + self._timeout_s
         names = {f"{folder}/{rank_names(rank)[1]}" for rank in range(self._world_size)}
         while missing := names - set(self._storage.names(folder)):
@@ -160,7 +169,7 @@ class Checkpointer:
 
 
 def write_rank(storage: Storage, folder: str, rank: int, parts: Parts, *, account: Mapping[str, Any]) -> None:
-    """One rank's tensors, then the index that says where they lie."""
+    """Write one rank's tensors, then the index that says where they lie."""
     file, index = rank_names(rank)
     arrays = {f"{kind}/{fragment.name}": tensor.numpy() for (kind, fragment), tensor in parts.items()}
     with storage.unfinished(f"{folder}/{file}") as local:
@@ -175,14 +184,14 @@ def write_rank(storage: Storage, folder: str, rank: int, parts: Parts, *, accoun
         name = f"{kind}/{fragment.name}"
         offset = 8 + length + header[name]["data_offsets"][0]
         digest = hashlib.sha256(arrays[name].data).hexdigest()
-        entries.append(asdict(Entry(kind=kind, **asdict(fragment), offset=offset, sha256=digest)))
+        entries.append(asdict(FragmentEntry(kind=kind, **asdict(fragment), offset=offset, sha256=digest)))
     described = {**account, "num_bytes": num_bytes, "entries": entries}
     storage.write(f"{folder}/{index}", json.dumps(described).encode())
 
 
 def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, attempt: str) -> None:
     """Remove all checkpoints but the newest and the best, and what other starts left unfinished; manifests go first."""
-    found = committed(storage, folder)
+    found = list_checkpoints(storage, folder)
     kept = {manifest.folder for manifest in found[-keep:]}
     best = [best_of(found), best_of(found, of_average=True)] if keep_best else []
     kept |= {each.folder for each in best if each is not None}
@@ -208,7 +217,7 @@ def set_aside(storage: Storage, manifest: Manifest) -> None:
 
 
 def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
-    """This rank's fragments of all kinds, as they are now."""
+    """Return this rank's fragments of all kinds, as they are now."""
     parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
     parts |= {(kind, fragment): scales for kind, fragment, scales in state.scales()}
     if ema is not None:
@@ -236,7 +245,7 @@ def restore(
     """
     listed: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
-        listed[0] = committed(storage, folder)
+        listed[0] = list_checkpoints(storage, folder)
     torch.distributed.broadcast_object_list(listed, src=0)
     for manifest in reversed(listed[0]):
         reader, problem = _load(storage, manifest, state, ema)
@@ -260,7 +269,7 @@ def restore(
 def _load(
     storage: Storage, manifest: Manifest, state: ZeroState, ema: ShardedEma | None
 ) -> tuple[tuple[dict[str, dict[str, Tensor]], Reader] | None, MapoError | None]:
-    """This rank's fragments, or what is wrong with them."""
+    """Read this rank's fragments; return them, or what is wrong with them."""
     kinds = [*KINDS, *([EMA] if ema is not None else [])]
     wanted = [(kind, fragment) for kind in kinds for fragment in state.fragments]
     if manifest.world_size == torch.distributed.get_world_size() and manifest.zero_stage == state.stage:

@@ -31,7 +31,7 @@ DAMAGED_HINT = "the checkpoint before it is used; remove this one"
 
 
 @dataclass(frozen=True)
-class Entry:
+class FragmentEntry:
     """One fragment in a rank's file: elements `start` to `start + numel` of a parameter, little-endian float32."""
 
     kind: str
@@ -81,7 +81,7 @@ class Manifest:
 
     @staticmethod
     def parse(folder: str, data: bytes) -> "Manifest":
-        """What `to_json` gave.
+        """Read what `to_json` gave.
 
         Raises:
             ShardCorrupt: It is something else.
@@ -96,12 +96,12 @@ class Manifest:
 
 
 def rank_names(rank: int) -> tuple[str, str]:
-    """The tensor file and the index file of a rank."""
+    """Return the names of a rank's tensor file and index file."""
     return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
 
 
-def committed(storage: Storage, folder: str) -> list[Manifest]:
-    """The checkpoints below a folder that have a whole manifest, oldest first; files are not opened yet."""
+def list_checkpoints(storage: Storage, folder: str) -> list[Manifest]:
+    """List the checkpoints below a folder that have a whole manifest, oldest first; opens no other file."""
     found = []
     for name in storage.names(folder):
         if name.endswith(f"/{MANIFEST}"):
@@ -110,6 +110,9 @@ def committed(storage: Storage, folder: str) -> list[Manifest]:
             except ShardCorrupt:
                 continue
     return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
+
+
+committed = list_checkpoints  # the name that other floors still use
 
 
 def remove_checkpoints(storage: Storage, folder: str) -> int:
@@ -138,25 +141,27 @@ class Reader:
         self._storage, self.manifest = storage, manifest
         self.state: dict[str, Any] = json.loads(self._checked(STATE))
         self.ranks: list[dict[str, Any]] = []
-        self._entries: dict[tuple[str, str], list[tuple[str, Entry]]] = defaultdict(list)
+        self._entries: dict[tuple[str, str], list[tuple[str, FragmentEntry]]] = defaultdict(list)
         for rank in range(manifest.world_size):
             tensors, index = rank_names(rank)
             described = json.loads(self._checked(index))
             self._check_size(tensors)
             self.ranks.append(described)
-            for entry in (Entry(**(each | {"shape": tuple(each["shape"])})) for each in described.pop("entries")):
+            for entry in (
+                FragmentEntry(**(each | {"shape": tuple(each["shape"])})) for each in described.pop("entries")
+            ):
                 self._entries[entry.kind, entry.name].append((tensors, entry))
 
     def kinds(self) -> set[str]:
-        """What is stored of each parameter."""
+        """Return what is stored of each parameter."""
         return {kind for kind, _ in self._entries}
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter of a kind."""
+        """Return the shape of every parameter of a kind."""
         return {name: found[0][1].shape for (each, name), found in self._entries.items() if each == kind}
 
     def read(self, wanted: Iterable[tuple[str, str, int, int]]) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
-        """Parts of parameters, in order: each (kind, name, start, numel) as a float32 vector."""
+        """Yield parts of parameters, in order: each (kind, name, start, numel) as a float32 vector."""
         with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="checkpoint-reader") as readers:
             yield from readers.map(lambda part: self._part(*part), wanted)
 
@@ -172,7 +177,7 @@ class Reader:
             raise self._damaged(f"holds {filled} of {numel} elements of {kind} {name} from {start}")
         return part
 
-    def _read(self, file: str, entry: Entry) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _read(self, file: str, entry: FragmentEntry) -> np.ndarray[Any, np.dtype[np.float32]]:
         path = f"{self.manifest.folder}/{file}"
         try:
             return np.frombuffer(self._storage.read_range(path, entry.offset, 4 * entry.numel, entry.sha256), "<f4")
@@ -204,7 +209,7 @@ class Reader:
 
 
 def read_parameters(reader: Reader, kind: str) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
-    """Every parameter of a kind, whole and in its shape, one after another."""
+    """Yield every parameter of a kind, whole and in its shape, one after another."""
     shapes = reader.shapes(kind)
     parts = reader.read((kind, name, 0, math.prod(shape)) for name, shape in shapes.items())
     for (name, shape), part in zip(shapes.items(), parts, strict=True):

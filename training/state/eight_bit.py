@@ -13,12 +13,12 @@ STATES = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "q
 
 
 def is_eight_bit(optimizer: Any) -> bool:
-    """Whether this optimizer's states have 8 bits."""
+    """Return whether this optimizer's states have 8 bits."""
     return type(optimizer).__module__.startswith("bitsandbytes")
 
 
 def create(optimizer: Any, flat: Tensor, num_steps: int) -> dict[str, Any]:
-    """Empty states for a flat partition, as the first step would make them."""
+    """Create empty states for a flat partition, as the first step would make them."""
     group = next(each for each in optimizer.param_groups)
     if not optimizer.state[flat]:
         optimizer.init_state(group, flat, 0, 0)
@@ -28,13 +28,13 @@ def create(optimizer: Any, flat: Tensor, num_steps: int) -> dict[str, Any]:
 
 
 def magnitudes(state: dict[str, Any], kind: str) -> Tensor | None:
-    """The largest magnitude of each block, float32; None for a partition so small that its states have 32 bits."""
+    """Return the largest magnitude of each block, float32; None for a partition that is too small for 8 bits."""
     code, _, absmax = STATES[kind]
     return state[absmax] if state[code].dtype == torch.uint8 else None
 
 
 def unpack(state: dict[str, Any], kind: str) -> Tensor:
-    """A moment as a float32 vector."""
+    """Return a moment as a float32 vector."""
     code, values, _ = STATES[kind]
     scales = magnitudes(state, kind)
     if scales is None:
@@ -68,7 +68,7 @@ def pack(state: dict[str, Any], kind: str, moment: Tensor, scales: Tensor | None
 
 
 def _block(num_scales: int, numel: int) -> int:
-    """Elements of a block: a power of two."""
+    """Return the elements of a block: a power of two."""
     return 1 << (-(-numel // num_scales) - 1).bit_length()
 
 

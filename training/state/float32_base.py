@@ -69,7 +69,7 @@ def _numbers(place: tuple[Path, int, dict[str, Any]]) -> NDArray[Any]:
 
 
 def _rounds_to(exact: NDArray[Any], rounded: NDArray[Any]) -> bool:
-    """Whether float32 numbers round (to nearest, ties to even) to these float16, or to these bits of bfloat16."""
+    """Return whether float32 numbers round (to nearest, ties to even) to these float16, or bits of bfloat16."""
     if rounded.dtype == STORED["F16"]:
         with np.errstate(over="ignore"):
             return bool(np.array_equal(exact.astype("<f2"), rounded))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, weight_files
-from training.data.tensors import LENGTH_BYTES, Layout, Part, layout_of_header
+from training.data.tensors import LENGTH_BYTES, Layout, TensorPlace, layout_of_header
 from training.state.ema import ShardedEma
 from training.state.parent import on_all_ranks
 from training.state.zero import Fragment, ZeroState
@@ -39,7 +39,7 @@ class StoredWeights:
         places: By name: the file, and where in it.
     """
 
-    places: Mapping[str, tuple[Path, Part]]
+    places: Mapping[str, tuple[Path, TensorPlace]]
 
     @staticmethod
     def of(folder: Path, variant: str | None) -> "StoredWeights":
@@ -52,7 +52,7 @@ class StoredWeights:
         Raises:
             ModelError: They are missing, damaged, or of a type that training does not read.
         """
-        places: dict[str, tuple[Path, Part]] = {}
+        places: dict[str, tuple[Path, TensorPlace]] = {}
         for file in weight_files(folder, STEM, variant):
             if file.suffix == ".safetensors":
                 places |= {name: (file, part) for name, part in _header(file).parts.items()}

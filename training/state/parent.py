@@ -11,7 +11,7 @@ from pipelines.dataset.errors import ConfigError, MapoError, ModelError, ShardCo
 from pipelines.dataset.storage import Storage
 from training.methods import NEEDS_REFERENCE
 from training.spec import Parent, TrainSpec
-from training.state.checkpoint_format import MANIFEST, Manifest, Reader, committed, read_parameters
+from training.state.checkpoint_format import MANIFEST, Manifest, Reader, list_checkpoints, read_parameters
 from training.state.ema import EMA, ShardedEma
 from training.state.zero import WEIGHT, ZeroState
 
@@ -20,7 +20,7 @@ LOST_HINT = "put it back from a copy; or train from the base model with `train.r
 
 
 def open_parent(storage: Storage, parent: Parent) -> Reader:
-    """The parent's checkpoint, its manifest held against the digest that its round noted.
+    """Open the parent's checkpoint; its manifest is compared with the digest that its round noted.
 
     Raises:
         ModelError: It is not there, or it is another one.
@@ -47,14 +47,14 @@ def open_parent(storage: Storage, parent: Parent) -> Reader:
 
 
 def check_parent_is_there(spec: TrainSpec) -> None:
-    """Find a parent that is gone before any worker starts; a round with a checkpoint of its own may need none.
+    """Check before any worker starts that the parent is there; a round with a checkpoint of its own may need none.
 
     Raises:
         ModelError: See `open_parent`.
         ShardCorrupt: One of the files that say where weights lie is damaged, or a file of weights is cut.
     """
     needs_reference = spec.config.method in NEEDS_REFERENCE
-    if spec.parent is not None and (needs_reference or not committed(spec.storage, spec.checkpoints)):
+    if spec.parent is not None and (needs_reference or not list_checkpoints(spec.storage, spec.checkpoints)):
         open_parent(spec.storage, spec.parent)
 
 
@@ -126,7 +126,7 @@ def _trained(unet: Any) -> set[str]:
 def _check_shapes(
     found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], trained: set[str], parent: Parent
 ) -> None:
-    """The parent has the parameters that train here, in the shapes that this rank knows."""
+    """Check that the parent has the parameters that train here, in the shapes that this rank knows."""
     others = sorted(trained ^ found.keys()) or sorted(
         name for name in known.keys() & trained if tuple(found[name]) != tuple(known[name])
     )

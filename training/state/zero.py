@@ -62,7 +62,7 @@ class ZeroState:
         return [fragment for fragment, _ in self._owned]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
-        """The fragments of one of KINDS: float32 vectors, of the engine's own memory unless on NVMe or of 8 bits."""
+        """Yield the fragments of one of KINDS: float32 vectors, the engine's own memory unless on NVMe or of 8 bits."""
         if kind in MOMENTS and not self.num_steps():
             self._create_moments(0)  # AdamW makes them at its first step; fp16 may have left out all so far
         flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
@@ -82,7 +82,7 @@ class ZeroState:
             yield fragment, flat[: fragment.numel]
 
     def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
-        """The magnitudes of 8-bit moments by kind; none of others."""
+        """Yield the magnitudes of 8-bit moments by kind; none of others."""
         for kind in MOMENTS if self._is_eight_bit else ():
             for i, flat in enumerate(self._flat_partitions()):
                 found = eight_bit.magnitudes(self._zero.optimizer.state[flat], kind)
@@ -90,17 +90,17 @@ class ZeroState:
                     yield SCALE.format(kind), self._scale_fragment(i, found.numel()), found
 
     def wanted_scales(self) -> list[tuple[str, Fragment]]:
-        """What `scales` will give, before there are any states."""
+        """Return what `scales` will give, before there are any states."""
         self._create_moments(0)
         return [(kind, fragment) for kind, fragment, _ in self.scales()]
 
     def num_steps(self) -> int:
-        """Steps that AdamW has counted for its bias correction; skipped ones are not among them."""
+        """Return the steps that AdamW has counted for its bias correction, without skipped ones."""
         states = [state for state in self._zero.optimizer.state.values() if "step" in state]
         return int(states[0]["step"]) if states else 0
 
     def loss_scale(self) -> dict[str, float]:
-        """The state of the dynamic loss scale; only `cur_scale` where it is fixed."""
+        """Return the state of the dynamic loss scale; only `cur_scale` where it is fixed."""
         scaler = getattr(self._zero, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
 
@@ -184,7 +184,7 @@ class ZeroState:
         return Fragment(name, int(address.start), int(address.numel), shape)
 
     def _place(self, weight: Any) -> tuple[int, int, int]:
-        """Where this rank's part of a weight lies: which flat partition, from where, how many elements."""
+        """Return where this rank's part of a weight lies: which flat partition, from where, how many elements."""
         if self.stage == 3:
             group, start, numel = self._zero.grad_position[self._zero.get_param_id(weight)]
             return int(group), int(start), int(numel)
@@ -212,7 +212,7 @@ class ZeroState:
         view[value.numel() :].zero_()  # the padding of stage 3's last rank
 
     def _by_partition(self) -> Iterator[tuple[int, list[tuple[Fragment, Any]]]]:
-        """What this rank owns by stage 3's flat partition; all at once in stages that keep everything in memory."""
+        """Group what this rank owns by stage 3's flat partition; one group in stages that keep everything in memory."""
         groups = itertools.groupby(self._owned, lambda each: self._place(each[1])[0] if self.stage == 3 else 0)
         return ((group, list(owned)) for group, owned in groups)
 

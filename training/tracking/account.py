@@ -9,7 +9,7 @@ MODULUS = 1 << 64
 
 
 @dataclass
-class Consumed:
+class ConsumedPairs:
     """Pairs that a rank has trained on.
 
     `total` adds up a hash of each micro-batch (step, slot and keys), modulo 2^64: the sum over the ranks is the same
@@ -31,12 +31,12 @@ class Consumed:
         """16 hex digits of `total`."""
         return f"{self.total:016x}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+    def to_dict(self) -> dict[str, int | str]:
+        """Return it as plain data."""
         return asdict(self) | {"digest": self.digest}
 
     @staticmethod
-    def sum(accounts: Iterable[Mapping[str, Any]]) -> "Consumed":
-        """What several ranks, as `to_dict` gave them, trained on together."""
+    def sum(accounts: Iterable[Mapping[str, Any]]) -> "ConsumedPairs":
+        """Add up what several ranks trained on, as `to_dict` gave it."""
         listed = list(accounts)
-        return Consumed(sum(a["num_pairs"] for a in listed), sum(a["total"] for a in listed) % MODULUS)
+        return ConsumedPairs(sum(a["num_pairs"] for a in listed), sum(a["total"] for a in listed) % MODULUS)

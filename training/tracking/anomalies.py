@@ -47,7 +47,7 @@ class Watch:
             list(self._troubles(metrics))
 
     def see(self, metrics: Metrics) -> list[str]:
-        """One more step: what to warn of.
+        """Look at one more step; return what to warn of.
 
         Args:
             metrics: As `means_of` gives them over the global batch, with `step`, `learning_rate` and `skipped_steps`.

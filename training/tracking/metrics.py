@@ -3,7 +3,6 @@
 Letters: B pairs. See docs/concepts/metrics.md for what each number means.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from pipelines.dataset.storage import Storage
 from training.losses import PairErrors
+from training.run_progress import RunProgress
 from training.tracking.trackers import Tracker
 
 NUM_QUARTERS = 4  # of the timesteps; q1 has the least noise
@@ -31,7 +31,7 @@ NO_CURVE = ("step", "num_pairs")  # the axis, and a constant
 def pair_sums(
     losses: Tensor, errors: PairErrors, preference_B: Tensor, timesteps_B: Tensor, num_train_timesteps: int
 ) -> Tensor:
-    """What the metrics of a batch are made of, as sums: those of micro-batches, steps and ranks are simply added.
+    """Return what the metrics of a batch are made of, as sums, which add up over micro-batches, steps and ranks.
 
     Stays on the device of the errors and never waits for it: add up there, move the sum to the CPU once a step.
 
@@ -73,12 +73,12 @@ def pair_sums(
 
 
 def _right(chosen: Tensor, rejected: Tensor, is_tie: Tensor) -> Tensor:
-    """1 where the chosen image has the smaller error, 0 where the other has, 0.5 for equal errors and for ties."""
+    """Return 1 where the chosen image has the smaller error, 0 where the other has, 0.5 for equal errors and ties."""
     return torch.where(is_tie | (chosen == rejected), 0.5, (chosen < rejected).double())
 
 
 def means_of(sums: Tensor) -> dict[str, float]:
-    """The metrics by name, from any sum of `pair_sums`; weighted sums give weighted means.
+    """Return the metrics by name, from any sum of `pair_sums`; weighted sums give weighted means.
 
     A key is absent where no pair speaks for it: `implicit_accuracy_qN` of a quarter without timesteps,
     `reward_accuracy` of a method without a reference, `num_ties` without ties.
@@ -117,16 +117,16 @@ class History:
     validations: list[dict[str, float]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return it as plain data."""
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "History":
-        """What `to_dict` gave."""
+        """Read what `to_dict` gave."""
         return History(list(data["steps"]), list(data["validations"]))
 
     def last(self) -> dict[str, float]:
-        """The newest numbers, validation ones with a prefix."""
+        """Return the newest numbers, validation ones with a prefix."""
         newest = dict(self.steps[-1]) if self.steps else {}
         if self.validations:
             newest |= {f"validation_{k}": v for k, v in self.validations[-1].items() if k != "step"}
@@ -149,14 +149,14 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def step(self, metrics: Mapping[str, float], progress: Mapping[str, Any]) -> None:
-        """One optimizer step."""
+    def step(self, metrics: Mapping[str, float], progress: RunProgress) -> None:
+        """Take one optimizer step."""
         self._log("train", metrics)
         if time.monotonic() - self._written >= WRITE_EVERY_S:
             self.progress(progress)
 
     def validation(self, metrics: Mapping[str, float]) -> None:
-        """One validation."""
+        """Take one validation."""
         self._log("validation", metrics)
 
     def _log(self, group: str, metrics: Mapping[str, float]) -> None:
@@ -166,18 +166,18 @@ class MetricsWriter:
 
     @property
     def warnings(self) -> list[str]:
-        """What went wrong with the trackers, at most one text each."""
+        """Return what went wrong with the trackers, at most one text each."""
         return [tracker.warning for tracker in self._trackers if tracker.warning]
 
     def image(self, name: str, image: Image | Path, step: int) -> None:
-        """A picture, such as a grid of samples, to every tracker."""
+        """Send a picture, such as a grid of samples, to every tracker."""
         for tracker in self._trackers:
             tracker.image(name, image, step)
 
-    def progress(self, progress: Mapping[str, Any]) -> None:
-        """Say where the run is, for `mapo status` and the driver's bar."""
+    def progress(self, progress: RunProgress) -> None:
+        """Write where the run is, for `mapo status` and the driver's bar."""
         self._written = time.monotonic()
-        self._storage.write(f"{self._folder}/progress.json", json.dumps(progress).encode())
+        self._storage.write(f"{self._folder}/progress.json", progress.to_json())
 
     def flush(self) -> None:
         """Bring out what the trackers still hold; before a checkpoint, so that a resumed run has a gap nowhere."""

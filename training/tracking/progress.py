@@ -14,6 +14,7 @@ from training.data.loader import Batch
 from training.engine import Engine
 from training.flops import Flops, pair_flops, peak_flops, utilization
 from training.methods import NEEDS_REFERENCE
+from training.run_progress import RunProgress, WorkerIdentity
 from training.spec import TrainSpec
 from training.tracking.metrics import History, MetricsWriter
 from training.tracking.trackers import open_trackers
@@ -21,8 +22,8 @@ from training.tracking.trackers import open_trackers
 Show = Callable[[History], None]
 
 
-def gather_workers(engine: Engine) -> list[dict[str, Any]]:
-    """The identity of every rank, in order; collective."""
+def gather_workers(engine: Engine) -> list[WorkerIdentity]:
+    """Gather the identity of every rank, in order; collective."""
     everyone: list[Any] = [None] * engine.world_size
     torch.distributed.all_gather_object(everyone, engine.identity())
     return everyone
@@ -61,7 +62,7 @@ class Speed:
         self._flops = Flops(0.0, 0.0)
 
     def start(self, *, waited_s: float) -> None:
-        """A step begins.
+        """Begin a step.
 
         Args:
             waited_s: All that the loader has waited so far.
@@ -70,7 +71,7 @@ class Speed:
         self._flops = Flops(0.0, 0.0)
 
     def count(self, batch: Batch) -> None:
-        """A micro-batch was trained on. Counted for the first shape, by area for others: within 1 % for SDXL."""
+        """Count a micro-batch's arithmetic: of the first shape exactly, of others by area (within 1 % for SDXL)."""
         if self._peak is None:
             return
         pairs, _, height, width = batch.chosen_BCHW.shape
@@ -90,7 +91,7 @@ class Speed:
         )
 
     def stop(self, *, waited_s: float) -> Tensor:
-        """A step has ended: what to add up over the ranks, float64; `metrics` reads it."""
+        """End a step and return what to add up over the ranks, float64; `metrics` reads it."""
         seconds = time.monotonic() - self._started
         times = [seconds, waited_s - self._waited_s]
         return torch.tensor([*times, self._memory(), self._flops.model, self._flops.hardware], dtype=torch.float64)
@@ -101,7 +102,7 @@ class Speed:
         return float(psutil.Process().memory_info().rss)
 
     def metrics(self, summed: Tensor) -> dict[str, float]:
-        """The numbers of a step over all ranks, from the sum of what `stop` gave."""
+        """Return the numbers of a step over all ranks, from the sum of what `stop` gave."""
         ranks = self._engine.world_size
         seconds, waited, memory, model, hardware = (summed / ranks).tolist()
         numbers = {
@@ -115,7 +116,7 @@ class Speed:
         return numbers
 
 
-class Progress:
+class ProgressReporter:
     """The run's place: who works, how far, the last numbers.
 
     Args:
@@ -127,25 +128,25 @@ class Progress:
     """
 
     def __init__(
-        self, spec: TrainSpec, *, starts: int, workers: list[dict[str, Any]], start_up: StartUp, notes: list[str]
+        self, spec: TrainSpec, *, starts: int, workers: list[WorkerIdentity], start_up: StartUp, notes: list[str]
     ) -> None:
-        self.starts = starts
+        self._starts = starts
         self._spec, self._workers, self._start_up, self._notes = spec, workers, start_up, notes
         self._began = time.time()
         self._out: MetricsWriter | None = None
 
-    def _state(self, history: History, tracker_warnings: Sequence[str] = ()) -> dict[str, Any]:
-        return {
-            "key": self._spec.key,
-            "step": history.steps[-1]["step"] if history.steps else 0,
-            "max_steps": self._spec.config.max_steps,
-            "starts": self.starts,
-            "started_at": self._began,
-            "start_up_s": self._start_up.parts,
-            "workers": self._workers,
-            "notes": [*self._notes, *tracker_warnings],
-            "last": history.last(),
-        }
+    def _state(self, history: History, tracker_warnings: Sequence[str] = ()) -> RunProgress:
+        return RunProgress(
+            key=self._spec.key,
+            step=int(history.steps[-1]["step"]) if history.steps else 0,
+            max_steps=self._spec.config.max_steps,
+            starts=self._starts,
+            started_at=self._began,
+            start_up_s=self._start_up.parts,
+            workers=self._workers,
+            notes=[*self._notes, *tracker_warnings],
+            last=history.last(),
+        )
 
     def warn(self, texts: Sequence[str], *, step: int) -> None:
         """Add what went wrong without stopping the run."""
@@ -158,7 +159,7 @@ class Progress:
 
     @contextlib.contextmanager
     def writer(self, *, enabled: bool, history: History) -> Iterator[Show]:
-        """A function to call after each step; on rank 0 it writes, elsewhere it does nothing."""
+        """Give a function to call after each step; on rank 0 it writes, elsewhere it does nothing."""
         if not enabled:
             yield lambda history: None
             return
@@ -173,7 +174,7 @@ class Progress:
         )
         with MetricsWriter(self._spec.storage, self._spec.folder, trackers) as out:
             self._out, seen_validations = out, len(history.validations)
-            out.progress(self._state(history) | {"step": start})
+            out.progress(self._state(history))
 
             def show(history: History) -> None:
                 nonlocal seen_validations
@@ -182,9 +183,9 @@ class Progress:
                 for metrics in history.validations[seen_validations:]:
                     out.validation(metrics)
                 seen_validations = len(history.validations)
-                if state["step"] == state["max_steps"]:
+                if state.step == state.max_steps:
                     out.progress(state)
-                if state["step"] % config.checkpoint_every == 0:
+                if state.step % config.checkpoint_every == 0:
                     out.flush()
 
             yield show

@@ -1,4 +1,7 @@
-"""The driver's request to end training early: an actor beside the driver holds it, rank 0 asks, all ranks agree."""
+"""What ends or interrupts training early: the driver's request to stop, and a node that is about to be taken away.
+
+An actor beside the driver holds the request, rank 0 asks for it, and all ranks agree. Of nodes Ray Train tells.
+"""
 
 import contextlib
 import threading
@@ -6,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray.train
 
-ASK_EVERY_S = 1.0
-WAITS_IN_RAY = "ray-train"
-"""The name of the driver's thread that is in Ray Train: Ray must not be shut down under it."""
+ASK_EVERY_S = 1.0  # for the driver's request
+CHECK_EVERY_S = 2.0  # for nodes: asking is a barrier over the ranks
 
 
 class _Flag:
@@ -26,7 +29,7 @@ class _Flag:
 
 
 def new_flag() -> Any:
-    """An actor on the driver's node that is set once; needs no CPU."""
+    """Start an actor on the driver's node that is set once; needs no CPU."""
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, label_selector=here)(_Flag).remote()
 
@@ -62,3 +65,30 @@ class StopRequest:
         while not self.seen and not self._ended.wait(ASK_EVERY_S):
             with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, and takes the workers with it
                 self.seen = float(ray.get(self._flag.is_set.remote()))
+
+
+class Notice:
+    """Whether a node of this run is about to be taken away; every rank must ask at the same steps.
+
+    Time is taken from the steps' length over all ranks, which is the same number everywhere.
+    """
+
+    def __init__(self) -> None:
+        self._since_s = 0.0
+        self._known: frozenset[str] = frozenset()
+
+    def has_come(self, step_s: float) -> bool:
+        """Ask, now and then; true once for each set of nodes. Collective.
+
+        Args:
+            step_s: How long the step took, the same on all ranks.
+        """
+        self._since_s += step_s
+        if self._since_s < CHECK_EVERY_S:
+            return False
+        self._since_s = 0.0
+        found = ray.train.get_preemption_info()
+        nodes = frozenset(found.preempted_node_ids) if found is not None else frozenset()
+        is_new = not nodes <= self._known
+        self._known |= nodes
+        return is_new
