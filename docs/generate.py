@@ -119,6 +119,8 @@ def _section(model: type[BaseModel], path: str) -> list[str]:
     title = f"## `{path}`" if path else "## Top level"
     rows, inner = [], []
     for name, field in model.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("hidden"):
+            continue
         key = f"{path}.{name}" if path else name
         section = _model_in(field.annotation)
         if section is not None:

@@ -16,12 +16,14 @@ from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
+from training import config as train_config
 from training.config import EvaluateConfig, ExportConfig, TrainConfig
 
 LATER_KEYS: dict[str, Any] = {
-    "encode.flips": False, "encode.start_timeout_s": None, "train.null_prompt": "auto", "train.flips": "none",
-    "train.prediction_type": None, "train.ema.warmup": True,
-}  # fmt: skip
+    "encode.flips": False,
+    "encode.start_timeout_s": None,
+    **{f"train.{name}": default for name, default in train_config.LATER_KEYS.items()},
+}
 """Keys that came after there were runs, with their defaults: at those they tell no configuration from an older one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

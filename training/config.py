@@ -1,5 +1,7 @@
 """Configuration of training, export and evaluation. Imports neither ray nor torch."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -43,8 +45,8 @@ class EmaConfig(Config):
 class TroubleConfig(Config):
     """What a run does when its numbers go wrong."""
 
-    not_finite: Literal["stop"] = "stop"
-    """A loss that is no number always stops the run."""
+    not_finite: Literal["stop"] = Field("stop", json_schema_extra={"hidden": True})
+    """No setting: accepted for older configurations, and ignored."""
     error_explosion: Action = "stop"
     """The chosen error has grown to `max_error_ratio` times what it was at the start."""
     max_error_ratio: float = Field(5.0, gt=1.0)
@@ -59,7 +61,7 @@ class TroubleConfig(Config):
     """Steps after which a run that has learnt no preference is in trouble."""
 
 
-def _default_learning_rate(given: dict[str, Any]) -> float:
+def _default_learning_rate(given: Mapping[str, Any]) -> float:
     return default_rate(given.get("method", ""), with_adapters=given.get("lora") is not None).value
 
 
@@ -241,6 +243,14 @@ class TrainConfig(Config):
     def loss_parameters(self) -> dict[str, float]:
         """All parameters of the method: the given ones over its defaults."""
         return check_parameters(self.method, self.loss)
+
+
+LATER_KEYS: Mapping[str, Any] = MappingProxyType(
+    {name: TrainConfig.model_fields[name].default for name in ("null_prompt", "flips", "prediction_type")}
+    | {"ema.warmup": EmaConfig.model_fields["warmup"].default}
+)
+"""Keys of `train` that came after there were trainings, with their defaults: at those they tell no training from an
+older one."""
 
 
 class ExportConfig(Config):

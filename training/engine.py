@@ -11,6 +11,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.values import JsonObject
 from training.config import TrainConfig
 from training.ops import leave_out_ops
 from training.run_progress import WorkerIdentity
@@ -96,16 +97,16 @@ def set_threads(sharers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, sharers)))
 
 
-def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> JsonObject:
     """Return DeepSpeed's own configuration, with integers wherever "auto" would ask the model for a hidden size."""
-    zero: dict[str, Any] = {
+    zero: JsonObject = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
     }
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
@@ -155,7 +156,7 @@ def check_machine(config: TrainConfig) -> None:
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
     """Build AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    settings: dict[str, float] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 

@@ -19,6 +19,7 @@ from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.model_files import STABLE_DIFFUSION, read_family
 from pipelines.dataset.pair import TRAIN, VALIDATION, Status
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from training.config import EvaluateConfig
 from training.data.index import PREFERRED
 
@@ -94,7 +95,7 @@ def load_references(storage: Storage, version: int) -> References:
     raise SnapshotError(f"{storage.url} has no kept pair to evaluate with", "`mapo data show` says why")
 
 
-def _stored_image(storage: Storage, row: dict[str, Any], side: int) -> Image.Image:
+def _stored_image(storage: Storage, row: JsonObject, side: int) -> Image.Image:
     place = (row["shard"], row[f"offset_{side}"], row[f"length_{side}"], row[f"image_{side}_sha256"])
     image = Image.open(io.BytesIO(storage.read_range(*place)))
     return ImageOps.exif_transpose(image).convert("RGB")
@@ -175,7 +176,7 @@ def _png(image: Any) -> bytes:
 
 def score_samples(
     scorers: Sequence[Scorer], references: References, samples: dict[str, list[bytes]], prompts: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Return each scorer's mean and 95 % bootstrap interval for each model.
 
     Args:
@@ -187,7 +188,7 @@ def score_samples(
     results = []
     for scorer in scorers:
         scorer.fit(references.chosen, references.rejected, references.prompts)
-        result: dict[str, Any] = {"name": scorer.name, "description": scorer.description}
+        result: JsonObject = {"name": scorer.name, "description": scorer.description}
         for model, images in samples.items():
             opened = [Image.open(io.BytesIO(png)).convert("RGB") for png in images]
             result[model] = bootstrap_interval(scorer.score(opened, list(prompts)))

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
@@ -19,6 +19,11 @@ from training.state.checkpoint_format import Reader, list_checkpoints, read_para
 from training.state.ema import EMA
 from training.state.zero import WEIGHT
 
+if TYPE_CHECKING:
+    import numpy as np
+
+Weights = dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]
+"""Trained parameters by name, whole."""
 UNET, VAE, LORA = "unet", "vae", "lora"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STEM = "diffusion_pytorch_model"
@@ -68,7 +73,7 @@ def export_model(
     config = config or ExportConfig()
     weights = read_weights(storage, checkpoint, config.weights)
     with tempfile.TemporaryDirectory(prefix="mapo-export-") as work:
-        exported, apart = Path(work) / "model", Path(work) / "last"
+        exported = Path(work) / "model"
         exported.mkdir()
         if config.parts == "pipeline":
             _copy_pipeline(source, exported)
@@ -77,22 +82,34 @@ def export_model(
         (exported / "README.md").write_text(card)
         for name, data in (beside or {}).items():
             (exported / name).write_bytes(data)
-        last = exported / marker(config)
-        last.rename(apart)
-        for each in (MODEL_INDEX, f"{UNET}/config.json"):
-            storage.delete(f"{target}/{each}")
-        storage.upload_folder(target, exported)
-        written = {f"{target}/{file.relative_to(exported).as_posix()}" for file in exported.rglob("*")}
-        for name in storage.names(target):
-            if name not in written:
-                storage.delete(name)
-        storage.upload(f"{target}/{marker(config)}", apart)
+        _replace(storage, target, exported, last=marker(config))
         if config.push_to_hub is not None:
-            apart.rename(last)
             push(exported, config.push_to_hub)
 
 
-def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> dict[str, Any]:
+def _replace(storage: Storage, target: str, exported: Path, *, last: str) -> None:
+    """Let a folder of the storage hold the exported files and no others.
+
+    Args:
+        storage: Where the target lies.
+        target: The folder.
+        exported: The files, locally.
+        last: The file that is written last and removed first.
+    """
+    for each in (MODEL_INDEX, f"{UNET}/config.json"):
+        storage.delete(f"{target}/{each}")
+    found = [file for file in sorted(exported.rglob("*")) if file.is_file()]
+    files = {f"{target}/{file.relative_to(exported).as_posix()}": file for file in found}
+    marked = files.pop(f"{target}/{last}")
+    for name, file in files.items():
+        storage.upload(name, file)
+    for name in storage.names(target):
+        if name not in files:
+            storage.delete(name)
+    storage.upload(f"{target}/{last}", marked)
+
+
+def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> Weights:
     """Read the trained parameters of a checkpoint: whole float32 numpy arrays by name.
 
     Args:
@@ -185,7 +202,7 @@ def _give_plain_names(part: Path, stem: str, variant: str | None) -> None:
         single.rename(part / f"{stem}.safetensors")
 
 
-def _save_unet(source: ModelSource, weights: dict[str, Any], lora: LoraConfig | None, exported: Path) -> None:
+def _save_unet(source: ModelSource, weights: Weights, lora: LoraConfig | None, exported: Path) -> None:
     """Save the base's UNet with the trained weights, in the stored type; merge adapters, and save them too.
 
     Args:

@@ -17,6 +17,7 @@ from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unw
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.ray_thread import RayThread
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from training.early_exit import new_flag
 from training.run_progress import RunProgress
 from training.spec import TrainSpec
@@ -45,8 +46,8 @@ class TrainingResult:
     best_checkpoint: str
     best_average_checkpoint: str
     steps: int
-    history: dict[str, Any]
-    workers: list[dict[str, Any]]
+    history: JsonObject
+    workers: list[JsonObject]
     digest: str
     starts: int
 

@@ -35,7 +35,7 @@ Turns = Iterator[tuple[Turn, Batch]]
 
 @dataclass(frozen=True)
 class Draws:
-    """What a micro-batch's noise, timesteps and dropped prompts are drawn with: functions of (seed, step, slot) alone."""
+    """What noise, timesteps and dropped prompts are drawn with: functions of (seed, step, slot) alone."""
 
     seed: int
     reader: PairReader
@@ -122,20 +122,24 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
                 loop.progress.warn(watch.see(metrics), step=step)
             except TrainingError as stop:  # a decision of all ranks, which another start would only repeat
                 return stop
-            is_last = step == config.max_steps
-            if step % config.validate_every == 0 or is_last:
+            if is_due(step, config.validate_every, config.max_steps):
                 validate(loop.validation, learner.loss_of, history, step)
-            if config.sample_every and (step % config.sample_every == 0 or is_last):
+            if is_due(step, config.sample_every, config.max_steps):
                 sample(loop.samples, loop.progress, step)
             show(history)
             is_leaving = notice.has_come(metrics["step_s"]) or loop.stop_request.is_agreed
-            if step % config.checkpoint_every == 0 or is_last or is_leaving:
+            if is_leaving or is_due(step, config.checkpoint_every, config.max_steps):
                 checkpoint(loop.saver, history, loop.consumed, step)
             if is_leaving:
                 loop.saver.checkpointer.wait()  # the node may be gone at any moment
             if loop.stop_request.is_agreed:
                 break
     return None
+
+
+def is_due(step: int, every: int, max_steps: int) -> bool:
+    """Return whether what is done every so many steps and after the last one is due; never if `every` is 0."""
+    return bool(every) and (step % every == 0 or step == max_steps)
 
 
 def optimizer_step(learner: Learner, batches: Turns, speed: Speed, consumed: ConsumedPairs, step: int) -> Tensor:

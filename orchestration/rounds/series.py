@@ -25,7 +25,7 @@ from training.spec import Parent, Snapshot, TrainSpec, base_digest
 from training.state.checkpoint_format import MANIFEST, remove_checkpoints
 
 if TYPE_CHECKING:
-    from training.launch import Trained
+    from training.launch import TrainingResult
 
 REWRITES = ("compact", "optimize")
 """Versions that changed where rows and bytes lie, and nothing that training reads."""
@@ -204,7 +204,7 @@ def rounds_of(storage: Storage, folder: str) -> Iterator[JsonObject]:
         yield json.loads(storage.read(name))
 
 
-def finish_round(run: Run, spec: TrainSpec, trained: "Trained", *, num_pairs: int, num_seen: int) -> JsonObject:
+def finish_round(run: Run, spec: TrainSpec, trained: "TrainingResult", *, num_pairs: int, num_seen: int) -> JsonObject:
     """Write the record of a finished round, once; gives what the record of the stage says of it.
 
     Args:

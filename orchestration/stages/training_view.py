@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from orchestration.run import telemetry
@@ -9,7 +10,7 @@ from orchestration.run.context import Say
 from pipelines.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from training.launch import Progress
+    from training.run_progress import RunProgress
     from training.spec import TrainSpec
 
 
@@ -29,24 +30,24 @@ class TrainingView:
     def __exit__(self, *error: object) -> None:
         self._bar.__exit__(None, None, None)
 
-    def watch(self, progress: Progress) -> None:
+    def watch(self, progress: RunProgress) -> None:
         """Show the newest progress."""
-        telemetry.training(self._run, progress)
-        if progress["starts"] > self._starts:
-            self._starts = progress["starts"]
+        telemetry.training(self._run, asdict(progress))
+        if progress.starts > self._starts:
+            self._starts = progress.starts
             if self._starts > 1:
-                self._say(f"train     restart {self._starts}: resuming from step {int(progress['step']):,}")
-            for worker in progress["workers"]:
-                place = f"pid {worker['pid']} on {worker['node']}, {worker['device']}, {worker['backend']}"
-                engine = f"DeepSpeed ZeRO stage {worker['zero_stage']}"
-                self._say(f"train     rank {worker['rank']} of world size {worker['world_size']}: {engine}, {place}")
-            parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress["start_up_s"].items())
+                self._say(f"train     restart {self._starts}: resuming from step {progress.step:,}")
+            for worker in progress.workers:
+                place = f"pid {worker.pid} on {worker.node}, {worker.device}, {worker.backend}"
+                engine = f"DeepSpeed ZeRO stage {worker.zero_stage}"
+                self._say(f"train     rank {worker.rank} of world size {worker.world_size}: {engine}, {place}")
+            parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in progress.start_up_s.items())
             self._say(f"train     started: {parts}")
             self._num_notes = 0
-        for note in progress["notes"][self._num_notes :]:
+        for note in progress.notes[self._num_notes :]:
             self._say(f"train     note: {note}")
-        self._num_notes = len(progress["notes"])
-        step = int(progress["step"])
+        self._num_notes = len(progress.notes)
+        step = progress.step
         if step > self._step:
             self._bar.advance(step - self._step)
             self._step = step

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.dataset.errors import ModelError
@@ -33,6 +34,35 @@ def tensor_types(files: Sequence[Path]) -> set[str]:
     """
     headers = [read_header(file)[0] for file in files if file.suffix == ".safetensors"]
     return {str(entry.get("dtype")) for header in headers for name, entry in header.items() if name != "__metadata__"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor where it lies: in a file, of a type by the format's name, `num_bytes` from `start` on."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return where every tensor of safetensors files lies, by name; other files are passed over.
+
+    Raises:
+        ModelError: A header is not whole.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            entries, end = read_header(file)
+            tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+            begin = end - max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            for name, entry in tensors.items():
+                first, last = entry["data_offsets"]
+                found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), begin + first, last - first)
+    return found
 
 
 def read_header(file: Path) -> tuple[JsonObject, int]:

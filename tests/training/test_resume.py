@@ -96,7 +96,7 @@ def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curv
     changed[-1] ^= 1
     file.write_bytes(changed)
     notes: list[str] = []
-    trained = train(spec, lambda progress: notes.extend(progress["notes"]))
+    trained = train(spec, lambda progress: notes.extend(progress.notes))
     assert any(newest.name in note for note in notes), "it is said which one was not used"
     assert newest.folder not in [each.folder for each in list_checkpoints(spec.storage, spec.checkpoints)]
     assert [step["step"] for step in trained.history["steps"]] == list(range(1, STEPS + 1))

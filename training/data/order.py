@@ -88,11 +88,6 @@ class Plan:
         """G, the groups of one global batch."""
         return self.global_batch_size // self.micro_batch_size
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every pair is seen once."""
-        return sum(self.bucket_sizes) / self.global_batch_size
-
     def group(self, step: int, slot: int) -> PairGroup:
         """Return the pairs of one slot of one global batch; steps can be asked for in any order."""
         if step < 0 or not 0 <= slot < self.num_slots:
@@ -140,10 +135,6 @@ class Plan:
                 hint=f"set train.num_workers to {self.num_slots} at most, or train.micro_batch_size lower.",
             )
         return -(-self.num_slots // world_size)
-
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch that the first group of a step belongs to; later groups may be in the next."""
-        return self._epoch_of_group(step * self.num_slots)
 
     def seen(self, num_steps: int) -> list[NDArray[np.bool_]]:
         """Return for each bucket which of its elements the first `num_steps` steps have; one byte an element.

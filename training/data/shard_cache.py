@@ -186,9 +186,7 @@ class ShardCache:
         with self._folder_lock():
             part.unlink(missing_ok=True)
             files = self._files()
-            for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
-                file.unlink(missing_ok=True)
-                del files[file]
+            self._remove_abandoned(files)
             excess = sum(stat.st_size for stat in files.values()) + where.shard_bytes - self._max_bytes
             idle = time.time() - IDLE_S
             kept = sorted((stat.st_mtime, file) for file, stat in files.items() if file.suffix == ".tar")
@@ -203,6 +201,11 @@ class ShardCache:
             with part.open("wb") as out:
                 os.posix_fallocate(out.fileno(), 0, where.shard_bytes)
             return True
+
+    def _remove_abandoned(self, files: dict[Path, os.stat_result]) -> None:
+        for file in [file for file in files if file.suffix == ".part" and self._is_abandoned(file)]:
+            file.unlink(missing_ok=True)
+            del files[file]
 
     def _files(self) -> dict[Path, os.stat_result]:
         files = {}

@@ -55,15 +55,6 @@ def layout_of(data: bytes) -> Layout:
     return layout
 
 
-def layout_of_header(header: bytes) -> Layout:
-    """Return where the tensors of a file lie, from its header alone; the tensors themselves may be anywhere.
-
-    Raises:
-        ValueError: The header holds a type that nothing here stores.
-    """
-    return _parse(header)
-
-
 @functools.lru_cache(MAX_LAYOUTS)
 def _parse(header: bytes) -> Layout:
     entries = json.loads(header)

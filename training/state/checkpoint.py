@@ -191,10 +191,7 @@ def write_rank(storage: Storage, folder: str, rank: int, parts: Parts, *, accoun
 
 def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, attempt: str) -> None:
     """Remove all checkpoints but the newest and the best, and what other starts left unfinished; manifests go first."""
-    found = list_checkpoints(storage, folder)
-    kept = {manifest.folder for manifest in found[-keep:]}
-    best = [best_of(found), best_of(found, of_average=True)] if keep_best else []
-    kept |= {each.folder for each in best if each is not None}
+    kept = _kept(list_checkpoints(storage, folder), keep=keep, keep_best=keep_best)
     names = storage.names(folder)
     folders = {
         name.removeprefix(f"{folder}/").partition("/")[0] for name in names if name.count("/") > folder.count("/") + 1
@@ -207,6 +204,12 @@ def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, att
             for name in names:
                 if name.startswith(f"{path}/"):
                     storage.delete(name)
+
+
+def _kept(found: list[Manifest], *, keep: int, keep_best: bool) -> set[str]:
+    """Return the folders of the newest checkpoints, and of the best ones if they are to be kept."""
+    best = [best_of(found), best_of(found, of_average=True)] if keep_best else []
+    return {each.folder for each in [*found[-keep:], *best] if each is not None}
 
 
 def set_aside(storage: Storage, manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from pipelines.dataset.errors import ShardCorrupt, StorageError
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 
 MANIFEST, STATE = "manifest.json", "state.json"
 VERSION = 1
@@ -139,8 +140,8 @@ class Reader:
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self._storage, self.manifest = storage, manifest
-        self.state: dict[str, Any] = json.loads(self._checked(STATE))
-        self.ranks: list[dict[str, Any]] = []
+        self.state: JsonObject = json.loads(self._checked(STATE))
+        self.ranks: list[JsonObject] = []
         self._entries: dict[tuple[str, str], list[tuple[str, FragmentEntry]]] = defaultdict(list)
         for rank in range(manifest.world_size):
             tensors, index = rank_names(rank)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+States = dict[str, Any]
+"""What the optimizer keeps of one flat partition, by bitsandbytes' names."""
+
 STATES = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 
 
@@ -17,23 +20,23 @@ def is_eight_bit(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes")
 
 
-def create(optimizer: Any, flat: Tensor, num_steps: int) -> dict[str, Any]:
+def create(optimizer: Any, flat: Tensor, num_steps: int) -> States:
     """Create empty states for a flat partition, as the first step would make them."""
     group = next(each for each in optimizer.param_groups)
     if not optimizer.state[flat]:
         optimizer.init_state(group, flat, 0, 0)
-    state: dict[str, Any] = optimizer.state[flat]
+    state: States = optimizer.state[flat]
     state["step"] = num_steps
     return state
 
 
-def magnitudes(state: dict[str, Any], kind: str) -> Tensor | None:
+def magnitudes(state: States, kind: str) -> Tensor | None:
     """Return the largest magnitude of each block, float32; None for a partition that is too small for 8 bits."""
     code, _, absmax = STATES[kind]
     return state[absmax] if state[code].dtype == torch.uint8 else None
 
 
-def unpack(state: dict[str, Any], kind: str) -> Tensor:
+def unpack(state: States, kind: str) -> Tensor:
     """Return a moment as a float32 vector."""
     code, values, _ = STATES[kind]
     scales = magnitudes(state, kind)
@@ -43,7 +46,7 @@ def unpack(state: dict[str, Any], kind: str) -> Tensor:
     return relative * _each(scales, relative.numel())
 
 
-def pack(state: dict[str, Any], kind: str, moment: Tensor, scales: Tensor | None) -> None:
+def pack(state: States, kind: str, moment: Tensor, scales: Tensor | None) -> None:
     """Store a float32 moment.
 
     Args:

@@ -5,6 +5,7 @@ Reads headers and a few thousand numbers; needs no torch, since the driver asks.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, file_digests, weight_files
-from pipelines.dataset.safetensors_header import read_header
+from pipelines.dataset.safetensors_header import StoredTensor, stored_tensors
 
 STEM = "diffusion_pytorch_model"
 NUM_COMPARED, MAX_NUMBERS = 16, 4096  # tensors, and of each the first numbers
 STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
-Places = dict[str, tuple[Path, int, dict[str, Any]]]
-"""Name of a tensor -> its file, where the tensors of that file begin, its entry in the header."""
+Places = Mapping[str, StoredTensor]
 
 
 def float32_beside(source: ModelSource) -> str | None:
@@ -37,12 +37,10 @@ def float32_beside(source: ModelSource) -> str | None:
     unet = source.folder() / "unet"
     try:
         plain = weight_files(unet, STEM)
-        exact, rounded = _places(plain), _places(weight_files(unet, STEM, source.variant))
+        exact, rounded = stored_tensors(plain), stored_tensors(weight_files(unet, STEM, source.variant))
     except ModelError:  # there are no plain weights, or they are damaged
         return None
-    types = [{entry["dtype"] for _, _, entry in places.values()} for places in (exact, rounded)]
-    shapes = [{name: entry["shape"] for name, (_, _, entry) in places.items()} for places in (exact, rounded)]
-    if types[0] != {"F32"} or not types[1] <= {"F16", "BF16"} or shapes[0] != shapes[1]:
+    if not _could_be_rounded(exact, rounded):
         return None
     names = sorted(exact)
     compared = names[:: max(1, len(names) // NUM_COMPARED)]
@@ -51,21 +49,16 @@ def float32_beside(source: ModelSource) -> str | None:
     return hashlib.sha256(json.dumps(file_digests(plain), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _places(files: list[Path]) -> Places:
-    found: Places = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            entries, end = read_header(file)
-            tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
-            begin = end - max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            found |= {name: (file, begin, entry) for name, entry in tensors.items()}
-    return found
+def _could_be_rounded(exact: Places, rounded: Places) -> bool:
+    """Return whether names, shapes and types are those of float32 weights and of the same weights in 16 bits."""
+    types = [{place.dtype for place in places.values()} for places in (exact, rounded)]
+    shapes = [{name: place.shape for name, place in places.items()} for places in (exact, rounded)]
+    return types[0] == {"F32"} and types[1] <= {"F16", "BF16"} and shapes[0] == shapes[1]
 
 
-def _numbers(place: tuple[Path, int, dict[str, Any]]) -> NDArray[Any]:
-    file, begin, entry = place
-    dtype, (first, end) = STORED[entry["dtype"]], entry["data_offsets"]
-    return np.fromfile(file, dtype, min(MAX_NUMBERS, (end - first) // dtype.itemsize), offset=begin + first)
+def _numbers(place: StoredTensor) -> NDArray[Any]:
+    dtype = STORED[place.dtype]
+    return np.fromfile(place.file, dtype, min(MAX_NUMBERS, place.num_bytes // dtype.itemsize), offset=place.start)
 
 
 def _rounds_to(exact: NDArray[Any], rounded: NDArray[Any]) -> bool:

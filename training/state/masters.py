@@ -7,6 +7,7 @@ unit in the last place: at a learning rate of 1e-7 three quarters of a whole tra
 place; no rank holds the UNet in float32.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,18 @@ from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, weight_files
-from training.data.tensors import LENGTH_BYTES, Layout, TensorPlace, layout_of_header
+from pipelines.dataset.safetensors_header import StoredTensor, stored_tensors
 from training.state.ema import ShardedEma
 from training.state.parent import on_all_ranks
 from training.state.zero import Fragment, ZeroState
 
 STEM = "diffusion_pytorch_model"
-NUMPY: Mapping[torch.dtype, np.dtype[Any]] = {
-    torch.float32: np.dtype("<f4"),
-    torch.float16: np.dtype("<f2"),
-    torch.bfloat16: np.dtype("<u2"),
+TYPES: Mapping[str, tuple[torch.dtype, np.dtype[Any]]] = {
+    "F32": (torch.float32, np.dtype("<f4")),
+    "F16": (torch.float16, np.dtype("<f2")),
+    "BF16": (torch.bfloat16, np.dtype("<u2")),
 }
+"""The format's name of a type -> torch's, and what numpy reads."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class StoredWeights:
     """The weights of a model as they lie in its safetensors files.
 
     Args:
-        places: By name: the file, and where in it.
+        places: By name.
     """
 
-    places: Mapping[str, tuple[Path, TensorPlace]]
+    places: Mapping[str, StoredTensor]
 
     @staticmethod
     def of(folder: Path, variant: str | None) -> "StoredWeights":
@@ -52,16 +54,15 @@ class StoredWeights:
         Raises:
             ModelError: They are missing, damaged, or of a type that training does not read.
         """
-        places: dict[str, tuple[Path, TensorPlace]] = {}
-        for file in weight_files(folder, STEM, variant):
-            if file.suffix == ".safetensors":
-                places |= {name: (file, part) for name, part in _header(file).parts.items()}
+        places = stored_tensors(weight_files(folder, STEM, variant))
+        for name, place in places.items():
+            _check_type(name, place)
         return StoredWeights(places)
 
     @property
     def dtypes(self) -> set[torch.dtype]:
         """The types of the stored numbers."""
-        return {part.dtype for _, part in self.places.values()}
+        return {TYPES[place.dtype][0] for place in self.places.values()}
 
     def check(self, fragment: Fragment) -> None:
         """Check that the files hold a parameter.
@@ -73,10 +74,10 @@ class StoredWeights:
             raise ModelError(
                 f"the base's files lack {fragment.name}, one of {len(self.places):,} weights", "fetch the model again"
             )
-        file, part = self.places[fragment.name]
-        if part.shape != fragment.shape:
+        place = self.places[fragment.name]
+        if place.shape != fragment.shape:
             raise ModelError(
-                f"{file} has {fragment.name} of shape {part.shape}, the model of {fragment.shape}",
+                f"{place.file} has {fragment.name} of shape {place.shape}, the model of {fragment.shape}",
                 "fetch the model again",
             )
 
@@ -87,13 +88,13 @@ class StoredWeights:
             ModelError: See `check`; or a file ends too early.
         """
         self.check(fragment)
-        file, part = self.places[fragment.name]
-        dtype = NUMPY[part.dtype]
-        start = part.start + fragment.start * dtype.itemsize
-        stored = np.fromfile(file, dtype, fragment.numel, offset=start)
+        place = self.places[fragment.name]
+        _, dtype = TYPES[place.dtype]
+        start = place.start + fragment.start * dtype.itemsize
+        stored = np.fromfile(place.file, dtype, fragment.numel, offset=start)
         if len(stored) != fragment.numel:
-            raise ModelError(f"{file} ends within {fragment.name}", "fetch the model again")
-        if part.dtype == torch.bfloat16:  # the upper half of a float32
+            raise ModelError(f"{place.file} ends within {fragment.name}", "fetch the model again")
+        if place.dtype == "BF16":  # the upper half of a float32
             return torch.from_numpy((stored.astype("<u4") << 16).view("<f4"))
         return torch.from_numpy(stored.astype("<f4", copy=False))
 
@@ -159,11 +160,16 @@ def note_on(dtypes: set[torch.dtype]) -> str | None:
     )
 
 
-def _header(file: Path) -> Layout:
-    with file.open("rb") as opened:
-        length = opened.read(LENGTH_BYTES)
-        header = opened.read(int.from_bytes(length, "little"))
-    try:
-        return layout_of_header(header)
-    except ValueError as error:
-        raise ModelError(f"{file}: {error}", "save the base in float32, float16 or bfloat16") from error
+def _check_type(name: str, place: StoredTensor) -> None:
+    """Refuse a type that training does not read, and bytes that are not those of type and shape."""
+    known = TYPES.get(place.dtype)
+    if known is None:
+        raise ModelError(
+            f"{place.file}: {name} is of type {place.dtype}; known are {', '.join(TYPES)}",
+            "save the base in float32, float16 or bfloat16",
+        )
+    if place.num_bytes != math.prod(place.shape) * known[1].itemsize:
+        raise ModelError(
+            f"{place.file}: {name} of shape {place.shape} and type {place.dtype} has {place.num_bytes:,} bytes",
+            "fetch the model again",
+        )

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from training.losses import PairErrors
 from training.run_progress import RunProgress
 from training.tracking.trackers import Tracker
@@ -116,7 +117,7 @@ class History:
     steps: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return it as plain data."""
         return asdict(self)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -52,7 +52,7 @@ class Speed:
         unet_config: Of the UNet, for counting its arithmetic.
     """
 
-    def __init__(self, spec: TrainSpec, engine: Engine, unet_config: dict[str, Any]) -> None:
+    def __init__(self, spec: TrainSpec, engine: Engine, unet_config: Mapping[str, Any]) -> None:
         self._config, self._engine, self._unet_config = spec.config, engine, unet_config
         on_gpu = engine.device.type == "cuda"
         name = torch.cuda.get_device_name(engine.device) if on_gpu else "cpu"
