@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.fs as pa_fs
 import ray
 import ray.train
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unwrap
@@ -108,7 +109,7 @@ def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
     """Build Ray Train's side: as many workers as configured, or as there is room for within a range."""
     least, most = spec.config.worker_range
     storage_path, filesystem = _ray_storage(spec)
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"spec": spec, "stop_flag": flag},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.config.collective_timeout_s),
@@ -201,6 +202,20 @@ def _own_error(error: Exception, spec: TrainSpec) -> MapoError:
         f"training failed{where}: {lines[-1]}",
         "rerun the same command to resume from the last checkpoint; `--debug` shows the workers' traceback",
     )
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train's trainer, without its cleaner of placement groups on a Ray that has no dashboard.
+
+    The cleaner asks the dashboard whether the driver's controller still lives. Without one it never learns it, and
+    every training of less than 40 s waits another 12 s for its question at the end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if _internal_kv_get(b"webui:url", namespace=b"dashboard"):
+            return callbacks
+        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
 
 class _Fit:
