@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
+.PHONY: demo test durations lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The same, and keep how long each file took: the longest begin first.
+durations: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --write-durations
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -204,7 +204,7 @@ def _own_error(error: Exception, spec: TrainSpec) -> MapoError:
     )
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray ships no types
     """Ray Train's trainer, without its cleaner of placement groups on a Ray that has no dashboard.
 
     The cleaner asks the dashboard whether the driver's controller still lives. Without one it never learns it, and

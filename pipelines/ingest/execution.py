@@ -6,7 +6,7 @@ committed unit is never read again; the shard bytes of a unit are the same whoev
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -35,6 +35,8 @@ from pipelines.units.waiting import wait_for, wait_until_placed
 __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_units", "write_unit"]
 
 T = TypeVar("T")
+Write = Callable[[Sequence[SourceUnit], IngestConfig, Storage, Callable[[str], None]], Generator[Row]]
+"""Gives a row of `WriteShards` for each unit, in order; what it waits for it says by the last argument."""
 
 FOOTER_READERS = 16
 CPUS_A_TASK = 0.66  # three on two CPUs: while one waits for disk, network or scheduler, another works
@@ -90,33 +92,50 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
         ClusterError: No node has what a reading task asks for, and none came.
     """
-    import ray
-
     quiet_ray_data()
+    bring_up_to_date(config, storage, planned, _write_on_ray)
+
+
+def bring_up_to_date(
+    config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit] | None, write: Write
+) -> None:
+    """Ingest what `write` gives, wherever it reads the units; see `ingest`."""
     units = _mark_known(pending_of(plan_units(config) if planned is None else planned, storage), storage)
     apply_policy(Policy.of(config), pairs_table(storage))
     if units:
         storage.check_writable()
-        at_once = int(total_of("CPU", config.resources) / CPUS_A_TASK)
-        tasks = [
-            pa.table({"unit": [unit.to_json() for unit in task], "storage": [storage.url] * len(task)})
-            for task in group_units(units, max(at_once, 1))
-        ]
-        dataset = ray.data.from_arrow(tasks).map_batches(
-            WriteShards(), batch_size=None, num_cpus=CPUS_A_TASK, resources=dict(config.resources) or None
-        )
-        dataset.context.execution_options.preserve_order = True  # the first of two equal pairs is always the same
-        dataset.context.target_max_block_size = 1  # a unit goes on by itself as soon as it is written
         try:
-            # Nothing is fetched ahead: a unit is handed out, to be committed, as soon as it is written.
-            written: Any = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
-            with contextlib.closing(written):  # ends the execution also where this ends early
-                _commit_units((unit for batch in written for unit in batch.to_pylist()), units, config, storage)
+            _commit_units(write, units, config, storage)
         except Exception as error:
             raise unwrap(error) or error from error
         if len(pairs_table(storage).files()) > MAX_TABLE_FILES:
             pairs_table(storage).merge_files()
     check_drop_budget(config, storage)
+
+
+def _write_on_ray(
+    units: Sequence[SourceUnit], config: IngestConfig, storage: Storage, say: Callable[[str], None]
+) -> Generator[Row]:
+    import ray
+
+    at_once = int(total_of("CPU", config.resources) / CPUS_A_TASK)
+    tasks = [
+        pa.table({"unit": [unit.to_json() for unit in task], "storage": [storage.url] * len(task)})
+        for task in group_units(units, max(at_once, 1))
+    ]
+    dataset = ray.data.from_arrow(tasks).map_batches(
+        WriteShards(), batch_size=None, num_cpus=CPUS_A_TASK, resources=dict(config.resources) or None
+    )
+    dataset.context.execution_options.preserve_order = True  # the first of two equal pairs is always the same
+    dataset.context.target_max_block_size = 1  # a unit goes on by itself as soon as it is written
+    # Nothing is fetched ahead: a unit is handed out, to be committed, as soon as it is written.
+    written: Any = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"))
+    with contextlib.closing(written):  # ends the execution also where this ends early
+        reader = Demand("CPU", config.resources)
+        way_out = "add such a node, or leave `ingest.resources` out"
+        wait_until_placed(reader, wait_for("ingest", reader, timeout_s=None, way_out=way_out, say=say))
+        for batch in written:
+            yield from batch.to_pylist()
 
 
 def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
@@ -143,14 +162,14 @@ def _mark_known(units: list[SourceUnit], storage: Storage) -> list[SourceUnit]:
     return [replace(unit, known=unit.file.uri in known) for unit in units]
 
 
-def _commit_units(written: Iterable[Row], units: list[SourceUnit], config: IngestConfig, storage: Storage) -> None:
+def _commit_units(write: Write, units: list[SourceUnit], config: IngestConfig, storage: Storage) -> None:
     committer = Committer(pairs_table(storage), Policy.of(config))
     budget = DropBudget(config, storage, units)
     planned = {unit.id: unit for unit in units}
-    with ProgressBar("ingest", len(units), "units") as progress:
-        reader = Demand("CPU", config.resources)
-        way_out = "add such a node, or leave `ingest.resources` out"
-        wait_until_placed(reader, wait_for("ingest", reader, timeout_s=None, way_out=way_out, say=progress.say))
+    with (
+        ProgressBar("ingest", len(units), "units") as progress,
+        contextlib.closing(write(units, config, storage, progress.say)) as written,
+    ):
         for unit in written:
             rows = committer.append(unit["unit_id"], from_ipc(unit["rows"]))
             budget.add(planned[unit["unit_id"]], rows)

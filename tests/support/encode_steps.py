@@ -1,5 +1,6 @@
 """Ingest and encode without Ray: the same units, shards and commits; for tests of encode."""
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import Row
 from pipelines.encode.encoders import Embedded, LatentEncoder, Launched, TextEncoder
 from pipelines.encode.fingerprint import fingerprint_of, note_parts
 from pipelines.encode.geometry import Bucket, Placed, choose_bucket, open_image, place
@@ -14,7 +16,9 @@ from pipelines.encode.latents import LatentWriter
 from pipelines.encode.plan import Pending, pending
 from pipelines.encode.texts import TextWriter
 from pipelines.ingest.committer import Committer
-from pipelines.ingest.execution import plan_units, write_unit
+from pipelines.ingest.execution import bring_up_to_date, plan_units, write_unit
+from pipelines.ingest.pair_shards import WriteShards
+from pipelines.sources.unit import SourceUnit
 
 
 @dataclass
@@ -63,6 +67,17 @@ def ingest_here(storage: Storage, *files: Path, image_check: Literal["full", "he
     units = {unit.id: unit for unit in plan_units(IngestConfig(sources=sources, image_check=image_check))}
     for identity in table.uncommitted(list(units)):
         Committer(table).append(identity, write_unit(units[identity], storage))
+
+
+def ingest_in_process(config: IngestConfig, storage: Storage) -> None:
+    """Do all that `ingest` does, but read the units in this process and not on Ray Data."""
+    bring_up_to_date(config, storage, None, _write_here)
+
+
+def _write_here(units: Sequence[SourceUnit], config: IngestConfig, storage: Storage, say: object) -> Generator[Row]:
+    task = {"unit": [unit.to_json() for unit in units], "storage": [storage.url] * len(units)}
+    for batch in WriteShards()(task):
+        yield {name: value for name, (value,) in batch.items()}
 
 
 def encode_here(
