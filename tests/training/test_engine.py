@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from encoded import write_base
 from engine_work import CONFIG, in_half, losses_of_configs, on_nvme, plain_adamw, train_and_save
 from ranks import on_ranks
@@ -85,6 +84,8 @@ def test_half_precision_keeps_float32_masters(base, curves) -> None:
 
 
 def test_what_lies_on_nvme_trains_as_in_memory_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("apt install libaio-dev")
     base = str(write_base(tmp_path / "base", channels=(64, 128)))  # DeepSpeed leaves less than a megabyte in memory
