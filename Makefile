@@ -21,6 +21,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/complexity.py
 
 # What `make test` runs a short form of: faults of every kind in every stage (some hours on 2 cores).
 chaos: $(READY)

@@ -156,12 +156,13 @@ def check_machine(config: TrainConfig) -> None:
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
     """Build AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    settings: dict[str, float] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(trained, **settings)
-    return torch.optim.AdamW(trained, **settings, fused=on_gpu and config.offload == "none")
+        return AdamW8bit(trained, lr=rate, weight_decay=decay)
+    fused = on_gpu and config.offload == "none"
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 
 
 def set_gradient_checkpointing(unet: Any, wanted: bool | str) -> None:

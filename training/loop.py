@@ -137,9 +137,9 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     return None
 
 
-def is_due(step: int, every: int, max_steps: int) -> bool:
-    """Return whether what is done every so many steps and after the last one is due; never if `every` is 0."""
-    return bool(every) and (step % every == 0 or step == max_steps)
+def is_due(step: int, every: int | None, max_steps: int) -> bool:
+    """Return whether what is done every so many steps and after the last one is due; never if `every` is 0 or None."""
+    return every is not None and every > 0 and (step % every == 0 or step == max_steps)
 
 
 def optimizer_step(learner: Learner, batches: Turns, speed: Speed, consumed: ConsumedPairs, step: int) -> Tensor:

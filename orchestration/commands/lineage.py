@@ -75,16 +75,18 @@ def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
         trained = [str(each["round"]) for each in pair["rounds"] if each["trained_on"]]
         verdict = f"trained on in round {', '.join(trained)}" if trained else "not trained on"
         lines.append(f"{pair['pair_key']}  {verdict}{'; removed since' if pair['removed'] else ''}")
-        for each in pair["rounds"]:
-            what = (
-                "trained on" if each["trained_on"] else "in the snapshot, not reached" if each["in_snapshot"] else None
-            )
-            row = ", ".join(str(each[name]) for name in ("status", "reason", "split") if each[name] is not None)
-            lines.append(
-                f"  round {each['round']}  {what or 'not in the snapshot to train on'}{f' ({row})' if row else ''}"
-            )
+        lines += [_line_of_round(each) for each in pair["rounds"]]
         lines += [f"  now  {row['source_uri']}#{row['source_row']}  {row['status']}" for row in pair["rows"]]
     return lines
+
+
+def _line_of_round(found: dict[str, Any]) -> str:
+    """Tell what one round had to do with a pair."""
+    what = "in the snapshot, not reached" if found["in_snapshot"] else "not in the snapshot to train on"
+    if found["trained_on"]:
+        what = "trained on"
+    row = ", ".join(str(found[name]) for name in ("status", "reason", "split") if found[name] is not None)
+    return f"  round {found['round']}  {what}{f' ({row})' if row else ''}"
 
 
 COMMANDS = (

@@ -128,10 +128,7 @@ def describe_lineage(
     place = Storage(storage or lineage["storage"])
     told: JsonObject = {"model": Storage(model).url, "lineage": lineage, "trained_on": None, "sources": None}
     told |= {"pairs": None, "notes": []}
-    known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
-    if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
-        told["notes"].append(f"the record of round {', '.join(lost)} is missing: its pairs are not counted")
-    rounds = [Trained.of_record(each) for each in known]
+    rounds = _known_rounds(lineage, told["notes"])
     try:
         if pairs_table(place).version is None:
             raise SnapshotError(f"there is no data set at {place.url}", "give its place with `--storage`")
@@ -150,6 +147,14 @@ def describe_lineage(
             raise
         told["notes"].append(f"from the model's own file only: {error.message}")
     return told
+
+
+def _known_rounds(lineage: JsonObject, notes: list[str]) -> list[Trained]:
+    """Return the rounds whose records tell what they read; note the others."""
+    known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
+    if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
+        notes.append(f"the record of round {', '.join(lost)} is missing: its pairs are not counted")
+    return [Trained.of_record(each) for each in known]
 
 
 def _totals(rounds: Mapping[int, dict[str, int]], sources: Mapping[Any, JsonObject]) -> JsonObject:

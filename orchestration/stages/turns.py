@@ -151,8 +151,7 @@ def draw_missing(
         wait = wait_for("evaluate", room.demand, timeout_s=timeout_s, way_out=WAY_OUT, say=progress.say)
         try:
             while waiting or running:
-                if waiting and _has_room(room, running):
-                    name = waiting.pop(0)
+                if (name := _next_model(waiting, room, running)) is not None:
                     running.append(_Sampler(new_actor(name, room), drawn[name], prompts, seeds, batch_size))
                 _advance(running, wait, progress)
         except ray.exceptions.RayError as error:
@@ -175,6 +174,11 @@ def _advance(running: list[_Sampler], wait: Wait, progress: ProgressBar) -> None
         if sampler.pending in done and not sampler.advance(progress):
             running.remove(sampler)
             sampler.close()
+
+
+def _next_model(waiting: list[str], room: Room, running: Sequence[_Sampler]) -> str | None:
+    """Take the next model that waits, if there is room for it."""
+    return waiting.pop(0) if waiting and _has_room(room, running) else None
 
 
 def _has_room(room: Room, running: Sequence[_Sampler]) -> bool:
