@@ -115,7 +115,7 @@ def _meaning(option: Option) -> str:
 
 
 def _section(model: type[BaseModel], path: str) -> list[str]:
-    """A heading, a table of the keys and the rules of one section, then the sections inside it."""
+    """Return a heading, a table of the keys and the rules of one section, then the sections inside it."""
     title = f"## `{path}`" if path else "## Top level"
     rows, inner = [], []
     for name, field in model.model_fields.items():
@@ -134,7 +134,7 @@ def _section(model: type[BaseModel], path: str) -> list[str]:
 
 
 def _rules(model: type[BaseModel]) -> list[tuple[str, str]]:
-    """The validators of a section by name, with their docstrings."""
+    """Return the validators of a section by name, with their docstrings."""
     found = model.__pydantic_decorators__
     of_fields = [(name, inspect.getdoc(each.func)) for name, each in found.field_validators.items()]
     of_models = [(name, inspect.getdoc(each.func)) for name, each in found.model_validators.items()]
@@ -157,7 +157,7 @@ def _type(field: FieldInfo, section: type[BaseModel] | None, key: str) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as a person says it: `text or null`, "list of text", `a`, `b` or `c`."""
+    """Name a type as a person says it: `text or null`, "list of text", `a`, `b` or `c`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         shown = [f"`{value}`" for value in arguments]
