@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipelines.dataset.storage import Storage
@@ -65,6 +66,8 @@ class _Durations:
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, except Ray's about its own settings: creating a DataContext sets a deprecated one."""
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:ray")
+    hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("suite")
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Durations())
 
