@@ -13,7 +13,7 @@ from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image, ImageOps
 
 from orchestration.config import parse_config
-from orchestration.driver.plan import _latent_bytes
+from orchestration.stages.encode import _latent_bytes
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import latents_table, pairs_table
