@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from pipelines.dataset.base_model import LatentSpace, check_denoiser
+from pipelines.dataset.base_model import OTHER_CONFIG, LatentSpace, check_denoiser
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig
@@ -107,7 +107,7 @@ def _check_complete(loading_info: dict[str, Any], source: ModelSource) -> None:
         raise ModelError(
             f"the weights of the unet of {source.model} hold {len(unused)} tensors that its config.json has no place "
             f"for, such as {unused[0]}",
-            "put back the config.json that belongs to the weights; or fetch the model again",
+            OTHER_CONFIG,
         )
     if lacking:
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in lacking)

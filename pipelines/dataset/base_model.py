@@ -52,10 +52,10 @@ NOT_GIVEN_WEIGHTS = {
 """Beginnings of the names of the weights that go with such a key."""
 TYPES = {"F32", "F16", "BF16"}
 """What weights may be stored as: others are quantized."""
-WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
-
-OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
 ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
+"""Classes of a UNet's blocks, and whether they have attention."""
+WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
+OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
 
 
 @dataclass(frozen=True)
@@ -374,20 +374,35 @@ def _check_blocks(config: dict[str, Any], names: Collection[str], num_blocks: in
                 f"unet.{side}_block_types of {model} is {types}, and block_out_channels has {num_blocks}", WAY_OUT
             )
         for number, (kind, count) in enumerate(zip(types, counts, strict=True)):
-            found = {name.split(".")[3] for name in names if name.startswith(f"{side}_blocks.{number}.resnets.")}
-            if len(found) != count:
-                raise ModelError(
-                    f"unet.layers_per_block of {model} is {layers}, and the weights of {side}_blocks.{number} have "
-                    f"{len(found)} layers, not {count}: its config.json is not of these weights",
-                    OTHER_CONFIG,
-                )
-            has_attention = any(name.startswith(f"{side}_blocks.{number}.attentions.") for name in names)
-            if kind in ATTENDS and ATTENDS[kind] != has_attention:
-                raise ModelError(
-                    f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
-                    f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
-                    OTHER_CONFIG,
-                )
+            _check_block(f"{side}_blocks.{number}", kind, count, names, layers, model)
+
+
+def _check_block(block: str, kind: str, count: int, names: Collection[str], layers: Any, model: str) -> None:
+    """Check the layers and the attention of one block of the UNet.
+
+    Args:
+        block: Beginning of the names of its weights, such as `down_blocks.0`.
+        kind: Its class, by the configuration.
+        count: Its number of layers, by the configuration.
+        names: The names of all weights.
+        layers: `layers_per_block`, for messages.
+        model: The base, for messages.
+    """
+    found = {name.split(".")[3] for name in names if name.startswith(f"{block}.resnets.")}
+    if len(found) != count:
+        raise ModelError(
+            f"unet.layers_per_block of {model} is {layers}, and the weights of {block} have {len(found)} layers, not "
+            f"{count}: its config.json is not of these weights",
+            OTHER_CONFIG,
+        )
+    has_attention = any(name.startswith(f"{block}.attentions.") for name in names)
+    if kind in ATTENDS and ATTENDS[kind] != has_attention:
+        side, number = block.split("_blocks.")
+        raise ModelError(
+            f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
+            f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
+            OTHER_CONFIG,
+        )
 
 
 def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
