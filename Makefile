@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
+.PHONY: demo test durations lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -12,11 +12,16 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The same, and keep how long each file took: the longest begin first.
+durations: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --write-durations
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/complexity.py
 
 # What `make test` runs a short form of: faults of every kind in every stage (some hours on 2 cores).
 chaos: $(READY)
@@ -27,7 +32,7 @@ bench: $(READY)
 
 # Encode beside a bare loop and the usual Ray chain (about ten minutes on 2 cores).
 bench-encode: $(READY)
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.encode --pairs 576 --rounds 1
+	PYTHONPATH=tests/support $(BIN)/python -m benchmarks.encode --pairs 576 --rounds 1
 
 # MaPO beside DPO on the product's engine: time, operations, memory (about five minutes of CPU).
 bench-cost: $(READY)

@@ -23,7 +23,7 @@ from benchmarks.alignment_data import LEVELS, SOURCE, Data, make_data
 from benchmarks.alignment_report import closest, figure, question, render, table, write
 from benchmarks.alignment_runs import METRICS, Draws, Judge, Scores, Setting, denoising_errors, train
 from pipelines.dataset.pair import TEST, VALIDATION
-from pipelines.encoders import quiet_diffusers
+from pipelines.encode.encoders import quiet_diffusers
 from training.config import EvaluateConfig
 from training.methods import METHODS
 from training.model import Base, load_base
@@ -99,7 +99,7 @@ class Bench:
 
 def candidates(method: str, size: Size) -> tuple[list[Setting], Callable[[Setting], list[Setting]]]:
     """The settings of the first pass, and those of the second, given the best of the first."""
-    parameters = METHODS[method]
+    parameters = METHODS[method].defaults
 
     def around(best: Setting) -> list[Setting]:
         factors = size.beta_factors if "beta" in parameters else ()
@@ -128,7 +128,7 @@ def at_edge(setting: Setting, size: Size) -> list[str]:
     edges = []
     if setting.learning_rate in (min(size.learning_rates), max(size.learning_rates)):
         edges.append("learning_rate")
-    default = METHODS[setting.method].get("beta")
+    default = METHODS[setting.method].defaults.get("beta")
     factors = (1.0, *size.beta_factors)
     if default and setting.loss.get("beta", default) / default in (min(factors), max(factors)):
         edges.append("beta")
@@ -186,7 +186,7 @@ def grid_of(bench: Bench, level: str, method: str, report: dict[str, Any], say: 
 
 def named(setting: Setting) -> dict[str, Any]:
     """A setting with the default of what it leaves out, in six digits."""
-    numbers = {"learning_rate": setting.learning_rate, **METHODS[setting.method], **setting.loss}
+    numbers = {"learning_rate": setting.learning_rate, **METHODS[setting.method].defaults, **setting.loss}
     return {"method": setting.method} | {name: float(f"{value:.6g}") for name, value in numbers.items()}
 
 

@@ -17,8 +17,8 @@ from orchestration.demo.base import BASE_MODEL
 from orchestration.demo.scenes import RESOLUTION, SUBJECTS, Scene, crop, cyanotype, draw_shift, scenes
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
-from pipelines.encoders import Embedded, LatentEncoder, TextEncoder
-from training.batch import Batch
+from pipelines.encode.encoders import Embedded, LatentEncoder, TextEncoder
+from training.data.batch import Batch
 
 SOURCE = ModelSource(str(BASE_MODEL))
 LEVELS = {"near": 0.25, "middle": 0.5, "far": 1.0}

@@ -21,13 +21,13 @@ from orchestration.demo.scenes import RESOLUTION
 from orchestration.demo.scores import ContentScore, StyleScore, palette
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
 from training.config import EvaluateConfig, TrainConfig
+from training.data.order import Plan, noise_seed
 from training.engine import build_optimizer
 from training.evaluate import Sampler
 from training.loop import draw_with
 from training.losses import pair_loss
 from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference
-from training.order import Plan, noise_seed
 from training.schedule import learning_rate_at
 
 CPU = torch.device("cpu")

@@ -42,11 +42,11 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import Status
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
-from pipelines.encode import encode
-from pipelines.encoders import LatentEncoder
-from pipelines.fingerprint import latents_fingerprint
-from pipelines.geometry import open_image, place
-from pipelines.ingest import ingest
+from pipelines.encode.encoders import LatentEncoder
+from pipelines.encode.execution import encode
+from pipelines.encode.fingerprint import latents_fingerprint
+from pipelines.encode.geometry import open_image, place
+from pipelines.ingest.execution import ingest
 
 RESULTS = Path(__file__).parent / "results" / "encode.json"
 SIDE, BATCH_SIZE, NUM_CPUS, PAIRS_A_PROMPT = 512, 8, 2, 16
@@ -102,7 +102,7 @@ def ours(config: EncodeConfig, storage: Storage) -> tuple[int, dict[str, Any]]:
     speed = encode(config, storage)["latents"]
     assert speed is not None
     rows = latents_table(storage, latents_fingerprint(config)).read(["status"])
-    return 2 * pc.sum(pc.equal(rows["status"], str(Status.KEPT))).as_py(), speed
+    return 2 * pc.sum(pc.equal(rows["status"], str(Status.KEPT))).as_py(), speed.to_json()
 
 
 def preloaded(source: Path) -> list[np.ndarray]:

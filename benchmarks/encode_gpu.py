@@ -9,13 +9,15 @@ The tool by itself leaves out `annotated-types`, without which pydantic, and so 
 it brings `carry=[".gpu/a"]` and `. .gpu/a/activate` in a call before: both parts pass the 64 MiB of one. Then, each
 within 30 s of the one before, or the machine starts anew:
 
-    run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests:$PYTHONPATH && python3
-        -m benchmarks.encode_gpu --only environment peak check ours text --results $OUT/encode_gpu.json')
+    run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests/support:$PYTHONPATH &&
+        python3 -m benchmarks.encode_gpu --only environment peak check ours text --results $OUT/encode_gpu.json')
     cp <files_at>/encode_gpu.json benchmarks/results/     # here; the next call adds to it
-    run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests:$PYTHONPATH && python3
-        -m benchmarks.encode_gpu --only environment peak steps profile; cp benchmarks/results/encode_gpu.json $OUT')
+    run(carry=[".gpu/b"], timeout_s=600, command='. .gpu/b/activate && export PYTHONPATH=tests/support:$PYTHONPATH &&
+        python3 -m benchmarks.encode_gpu --only environment peak steps profile;
+        cp benchmarks/results/encode_gpu.json $OUT')
 
-`--small` is the rehearsal, on a CPU too (PYTHONPATH=tests, under a minute): narrow models, 64 pixels, nothing written.
+`--small` is the rehearsal, on a CPU too (PYTHONPATH=tests/support, under a minute): narrow models, 64 pixels, nothing
+written.
 Goals: ours at 0.9 of the bare loop of the same settings or more; that loop's best way at 40 % of the bf16 peak.
 """
 
@@ -46,14 +48,14 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID, Status
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.effort import Effort
-from pipelines.encoders import LatentEncoder, TextEncoder, quiet_diffusers
-from pipelines.geometry import open_image
-from pipelines.latents import LatentWriter
-from pipelines.texts import TextWriter
+from pipelines.encode.encoders import LatentEncoder, TextEncoder, quiet_diffusers
+from pipelines.encode.geometry import open_image
+from pipelines.encode.latents import LatentWriter
+from pipelines.encode.texts import TextWriter
+from pipelines.units.stats import Effort
 
 RESULTS = Path(__file__).parent / "results" / "encode_gpu.json"
-UNITS_AT_ONCE, NUM_UNITS = 3, 4  # as `pipelines.encode` calls an actor
+UNITS_AT_ONCE, NUM_UNITS = 3, 4  # as `pipelines.encode.execution` calls an actor
 
 
 @dataclass

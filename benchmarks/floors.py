@@ -28,12 +28,12 @@ from PIL import Image
 from pipelines.config import SourceConfig
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import write_unit
-from pipelines.sources import SOURCES
+from pipelines.ingest.execution import write_unit
 from pipelines.sources.files import list_files
-from pipelines.sources.source import UnitSettings
-from training.index import Location, PairRecord
-from training.loader import PairLoader, PairReader
+from pipelines.sources.reader import reader_of
+from pipelines.sources.unit import UnitSettings
+from training.data.index import Location, PairRecord
+from training.data.loader import PairLoader, PairReader
 from training.losses import mapo_paper_loss
 
 RESULTS = Path(__file__).parent / "results" / "floors.json"
@@ -90,7 +90,7 @@ def bench_ingest(work: Path, num_rows: int) -> dict[str, Any]:
     source = work / "source.parquet"
     num_bytes = write_source(source, num_rows)
     (file,) = list_files(str(source), (".parquet",))
-    units = SOURCES["pickapic"].units(
+    units = reader_of("pickapic").units(
         SourceConfig(format="pickapic", path=str(source)), file, UnitSettings(1 << 28, "full")
     )
     storage = Storage(str(work / "storage"))

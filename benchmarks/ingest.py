@@ -33,7 +33,7 @@ from PIL import Image
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import ingest
+from pipelines.ingest.execution import ingest
 
 RESULTS = Path(__file__).parent / "results" / "ingest.json"
 SIDE, QUALITY, GRAIN = 1024, 85, 3.5  # about 170 KB each: Pick-a-Pic's mean is 168 KB

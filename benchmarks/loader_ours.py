@@ -22,11 +22,11 @@ from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA, latents_table,
 from pipelines.dataset.pair import NULL_PROMPT_ID, PAIRS_SCHEMA
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from training.index import PairRecord, load_index, load_texts
-from training.loader import PairLoader, PairReader
-from training.order import Plan
-from training.reader import MAX_TEXT_BYTES
-from training.shard_cache import ShardCache
+from training.data.index import PairRecord, load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan
+from training.data.reader import MAX_TEXT_BYTES
+from training.data.shard_cache import ShardCache
 from training.spec import Snapshot
 
 LATENTS, TEXT = "a" * 32, "b" * 32
@@ -36,7 +36,7 @@ MAX_CACHE_BYTES = 1 << 40
 class Ours:
     """`PairLoader` in the order of `Plan`."""
 
-    modules = ("deltalake", "training.loader")
+    modules = ("deltalake", "training.data.loader")
     s3_modules = ("s3fs",)
     max_text_bytes = MAX_TEXT_BYTES
     keeps_shards = False

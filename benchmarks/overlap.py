@@ -1,4 +1,4 @@
-"""Encode beside ingest on a cluster of two kinds of nodes: `PYTHONPATH=tests python -m benchmarks.overlap`.
+"""Encode beside ingest on a cluster of two kinds of nodes: `PYTHONPATH=tests/support python -m benchmarks.overlap`.
 
 A Ray cluster on this machine: a head without CPUs, a node for ingest, a node for encode, one CPU each. Sources name
 images behind http addresses, and a server on loopback takes its time for each, as real ones do. The same pairs go
@@ -31,11 +31,11 @@ from PIL import Image
 from benchmarks.encode import write_model
 from benchmarks.ingest import base_images, unique
 from orchestration.config import RunConfig
-from orchestration.run import Run
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
+from orchestration.run.context import Run
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.fingerprint import latents_fingerprint
+from pipelines.encode.fingerprint import latents_fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
 SIDE, UNITS = 256, 16

@@ -28,8 +28,8 @@ from benchmarks.gpu_peak import Row
 from benchmarks.table import show
 from pipelines.dataset.model_files import ModelSource
 from training.config import TrainConfig
-from training.masters import StoredWeights, start_from_base
-from training.zero import WEIGHT, ZeroState
+from training.state.masters import StoredWeights, start_from_base
+from training.state.zero import WEIGHT, ZeroState
 
 RESULTS = Path(__file__).parent / "results" / "precision.json"
 STEPS, RATE = 100, 1e-6

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 from deltalake import CommitProperties, Transaction, write_deltalake
 
-from pipelines.budget import check_drop_budget
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.layout import PAIRS, pairs_table
 from pipelines.dataset.pair import PAIRS_SCHEMA
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import is_up_to_date, pending_of, plan_units, write_unit
-from pipelines.policy import Policy
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.drop_budget import check_drop_budget
+from pipelines.ingest.execution import is_up_to_date, pending_of, plan_units, write_unit
+from pipelines.ingest.policy import Policy
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ROWS_A_COMMIT = 10_000

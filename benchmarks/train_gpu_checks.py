@@ -13,13 +13,13 @@ from torch import Tensor
 from benchmarks.gpu_peak import Row, first_line, settle
 from benchmarks.train_gpu_trial import NARROW_UNET_CONFIG, SMALL_UNET_CONFIG, Bench, Trainee, Way, made_up, new_base
 from pipelines.dataset.storage import Storage
-from training.checkpoint import Checkpointer, gather_parts, restore
 from training.config import EmaConfig, LoraConfig, TrainConfig
-from training.ema import ShardedEma
 from training.engine import set_gradient_checkpointing
 from training.losses import pair_loss
 from training.model import ATTENTION, Base, Denoiser, set_attention
-from training.zero import KINDS, WEIGHT, ZeroState
+from training.state.checkpoint import Checkpointer, gather_parts, restore
+from training.state.ema import ShardedEma
+from training.state.zero import KINDS, WEIGHT, ZeroState
 
 CPU = torch.device("cpu")
 PAIRS = 2

@@ -28,9 +28,9 @@ from pipelines.dataset.pair import NULL_PROMPT_ID, PAIRS_SCHEMA
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from training.config import LoraConfig, TrainConfig
-from training.index import load_index, load_texts
-from training.loader import PairLoader, PairReader
-from training.order import Plan
+from training.data.index import load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan
 from training.spec import Snapshot
 
 MAPO, DPO = "mapo_paper", "dpo"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_peak import Course, Row, settle
-from training.batch import Batch
 from training.config import TrainConfig
+from training.data.batch import Batch
 from training.engine import Engine, build_engine, dtype_of, quiet_libraries, set_gradient_checkpointing
 from training.flops import NUM_TIME_IDS, Flops, pair_flops, peak_flops
 from training.losses import PairErrors, pair_loss

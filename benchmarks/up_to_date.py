@@ -1,4 +1,4 @@
-"""`mapo run` on a run of ten million rows that is up to date: `PYTHONPATH=tests python -m benchmarks.up_to_date`.
+"""`mapo run` on an up-to-date run of ten million rows: `PYTHONPATH=tests/support python -m benchmarks.up_to_date`.
 
 Makes the tables of pairs, latents and texts as the stages leave them, and the records of a finished run; then the
 installed command says, in a process of its own, that everything is up to date. Measured: its seconds, and those of a
@@ -22,15 +22,15 @@ from deltalake import write_deltalake
 
 from benchmarks.encode import write_model
 from benchmarks.scale import PAIRS_A_PROMPT, ROWS_A_COMMIT, make_table
-from orchestration.actions import encode_check, ingest_check
 from orchestration.config import RunConfig
-from orchestration.run import Run
-from orchestration.stages import ALL_STAGES, STAGES
+from orchestration.run.context import Run
+from orchestration.stages import encode, ingest
+from orchestration.stages.registry import ALL_STAGES, STAGES
 from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
-from pipelines.ingest import plan_units
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.ingest.execution import plan_units
 from training.export import marker
 
 RESULTS = Path(__file__).parent / "results" / "up_to_date.json"
@@ -59,13 +59,15 @@ def write_records(run: Run) -> None:
     """What the stages of a finished run leave, as far as later ones look at it."""
     checkpoint = f"{run.folder}/checkpoints/0/step-00002000-0001-00000000"
     for name in ALL_STAGES:
-        key = STAGES[name].key(run)
+        key = STAGES[name].look(run).key
         assert key is not None, name
         details: dict[str, Any] = {}
         if name == "ingest":
-            details = {"checked": ingest_check(run, key)}
+            details = {"checked": ingest.what_was_checked(run, key)}
         if name == "encode":
-            details = {"versions": encode_check(run, pairs_table(run.storage).version)}
+            version = pairs_table(run.storage).version
+            assert version is not None
+            details = {"versions": encode.versions(run, version, encode.fingerprints(run))}
         if name == "train":
             details = {"checkpoint": checkpoint, "best_checkpoint": checkpoint}
         if name == "export":

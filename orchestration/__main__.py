@@ -1,5 +1,5 @@
 """`python -m orchestration` is the `mapo` command."""
 
-from orchestration.cli import entry
+from mapo_entry import main
 
-entry()
+main()

@@ -16,12 +16,14 @@ from pipelines.config import EncodeConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
+from training import config as train_config
 from training.config import EvaluateConfig, ExportConfig, TrainConfig
 
 LATER_KEYS: dict[str, Any] = {
-    "encode.flips": False, "encode.start_timeout_s": None, "train.null_prompt": "auto", "train.flips": "none",
-    "train.prediction_type": None, "train.ema.warmup": True,
-}  # fmt: skip
+    "encode.flips": False,
+    "encode.start_timeout_s": None,
+    **{f"train.{name}": default for name, default in train_config.LATER_KEYS.items()},
+}
 """Keys that came after there were runs, with their defaults: at those they tell no configuration from an older one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -60,7 +62,7 @@ class RunConfig(Config):
     @field_validator("name")
     @classmethod
     def name_is_a_folder(cls, value: str) -> str:
-        """The name is one part of a path on every file system."""
+        """Check that the name is one part of a path on every file system."""
         if not NAME.fullmatch(value):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
         return value
@@ -97,11 +99,11 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
-    """The same from a text; `source` is named in errors."""
+    """Do the same with a text; `source` is named in errors."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}", "mind the indentation and the colons") from error
+        raise ConfigError(f"{source} is not YAML: {error}", "check the indentation and the colons") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{source} holds no keys", "it needs at least `name` and `storage`")
     for override in overrides:
@@ -115,7 +117,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
 
 
 def _refuse_secrets(config: RunConfig) -> None:
-    """What is configured is kept beside the run, shown in the report and sent with jobs: no secret may be in it."""
+    """Refuse secrets: the configuration is kept beside the run, shown in the report and sent with jobs."""
     found = list(_credentials(config.model_dump(mode="json"), ()))
     if config.train is not None:
         found += [f"train.environment.{name}" for name in config.train.environment if is_secret_name(name)]
@@ -127,7 +129,7 @@ def _refuse_secrets(config: RunConfig) -> None:
 
 
 def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
-    """The places of texts that are URLs with a password or a signature."""
+    """Find the places of texts that are URLs with a password or a signature."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _credentials(inner, (*where, str(key)))
@@ -139,7 +141,7 @@ def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
 
 
 def resolved_json(config: RunConfig) -> str:
-    """The whole configuration with every default, as it is saved beside a run."""
+    """Return the whole configuration with every default, as it is saved beside a run."""
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
@@ -180,13 +182,13 @@ def _step_into(place: Any, key: str, override: str) -> Any:
     if place.get(key) is None:
         place[key] = {}
     if not isinstance(place[key], dict | list):
-        raise ConfigError(f"-o {override}: {key} is a value, not a section", "leave out what follows it")
+        raise ConfigError(f"-o {override}: {key} is a value, not a section", "remove what follows it")
     return place[key]
 
 
 def _position(place: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(f"-o {override}: {key!r} is no place in a list of {len(place)}", "count from 0")
+        raise ConfigError(f"-o {override}: {key!r} is not an index of a list of {len(place)}", "count from 0")
     return int(key)
 
 
@@ -217,7 +219,7 @@ def _is_inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 
 
 def _nearest(location: tuple[int | str, ...]) -> str | None:
-    """What an unknown key may have meant: the nearest key of its section, or the section's keys."""
+    """Guess what an unknown key meant: the nearest key of its section, or else list the section's keys."""
     section: Any = RunConfig
     for part in location[:-1]:
         if isinstance(part, int):
@@ -234,7 +236,7 @@ def _nearest(location: tuple[int | str, ...]) -> str | None:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The configuration section inside `X | None`, `tuple[X, ...]` or `X`."""
+    """Return the configuration section inside `X | None`, `tuple[X, ...]` or `X`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):

@@ -1,56 +1,12 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
-import difflib
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.dataset.config import Config, Device, Resources, WorkerCount, worker_range
 from pipelines.dataset.model_files import ModelSource
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "pickapic": ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "user_id", "split"),
-    "webdataset": ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "user_id", "split"),
-    "hpd": ("prompt", "file_path", "human_preference", "rank", "path1", "path2", "choice_dist", "user_id", "split"),
-    "imagereward": ("prompt", "prompt_id", "image", "rank", "img_better", "img_worse", "user_id", "split"),
-    "rapidata": ("prompt", "image1", "image2", "votes_image1", "votes_image2", "user_id", "split"),
-    "pairs": ("prompt", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1", "user_id", "split"),
-    "jsonl": ("prompt", "chosen", "rejected", "image_0", "image_1", "label_0", "label_1", "user_id", "split"),
-}
-"""The columns of each format by the names that `columns` maps; here, so that a wrong one is refused at once."""
-
-
-class SourceConfig(Config):
-    """One preference source."""
-
-    format: Literal["pickapic", "webdataset", "hpd", "imagereward", "rapidata", "pairs", "jsonl"]
-    """Kind of source."""
-    path: str = Field(min_length=1)
-    """File, folder or glob, local or any fsspec URL."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """The format's own name of a column -> what the files call it."""
-    images: str | None = Field(None, min_length=1)
-    """Folder, or glob of tars, that image paths are relative to; by default the folder of the file that has them."""
-    split: Literal["auto", "hash", "train", "validation", "test"] = "auto"
-    """The split of its rows: the source's own where it has one (auto), by prompt hash, or one for all."""
-    allow_urls: bool = False
-    """Follow addresses of images: http(s), or of object storage."""
-    allow_private_urls: bool = False
-    """Follow http(s) addresses inside private networks too."""
-    url_timeout_s: float = Field(20.0, gt=0)
-    """Seconds to connect, and to wait for more bytes."""
-    max_image_bytes: int = Field(67_108_864, ge=1)
-    """A larger image is quarantined."""
-
-    @model_validator(mode="after")
-    def columns_are_of_the_format(self) -> Self:
-        """`columns` names only columns that the format has: a misspelt one would leave a column unread."""
-        for name in self.columns:
-            if name not in COLUMNS[self.format]:
-                near = difflib.get_close_matches(name, COLUMNS[self.format], n=1, cutoff=0.4)
-                way_out = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(COLUMNS[self.format])}"
-                raise ValueError(f"columns.{name} is nothing that format {self.format} has; {way_out}")
-        return self
+from pipelines.sources.config import SourceConfig as SourceConfig
 
 
 class IngestConfig(Config):
@@ -79,21 +35,26 @@ VAE_FACTOR = 8
 
 
 def _buckets(value: object) -> object:
-    """True, false, or a list of [height, width]."""
+    """Check that the value is true, false, or a list of [height, width]."""
     if isinstance(value, bool):
         return value
     if not isinstance(value, list | tuple) or not value:
         raise ValueError("write true, false (one square) or a list of [height, width], such as [[64, 64], [48, 80]]")
     for bucket in value:
-        if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
-            raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")
-        if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
-            raise ValueError(
-                f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
-            )
+        _check_bucket(bucket)
     if len({tuple(bucket) for bucket in value}) < len(value):
         raise ValueError("a bucket is in the list twice")
     return value
+
+
+def _check_bucket(bucket: object) -> None:
+    """Check one bucket of the list."""
+    if not isinstance(bucket, list | tuple) or len(bucket) != 2 or not all(type(side) is int for side in bucket):
+        raise ValueError(f"a bucket is [height, width] in whole pixels, not {bucket}")
+    if any(side < MIN_SIDE or side % VAE_FACTOR for side in bucket):
+        raise ValueError(
+            f"a bucket's sides are multiples of {VAE_FACTOR} from {MIN_SIDE} pixels on, not {list(bucket)}"
+        )
 
 
 class EncodeConfig(Config):
@@ -143,7 +104,7 @@ class EncodeConfig(Config):
 
     @model_validator(mode="after")
     def resolution_fits_the_vae(self) -> Self:
-        """Every VAE of this family halves the side at least twice and at most three times."""
+        """Check that the VAE, which halves the side two or three times, divides the resolution."""
         if self.resolution % VAE_FACTOR:
             raise ValueError(f"resolution must be a multiple of {VAE_FACTOR}, not {self.resolution}")
         return self

@@ -1,4 +1,4 @@
-"""A progress bar on long steps: one line that says stage, done, rate and time left, or plain lines in a log."""
+"""A progress bar: one line with stage, count, rate and time left on a terminal, plain lines in a log."""
 
 import logging
 import sys
@@ -13,8 +13,8 @@ LOG_EVERY_S = 15.0
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What an observer is told at each step of progress.
+class ProgressStep:
+    """What an observer of a progress bar is told at each step.
 
     Args:
         stage: As the line has it.
@@ -29,11 +29,11 @@ class Seen:
     statuses: Mapping[str, int]
 
 
-observers: list[Callable[[Seen], None]] = []
-"""Called by every `Progress` of this process, in the thread that counts; they must be quick and must not raise."""
+observers: list[Callable[[ProgressStep], None]] = []
+"""Called by every `ProgressBar` of this process, in the thread that counts; they must be quick and must not raise."""
 
 
-class Progress:
+class ProgressBar:
     """Counts what is done; a bar on a terminal, a line every 15 s elsewhere.
 
     Args:
@@ -69,7 +69,7 @@ class Progress:
         """
         self._done += count
         for observer in tuple(observers):
-            observer(Seen(self._stage, self._done, self._total, statuses or {}))
+            observer(ProgressStep(self._stage, self._done, self._total, statuses or {}))
         now = time.monotonic()
         if self._started is None:
             self._started, self._done_at_start = now, self._done
@@ -116,7 +116,7 @@ class Progress:
             parts.append(self._note)
         return "".join(f", {part}" for part in parts)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(
@@ -127,7 +127,7 @@ class Progress:
 
 
 def quiet_ray_data() -> None:
-    """Let `Progress` speak instead of Ray Data, and keep the class of errors that its workers raise.
+    """Let `ProgressBar` speak instead of Ray Data, and keep the class of errors that its workers raise.
 
     For the executions that this process starts afterwards. Ray Data's own log file still gets everything.
     """

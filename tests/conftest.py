@@ -1,41 +1,75 @@
 """What many tests share: a local Ray, and a tiny SDXL pipeline."""
 
 import hashlib
+import json
 import logging
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipelines.dataset.storage import Storage
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported; no test may need a network
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # commands hold its path
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of a training is seen; 2 s
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported; spinning threads starve each other
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read by ray.init; every actor pool warns of Ray's #53727
 
 
-LONGEST = (
-    "test_training", "test_engine", "test_run", "test_encode", "test_encode_crash", "test_submit_cluster",
-    "test_driver", "test_ingest", "test_s3_faults", "test_encode_stage", "test_encode_ahead", "test_parent", "test_s3",
-)  # fmt: skip
-"""Files of a minute or more. First of all, so that no process of pytest-xdist is left with one at the end."""
+DURATIONS = Path(__file__).with_name("durations.json")
+"""Seconds of each test file, written by `make durations`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what `make durations` asks for."""
+    parser.addoption("--write-durations", action="store_true", help=f"write {DURATIONS.name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, in this order; within a file nothing changes."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    """Put the longest files first, so that no process of pytest-xdist is left with one at the end.
+
+    A file that has no duration yet may be long. Within a file nothing changes.
+    """
+    seconds: dict[str, float] = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: seconds.get(item.nodeid.split("::")[0], math.inf), reverse=True)
+
+
+class _Durations:
+    """Sums the seconds of each file over all processes of pytest-xdist."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds[report.nodeid.split("::")[0]] += report.duration  # type: ignore[assignment]
+
+    def pytest_sessionfinish(self) -> None:
+        """Keep what is known of files that did not run and are still there."""
+        root = DURATIONS.parents[1]
+        found = json.loads(DURATIONS.read_text()) | {file: round(each, 1) for file, each in self._seconds.items()}
+        there = {
+            file: each for file, each in sorted(found.items(), key=lambda kept: -kept[1]) if (root / file).exists()
+        }
+        DURATIONS.write_text(json.dumps(there, indent=1) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, except Ray's about its own settings: creating a DataContext sets a deprecated one."""
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:ray")
+    hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("suite")
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Durations())
 
 
 @pytest.fixture(scope="session")

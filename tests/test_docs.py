@@ -1,15 +1,20 @@
 """The documentation against the code: nothing stale, nothing left out, no link that leads nowhere."""
 
-import argparse
+import contextlib
+import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import doc_names
+import generate as reference
 import pytest
+import python_page
 import yaml
 
-from orchestration import reference
-from orchestration.cli import parser
+from orchestration.cli import COMMANDS, parser
+from orchestration.commands.options import Command
 from orchestration.config import RunConfig, parse_config
 from orchestration.demo.run import CONFIG
 from pipelines.dataset.errors import ConfigError, JobError, MapoError
@@ -18,13 +23,16 @@ from pipelines.dataset.pair import PAIRS_SCHEMA, Reason
 from training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 DOCS = ROOT / "docs"
-PAGES = [README, ROOT / "infra" / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", ROOT / "infra" / "README.md", *sorted(DOCS.rglob("*.md"))]
+PYTHON = DOCS / "reference" / "python.md"
+OF_TODAY = [page for page in PAGES if page != DOCS / "log.md"]
+"""Pages about what is; the lab book says what was tried, under the names of its day."""
 PACKAGES = ("pipelines", "training", "orchestration")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 REQUIRED = ("name: needed", "storage: somewhere")
 
 
@@ -52,41 +60,57 @@ def blocks(page: Path, language: str) -> list[str]:
 def listed_files() -> Iterator[str]:
     """The paths of the tree in the README, from its indentation; folders end with '/'."""
     (tree,) = (block for block in blocks(README, "") if block.startswith("pipelines/"))
-    folders: list[str] = []
+    floor = ""
     for line in tree.splitlines():
-        name, _, phrase = line.strip().partition(" ")
-        assert phrase.strip(), f"{name} has no phrase"
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [name] if name.endswith("/") else []
-        yield "".join(folders) + ("" if name.endswith("/") else name)
+        names, _, phrase = line.strip().partition("  ")
+        assert phrase.strip(), f"{names} has no phrase"
+        floor = floor if line.startswith(" ") else ""
+        for name in names.split():
+            yield floor + name
+        floor = floor or names
 
 
 @pytest.mark.parametrize("page", reference.pages(), ids=lambda page: page.name)
 def test_generated_pages_are_current(page: Path) -> None:
-    assert page.read_text() == reference.pages()[page], "stale: run `python -m orchestration.reference`"
+    assert page.read_text() == reference.pages()[page], "stale: run `python docs/generate.py`"
 
 
 def test_every_command_is_documented_and_has_help() -> None:
     text = (DOCS / "reference" / "commands.md").read_text()
-    found = list(reference.commands(parser(), "mapo"))
-    assert len(found) >= 10
-    for name, command, summary in found:
-        assert f"\n## `{name}`\n" in text
-        assert summary
-        assert command.description
-        for action in command._actions:
-            assert action.help, f"{name} {action.dest} has no help"
+    assert len(COMMANDS) >= 10
+    for command in COMMANDS:
+        assert f"\n## `mapo {command.name}`\n" in text
+        assert command.help
+        for option in command.arguments:
+            assert option.help, f"{command.name} {option.name} has no help"
+            assert option.shown in text
 
 
-def test_no_option_is_hidden() -> None:
-    for name, command, _ in reference.commands(parser(), "mapo"):
-        assert all(action.help != argparse.SUPPRESS for action in command._actions), name
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_the_reference_of_a_command_is_what_argparse_says(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option is hidden, and none is described that does not exist."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    with pytest.raises(SystemExit) as left, contextlib.redirect_stdout(io.StringIO()) as out:
+        parser().parse_args([*command.name.split(), "--help"])
+    assert left.value.code == 0
+    told = " ".join(out.getvalue().split())
+    assert command.summary in told
+    for option in command.arguments:
+        assert option.meaning in told
+    listed = re.findall(r"^  (-[-\w]+|[A-Z]+)\b", out.getvalue(), re.MULTILINE)
+    assert sorted(listed) == sorted(["-h", *(option.name for option in command.arguments)])
 
 
 def test_every_command_is_in_the_readme() -> None:
-    text = README.read_text()
-    for name, _, _ in reference.commands(parser(), "mapo"):
-        assert f"| `{name} " in text, name
+    spans = doc_names.spans(README.read_text())
+    for name in (f"mapo {command.name}" for command in COMMANDS):
+        assert any(span == name or span.startswith(f"{name} ") for span in spans), name
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len(README.read_text().splitlines()) < 130
+    (tree,) = (block for block in blocks(README, "") if block.startswith("pipelines/"))
+    assert len(tree.splitlines()) <= 20
 
 
 def test_every_key_has_a_meaning() -> None:
@@ -134,18 +158,16 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_every_page_is_reached_from_the_index() -> None:
     index = DOCS / "index.md"
     linked = {(DOCS / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text())}
-    assert {page for page in DOCS.rglob("*.md") if page != index} == linked
+    assert {page for page in DOCS.rglob("*.md") if page != index} == {page for page in linked if DOCS in page.parents}
 
 
 def test_the_tree_of_the_readme_is_the_tree() -> None:
     listed = list(listed_files())
-    absent = [path for path in listed if not (ROOT / path).exists()]
-    assert not absent
-    files = {
-        str(file.relative_to(ROOT)) for package in PACKAGES for file in (ROOT / package).rglob("*.py")
-        if file.name != "__init__.py"
-    }  # fmt: skip
-    assert {path for path in listed if path.endswith(".py")} == files
+    assert not [path for path in listed if not (ROOT / path).is_dir()]
+    rooms = {
+        f"{file.parent.relative_to(ROOT)}/" for package in PACKAGES for file in (ROOT / package).glob("*/__init__.py")
+    }
+    assert rooms <= set(listed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=title)
@@ -171,3 +193,78 @@ def test_the_demo_is_described_as_it_is_configured() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=title)
 def test_nothing_is_left_to_do(page: Path) -> None:
     assert "TODO" not in page.read_text()
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=title)
+def test_every_name_in_code_type_exists(page: Path) -> None:
+    """Paths, modules, commands, options, keys, and every single word, which must be in the code or known as foreign."""
+    text = page.read_text()
+    made_here = set(re.findall(r"\w+", "".join(FENCE.findall(text)))) if page == CONTRIBUTING else set()
+    assert [span for span in doc_names.spans(text) if not doc_names.is_sound(span) and span not in made_here] == []
+
+
+@pytest.mark.parametrize("page", OF_TODAY, ids=title)
+def test_every_command_and_import_in_code_blocks_exists(page: Path) -> None:
+    text = page.read_text()
+    wrong = {line: doc_names.problem_of_command(line) for line in doc_names.command_lines(text)}
+    assert {line: problem for line, problem in wrong.items() if problem} == {}
+    assert list(doc_names.missing_imports(text)) == []
+
+
+def test_names_of_every_kind_are_looked_at() -> None:
+    spans = [span for page in OF_TODAY for span in doc_names.spans(page.read_text())]
+    kinds = Counter(doc_names.kind_of(span) for span in spans)
+    least = {"command": 50, "error": 10, "file": 100, "key": 50, "metric": 10, "name": 10, "option": 50, "path": 20}
+    least |= {"setting": 30, "stored": 15, "word": 500}
+    assert {kind: kinds[kind] for kind, count in least.items() if kinds[kind] < count} == {}
+    assert sum(1 for page in OF_TODAY for _ in doc_names.command_lines(page.read_text())) >= 40
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "training/zero.py", "encode_plan.py", "pipelines.encode_plan", "pipelines.ingest.pending_units",
+        "mapo data tidy", "mapo run CONFIG --never", "make coffee", "--never", "train.learning_rat",
+        "-o train.learning_rat=1", "rats: 2", "NoSuchError", "runs/<name>/attic.json", "pending_unit",
+        "ray_mapo_nothing",
+    ],
+)  # fmt: skip
+def test_a_name_that_does_not_exist_is_found(span: str) -> None:
+    assert not doc_names.is_sound(span)
+
+
+def test_every_python_name_and_signature_is_as_documented() -> None:
+    text = PYTHON.read_text()
+    assert python_page.problems(text) == []
+    listed = python_page.entries(text)
+    assert len(listed) >= 60
+    assert sum(called is not None for _, _, called in listed) >= 55
+    assert {name for _, name, _ in listed} >= {f"{method}_loss" for method in METHODS}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("`pending_of(", "`pending_units("),
+        ("`PairReader.read(records)`", "`PairReader.pair(record)`"),
+        ('wanted="auto"', 'wanted="ema"'),
+        ("*, beta, gamma", "beta, gamma"),
+        ("its `folder`", "its `place`"),
+        ("`training.data.order`", "`training.order`"),
+    ],
+)
+def test_a_stale_entry_of_the_python_page_is_found(old: str, new: str) -> None:
+    text = PYTHON.read_text()
+    assert old in text
+    try:
+        assert python_page.problems(text.replace(old, new))
+    except ModuleNotFoundError:
+        assert new == "`training.order`"
+
+
+def test_the_python_page_computes_losses_as_it_says() -> None:
+    torch = pytest.importorskip("torch")
+    names = {"prediction": torch.rand(4, 4, 8, 8, requires_grad=True), "target": torch.rand(4, 4, 8, 8)}
+    for block in blocks(PYTHON, "python")[:2]:
+        exec(compile(block, PYTHON.name, "exec"), names)
+    assert names["prediction"].grad is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.geometry import bucket_list, choose_bucket
+from pipelines.encode.geometry import bucket_list, choose_bucket
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = DOCS / "images"
@@ -79,7 +79,7 @@ def test_the_sentences_say_what_the_functions_give(script: ModuleType, text: str
     widest, tallest = max(default, key=lambda each: each[1]), max(default)
     assert not any(side % 64 for each in default for side in each)
     assert (
-        f"has {len(default)} of them at {script.RESOLUTION}, multiples of 64 pixels "
+        f"has {len(default)} buckets at {script.RESOLUTION}, with sides in multiples of 64 pixels "
         f"from {times(widest)} to {times(tallest)}"
     ) in text
     pair, own_list = script.OWN_PAIR, script.OWN_LIST

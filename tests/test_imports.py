@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import __version__
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DATASET = sorted(f"pipelines.dataset.{file.stem}" for file in (ROOT / "pipelines" / "dataset").glob("[a-z]*.py"))
@@ -44,6 +46,11 @@ def test_help_answers_within_a_second() -> None:
         run(BIN / "mapo", "--help")
         times.append(time.monotonic() - started)
     assert min(times) < 1.0
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run(BIN / "mapo", "--version").stdout == f"mapo {__version__}\n"
+    assert loaded_by("orchestration") == loaded_by("mapo_entry") | {"orchestration"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["data", "show", "--help"]], ids=" ".join)

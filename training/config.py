@@ -1,12 +1,20 @@
 """Configuration of training, export and evaluation. Imports neither ray nor torch."""
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipelines.dataset.config import Config, Device, WorkerCount, worker_range
 from pipelines.dataset.errors import ConfigError
 from training.methods import NEEDS_REFERENCE, check_parameters, default_rate
+from training.tracking.backends import BACKENDS
+
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(BACKENDS)]
 
 Action = Literal["stop", "warn", "ignore"]
 NullPrompt = Literal["auto", "zeros", "empty"]
@@ -37,8 +45,8 @@ class EmaConfig(Config):
 class TroubleConfig(Config):
     """What a run does when its numbers go wrong."""
 
-    not_finite: Literal["stop"] = "stop"
-    """A loss that is no number always stops the run."""
+    not_finite: Literal["stop"] = Field("stop", json_schema_extra={"hidden": True})
+    """No setting: accepted for older configurations, and ignored."""
     error_explosion: Action = "stop"
     """The chosen error has grown to `max_error_ratio` times what it was at the start."""
     max_error_ratio: float = Field(5.0, gt=1.0)
@@ -53,7 +61,7 @@ class TroubleConfig(Config):
     """Steps after which a run that has learnt no preference is in trouble."""
 
 
-def _default_learning_rate(given: dict[str, Any]) -> float:
+def _default_learning_rate(given: Mapping[str, Any]) -> float:
     return default_rate(given.get("method", ""), with_adapters=given.get("lora") is not None).value
 
 
@@ -61,7 +69,7 @@ class TrainConfig(Config):
     """MaPO on DeepSpeed ZeRO."""
 
     method: str = "mapo_paper"
-    """A loss: mapo_paper, mapo_paper_linear, mapo, sft, dpo, ipo, simpo or orpo."""
+    """The loss, by its name in [Losses](#losses)."""
     loss: dict[str, float] = Field(default_factory=dict)
     """The method's own parameters; what is left out has the method's default."""
     labels: Literal["soft", "hard"] = "soft"
@@ -138,7 +146,7 @@ class TrainConfig(Config):
     """Steps between grids of samples from held-out prompts; none by default."""
     num_samples: int = Field(4, ge=1)
     """Samples of a grid."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where curves go beside the report; wandb and mlflow are configured by their own environment variables."""
     trouble: TroubleConfig = TroubleConfig()
     """What a run does when its numbers go wrong."""
@@ -170,7 +178,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def method_knows_its_parameters(self) -> Self:
-        """A wrong name is found before anything starts."""
+        """Check method and loss parameters before anything starts."""
         try:
             check_parameters(self.method, self.loss)
         except ConfigError as error:
@@ -179,7 +187,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def reference_is_where_the_round_starts(self) -> Self:
-        """With adapters switched off the reference would be the base, and not the model that a round goes on from."""
+        """Refuse adapters where the reference is the model that a round continues: switched off, they give the base."""
         if self.rounds == "continue" and self.lora is not None and self.method in NEEDS_REFERENCE:
             raise ValueError(
                 f"rounds: continue with method {self.method} and lora: the reference of a round is the model that it "
@@ -190,7 +198,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def batches_divide(self) -> Self:
-        """A global batch is a whole number of micro-batches, shared evenly by a fixed number of workers."""
+        """Require a global batch of whole micro-batches, shared evenly by a fixed number of workers."""
         _, most = self.worker_range
         is_fixed = isinstance(self.num_workers, int)
         share = self.micro_batch_size * (most if is_fixed else 1)
@@ -212,7 +220,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def offload_has_a_place(self) -> Self:
-        """NVMe needs a folder and ZeRO-3; 8-bit states stay where they are."""
+        """Require a folder and ZeRO-3 for NVMe, and no offload for 8-bit states."""
         if self.offload == "nvme" and (self.offload_path is None or self.zero_stage != 3):
             raise ValueError(
                 f"offload nvme needs zero_stage 3 and offload_path; they are {self.zero_stage} and {self.offload_path}"
@@ -235,6 +243,14 @@ class TrainConfig(Config):
     def loss_parameters(self) -> dict[str, float]:
         """All parameters of the method: the given ones over its defaults."""
         return check_parameters(self.method, self.loss)
+
+
+LATER_KEYS: Mapping[str, Any] = MappingProxyType(
+    {name: TrainConfig.model_fields[name].default for name in ("null_prompt", "flips", "prediction_type")}
+    | {"ema.warmup": EmaConfig.model_fields["warmup"].default}
+)
+"""Keys of `train` that came after there were trainings, with their defaults: at those they tell no training from an
+older one."""
 
 
 class ExportConfig(Config):

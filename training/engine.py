@@ -11,8 +11,10 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.values import JsonObject
 from training.config import TrainConfig
 from training.ops import leave_out_ops
+from training.run_progress import WorkerIdentity
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's default of 5e8 costs 2-3 GB a GPU; "auto" needs a hidden_size
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,34 +61,34 @@ class Engine:
         return int(self.unet.gradient_accumulation_steps())
 
     def set_learning_rate(self, rate: float) -> None:
-        """The schedule is ours: accelerate would step a scheduler once for each process."""
+        """Set the rate of this step: a scheduler of accelerate's would step once for each process."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, on the CPU; collective."""
+        """Return the sum over ranks, on the CPU; collective."""
         summed = values.to(self.device, copy=True)
         torch.distributed.all_reduce(summed)
         return summed.cpu()
 
-    def identity(self) -> dict[str, Any]:
-        """What this worker is, as the engine itself reports it; for the log and the report."""
+    def identity(self) -> WorkerIdentity:
+        """Describe this worker as the engine itself reports it; for the log and the report."""
         from ray.util import get_node_ip_address  # here, so that an engine can be had without Ray
 
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "pid": os.getpid(),
-            "node": get_node_ip_address(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "backend": torch.distributed.get_backend(),
-            "engine": type(self.unet).__name__,
-            "zero_stage": int(self.unet.zero_optimization_stage()),
-        }
+        return WorkerIdentity(
+            rank=self.rank,
+            world_size=self.world_size,
+            pid=os.getpid(),
+            node=get_node_ip_address(),
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            backend=torch.distributed.get_backend(),
+            engine=type(self.unet).__name__,
+            zero_stage=int(self.unet.zero_optimization_stage()),
+        )
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
-    """What the UNet computes in."""
+    """Return the type that the UNet computes in."""
     return DTYPES[config.precision]
 
 
@@ -95,16 +97,16 @@ def set_threads(sharers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, sharers)))
 
 
-def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Integers wherever "auto" would ask the model for a hidden size."""
-    zero: dict[str, Any] = {
+def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> JsonObject:
+    """Return DeepSpeed's own configuration, with integers wherever "auto" would ask the model for a hidden size."""
+    zero: JsonObject = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "contiguous_gradients": True,
         "overlap_comm": on_gpu,
     }
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
@@ -152,14 +154,15 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
-    """AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
+    """Build AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
-    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(trained, **settings)
-    return torch.optim.AdamW(trained, **settings, fused=on_gpu and config.offload == "none")
+        return AdamW8bit(trained, lr=rate, weight_decay=decay)
+    fused = on_gpu and config.offload == "none"
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 
 
 def set_gradient_checkpointing(unet: Any, wanted: bool | str) -> None:
@@ -198,7 +201,7 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
 
 
 def quiet_libraries() -> None:
-    """Leave our own lines readable."""
+    """Silence what libraries log below errors."""
     for name in ("DeepSpeed", "deepspeed", "accelerate", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("DeepSpeed")

@@ -19,8 +19,9 @@ from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.model_files import STABLE_DIFFUSION, read_family
 from pipelines.dataset.pair import TRAIN, VALIDATION, Status
 from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
 from training.config import EvaluateConfig
-from training.index import PREFERRED
+from training.data.index import PREFERRED
 
 BOOTSTRAP_RESAMPLES = 2000
 MAX_REFERENCES = 512  # pairs that scorers learn from
@@ -40,7 +41,7 @@ class Scorer(Protocol):
         ...
 
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        """One value a sample, 0..1."""
+        """Return one value a sample, 0..1."""
         ...
 
 
@@ -55,7 +56,7 @@ class References:
 
 
 def load_scorers(names: Sequence[str]) -> list[Scorer]:
-    """The scorers that `module:Class` names stand for.
+    """Load the scorers that `module:Class` names stand for.
 
     Raises:
         ConfigError: A name cannot be imported.
@@ -73,7 +74,7 @@ def load_scorers(names: Sequence[str]) -> list[Scorer]:
 
 
 def load_references(storage: Storage, version: int) -> References:
-    """Up to MAX_REFERENCES kept pairs of a snapshot, in key order: held-out ones, training ones if none is held out.
+    """Load up to MAX_REFERENCES kept pairs of a snapshot, in key order: of training if none is held out.
 
     Raises:
         SnapshotError: No pair is kept.
@@ -94,14 +95,14 @@ def load_references(storage: Storage, version: int) -> References:
     raise SnapshotError(f"{storage.url} has no kept pair to evaluate with", "`mapo data show` says why")
 
 
-def _stored_image(storage: Storage, row: dict[str, Any], side: int) -> Image.Image:
+def _stored_image(storage: Storage, row: JsonObject, side: int) -> Image.Image:
     place = (row["shard"], row[f"offset_{side}"], row[f"length_{side}"], row[f"image_{side}_sha256"])
     image = Image.open(io.BytesIO(storage.read_range(*place)))
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def sample_prompts(references: References, num_samples: int) -> list[str]:
-    """The distinct prompts of the references in turn, `num_samples` in all."""
+    """Return the distinct prompts of the references in turn, `num_samples` in all."""
     distinct = sorted(set(references.prompts))
     return [distinct[i % len(distinct)] for i in range(num_samples)]
 
@@ -153,7 +154,7 @@ class Sampler:
         self._config, self._resolution = config, resolution
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[bytes]:
-        """PNG bytes of one sample for each prompt and its seed."""
+        """Draw one sample for each prompt and its seed; return PNG bytes."""
         import torch
 
         result = self._pipeline(
@@ -175,8 +176,8 @@ def _png(image: Any) -> bytes:
 
 def score_samples(
     scorers: Sequence[Scorer], references: References, samples: dict[str, list[bytes]], prompts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Each scorer's mean and 95 % bootstrap interval for each model.
+) -> list[JsonObject]:
+    """Return each scorer's mean and 95 % bootstrap interval for each model.
 
     Args:
         scorers: Unfitted.
@@ -187,7 +188,7 @@ def score_samples(
     results = []
     for scorer in scorers:
         scorer.fit(references.chosen, references.rejected, references.prompts)
-        result: dict[str, Any] = {"name": scorer.name, "description": scorer.description}
+        result: JsonObject = {"name": scorer.name, "description": scorer.description}
         for model, images in samples.items():
             opened = [Image.open(io.BytesIO(png)).convert("RGB") for png in images]
             result[model] = bootstrap_interval(scorer.score(opened, list(prompts)))
@@ -196,7 +197,7 @@ def score_samples(
 
 
 def bootstrap_interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean with its 95 % percentile bootstrap interval over samples; the same values give the same interval."""
+    """Return the mean with its 95 % percentile bootstrap interval over samples; equal values, equal interval."""
     array = np.asarray(values, dtype=np.float64)
     draws = np.random.default_rng(0).integers(0, len(array), (BOOTSTRAP_RESAMPLES, len(array)))
     low, high = np.percentile(array[draws].mean(axis=1), [2.5, 97.5])

@@ -9,16 +9,21 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import Reader, committed, read_parameters
 from training.config import ExportConfig, LoraConfig
-from training.ema import EMA
-from training.zero import WEIGHT
+from training.state.checkpoint_format import Reader, list_checkpoints, read_parameters
+from training.state.ema import EMA
+from training.state.zero import WEIGHT
 
+if TYPE_CHECKING:
+    import numpy as np
+
+Weights = dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]
+"""Trained parameters by name, whole."""
 UNET, VAE, LORA = "unet", "vae", "lora"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STEM = "diffusion_pytorch_model"
@@ -27,7 +32,7 @@ LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it goes o
 
 
 def marker(config: ExportConfig) -> str:
-    """The file that is written last: with it the exported folder is complete."""
+    """Return the file that is written last: with it the exported folder is complete."""
     return MODEL_INDEX if config.parts == "pipeline" else f"{UNET}/config.json"
 
 
@@ -68,7 +73,7 @@ def export_model(
     config = config or ExportConfig()
     weights = read_weights(storage, checkpoint, config.weights)
     with tempfile.TemporaryDirectory(prefix="mapo-export-") as work:
-        exported, apart = Path(work) / "model", Path(work) / "last"
+        exported = Path(work) / "model"
         exported.mkdir()
         if config.parts == "pipeline":
             _copy_pipeline(source, exported)
@@ -77,23 +82,35 @@ def export_model(
         (exported / "README.md").write_text(card)
         for name, data in (beside or {}).items():
             (exported / name).write_bytes(data)
-        last = exported / marker(config)
-        last.rename(apart)
-        for each in (MODEL_INDEX, f"{UNET}/config.json"):
-            storage.delete(f"{target}/{each}")
-        storage.upload_folder(target, exported)
-        written = {f"{target}/{file.relative_to(exported).as_posix()}" for file in exported.rglob("*")}
-        for name in storage.names(target):
-            if name not in written:
-                storage.delete(name)
-        storage.upload(f"{target}/{marker(config)}", apart)
+        _replace(storage, target, exported, last=marker(config))
         if config.push_to_hub is not None:
-            apart.rename(last)
             push(exported, config.push_to_hub)
 
 
-def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> dict[str, Any]:
-    """The trained parameters of a checkpoint by name, whole, float32 numpy arrays.
+def _replace(storage: Storage, target: str, exported: Path, *, last: str) -> None:
+    """Let a folder of the storage hold the exported files and no others.
+
+    Args:
+        storage: Where the target lies.
+        target: The folder.
+        exported: The files, locally.
+        last: The file that is written last and removed first.
+    """
+    for each in (MODEL_INDEX, f"{UNET}/config.json"):
+        storage.delete(f"{target}/{each}")
+    found = [file for file in sorted(exported.rglob("*")) if file.is_file()]
+    files = {f"{target}/{file.relative_to(exported).as_posix()}": file for file in found}
+    marked = files.pop(f"{target}/{last}")
+    for name, file in files.items():
+        storage.upload(name, file)
+    for name in storage.names(target):
+        if name not in files:
+            storage.delete(name)
+    storage.upload(f"{target}/{last}", marked)
+
+
+def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> Weights:
+    """Read the trained parameters of a checkpoint: whole float32 numpy arrays by name.
 
     Args:
         storage: Where it is.
@@ -108,7 +125,7 @@ def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> dic
     import numpy as np
 
     parent = checkpoint.rpartition("/")[0]
-    manifest = next((each for each in committed(storage, parent) if each.folder == checkpoint), None)
+    manifest = next((each for each in list_checkpoints(storage, parent) if each.folder == checkpoint), None)
     if manifest is None:
         raise ModelError(f"there is no whole checkpoint {storage.uri(checkpoint)}", LOST_HINT)
     try:
@@ -133,7 +150,7 @@ def _check_finite(broken: list[str], total: int, where: str = "") -> None:
 
 
 def _copy_pipeline(source: ModelSource, exported: Path) -> None:
-    """All of the base but its UNet; of weights only those that are read."""
+    """Copy all of the base but its UNet; of weights only those that are read."""
     base = source.folder()
     unread = shutil.ignore_patterns(".*", "README.md", "*.safetensors*", *IGNORED, *PICKLES)
     files = {file.name for file in base.iterdir() if file.is_file()}
@@ -160,7 +177,7 @@ def correct_schedule(file: Path, prediction_type: str | None) -> None:
 
 
 def _copy_part(part: Path, target: Path, variant: str | None) -> None:
-    """A part with its weights under plain names; one that has them as pickles alone keeps them so."""
+    """Copy a part with its weights under plain names; pickles stay where there is nothing else."""
     is_safe = any(part.glob("*.safetensors"))
     shutil.copytree(part, target, ignore=shutil.ignore_patterns(".*", *IGNORED, *(PICKLES if is_safe else ())))
     if is_safe:
@@ -185,8 +202,8 @@ def _give_plain_names(part: Path, stem: str, variant: str | None) -> None:
         single.rename(part / f"{stem}.safetensors")
 
 
-def _save_unet(source: ModelSource, weights: dict[str, Any], lora: LoraConfig | None, exported: Path) -> None:
-    """The base's UNet with the trained weights, in the type in which it is stored; adapters are merged, and saved too.
+def _save_unet(source: ModelSource, weights: Weights, lora: LoraConfig | None, exported: Path) -> None:
+    """Save the base's UNet with the trained weights, in the stored type; merge adapters, and save them too.
 
     Args:
         source: The base pipeline.
@@ -227,7 +244,7 @@ def _save_unet(source: ModelSource, weights: dict[str, Any], lora: LoraConfig | 
 
 
 def _save_adapters(unet: Any, folder: Path) -> None:
-    """The adapters by themselves, float32, with their scale; the same file for pipelines of every family.
+    """Save the adapters by themselves, float32, with their scale; one file for pipelines of every family.
 
     Under peft's names: diffusers' conversion knows those of attention alone, and cannot load a mixture of the two.
     """
@@ -242,7 +259,7 @@ def _save_adapters(unet: Any, folder: Path) -> None:
 
 
 def _stored_dtype(part: Path, variant: str | None) -> Any:
-    """The type in which a model's weights lie on disk."""
+    """Return the type of a model's weights on disk."""
     from safetensors import safe_open
 
     files = weight_files(part, STEM, variant)

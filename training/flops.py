@@ -70,7 +70,7 @@ def pair_flops(
     gradient_checkpointing: bool | str,
     lora: LoraConfig | None,
 ) -> Flops:
-    """The arithmetic of training on one pair: both images, forward and backward. Counted once for each shape.
+    """Count the arithmetic of training on one pair, forward and backward of both images; once for each shape.
 
     Takes seconds the first time for SDXL, and neither memory nor the GPU.
 
@@ -145,7 +145,7 @@ def _count(unet: Any, height: int, width: int, tokens: int, *, backward: bool) -
 
 
 def peak_flops(device_name: str, precision: str, override_tflops: float | None) -> float | None:
-    """Operations a second of one device at its best; None if they are not known, as of a CPU or a part of a GPU.
+    """Return the peak operations a second of one device; None if unknown, as of a CPU or a part of a GPU.
 
     Args:
         device_name: As `torch.cuda.get_device_name` gives it.

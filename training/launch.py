@@ -11,25 +11,25 @@ from typing import Any
 import pyarrow.fs as pa_fs
 import ray
 import ray.train
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.dataset.errors import ClusterError, MapoError, TrainingError, unwrap
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
+from pipelines.dataset.ray_thread import RayThread
 from pipelines.dataset.storage import Storage
-from pipelines.room import total_of
-from pipelines.waiting import Lack, Wait
-from training.account import Consumed
-from training.checkpoint_format import Manifest, Reader, best_of, committed
+from pipelines.dataset.values import JsonObject
+from training.early_exit import new_flag
+from training.run_progress import RunProgress
 from training.spec import TrainSpec
-from training.stop_request import WAITS_IN_RAY, new_flag
+from training.state.checkpoint_format import Manifest, Reader, best_of, list_checkpoints
+from training.tracking.account import ConsumedPairs
 
 POLL_S = 1.0
 
-Progress = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What training left behind.
 
     Args:
@@ -47,13 +47,18 @@ class Trained:
     best_checkpoint: str
     best_average_checkpoint: str
     steps: int
-    history: dict[str, Any]
-    workers: list[dict[str, Any]]
+    history: JsonObject
+    workers: list[JsonObject]
     digest: str
     starts: int
 
 
-def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
+def train(
+    spec: TrainSpec,
+    watch: Callable[[RunProgress], None],
+    *,
+    wait_for_gpus: Callable[[bool], None] = lambda has_begun: None,
+) -> TrainingResult:
     """Train on `num_workers` Ray Train workers until `max_steps`; needs a running Ray.
 
     A run that was interrupted goes on from its last checkpoint; so do workers that die, up to `max_failures` times.
@@ -61,10 +66,12 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     Args:
         spec: The run.
         watch: Called about once a second with the run's progress.
+        wait_for_gpus: Called about once a second while workers on GPUs train, or are to, with whether they have begun.
+            Raises ClusterError where the GPUs of `device: gpu` do not come; by default they are waited for without end.
 
     Raises:
         TrainingError: The cluster is too small, or the workers failed too often.
-        ClusterError: The GPUs of `device: gpu` did not come.
+        ClusterError: As `wait_for_gpus` raises it.
         KeyboardInterrupt: As it was raised in this thread, after the workers have written a checkpoint and ended.
     """
     quiet_ray_train(spec)
@@ -73,12 +80,11 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
     trainer = _trainer(spec, flag, use_gpu=use_gpu)
     spec.storage.delete(spec.stop_file)
     progress, fit = _ProgressFile(spec, watch), _Fit(trainer)
-    first_workers, later_workers = wait_for_gpus(spec), wait_for_gpus(spec, has_begun=True)
     try:
         while not fit.is_over(POLL_S):
             progress.look()
             if use_gpu:
-                (later_workers if progress.has_begun else first_workers).look()
+                wait_for_gpus(progress.has_begun)
         progress.look()
     except ClusterError as error:  # Ray Train still asks for workers: nobody may begin this training beside it
         error.ends_process = True
@@ -90,20 +96,20 @@ def train(spec: TrainSpec, watch: Callable[[Progress], None]) -> Trained:
             fit.wait()
         raise
     if fit.error is not None:
-        raise _as_ours(fit.error, spec) from fit.error
+        raise _own_error(fit.error, spec) from fit.error
     if spec.storage.exists(spec.stop_file):
         raise TrainingError(*json.loads(spec.storage.read(spec.stop_file)))
-    manifests = committed(spec.storage, spec.checkpoints)
+    manifests = list_checkpoints(spec.storage, spec.checkpoints)
     if not manifests or manifests[-1].step < spec.config.max_steps:
         raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")
     return read_checkpoint(spec.storage, manifests)
 
 
 def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
-    """Ray Train's side: as many workers as configured, or as there is room for within a range."""
+    """Build Ray Train's side: as many workers as configured, or as there is room for within a range."""
     least, most = spec.config.worker_range
     storage_path, filesystem = _ray_storage(spec)
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config={"spec": spec, "stop_flag": flag},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=spec.config.collective_timeout_s),
@@ -119,32 +125,32 @@ def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
 
 
 def _work(work: dict[str, Any]) -> None:
-    """On each worker. What trains is imported there: driver and controller need neither diffusers nor DeepSpeed."""
+    """Train on a worker. What trains is imported here: driver and controller need neither diffusers nor DeepSpeed."""
     from training.worker import train_worker
 
     train_worker(work)
 
 
-def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> Trained:
-    """What the newest of a run's checkpoints says about it."""
+def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> TrainingResult:
+    """Read what the newest of a run's checkpoints says about it."""
     reader, best = Reader(storage, manifests[-1]), best_of(manifests)
     best_average = best_of(manifests, of_average=True) or best
-    return Trained(
+    return TrainingResult(
         checkpoint=manifests[-1].folder,
         best_checkpoint=best.folder if best else manifests[-1].folder,
         best_average_checkpoint=best_average.folder if best_average else manifests[-1].folder,
         steps=manifests[-1].step,
         history=reader.state["history"],
         workers=reader.ranks,
-        digest=Consumed.sum(reader.ranks).digest,
+        digest=ConsumedPairs.sum(reader.ranks).digest,
         starts=reader.state["starts"],
     )
 
 
 def check_cluster(spec: TrainSpec) -> bool:
-    """Whether to use GPUs; a cluster that can never hold the workers is an error now, not a wait for ever.
+    """Return whether to use GPUs; a cluster that can never hold the workers is an error now, not an endless wait.
 
-    With `device: gpu` nodes may still come: see `wait_for_gpus`.
+    With `device: gpu` nodes may still come: see `train`.
     """
     resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
     if spec.config.device == "gpu":
@@ -166,45 +172,14 @@ def check_cluster(spec: TrainSpec) -> bool:
     return False
 
 
-def wait_for_gpus(spec: TrainSpec, *, has_begun: bool = False) -> Wait:
-    """Return the wait for as many GPUs as the workers need at least: Ray Train asks for them without end.
-
-    Args:
-        spec: The run.
-        has_begun: Workers were there and have lost nodes, which may come back: `start_timeout_s`, or its default.
-    """
-    wanted, _ = spec.config.worker_range
-
-    def find_lack() -> Lack | None:
-        there = int(total_of("GPU", {}))
-        if there >= wanted:
-            return None
-        found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, and training asks for {wanted}"
-        return Lack(f"{found}; waiting for {wanted - there} more", found)
-
-    is_set = has_begun or "start_timeout_s" in spec.config.model_fields_set
-    timeout_s = spec.config.start_timeout_s if is_set else None
-    way_out = "add GPU nodes, lower `train.num_workers` (a range such as 2..8 takes what there is), or set "
-    way_out += "`train.device: cpu`; `train.start_timeout_s` allows a longer wait"
-    in_use = None if has_begun else "waiting for free GPUs"
-    return Wait("train", find_lack, in_use, timeout_s=timeout_s, way_out=way_out, is_waiting=_has_pending_workers)
-
-
-def _has_pending_workers() -> bool:
-    """Whether a group of workers of this process waits in Ray for resources."""
-    job = ray.get_runtime_context().get_job_id()
-    groups = ray.util.placement_group_table().values()  # an id ends with its job's
-    return any(group["state"] == "PENDING" and group["placement_group_id"].endswith(job) for group in groups)
-
-
 def quiet_ray_train(spec: TrainSpec) -> None:
-    """Ray Train's own lines go to its log files; ours say what matters."""
+    """Send Ray Train's own lines to its log files; ours say what matters."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.config.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
 def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
-    """Where Ray Train keeps its own notes: through our own file system unless it is a plain folder."""
+    """Return where Ray Train keeps its own notes: through our own file system unless it is a plain folder."""
     storage = spec.storage
     parent = f"{spec.folder}/ray_train"
     if storage.is_local:
@@ -212,8 +187,8 @@ def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
     return storage.path(parent), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(storage.fs))
 
 
-def _as_ours(error: Exception, spec: TrainSpec) -> MapoError:
-    """Our own error out of a worker if there is one, else what failed in one line."""
+def _own_error(error: Exception, spec: TrainSpec) -> MapoError:
+    """Return our own error out of a worker if there is one, else what failed in one line."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         if (ours := unwrap(failure)) is not None:
@@ -225,8 +200,22 @@ def _as_ours(error: Exception, spec: TrainSpec) -> MapoError:
     where = "" if rank is None else f" on rank {rank}, after {spec.config.max_failures} restarts"
     return TrainingError(
         f"training failed{where}: {lines[-1]}",
-        "run the same command again to go on from the last checkpoint; `--debug` shows the workers' traceback",
+        "rerun the same command to resume from the last checkpoint; `--debug` shows the workers' traceback",
     )
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray ships no types
+    """Ray Train's trainer, without its cleaner of placement groups on a Ray that has no dashboard.
+
+    The cleaner asks the dashboard whether the driver's controller still lives. Without one it never learns it, and
+    every training of less than 40 s waits another 12 s for its question at the end.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if _internal_kv_get(b"webui:url", namespace=b"dashboard"):
+            return callbacks
+        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
 
 
 class _Fit:
@@ -237,7 +226,7 @@ class _Fit:
         self.error: Exception | None = None
         # An event and no join: Python 3.11 takes a thread for ended once a signal has interrupted its join.
         self._over = threading.Event()
-        threading.Thread(target=self._run, name=WAITS_IN_RAY, daemon=True).start()
+        RayThread(self._run, "ray-train").start()
 
     def _run(self) -> None:
         try:
@@ -248,36 +237,36 @@ class _Fit:
             self._over.set()
 
     def is_over(self, wait_s: float) -> bool:
-        """Whether it has ended, after so many seconds at most."""
+        """Return whether it has ended, after so many seconds at most."""
         return self._over.wait(wait_s)
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until it has ended."""
         self._over.wait()
 
 
 class _ProgressFile:
     """What the workers write of the run's progress, once it is of this run of them."""
 
-    def __init__(self, spec: TrainSpec, watch: Callable[[Progress], None]) -> None:
+    def __init__(self, spec: TrainSpec, watch: Callable[[RunProgress], None]) -> None:
         self._spec, self._watch = spec, watch
         before = self._read()  # what an interrupted run left
-        self._old = before and before["started_at"]
+        self._old = before and before.started_at
         self.has_begun = False
 
-    def _read(self) -> Progress | None:
+    def _read(self) -> RunProgress | None:
         name = f"{self._spec.folder}/progress.json"
         try:
             if not self._spec.storage.exists(name):
                 return None
-            progress: Progress = json.loads(self._spec.storage.read(name))
-        except MapoError:
+            progress = RunProgress.parse(self._spec.storage.read(name))
+        except (MapoError, ValueError):
             return None  # a missed look at the progress is no failure of the training
-        return progress if progress["key"] == self._spec.key else None
+        return progress if progress.key == self._spec.key else None
 
     def look(self) -> None:
         """Hand on the newest progress, if there is any of this run."""
         progress = self._read()
-        if progress is not None and progress["started_at"] != self._old:
+        if progress is not None and progress.started_at != self._old:
             self.has_begun = True
             self._watch(progress)

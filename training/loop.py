@@ -1,54 +1,95 @@
 """The training loop of one rank. Read it in one sitting: step, measure, validate, checkpoint."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipelines.dataset.errors import TrainingError
-from training.account import Consumed
-from training.checkpoint import Checkpointer, gather_parts
 from training.config import NullPrompt
-from training.ema import ShardedEma
+from training.data.loader import Batch, PairLoader, PairReader
+from training.data.order import noise_seed
+from training.early_exit import Notice, StopRequest
 from training.engine import Engine
-from training.loader import Batch, PairLoader, PairReader
 from training.losses import PairLoss
-from training.metrics import NUM_SUMS, History, means_of, pair_sums
+from training.methods import METHODS
 from training.model import Denoiser
-from training.order import noise_seed
-from training.preemption import Notice
 from training.samples import SampleGrid
 from training.schedule import learning_rate_at
 from training.spec import TrainSpec
-from training.stop_request import StopRequest
-from training.trouble import Watch
+from training.state.checkpoint import Checkpointer, gather_parts
+from training.state.ema import ShardedEma
+from training.state.zero import ZeroState
+from training.tracking.account import ConsumedPairs
+from training.tracking.anomalies import Watch
+from training.tracking.metrics import NUM_SUMS, History, means_of, pair_sums
+from training.tracking.progress import ProgressReporter, Speed
 from training.validation import Validation
-from training.workers import Progress, Speed
-from training.zero import ZeroState
 
 Turn = tuple[int, int, float]
 """step, slot, weight of the slot's mean loss."""
+Turns = Iterator[tuple[Turn, Batch]]
+"""This rank's micro-batches, in training order."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What noise, timesteps and dropped prompts are drawn with: functions of (seed, step, slot) alone."""
+
+    seed: int
+    reader: PairReader
+    num_train_timesteps: int
+    prompt_dropout: float
+    null_prompt: NullPrompt
+
+    def draw(self, batch: Batch, *, step: int, slot: int) -> tuple[Tensor, Tensor, Batch]:
+        """Draw for one micro-batch; see `draw_with`.
+
+        The global generators are seeded too, so that whatever else draws (dropout in an adapter) is as exact.
+        """
+        seed = noise_seed(self.seed, step, slot)
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        return draw_with(generator, batch, self.reader, self.num_train_timesteps, self.prompt_dropout, self.null_prompt)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What changes weights in a step."""
+
+    engine: Engine
+    denoiser: Denoiser
+    loss_of: PairLoss
+    draws: Draws
+    ema: ShardedEma | None
+
+
+@dataclass(frozen=True)
+class Saver:
+    """What a checkpoint is written with, beside the history and the account of consumed pairs."""
+
+    spec: TrainSpec
+    engine: Engine
+    state: ZeroState
+    ema: ShardedEma | None
+    checkpointer: Checkpointer
+    starts: int
 
 
 @dataclass(frozen=True)
 class Loop:
-    """All that a rank trains with; see training/worker.py for how it is made."""
+    """All that a rank trains with; see training/worker.py for how it is made. Only `run` sees the whole of it."""
 
     spec: TrainSpec
-    engine: Engine
-    denoiser: Denoiser
-    state: ZeroState
-    ema: ShardedEma | None
-    loss_of: PairLoss
+    learner: Learner
     loader: PairLoader[Turn]
-    reader: PairReader
     validation: Validation
-    checkpointer: Checkpointer
     samples: SampleGrid | None
-    progress: Progress
+    saver: Saver
+    progress: ProgressReporter
     history: History
-    consumed: Consumed
+    consumed: ConsumedPairs
     stop_request: StopRequest
 
 
@@ -58,87 +99,73 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     Returns:
         What went wrong, on every rank alike, if that ended the run; None if all went well, or the driver asked to stop.
     """
-    config, history, step = loop.spec.config, loop.history, first_step
+    config, history, learner, step = loop.spec.config, loop.history, loop.learner, first_step
     batches, notice = iter(loop.loader), Notice()
-    watch = Watch(config.trouble, history.steps, learns_preference=config.method != "sft")
-    speed = Speed(loop.spec, loop.engine, dict(loop.denoiser.base.unet.config))
+    watch = Watch(config.trouble, history.steps, learns_preference=METHODS[config.method].learns_preference)
+    speed = Speed(loop.spec, learner.engine, dict(learner.denoiser.base.unet.config))
     with (
-        loop.progress.writer(enabled=loop.engine.is_first, history=history) as show,
+        loop.progress.writer(enabled=learner.engine.is_first, history=history) as show,
         loop.stop_request.watching(),
-        loop.checkpointer.closing(),
+        loop.saver.checkpointer.closing(),
     ):
         if step == 0:
-            validate(loop, step)
-            sample(loop, step)
+            validate(loop.validation, learner.loss_of, history, step)
+            sample(loop.samples, loop.progress, step)
         while step < config.max_steps:
             speed.start(waited_s=loop.loader.waited_s)
-            sums = optimizer_step(loop, step, batches, speed)
+            sums = optimizer_step(learner, batches, speed, loop.consumed, step)
             step += 1
-            metrics = step_metrics(loop, sums, speed, step=step)
+            times = speed.stop(waited_s=loop.loader.waited_s)
+            metrics = step_metrics(learner.engine, sums, times, loop.stop_request, speed, step=step)
             history.steps.append(metrics)
             try:
                 loop.progress.warn(watch.see(metrics), step=step)
             except TrainingError as stop:  # a decision of all ranks, which another start would only repeat
                 return stop
-            is_last = step == config.max_steps
-            if step % config.validate_every == 0 or is_last:
-                validate(loop, step)
-            if config.sample_every and (step % config.sample_every == 0 or is_last):
-                sample(loop, step)
+            if is_due(step, config.validate_every, config.max_steps):
+                validate(loop.validation, learner.loss_of, history, step)
+            if is_due(step, config.sample_every, config.max_steps):
+                sample(loop.samples, loop.progress, step)
             show(history)
             is_leaving = notice.has_come(metrics["step_s"]) or loop.stop_request.is_agreed
-            if step % config.checkpoint_every == 0 or is_last or is_leaving:
-                checkpoint(loop, step)
+            if is_leaving or is_due(step, config.checkpoint_every, config.max_steps):
+                checkpoint(loop.saver, history, loop.consumed, step)
             if is_leaving:
-                loop.checkpointer.wait()  # the node may be gone at any moment
+                loop.saver.checkpointer.wait()  # the node may be gone at any moment
             if loop.stop_request.is_agreed:
                 break
     return None
 
 
-def optimizer_step(loop: Loop, step: int, batches: Any, speed: Speed) -> Tensor:
-    """One step over this rank's micro-batches; its sums of metrics, on the engine's device.
+def is_due(step: int, every: int | None, max_steps: int) -> bool:
+    """Return whether what is done every so many steps and after the last one is due; never if `every` is 0 or None."""
+    return every is not None and every > 0 and (step % every == 0 or step == max_steps)
+
+
+def optimizer_step(learner: Learner, batches: Turns, speed: Speed, consumed: ConsumedPairs, step: int) -> Tensor:
+    """Train one step on this rank's micro-batches; return its sums of metrics, on the engine's device.
 
     The loss of a micro-batch is weighed so that the gradient is that of the mean over the whole global batch.
     """
-    engine, spec = loop.engine, loop.spec
-    engine.set_learning_rate(learning_rate_at(step, spec.config))
+    engine, denoiser = learner.engine, learner.denoiser
+    engine.set_learning_rate(learning_rate_at(step, engine.config))
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=engine.device)
     for _ in range(engine.accumulation_steps):
         (_, slot, weight), batch = next(batches)
-        noise, timesteps, batch = draw(batch, loop, step=step, slot=slot)
+        noise, timesteps, batch = learner.draws.draw(batch, step=step, slot=slot)
         with engine.accelerator.accumulate(engine.unet):
-            errors = loop.denoiser.errors(batch, noise, timesteps)
-            losses = loop.loss_of(errors, batch.preference_B)
+            errors = denoiser.errors(batch, noise, timesteps)
+            losses = learner.loss_of(errors, batch.preference_B)
             engine.accelerator.backward(weight * losses.mean())
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         if weight:
-            sums += pair_sums(
-                losses.detach(), errors, batch.preference_B, timesteps, loop.denoiser.base.num_train_timesteps
-            )
+            sums += pair_sums(losses.detach(), errors, batch.preference_B, timesteps, denoiser.base.num_train_timesteps)
             speed.count(batch)
-            loop.consumed.add(step, slot, (record.pair_key for record in batch.records))
-    if loop.ema is not None:
-        loop.ema.update(step)
+            consumed.add(step, slot, (record.pair_key for record in batch.records))
+    if learner.ema is not None:
+        learner.ema.update(step)
     return sums
-
-
-def draw(batch: Batch, loop: Loop, *, step: int, slot: int) -> tuple[Tensor, Tensor, Batch]:
-    """Noise, timesteps and dropped prompts of one micro-batch: a function of (seed, step, slot) alone.
-
-    The global generators are seeded from it too, so that whatever else draws (dropout in an adapter) is as exact.
-    """
-    seed = noise_seed(loop.spec.seed, step, slot)
-    torch.manual_seed(seed)
-    return draw_with(
-        torch.Generator().manual_seed(seed),
-        batch,
-        loop.reader,
-        loop.denoiser.base.num_train_timesteps,
-        loop.spec.config.prompt_dropout,
-        loop.spec.config.null_prompt,
-    )
 
 
 def draw_with(
@@ -149,7 +176,7 @@ def draw_with(
     prompt_dropout: float,
     null_prompt: NullPrompt = "auto",
 ) -> tuple[Tensor, Tensor, Batch]:
-    """Noise (B, C, H, W), timesteps (B,), and the batch with dropped prompts, the same for both images of a pair."""
+    """Draw noise (B, C, H, W), timesteps (B,) and dropped prompts, the same for both images of a pair."""
     shape = batch.chosen_BCHW.shape
     noise = torch.randn(tuple(shape), generator=generator)
     timesteps = torch.randint(0, num_train_timesteps, (shape[0],), generator=generator)
@@ -165,19 +192,29 @@ def draw_with(
 
 
 def dropped_prompt(batch: Batch, reader: PairReader, null_prompt: NullPrompt) -> tuple[Tensor, Tensor | None]:
-    """What a dropped prompt becomes: embeddings (S, D) and pooled (P,), if the base has them."""
+    """Return what a dropped prompt becomes: embeddings (S, D) and pooled (P,), if the base has them."""
     if null_prompt == "zeros":
         pooled = batch.pooled_BP
         return torch.zeros_like(batch.prompt_embeds_BSD[0]), None if pooled is None else torch.zeros_like(pooled[0])
     return reader.empty_conditioning if null_prompt == "empty" else reader.null_conditioning
 
 
-def step_metrics(loop: Loop, sums: Tensor, speed: Speed, *, step: int) -> dict[str, float]:
-    """The step's numbers over the whole global batch, the same on every rank; collective."""
-    engine = loop.engine
-    asked = sums.new_tensor([loop.stop_request.seen])
-    total = engine.sum(torch.cat([sums, speed.stop(waited_s=loop.loader.waited_s).to(sums.device), asked]))
-    loop.stop_request.is_agreed = bool(total[-1])
+def step_metrics(
+    engine: Engine, sums: Tensor, times: Tensor, stop_request: StopRequest, speed: Speed, *, step: int
+) -> dict[str, float]:
+    """Return the numbers of a finished step over the whole global batch, the same on every rank; collective.
+
+    Args:
+        engine: Which adds up over the ranks.
+        sums: From `optimizer_step`.
+        times: From `speed.stop`.
+        stop_request: Learns whether the ranks agree to stop.
+        speed: Reads the sum of `times`.
+        step: Finished steps.
+    """
+    asked = sums.new_tensor([stop_request.seen])
+    total = engine.sum(torch.cat([sums, times.to(sums.device), asked]))
+    stop_request.is_agreed = bool(total[-1])
     return {
         "step": step,
         **means_of(total[:NUM_SUMS]),
@@ -188,32 +225,32 @@ def step_metrics(loop: Loop, sums: Tensor, speed: Speed, *, step: int) -> dict[s
     }
 
 
-def validate(loop: Loop, step: int) -> None:
+def validate(validation: Validation, loss_of: PairLoss, history: History, step: int) -> None:
     """Measure the held-out pairs; collective."""
-    if metrics := loop.validation.measure(loop.loss_of):
-        loop.history.validations.append({"step": step, **metrics})
+    if metrics := validation.measure(loss_of):
+        history.validations.append({"step": step, **metrics})
 
 
-def sample(loop: Loop, step: int) -> None:
+def sample(samples: SampleGrid | None, progress: ProgressReporter, step: int) -> None:
     """Draw samples from held-out prompts, if that is wanted; collective."""
-    if loop.samples is not None and (grid := loop.samples.draw(step)) is not None:
-        loop.progress.picture("samples", grid, step=step)
+    if samples is not None and (grid := samples.draw(step)) is not None:
+        progress.picture("samples", grid, step=step)
 
 
-def checkpoint(loop: Loop, step: int) -> None:
+def checkpoint(saver: Saver, history: History, consumed: ConsumedPairs, step: int) -> None:
     """Start to write a checkpoint of `step` finished steps."""
-    spec, history = loop.spec, loop.history
+    spec = saver.spec
     newest = history.validations[-1] if history.validations else {}
     state = {
         "key": spec.key,
         "step": step,
         "seed": spec.seed,
-        "starts": loop.progress.starts,
-        "num_adam_steps": loop.state.num_steps(),
-        "loss_scale": loop.state.loss_scale(),
+        "starts": saver.starts,
+        "num_adam_steps": saver.state.num_steps(),
+        "loss_scale": saver.state.loss_scale(),
         "validation_loss": newest.get("loss"),
         "average_validation_loss": newest.get("average_loss"),
         "history": history.to_dict(),
     }
-    account = loop.consumed.to_dict() | loop.engine.identity()
-    loop.checkpointer.save(step, gather_parts(loop.state, loop.ema), account=account, state=state)
+    account = consumed.to_dict() | asdict(saver.engine.identity())
+    saver.checkpointer.save(step, gather_parts(saver.state, saver.ema), account=account, state=state)

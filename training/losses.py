@@ -38,11 +38,11 @@ class PairErrors:
         _check_pairs(**{name: error for name, error in vars(self).items() if error is not None})
 
     def swapped(self) -> "PairErrors":
-        """The same pairs with the other image preferred."""
+        """Return the same pairs with the other image preferred."""
         return PairErrors(self.rejected, self.chosen, self.ref_rejected, self.ref_chosen)
 
     def where(self, is_kept: Tensor, other: "PairErrors") -> "PairErrors":
-        """These errors where `is_kept`, those of `other` elsewhere."""
+        """Return these errors where `is_kept`, those of `other` elsewhere."""
 
         def choose(mine: Tensor | None, others: Tensor | None) -> Tensor | None:
             return None if mine is None or others is None else torch.where(is_kept, mine, others)
@@ -68,7 +68,7 @@ def mapo_loss(
     snr: Number,
     num_train_timesteps: int,
 ) -> Float[Tensor, " pair"]:
-    """Per-pair MaPO loss as in the released code; the caller averages over the global batch.
+    """Compute the per-pair MaPO loss as in the released code; the caller averages over the global batch.
 
     loss = mse_chosen - beta * logsigmoid(T * (phi(snr * mse_chosen) - phi(snr * mse_rejected)))
     phi(x) = x / (e^x - 1): 1 for a perfect prediction, towards 0 as the error grows.
@@ -94,7 +94,7 @@ def mapo_loss(
 def mapo_paper_loss(
     mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
 ) -> Float[Tensor, " pair"]:
-    """Per-pair MaPO loss as in the paper; not a reparametrisation of `mapo_loss`.
+    """Compute the per-pair MaPO loss as in the paper; not a reparametrisation of `mapo_loss`.
 
     loss = mse_chosen - (1 / beta) * logsigmoid(phi(mse_chosen)^beta - phi(mse_rejected)^beta)
     phi(x)^beta is computed as e^(beta * log phi(x)), so that beta 1024 neither overflows nor loses digits.
@@ -145,7 +145,7 @@ def mapo_paper_linear_loss(
 
 
 def sft_loss(mse_chosen: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """Plain fine-tuning on the chosen image: the denoising error itself.
+    """Return the denoising error itself: plain fine-tuning on the chosen image.
 
     Raises:
         ValueError: The input is not 1-D or not float32.
@@ -162,7 +162,7 @@ def dpo_loss(
     *,
     beta: Number,
 ) -> Float[Tensor, " pair"]:
-    """Per-pair Diffusion-DPO loss, the baseline that needs a frozen reference model.
+    """Compute the per-pair Diffusion-DPO loss, the baseline that needs a frozen reference model.
 
     loss = -logsigmoid(-beta / 2 * ((mse_chosen - mse_rejected) - (ref_mse_chosen - ref_mse_rejected)))
 
@@ -190,7 +190,7 @@ def ipo_loss(
     *,
     beta: Number,
 ) -> Float[Tensor, " pair"]:
-    """Per-pair IPO loss: a regression that pulls the gain over the reference to a target, and no further.
+    """Compute the per-pair IPO loss: a regression that pulls the gain over the reference to a target, and no further.
 
     loss = (z - 1 / (2 * beta))^2
     z = (ref_mse_chosen - ref_mse_rejected) - (mse_chosen - mse_rejected)
@@ -217,7 +217,7 @@ def ipo_loss(
 def simpo_loss(
     mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number, gamma: Number
 ) -> Float[Tensor, " pair"]:
-    """Per-pair SimPO loss: the margin alone, with neither a reference nor a fine-tuning term.
+    """Compute the per-pair SimPO loss: the margin alone, with neither a reference nor a fine-tuning term.
 
     loss = -logsigmoid(beta * (mse_rejected - mse_chosen) - gamma)
 
@@ -240,7 +240,7 @@ def simpo_loss(
 def orpo_loss(
     mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
 ) -> Float[Tensor, " pair"]:
-    """Per-pair ORPO loss: fine-tuning on the chosen image plus a margin of bare errors.
+    """Compute the per-pair ORPO loss: fine-tuning on the chosen image plus a margin of bare errors.
 
     loss = mse_chosen - beta * logsigmoid(mse_rejected - mse_chosen)
     diffusers' example has mse_chosen - mse_rejected inside, which rewards a larger error of the chosen image.
@@ -262,7 +262,7 @@ def orpo_loss(
 
 
 def log_phi(x: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """log(x / (e^x - 1)) for float64 x >= 0; its derivatives of every order are autograd's own.
+    """Compute log(x / (e^x - 1)) for float64 x >= 0; its derivatives of every order are autograd's own.
 
     Below 0.1 the Taylor series, whose first dropped term is 2e-19; above it log x - x - log(1 - e^-x),
     which cannot overflow and whose derivative has lost one digit of 16 at most. Each branch sees only
@@ -291,7 +291,7 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
 
 
 def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timesteps: int) -> PairLoss:
-    """The loss a run asks for, with soft labels: both orders of a pair, weighed by their probability.
+    """Return the loss a run asks for, with soft labels: both orders of a pair, weighed by their probability.
 
     loss = p * L(errors) + (1 - p) * L(errors.swapped());  p = 1 gives exactly L(errors), whatever the other is.
 
@@ -328,7 +328,7 @@ def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timest
 
 
 def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_mse_rejected: Tensor) -> Tensor:
-    """z = (ref_mse_chosen - ref_mse_rejected) - (mse_chosen - mse_rejected) in float64.
+    """Compute z = (ref_mse_chosen - ref_mse_rejected) - (mse_chosen - mse_rejected) in float64.
 
     Subtracted image by image: near its reference, where training is, both differences are exact.
     """
@@ -343,7 +343,7 @@ def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_
 
 
 def _check_pairs(**errors: Tensor) -> None:
-    """One float32 value a pair, as many of each; broadcasting would average over pairs that do not exist."""
+    """Check for one float32 value a pair, as many of each: broadcasting would average over pairs that do not exist."""
     for name, error in errors.items():
         if error.dtype != torch.float32:
             raise ValueError(
@@ -365,7 +365,7 @@ def _check_pairs(**errors: Tensor) -> None:
 
 
 def _check_reference(method: str, errors: PairErrors) -> None:
-    """Without a reference there is nothing to compare with; 0 would be a perfect model."""
+    """Check that there are reference errors: 0 would be a perfect model."""
     absent = [name for name in ("ref_chosen", "ref_rejected") if getattr(errors, name) is None]
     if absent:
         others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
@@ -376,7 +376,7 @@ def _check_reference(method: str, errors: PairErrors) -> None:
 
 
 def _check_preference(preference: Tensor, shape: torch.Size) -> None:
-    """The larger share is the chosen image's: below 0.5 the two images are in the wrong order."""
+    """Check that the larger share is the chosen image's: below 0.5 the two images are in the wrong order."""
     if preference.dtype != torch.float32 or preference.shape != shape:
         raise ValueError(
             f"preference is {preference.dtype} of shape {tuple(preference.shape)}, not torch.float32 of shape "

@@ -1,29 +1,15 @@
-"""Which losses a run can name, and the defaults of their parameters; imports no torch.
+"""The registry of losses that a run can name, with their parameters, learning rates and sources; imports no torch.
 
-`training.losses` computes them, `training.config` and the command line check them.
+`training.losses` computes them; `training.config`, the model card and the docs take their lists from here.
 """
 
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from pipelines.dataset.errors import ConfigError
-
-METHODS: Mapping[str, Mapping[str, float]] = MappingProxyType(
-    {
-        "mapo": MappingProxyType({"beta": 0.1, "snr": 0.5}),  # as the released code
-        "mapo_paper": MappingProxyType({"beta": 8.0}),  # as the paper's general alignment
-        "mapo_paper_linear": MappingProxyType({"beta": 8.0}),  # the paper's other reading, with the same beta
-        "sft": MappingProxyType({}),
-        "dpo": MappingProxyType({"beta": 5000.0}),  # as Diffusion-DPO trained SDXL; 2000 for SD 1.5
-        "ipo": MappingProxyType({"beta": 2500.0}),  # half of dpo's: the same pull to the reference
-        "simpo": MappingProxyType({"beta": 100.0, "gamma": 1.0}),  # none is published: see docs/concepts/losses.md
-        "orpo": MappingProxyType({"beta": 0.1}),  # as diffusers' example and the paper
-    }
-)
-"""Method name -> its parameters with their defaults: the only place where these are written."""
 
 
 @dataclass(frozen=True)
@@ -34,44 +20,151 @@ class Rate:
     source: str
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A key of `train.loss`.
+
+    Args:
+        default: Its value where it is left out.
+        is_positive: Whether 0 is refused, because the loss divides by it or has no gradient without it.
+        note: For whom or what the default is, shown in the docs.
+    """
+
+    default: float
+    is_positive: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss that `train.method` can name. `docs/guides/recipes.md` has what papers and scripts used beside it.
+
+    Args:
+        summary: One line for the docs.
+        formula: The loss of a pair, in the letters of docs/concepts/losses.md.
+        rate: The default learning rate of all weights.
+        adapter_rate: The default learning rate of LoRA adapters.
+        parameters: Keys of `train.loss`, in the order in which the docs list them.
+        paper: Its number on arXiv; None if it has no paper of its own.
+        needs_reference: Whether it compares with a frozen reference: one more forward pass a step, and its weights in
+            memory.
+        learns_preference: Whether it looks at the rejected image at all.
+        recipe: The method whose recipe reproduces its paper (orchestration/recipes/methods, docs/guides/recipes); None
+            while there is none.
+    """
+
+    summary: str
+    formula: str
+    rate: Rate
+    adapter_rate: Rate
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    paper: str | None = None
+    needs_reference: bool = False
+    learns_preference: bool = True
+    recipe: str | None = None
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """The parameters with their defaults."""
+        return {name: parameter.default for name, parameter in self.parameters.items()}
+
+
+_MAPO = "2406.06424"
 _PAPER = "arXiv 2406.06424v2, Training Details"
+_MAPO_RATE = Rate(1e-7, f"{_PAPER}, general alignment at batch 2048")
+_MAPO_ADAPTER_RATE = Rate(5e-5, f"{_PAPER}, the UNet of personalization")
 _DPO_SCRIPT = "SalesforceAIResearch/DiffusionDPO 5233e75, launchers/sdxl.sh:18"
+_DPO_RATE = 1e-8 * 16 * 128  # --scale_lr: by 16 GPUs, 128 steps of accumulation and 1 pair of each, so at batch 2048
 _DIFFUSERS = "huggingface/diffusers 58eb52c, examples"
 _ORPO_README = "huggingface/diffusers 1d9a6a8, examples/research_projects/diffusion_orpo/README.md:49"
-_MAPO_PAPER = (
-    Rate(1e-7, f"{_PAPER}, general alignment at batch 2048"),
-    Rate(5e-5, f"{_PAPER}, the UNet of personalization"),
-)
-_OF_DPO = 1e-8 * 16 * 128  # --scale_lr: by 16 GPUs, 128 steps of accumulation and 1 pair of each, so at batch 2048
 
-RATES: Mapping[str, tuple[Rate, Rate]] = MappingProxyType(
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "mapo": (
-            Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:54, at batch 16"),
-            Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:83, at batch 16"),
+        "mapo": Method(
+            summary="MaPO as in the released code",
+            formula="m_c − β·log σ(T·[φ(s·m_c) − φ(s·m_r)])",
+            parameters={
+                "beta": Parameter(0.1),
+                "snr": Parameter(0.5, note="s in the formula, where T is the length of the noise schedule"),
+            },
+            rate=Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:54, at batch 16"),
+            adapter_rate=Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:83, at batch 16"),
+            paper=_MAPO,
+            recipe="mapo",
         ),
-        "mapo_paper": _MAPO_PAPER,
-        "mapo_paper_linear": _MAPO_PAPER,  # one text with two readings
-        "sft": (
-            Rate(1e-9 * 2048, "arXiv 2311.12908, section 5: 1e-9, scaled to batch 2048 as its script does"),
-            Rate(1e-4, f"{_DIFFUSERS}/text_to_image/README_sdxl.md:172, fine-tuning on captions"),
+        "mapo_paper": Method(
+            summary="MaPO as in the paper, β as an exponent",
+            formula="m_c − (1/β)·log σ(φ(m_c)^β − φ(m_r)^β)",
+            parameters={"beta": Parameter(8.0, is_positive=True, note="the paper's for general alignment")},
+            rate=_MAPO_RATE,
+            adapter_rate=_MAPO_ADAPTER_RATE,
+            paper=_MAPO,
+            recipe="mapo_paper",
         ),
-        "dpo": (
-            Rate(_OF_DPO, f"{_DPO_SCRIPT}, 1e-8 scaled to batch 2048"),
-            Rate(1e-5, f"{_DIFFUSERS}/research_projects/diffusion_dpo/README.md:52, at batch 16"),
+        "mapo_paper_linear": Method(
+            summary="MaPO as in the paper, β as a coefficient",
+            formula="m_c − (1/β)·log σ(β·[φ(m_c) − φ(m_r)])",
+            parameters={"beta": Parameter(8.0, is_positive=True, note="as `mapo_paper`: one text, two readings")},
+            rate=_MAPO_RATE,
+            adapter_rate=_MAPO_ADAPTER_RATE,
+            paper=_MAPO,
+            recipe="mapo_paper",
         ),
-        "ipo": (Rate(_OF_DPO, "none published; that of dpo"), Rate(1e-5, "none published; that of dpo")),
-        "simpo": (
-            Rate(1e-7, "none published; that of mapo_paper, a small one since nothing holds this loss back"),
-            Rate(1e-5, "none published; that of dpo"),
+        "sft": Method(
+            summary="the denoising error of the chosen image",
+            formula="m_c",
+            rate=Rate(1e-9 * 2048, "arXiv 2311.12908, section 5: 1e-9, scaled to batch 2048 as its script does"),
+            adapter_rate=Rate(1e-4, f"{_DIFFUSERS}/text_to_image/README_sdxl.md:172, fine-tuning on captions"),
+            learns_preference=False,
+            recipe="sft",
         ),
-        "orpo": (
-            Rate(1e-7, "none published; that of mapo_paper"),
-            Rate(3e-5, f"{_ORPO_README}, at batch 64"),
+        "dpo": Method(
+            summary="Diffusion-DPO",
+            formula="−log σ(½β·z)",
+            parameters={"beta": Parameter(5000.0, is_positive=True, note="SDXL's; 2000 for SD 1.5")},
+            rate=Rate(_DPO_RATE, f"{_DPO_SCRIPT}, 1e-8 scaled to batch 2048"),
+            adapter_rate=Rate(1e-5, f"{_DIFFUSERS}/research_projects/diffusion_dpo/README.md:52, at batch 16"),
+            paper="2311.12908",
+            needs_reference=True,
+            recipe="dpo",
+        ),
+        "ipo": Method(
+            summary="IPO: a target for the gain over the reference",
+            formula="(z − 1/(2β))²",
+            parameters={"beta": Parameter(2500.0, is_positive=True, note="half of `dpo`'s: the same pull")},
+            rate=Rate(_DPO_RATE, "none published; that of dpo"),
+            adapter_rate=Rate(1e-5, "none published; that of dpo"),
+            paper="2310.12036",
+            needs_reference=True,
+            recipe="ipo",
+        ),
+        "simpo": Method(
+            summary="SimPO: the margin alone",
+            formula="−log σ(β·(m_r − m_c) − γ)",
+            parameters={
+                "beta": Parameter(100.0, is_positive=True, note="none is published"),
+                "gamma": Parameter(1.0, note="γ"),
+            },
+            rate=Rate(1e-7, "none published; that of mapo_paper, a small one since nothing holds this loss back"),
+            adapter_rate=Rate(1e-5, "none published; that of dpo"),
+            paper="2405.14734",
+            recipe="simpo",
+        ),
+        "orpo": Method(
+            summary="ORPO: fine-tuning plus a margin",
+            formula="m_c − β·log σ(m_r − m_c)",
+            parameters={"beta": Parameter(0.1)},
+            rate=Rate(1e-7, "none published; that of mapo_paper"),
+            adapter_rate=Rate(3e-5, f"{_ORPO_README}, at batch 64"),
+            paper="2403.07691",
+            recipe="orpo",
         ),
     }
 )
-"""Method name -> the default learning rate of all weights, and of adapters. `docs/guides/recipes.md` tells the rest."""
+"""`train.method` -> all that is known of it before it computes: the only place where this is written."""
+
+NEEDS_REFERENCE: frozenset[str] = frozenset(name for name, method in METHODS.items() if method.needs_reference)
+"""Methods that compare with a frozen reference model."""
 
 
 def default_rate(method: str, *, with_adapters: bool) -> Rate:
@@ -79,56 +172,48 @@ def default_rate(method: str, *, with_adapters: bool) -> Rate:
 
     A method that does not exist is `check_parameters`'s to report; it gets some rate here.
     """
-    return RATES.get(method, RATES["mapo_paper"])[with_adapters]
-
-
-NEEDS_REFERENCE: frozenset[str] = frozenset({"dpo", "ipo"})
-"""Methods that compare with a frozen reference model: one more forward pass a step, and its weights in memory."""
-
-_POSITIVE = frozenset(
-    (method, "beta") for method in ("mapo_paper", "mapo_paper_linear", "ipo", "dpo", "simpo")
-)  # for which 0 is refused: the first three losses divide by it, the last two would have no gradient
+    found = METHODS.get(method, METHODS["mapo_paper"])
+    return found.adapter_rate if with_adapters else found.rate
 
 
 def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, float]:
-    """All parameters of a method: the given ones over its defaults.
+    """Return all parameters of a method: the given ones over its defaults.
 
     Args:
         method: `train.method`, a key of METHODS.
         parameters: `train.loss`, any subset of the method's parameters.
 
     Raises:
-        ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0
-            (> 0 for the beta of both paper's forms and of ipo, which is divided by, and of dpo and simpo,
-            which learn nothing without it).
+        ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0, or > 0 where the
+            registry says `is_positive`.
     """
     if method not in METHODS:
         raise ConfigError(
             f"train.method is {method!r}, which is not one of: {', '.join(METHODS)}.",
             hint=f"did you mean {_nearest(method, METHODS)}?",
         )
-    defaults = METHODS[method]
+    known = METHODS[method].parameters
     for name, value in parameters.items():
-        if name not in defaults:
+        if name not in known:
             raise _unknown_parameter(method, name)
         _check_value(method, name, value)
-    return {name: float(parameters.get(name, default)) for name, default in defaults.items()}
+    return {name: float(parameters.get(name, parameter.default)) for name, parameter in known.items()}
 
 
 def _check_value(method: str, name: str, value: object) -> None:
-    is_positive = (method, name) in _POSITIVE
-    lowest = math.ulp(0.0) if is_positive else 0.0
+    parameter = METHODS[method].parameters[name]
+    lowest = math.ulp(0.0) if parameter.is_positive else 0.0
     if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value < math.inf:
         return
-    allowed = "> 0" if is_positive else ">= 0"
+    allowed = "> 0" if parameter.is_positive else ">= 0"
     raise ConfigError(
         f"train.loss.{name} of {method} is {value!r}; it must be a finite number {allowed}.",
-        hint=f"leave it out for the default, {METHODS[method][name]:g}.",
+        hint=f"leave it out for the default, {parameter.default:g}.",
     )
 
 
 def _unknown_parameter(method: str, name: str) -> ConfigError:
-    defaults = METHODS[method]
+    defaults = METHODS[method].defaults
     if not defaults:
         return ConfigError(
             f"train.loss.{name} is set, but method {method} has no parameters.",

@@ -17,7 +17,7 @@ from pipelines.dataset.base_model import OTHER_CONFIG, LatentSpace, check_denois
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig
-from training.loader import Batch
+from training.data.loader import Batch
 from training.losses import PairErrors
 
 ADAPTER = "default"
@@ -42,14 +42,14 @@ class Base:
     latents_std: tuple[float, ...] | None = None
 
     def scaled(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents as the VAE gives them, as the UNet has them; what diffusers' SDXL pipelines do."""
+        """Scale latents of the VAE to those of the UNet, as diffusers' SDXL pipelines do."""
         if self.latents_mean is None:
             return latents_BCHW * self.scaling_factor
         mean_C11, std_C11 = self._statistics(latents_BCHW)
         return (latents_BCHW - mean_C11) * self.scaling_factor / std_C11
 
     def unscaled(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents of the UNet as the VAE decodes them."""
+        """Scale latents of the UNet back to those that the VAE decodes."""
         if self.latents_mean is None:
             return latents_BCHW / self.scaling_factor
         mean_C11, std_C11 = self._statistics(latents_BCHW)
@@ -151,7 +151,7 @@ class Reference:
 
     @staticmethod
     def of_adapters(unet: Any) -> "Reference":
-        """The UNet under the adapters; costs no memory."""
+        """Return the UNet under the adapters; costs no memory."""
 
         @contextlib.contextmanager
         def without_adapters() -> Iterator[None]:
@@ -165,7 +165,7 @@ class Reference:
 
     @staticmethod
     def copy_of(unet: Any, device: torch.device, dtype: torch.dtype) -> "Reference":
-        """A copy of the weights as they are now; call it before the UNet is wrapped."""
+        """Copy the weights as they are now; call it before the UNet is wrapped."""
         copied = copy.deepcopy(unet).requires_grad_(False).eval()
         copied.disable_gradient_checkpointing()
         return Reference(copied.to(device, dtype), contextlib.nullcontext)
@@ -209,7 +209,7 @@ class Denoiser:
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
     def errors(self, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor) -> PairErrors:
-        """Errors of the UNet and, without a gradient, of the reference.
+        """Compute the errors of the UNet and, without a gradient, of the reference.
 
         Args:
             batch: Pairs of one shape, on the CPU.

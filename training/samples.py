@@ -26,13 +26,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.dataset.model_files import weight_files
-from training.ema import ShardedEma
+from training.data.index import PairIndex, PairRecord
+from training.data.loader import PairReader
+from training.data.order import validation_seed
 from training.engine import Engine
-from training.index import PairIndex, PairRecord
-from training.loader import PairReader
 from training.model import Base
-from training.order import validation_seed
 from training.spec import TrainSpec
+from training.state.ema import ShardedEma
 
 NUM_STEPS = 20  # of Euler's method, over the base's own noise schedule
 GUIDANCE = 5.0
@@ -109,7 +109,7 @@ class SampleGrid:
         return grid
 
     def _latents(self) -> list[Tensor]:
-        """This rank's share of the subjects, denoised.
+        """Denoise this rank's share of the subjects.
 
         Every rank runs as many forward passes: the list is filled up to a multiple of the ranks, and what a rank drew
         only to keep step is dropped.
@@ -126,7 +126,7 @@ class SampleGrid:
         return drawn[: len(range(engine.rank, count, engine.world_size))]
 
     def _denoised(self, subject: Subject) -> Tensor:
-        """Latents (1, C, H, W), float32, scaled as the UNet has them."""
+        """Denoise one subject; return latents (1, C, H, W), float32, scaled as the UNet has them."""
         engine = self._engine
         batch = self._reader.read([subject.record])
         conditioning = self._conditioning(subject, batch.prompt_embeds_BSD, batch.pooled_BP)
@@ -147,7 +147,7 @@ class SampleGrid:
         return latents
 
     def _conditioning(self, subject: Subject, embeds_BSD: Tensor, pooled_BP: Tensor | None) -> dict[str, Any]:
-        """The null conditioning, then the prompt's; both for an image of full size, without a crop."""
+        """Return the null conditioning, then the prompt's, both for an image of full size without a crop."""
         device, dtype = self._engine.device, self._engine.dtype
         null_SD, null_P = self._reader.null_conditioning
         inputs: dict[str, Any] = {"encoder_hidden_states": torch.cat([null_SD[None], embeds_BSD]).to(device, dtype)}
@@ -162,7 +162,7 @@ class SampleGrid:
         return inputs
 
     def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image]:
-        """Latents as images of MAX_SIDE at most. float32, whatever the base's type: VAEs overflow in float16."""
+        """Decode latents into images of MAX_SIDE at most, in float32: VAEs overflow in float16."""
         if not latents:
             return []
         device = self._engine.device
@@ -180,7 +180,7 @@ class SampleGrid:
         return images
 
     def _gathered(self, mine: list[Image.Image]) -> list[Image.Image] | None:
-        """All images in the order of the subjects, on rank 0."""
+        """Gather all images in the order of the subjects, on rank 0."""
         engine = self._engine
         of_ranks: list[Any] | None = [None] * engine.world_size if engine.is_first else None
         torch.distributed.gather_object(mine, of_ranks)
@@ -190,7 +190,7 @@ class SampleGrid:
 
 
 def subjects_of(held_out: PairIndex, num_samples: int) -> list[Subject]:
-    """The first distinct prompts by the key of their first pair, over all buckets."""
+    """Return the first distinct prompts by the key of their first pair, over all buckets."""
 
     def of_bucket(bucket: int) -> Iterator[Subject]:
         for element in range(held_out.bucket_sizes[bucket]):
@@ -206,7 +206,7 @@ def subjects_of(held_out: PairIndex, num_samples: int) -> list[Subject]:
 
 
 def _image(pixels_BCHW: Tensor) -> Image.Image:
-    """One image of -1..1, made smaller if it is larger than MAX_SIDE; what is no number is black."""
+    """Return one image of -1..1, made smaller if it is larger than MAX_SIDE; NaN is black."""
     pixels = (pixels_BCHW[0].float() / 2 + 0.5).nan_to_num(0.0).clamp(0, 1).permute(1, 2, 0)
     image = Image.fromarray((255 * pixels).round().to(torch.uint8).cpu().numpy())
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -214,7 +214,7 @@ def _image(pixels_BCHW: Tensor) -> Image.Image:
 
 
 def grid_of(images: Sequence[Image.Image]) -> Image.Image:
-    """The images row by row, each in the middle of its cell; about as many columns as rows, wider if in doubt."""
+    """Arrange images row by row, each in the middle of its cell; about as many columns as rows, wider if in doubt."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     rows = math.ceil(len(images) / columns)
@@ -227,11 +227,11 @@ def grid_of(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """A JPEG file."""
+    """Encode as a JPEG file."""
     image.save(out := io.BytesIO(), "JPEG", quality=90)
     return out.getvalue()
 
 
 def sample_file(spec: TrainSpec, step: int) -> str:
-    """Where the grid of a step lies, beside the checkpoints of the same key: another training's are never mixed in."""
+    """Return where the grid of a step lies: by the key of the training, like its checkpoints."""
     return f"{spec.folder}/samples/{spec.key}/step-{step:08d}.jpg"

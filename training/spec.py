@@ -3,14 +3,15 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pipelines.dataset.layout import RUNS
 from pipelines.dataset.model_files import ModelSource, file_digests, read_config, weight_files
 from pipelines.dataset.storage import Storage
-from training.config import TrainConfig
+from pipelines.dataset.values import JsonObject
+from training.config import LATER_KEYS, TrainConfig
 
-UNSHAPING = (
+KEYS_NOT_IN_DIGEST = (
     "loss", "max_failures", "checkpoint_every", "keep_checkpoints", "keep_best", "validate_every",
     "max_validation_pairs", "sample_every", "num_samples", "trackers", "trouble", "read_ahead", "cache_dir",
     "max_cache_bytes", "start_timeout_s", "collective_timeout_s", "environment", "peak_tflops",
@@ -20,8 +21,6 @@ UNSHAPING = (
     "channels_last", "compile",
 )  # fmt: skip
 """Keys of `train` that do not tell one training from another."""
-ADDED = ("null_prompt", "flips", "prediction_type")
-"""Keys that came after there were trainings: at their default they are not part of the training's key."""
 RATE_BEFORE = 1e-7
 """What `learning_rate` was by default, whatever the method, before each had its own."""
 
@@ -57,7 +56,7 @@ class Parent:
     manifest: str
     weights: str
     base_digest: str
-    lora: dict[str, Any] | None
+    lora: JsonObject | None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -69,7 +68,7 @@ class Parent:
 
 
 def base_digest(base: ModelSource) -> str:
-    """16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
+    """Return 16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
 
     Raises:
         ModelError: The model is missing, incomplete or damaged.
@@ -106,7 +105,7 @@ class TrainSpec:
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
         beside: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and training
-            starts from them; from `training.float32_base`.
+            starts from them; from `training.state.float32_base`.
         is_predicted_by_file: Whether the scheduler file says the same as `train.prediction_type`, which then changes
             nothing: it is what lets a base train that looks distilled.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
@@ -175,7 +174,7 @@ class TrainSpec:
         Their 16-bit trainings started from rounded weights, an average had no warm-up, and `learning_rate` was 1e-7
         where it was left out.
         """
-        changes: dict[str, Any] = {}
+        changes: JsonObject = {}
         if "learning_rate" not in self.config.model_fields_set:
             changes["learning_rate"] = RATE_BEFORE
         if self.config.ema is not None and "warmup" not in self.config.ema.model_fields_set:
@@ -193,12 +192,12 @@ class TrainSpec:
         return f"{self.checkpoints}/stopped.json"
 
 
-def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> dict[str, Any]:
-    """The section `train` as far as it shapes weights: without later keys at their default, and without others."""
-    shaping = config.model_dump(mode="json", exclude={*UNSHAPING, *others})
-    for name in set(ADDED) - set(others):
-        if shaping[name] == TrainConfig.model_fields[name].default:
+def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> JsonObject:
+    """Return the section `train` as far as it shapes weights: without later keys at their default, or others."""
+    shaping = config.model_dump(mode="json", exclude={*KEYS_NOT_IN_DIGEST, *others})
+    for name in LATER_KEYS.keys() - {*others, "ema.warmup"}:
+        if shaping[name] == LATER_KEYS[name]:
             del shaping[name]
-    if config.ema is not None and not config.ema.warmup:  # there was none
+    if config.ema is not None and not config.ema.warmup:  # averages had none before: that is off, not the default
         del shaping["ema"]["warmup"]
     return shaping

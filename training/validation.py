@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.ema import ShardedEma
+from training.data.index import PairIndex, PairRecord
+from training.data.loader import PairLoader, PairReader
+from training.data.order import validation_seed
 from training.engine import Engine
-from training.index import PairIndex, PairRecord
-from training.loader import PairLoader, PairReader
 from training.losses import PairLoss
-from training.metrics import NO_CURVE, NUM_SUMS, means_of, pair_sums
 from training.model import Denoiser
-from training.order import validation_seed
 from training.schedule import AVERAGE
 from training.spec import TrainSpec
+from training.state.ema import ShardedEma
+from training.tracking.metrics import NO_CURVE, NUM_SUMS, means_of, pair_sums
 
 NUM_TIMESTEPS = 4  # the middle of each quarter of the schedule
 
@@ -83,7 +83,7 @@ class Validation:
 
 
 def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, world_size: int) -> Groups:
-    """The held-out pairs in micro-batches of one shape, each with weight 1.
+    """Return the held-out pairs in micro-batches of one shape, each with weight 1.
 
     Every rank runs the same number of micro-batches (ZeRO-3 gathers weights in each): the list is filled up to a
     multiple of `world_size` with repeats of weight 0.

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from orchestration.demo.scenes import photo_folder
-from pipelines.geometry import Bucket, Cover, Placed, bucket_list, choose_bucket, cover, open_image, place_pair
+from pipelines.encode.geometry import Bucket, Cover, Placed, bucket_list, choose_bucket, cover, open_image, place
 
 RESOLUTION = 1024
 OWN_LIST: tuple[Bucket, ...] = ((512, 512), (1024, 1024), (416, 608), (832, 1216), (608, 416), (1216, 832))
@@ -156,6 +156,13 @@ def cut_out() -> Image.Image:
         ImageDraw.Draw(mask).ellipse([side * SMOOTH for side in ellipse], 255)
     cup.putalpha(mask.reduce(SMOOTH))
     return cup
+
+
+def place_pair(data_0: bytes, data_1: bytes, buckets: Sequence[Bucket]) -> tuple[Bucket, Placed, Placed]:
+    """Return both images of a pair in their common bucket."""
+    image_0, image_1 = open_image(data_0), open_image(data_1)
+    bucket = choose_bucket((image_0.height, image_0.width), (image_1.height, image_1.width), tuple(buckets))
+    return bucket, place(image_0, bucket), place(image_1, bucket)
 
 
 def examples() -> dict[str, Example]:

@@ -10,9 +10,10 @@ import json
 import logging
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestration.demo.scenes import RESOLUTION, scenes
 
@@ -26,15 +27,17 @@ BASE_MODEL = Path(__file__).parent / "base_model"
 MAX_FOLDER_BYTES = 6_000_000
 VOCABULARY_SIZE = 640
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "scikit-image")
+Recipe = dict[str, object]
+"""What `recipe.json` says of the shipped folder."""
 TEXT_WIDTHS = (32, 64)
 """Hidden sizes of the two text encoders; the UNet attends to both side by side."""
 
 
 def new_tokenizer(pad_token: str) -> "CLIPTokenizer":
-    """A byte-level BPE tokenizer trained from the captions.
+    """Train a byte-level BPE tokenizer on the captions.
 
     Args:
-        pad_token: What fills a prompt up to 77 tokens: `<|endoftext|>` for SDXL's first, `!` for its second.
+        pad_token: The token that pads a prompt to 77 tokens: `<|endoftext|>` for SDXL's first, `!` for its second.
     """
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
@@ -62,7 +65,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def new_unet() -> "UNet2DConditionModel":
-    """The UNet, untrained: SDXL's three levels and its text and time conditions, with few channels."""
+    """Build the untrained UNet: SDXL's three levels, text and time conditions, with few channels."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -82,7 +85,7 @@ def new_unet() -> "UNet2DConditionModel":
 
 
 def new_vae() -> "AutoencoderKL":
-    """The VAE, untrained: four latent channels, one latent pixel for four by four image pixels."""
+    """Build the untrained VAE: four latent channels, one latent pixel for 4 x 4 image pixels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -98,7 +101,7 @@ def new_vae() -> "AutoencoderKL":
 
 
 def new_pipeline() -> "StableDiffusionXLPipeline":
-    """Every part of the pipeline, untrained."""
+    """Build every part of the pipeline, untrained."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -137,7 +140,7 @@ def new_pipeline() -> "StableDiffusionXLPipeline":
     )
 
 
-def make(folder: Path) -> dict[str, Any]:
+def make(folder: Path) -> Recipe:
     """Train the whole pipeline and save it, with `recipe.json` beside it.
 
     Args:
@@ -161,8 +164,8 @@ def make(folder: Path) -> dict[str, Any]:
 
 
 def save(
-    pipeline: "StableDiffusionXLPipeline", folder: Path, settings: dict[str, Any], figures: dict[str, Any]
-) -> dict[str, Any]:
+    pipeline: "StableDiffusionXLPipeline", folder: Path, settings: Mapping[str, object], figures: Mapping[str, object]
+) -> Recipe:
     """Save a trained pipeline and its recipe.
 
     UNet and VAE are stored in float16, which diffusers loads as float32. The text encoders stay in float32:
@@ -181,7 +184,7 @@ def save(
     pipeline.save_pretrained(folder, safe_serialization=True)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "recipe.json")
     parts = ("vae", "unet", "text_encoder", "text_encoder_2")
-    recipe = {
+    recipe: Recipe = {
         "settings": settings,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "num_parameters": {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts},

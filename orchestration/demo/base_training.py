@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestration.demo.scenes import RESOLUTION, crop, cyanotype, draw_shift, scenes
+from orchestration.stages.contact_sheet import psnr
 
+Figures = dict[str, float | list[float]]
+"""Figures of a training, for `recipe.json`."""
 log = logging.getLogger(__name__)
 
 NUM_CROPS_PER_SCENE = 16
@@ -31,26 +33,26 @@ SEED = 20240610
 
 
 def pixels(images: list[Image.Image]) -> Tensor:
-    """Images as one float tensor (B, C, H, W), -1..1."""
+    """Stack images into one float tensor (B, C, H, W), -1..1."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def plain_and_styled(seed: int, *, per_scene: int) -> tuple[Tensor, Tensor]:
-    """Crops of every scene in the order of `scenes()`, `per_scene` of each, and the same crops in the style."""
+    """Return `per_scene` crops of every scene, in the order of `scenes()`, and the same crops in the style."""
     rng = np.random.default_rng(seed)
     plain = [crop(scene, draw_shift(rng)) for scene in scenes() for _ in range(per_scene)]
     return pixels(plain), pixels([cyanotype(image) for image in plain])
 
 
-def psnr(vae: AutoencoderKL, images_BCHW: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio of a round trip through the VAE, in dB."""
-    values = []
+def round_trip_psnr(vae: AutoencoderKL, images_BCHW: Tensor) -> float:
+    """Return the mean peak signal-to-noise ratio of images after a round trip through the VAE, in dB."""
+    values: list[float] = []
     with torch.no_grad():
         for batch in images_BCHW.split(40):
             restored = vae.decode(vae.encode(batch).latent_dist.mean).sample.clamp(-1, 1)
-            values.append(10 * torch.log10(4 / (restored - batch).square().mean((1, 2, 3))))
-    return float(torch.cat(values).mean())
+            values += [psnr(*pair, peak=2) for pair in zip(batch.numpy(), restored.numpy(), strict=True)]
+    return float(np.mean(values))
 
 
 def fit(
@@ -62,7 +64,7 @@ def fit(
     name: str,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """AdamW with 50 warm-up steps and a cosine to zero.
+    """Train with AdamW, 50 warm-up steps and a cosine to zero.
 
     Returns:
         The mean loss of each hundred steps.
@@ -88,7 +90,7 @@ def fit(
     return [round(float(np.mean(losses[at : at + 100])), 5) for at in range(0, steps, 100)]
 
 
-def train_vae(vae: AutoencoderKL) -> dict[str, Any]:
+def train_vae(vae: AutoencoderKL) -> Figures:
     """Train the VAE in place and set its scaling factor so that latents have a standard deviation of one.
 
     Of every batch about 40 % are plain crops, 35 % are in the style and 25 % in random colours: a VAE that knew
@@ -120,23 +122,27 @@ def train_vae(vae: AutoencoderKL) -> dict[str, Any]:
     both = encode(vae, torch.cat([plain, styled]))
     vae.register_to_config(scaling_factor=round(1 / float(both.std()), 5))
     plain, styled = plain_and_styled(SEED + 1, per_scene=2)
-    return {"psnr_plain_db": psnr(vae, plain), "psnr_styled_db": psnr(vae, styled), "losses": losses}
+    return {
+        "psnr_plain_db": round_trip_psnr(vae, plain),
+        "psnr_styled_db": round_trip_psnr(vae, styled),
+        "losses": losses,
+    }
 
 
 def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
-    """Posterior means, not scaled: (B, 4, H/4, W/4)."""
+    """Return posterior means, not scaled: (B, 4, H/4, W/4)."""
     with torch.no_grad():
         return torch.cat([vae.encode(batch).latent_dist.mean for batch in images_BCHW.split(40)])
 
 
 def embed(pipeline: StableDiffusionXLPipeline, token_ids: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompt and pooled embeddings as SDXL's pipeline takes them, but with gradients."""
+    """Return prompt and pooled embeddings as SDXL's pipeline takes them, but with gradients."""
     first = pipeline.text_encoder(token_ids[0], output_hidden_states=True)
     second = pipeline.text_encoder_2(token_ids[1], output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def train_unet(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
+def train_unet(pipeline: StableDiffusionXLPipeline) -> Figures:
     """Train UNet and text encoders together on plain crops, and leave their moving averages in the pipeline.
 
     Returns:

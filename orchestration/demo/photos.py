@@ -105,7 +105,7 @@ def write_dataset(folder: Path, *, seed: int = 0) -> list[Path]:
 
 
 def make_rows(seed: int) -> list[Row]:
-    """All rows in the order of the files: kept pairs, ties, damaged rows and duplicates, shuffled together."""
+    """Make all rows in the order of the files: kept pairs, ties, damaged rows and duplicates, shuffled together."""
     rng = np.random.default_rng(seed)
     everything = scenes()
     kept = [_pair(scene, rng) for scene in everything for _ in range(NUM_PAIRS_PER_SCENE)]
@@ -134,7 +134,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _pair(scene: Scene, rng: np.random.Generator) -> Row:
-    """A sound row: cyanotype against plain crop, the chosen one on a random side."""
+    """Make a valid row: cyanotype against plain crop, the chosen one on a random side."""
     plain = crop(scene, draw_shift(rng))
     side = int(rng.integers(2))
     uids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2)]
@@ -173,7 +173,7 @@ def _parquet(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _settings(seed: int) -> dict[str, Any]:
+def _settings(seed: int) -> dict[str, object]:
     return {
         "seed": seed,
         "resolution": RESOLUTION,
@@ -187,8 +187,8 @@ def _settings(seed: int) -> dict[str, Any]:
     }
 
 
-def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds exactly the files of these settings, by digest."""
+def _is_complete(folder: Path, settings: dict[str, object]) -> bool:
+    """Return whether the folder holds exactly the files of these settings, by digest."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text())
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in recipe["sha256"]}

@@ -66,17 +66,17 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """Every scene, in a fixed order: ten of each photo (wide only from the centre, close only off it)."""
+    """List every scene in a fixed order: ten of each photo (wide only from the centre, close only off it)."""
     views = [("wide", "centre"), *(("medium", place) for place in PLACES)]
     views += [("close", place) for place in PLACES if place != "centre"]
     return [Scene(photo, distance, place) for photo in SUBJECTS for distance, place in views]
 
 
 def subject_of(prompt: str) -> str:
-    """The part of a caption that names its photo's subject: "a ginger cat".
+    """Return the part of a caption that names its photo's subject: "a ginger cat".
 
     Raises:
-        ValueError: The prompt is no caption of this data set.
+        ValueError: The prompt is not a caption of this data set.
     """
     match = _CAPTION.match(prompt)
     if match is None:
@@ -85,20 +85,22 @@ def subject_of(prompt: str) -> str:
 
 
 def photo_folder() -> Path:
-    """The folder inside the installed scikit-image that holds the photos; scikit-image itself is not imported.
+    """Return the folder of the photos in the installed scikit-image, which is not imported.
 
     Raises:
-        FileNotFoundError: scikit-image is not installed, or has lost one of the photos.
+        FileNotFoundError: scikit-image is not installed, or one of its photos is missing.
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "the demo's photos come with scikit-image, which is absent\nhint: pip install scikit-image"
+            "the demo's photos come with scikit-image, which is not installed\nhint: pip install scikit-image"
         )
     folder = Path(spec.origin).parent / "data"
-    absent = [name for name in SUBJECTS if not (folder / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}\nhint: pip install --force-reinstall scikit-image")
+    missing = [name for name in SUBJECTS if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}\nhint: pip install --force-reinstall scikit-image"
+        )
     return folder
 
 
@@ -109,11 +111,11 @@ def _photo(name: str) -> Image.Image:
 
 
 def crop(scene: Scene, shift: tuple[float, float, float], *, resolution: int = RESOLUTION) -> Image.Image:
-    """One crop of a scene: RGB, `resolution` pixels square.
+    """Crop a scene: RGB, `resolution` pixels square.
 
     Args:
-        scene: What to see.
-        shift: Across, down and in size, each -1..1 in units of `SHIFT_RATIO`; a crop never leaves its photo.
+        scene: The scene to crop.
+        shift: Shift across, down and in size, each -1..1 in units of `SHIFT_RATIO`; a crop never leaves its photo.
         resolution: Side of the result in pixels.
     """
     photo = _photo(scene.photo)
@@ -127,19 +129,19 @@ def crop(scene: Scene, shift: tuple[float, float, float], *, resolution: int = R
 
 
 def draw_shift(rng: np.random.Generator) -> tuple[float, float, float]:
-    """A random `shift` for `crop`."""
+    """Draw a random `shift` for `crop`."""
     across, down, size = rng.uniform(-1, 1, size=3)
     return float(across), float(down), float(size)
 
 
 def lightness(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Luma (Rec. 601) of an image, one value in 0..1 a pixel, rows first."""
+    """Return the luma (Rec. 601) of an image, one value in 0..1 for each pixel, rows first."""
     luma: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = np.asarray(image.convert("RGB"), np.float64) @ _LUMA
     return luma / 255
 
 
 def cyanotype(image: Image.Image) -> Image.Image:
-    """The style of the chosen images: each pixel's lightness printed in Prussian blue on warm paper.
+    """Apply the style of the chosen images: each pixel's lightness printed in Prussian blue on warm paper.
 
     A pure function of each pixel: what is in the picture stays where it is, and lighter stays lighter.
     """

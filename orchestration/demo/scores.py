@@ -21,7 +21,7 @@ NUM_BANDS = 4
 
 
 def palette(image: Image.Image) -> Array:
-    """Colour statistics of an image, each in about -1..1.
+    """Compute colour statistics of an image, each in about -1..1.
 
     For each quarter of the pixels, from dark to light: their mean blue-difference and red-difference (Rec. 601),
     and how strong their colour is; then the share of the image that is warm, and the spread of both differences.
@@ -65,7 +65,7 @@ class StyleScore:
         self.middle, self.half = sum(ends) / 2, (ends[0] - ends[1]) / 2
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One value in 0..1 an image: 0.98 at the mean of the chosen references, 0.02 at that of the rejected.
+        """Score images in 0..1: 0.98 at the mean of the chosen references, 0.02 at that of the rejected ones.
 
         Raises:
             AttributeError: `fit` was not called.
@@ -75,7 +75,7 @@ class StyleScore:
 
 
 def structure(image: Image.Image) -> Array:
-    """What is where in an image, whatever its colours: one vector of length one.
+    """Describe the layout of an image regardless of its colours: one vector of length one.
 
     Half of it is the lightness on a coarse grid, without its mean and contrast; half are the gradients of the
     lightness, as a histogram of directions in each of 4 by 4 cells.
@@ -131,7 +131,7 @@ class ContentScore:
         self.subjects = [subject_of(prompt) for prompt in (*prompts, *prompts)]
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One value in 0..1 an image: the share of its nearest references, by likeness, that show its subject.
+        """Score images in 0..1: the share of their nearest references, by likeness, that show their subject.
 
         Raises:
             AttributeError: `fit` was not called.

@@ -1,4 +1,4 @@
-"""Manifests filled from a run's configuration: templates, what they are filled with, and how they are put together.
+"""Manifests rendered from a run's configuration: templates, their values, and the rendering.
 
-`infra/` at the top of the repository holds what they give for infra/example.yaml.
+`infra/` at the top of the repository holds the result for infra/example.yaml.
 """

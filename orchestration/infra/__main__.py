@@ -1,4 +1,4 @@
-"""`python -m orchestration.infra` writes infra/ anew from infra/example.yaml; tests/infra fails while it is stale."""
+"""`python -m orchestration.infra` renders infra/ from infra/example.yaml; tests/infra fails while it is stale."""
 
 import sys
 from dataclasses import replace
@@ -14,11 +14,11 @@ SETTINGS = {
     "aws": replace(PLAIN, spot=True, identity="arn:aws:iam::123456789012:instance-profile/mapo"),
     "gcp": replace(PLAIN, spot=True, project="vision-1234", identity="mapo@vision-1234.iam.gserviceaccount.com"),
 }
-"""Options of the targets that have others than `PLAIN`."""
+"""Options of the targets that differ from `PLAIN`."""
 
 
 def pages() -> dict[Path, str]:
-    """Every rendered file of infra/ with its text."""
+    """Render every file of infra/."""
     return {
         FOLDER / target / name: text
         for target in FILES

@@ -1,4 +1,4 @@
-"""Machines with GPUs, by accelerator and GPUs a machine, as clouds name them."""
+"""The clouds' machine types, by accelerator and GPUs per machine."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from pipelines.dataset.errors import ConfigError
 
 @dataclass(frozen=True)
 class Machine:
-    """One type of machine.
+    """A machine type.
 
     Args:
-        name: As the cloud has it.
+        name: The cloud's name for it.
         num_cpus: Its virtual CPUs.
     """
 
@@ -44,30 +44,31 @@ SKYPILOT = {
     "nvidia-l40s": "L40S",
 }
 GKE = {"nvidia-a100-40gb": "nvidia-tesla-a100"}
-"""GKE's name of an accelerator, where it is another one."""
+"""GKE's name of an accelerator, where it differs."""
 
 
 def gpu_machine(cloud: str, accelerator: str, num_gpus: int) -> Machine:
-    """The machine of a cloud that has so many GPUs of a kind.
+    """Find a cloud's machine with this many GPUs of a kind.
 
     Raises:
-        ConfigError: There is none; the message lists those that there are.
+        ConfigError: There is none; the message lists the known ones.
     """
     known = {"aws": AWS, "gcp": GCP}[cloud]
     if found := known.get(accelerator, {}).get(num_gpus):
         return found
     listed = "; ".join(f"{name} with {', '.join(str(n) for n in sizes)}" for name, sizes in known.items())
     raise ConfigError(
-        f"--accelerator {accelerator} --gpus-per-node {num_gpus}: no machine of {cloud} that is known here", listed
+        f"--accelerator {accelerator} --gpus-per-node {num_gpus}: no such machine of {cloud} is known",
+        f"known are {listed}",
     )
 
 
 def sky_accelerator(accelerator: str) -> str:
-    """SkyPilot's name of an accelerator.
+    """Return SkyPilot's name of an accelerator.
 
     Raises:
-        ConfigError: It is not known here.
+        ConfigError: The accelerator is not known.
     """
     if found := SKYPILOT.get(accelerator):
         return found
-    raise ConfigError(f"--accelerator {accelerator}: not known here", f"known are {', '.join(SKYPILOT)}")
+    raise ConfigError(f"--accelerator {accelerator}: unknown accelerator", f"known are {', '.join(SKYPILOT)}")

@@ -1,28 +1,29 @@
-"""A configuration and a target to files: templates beside this file, filled and put together."""
+"""Render a target's files from a configuration and the templates beside this file."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
 
+from orchestration import __version__
 from orchestration.config import RunConfig, load_config
 from orchestration.infra import machines
 from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
-from orchestration.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
+from orchestration.jobs.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
 from pipelines.dataset.errors import ConfigError
+from training.tracking.backends import extras_of
 
 TEMPLATES = Path(__file__).parent
 RAY_VERSION = "2.60.0"
-"""Of the image, the manifests and constraints.txt; a test holds them together."""
+"""The version in the image, the manifests and constraints.txt; a test keeps them equal."""
 CONFIG_FILE = "/etc/mapo/run.yaml"
 TOKEN_KEY = "auth_token"  # noqa: S105 (a key of a Secret, as KubeRay has it)
+OFFLOAD_GIB = 100
 EXTRAS = {"s3": "s3", "gcs": "gcs", "other": None}
 COMMON = ("accounts.yaml", "config.yaml", "network.yaml", "disruption.yaml")
 
@@ -36,7 +37,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "skypilot": ("task.yaml",),
     "docker": ("Dockerfile", "Dockerfile.dockerignore"),
 }
-"""What each target's folder holds."""
+"""The files of each target's folder."""
 STREAMS: dict[str, tuple[str, ...]] = {
     "kuberay": (*(f"kuberay/base/{name}" for name in COMMON), "kuberay/base/rayjob.yaml"),
     "kuberay-cluster": (*(f"kuberay/base/{name}" for name in COMMON), "kuberay/raycluster.yaml"),
@@ -46,33 +47,33 @@ STREAMS: dict[str, tuple[str, ...]] = {
     "skypilot": ("skypilot/task.yaml",),
     "docker": ("docker/Dockerfile",),
 }
-"""The templates that make one stream of each target, which is what goes to stdout."""
+"""The templates that make up the stream to stdout of each target."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the configuration does not know; the command's options.
+    """The options of the command: what the configuration does not say about the cluster.
 
     Args:
         image: The container image, built from infra/docker.
-        namespace: Of Kubernetes; it must be there.
-        operator_namespace: Where KubeRay's operator runs.
+        namespace: The Kubernetes namespace; it must exist.
+        operator_namespace: The namespace of KubeRay's operator.
         gpus_per_node: GPUs of each GPU node.
-        cpu_nodes: The most CPU nodes.
-        accelerator: The kind of GPU, as GKE names it.
+        cpu_nodes: The maximum number of CPU nodes.
+        accelerator: The kind of GPU, in GKE's spelling.
         node_selector: Labels that GPU nodes must have.
         secret: A Secret whose keys become the environment of all Ray pods.
-        identity: The cloud's identity of pods or machines; without one, keys from a Secret.
-        queue: A queue of Kueue.
+        identity: The cloud's identity for pods or machines; without one, keys from a Secret.
+        queue: A Kueue queue.
         redis: host:port for the head's state.
-        schedule: When a new round starts, as cron has it.
-        region: Of AWS or GCP.
-        project: Of GCP.
-        spot: Machines at the price of spare ones: those with CPUs alone.
-        warm: Keep GPU nodes from the start.
+        schedule: When a new round starts, as a cron expression.
+        region: The AWS or GCP region.
+        project: The GCP project.
+        spot: Whether CPU nodes are spot machines.
+        warm: Whether to keep GPU nodes from the start.
     """
 
-    image: str = f"mapo:{version('mapo')}"
+    image: str = f"mapo:{__version__}"
     namespace: str = "mapo"
     operator_namespace: str = "kuberay-system"
     gpus_per_node: int = 8
@@ -90,11 +91,26 @@ class Settings:
     warm: bool = False
 
 
+@dataclass(frozen=True)
+class Volume:
+    """A folder on each node's own disk.
+
+    Args:
+        name: The volume's name.
+        path: Where it is mounted.
+        gib: Its size.
+    """
+
+    name: str
+    path: str
+    gib: int
+
+
 def render_files(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, str]:
-    """The files of a target's folder by their names.
+    """Render the files of a target's folder, by name.
 
     Raises:
-        ConfigError: The configuration is wrong, or the nodes of a cluster could not run it.
+        ConfigError: The configuration is wrong, or a cluster's nodes could not run it.
     """
     facts = _facts(file, overrides, target, settings)
     if target == "kuberay":
@@ -105,17 +121,17 @@ def render_files(file: str | Path, overrides: Sequence[str], target: str, settin
 
 
 def render_stream(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> str:
-    """The same as one text: what `kubectl apply -f -` or the target's own command takes.
+    """Render a target as one text, for `kubectl apply -f -` or the target's own command.
 
     Raises:
-        ConfigError: As above.
+        ConfigError: See `render_files`.
     """
     facts = _facts(file, overrides, target, settings)
     return "---\n".join(_fill(template, facts) for template in STREAMS[target])
 
 
-def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, Any]:
-    """Everything that templates name."""
+def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, object]:
+    """Return everything that the templates refer to."""
     config = load_config(file, overrides)
     check_config(config)
     _check(config, target, settings)
@@ -152,7 +168,7 @@ def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Se
 
 
 def _check(config: RunConfig, target: str, settings: Settings) -> None:
-    """Options against each other and the target.
+    """Check the options against each other and the target.
 
     Raises:
         ConfigError: Two exclude each other, or one is missing.
@@ -161,29 +177,32 @@ def _check(config: RunConfig, target: str, settings: Settings) -> None:
         if (given := getattr(settings, option.replace("-", "_"))) < least:
             raise ConfigError(f"--{option} {given}: at least {least}")
     if target == "gcp" and settings.project is None:
-        raise ConfigError("--target gcp needs the project", "for example `--project vision-1234`")
+        raise ConfigError("--target gcp needs --project", "for example `--project vision-1234`")
     if target == "kuberay-cron" and len(settings.schedule.split()) != 5:
-        raise ConfigError(f"--schedule {settings.schedule}: not five fields", 'for example `--schedule "0 3 * * 1"`')
+        raise ConfigError(
+            f"--schedule {settings.schedule}: not a cron expression of five fields",
+            'for example `--schedule "0 3 * * 1"`',
+        )
     if settings.queue and target == "kuberay-cluster":
-        raise ConfigError("--queue is for jobs, which end", "use `--target kuberay`")
+        raise ConfigError("--queue works only for jobs, not for a cluster that stays", "use `--target kuberay`")
 
 
-def _volumes(config: RunConfig) -> list[dict[str, Any]]:
-    """Folders on the nodes' own disks that the configuration names."""
+def _volumes(config: RunConfig) -> list[Volume]:
+    """List the folders on the nodes' own disks that the configuration names."""
     train = config.train
     assert train
-    found = []
+    found: list[Volume] = []
     if train.cache_dir:
-        found.append({"name": "cache", "path": train.cache_dir, "gib": math.ceil(train.max_cache_bytes / GIB)})
+        found.append(Volume("cache", train.cache_dir, math.ceil(train.max_cache_bytes / GIB)))
     if train.offload_path:
-        found.append({"name": "offload", "path": train.offload_path, "gib": 100})
+        found.append(Volume("offload", train.offload_path, OFFLOAD_GIB))
     return found
 
 
 def _extras(config: RunConfig) -> str:
-    """The extras of the package that the image needs for this configuration."""
+    """Return the extras of the package that the image needs for this configuration."""
     assert config.train
-    wanted = {"gpu", EXTRAS[storage_kind(config)], *(t for t in config.train.trackers if t in ("wandb", "mlflow"))}
+    wanted = {"gpu", EXTRAS[storage_kind(config)], *extras_of(config.train.trackers)}
     sources = config.ingest.sources if config.ingest else ()
     wanted |= {"s3" for source in sources if source.path.startswith("s3://")}
     wanted |= {"gcs" for source in sources if source.path.startswith(("gs://", "gcs://"))}
@@ -191,7 +210,7 @@ def _extras(config: RunConfig) -> str:
 
 
 def _secrets(name: str, kind: str, target: str, settings: Settings) -> list[tuple[str, str, str]]:
-    """Every Secret that the manifests name: its name, its keys, what it is for."""
+    """List every Secret that the manifests refer to: its name, its keys, its purpose."""
     found = [(f"{name}-auth", TOKEN_KEY, "Ray's token")]
     if kind == "s3" and not settings.identity:
         found.append((f"{name}-storage", "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY", "the keys of the storage"))
@@ -204,8 +223,8 @@ def _secrets(name: str, kind: str, target: str, settings: Settings) -> list[tupl
     return found
 
 
-def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, Any]:
-    """What the target's cloud calls the machines."""
+def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, object]:
+    """Return the machine or accelerator names of the target's cloud."""
     if target in ("aws", "gcp"):
         gpu = machines.gpu_machine(target, settings.accelerator, settings.gpus_per_node) if has_gpus else None
         return {"machine": {"head": machines.HEAD_MACHINES[target], "cpu": machines.CPU_MACHINES[target], "gpu": gpu}}
@@ -214,7 +233,7 @@ def _machines(target: str, settings: Settings, *, has_gpus: bool) -> dict[str, A
     return {"accelerator": machines.GKE.get(settings.accelerator, settings.accelerator)}
 
 
-def _fill(template: str, facts: Mapping[str, Any]) -> str:
+def _fill(template: str, facts: Mapping[str, object]) -> str:
     return _environment().get_template(f"{template}.j2").render(facts)
 
 

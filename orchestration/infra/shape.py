@@ -1,6 +1,6 @@
-"""What a run needs of a cluster: its groups of nodes, from the configuration, and a name that Kubernetes takes.
+"""The node groups that a run needs, from its configuration, and a name that Kubernetes accepts.
 
-The numbers are requests for pods, and what virtual machines are chosen by. All are for SDXL at full size.
+The numbers are pod requests, and choose virtual machines. All are for SDXL at full size.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestration.config import RunConfig
-from orchestration.places import NODE_LOCAL, is_relative, local_paths
+from orchestration.jobs.paths import NODE_LOCAL, is_relative, local_paths
 from pipelines.dataset.errors import ConfigError
 
 GIB = 1 << 30
@@ -35,14 +35,14 @@ class Group:
 
     Args:
         name: head, cpu or gpu.
-        min_nodes: So many are there all the time.
-        max_nodes: The autoscaler adds no more.
-        num_cpus: Of each.
-        num_gpus: Of each.
-        memory_gib: Of each; /dev/shm counts in.
-        shm_gib: /dev/shm.
-        scratch_gib: Disk for spilled objects, models and checkpoints on their way.
-        resources: Custom resources of Ray.
+        min_nodes: The number of nodes that are always there.
+        max_nodes: The most that the autoscaler adds.
+        num_cpus: CPUs of each node.
+        num_gpus: GPUs of each node.
+        memory_gib: Memory of each node, /dev/shm included.
+        shm_gib: Size of /dev/shm.
+        scratch_gib: Disk for spilled objects, models, and checkpoints before upload.
+        resources: Custom resources of Ray on each node.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Group:
 
 
 def dns_name(name: str) -> str:
-    """A run's name as names in Kubernetes are: a-z, 0-9 and '-', at most 40. A changed one ends with a digest of it."""
+    """Return a run's name for Kubernetes: a-z, 0-9 and '-', at most 40; if changed, it ends with a digest."""
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if slug == name and len(name) <= MAX_NAME and name[0].isalpha():
         return name
@@ -68,10 +68,10 @@ def dns_name(name: str) -> str:
 
 
 def check_config(config: RunConfig) -> None:
-    """Nodes of a cluster can do this run: every stage is configured, and every place is one that they see.
+    """Check that a cluster's nodes can do this run: every stage is configured, and they see every path.
 
     Raises:
-        ConfigError: It is not so.
+        ConfigError: A section is missing, or a path is local or relative.
     """
     missing = [section for section in SECTIONS if getattr(config, section) is None]
     if missing:
@@ -83,8 +83,8 @@ def check_config(config: RunConfig) -> None:
     unseen = [f"{key} {path}" for key, path in paths.items() if key not in NODE_LOCAL]
     if unseen:
         raise ConfigError(
-            f"{', '.join(unseen)}: on this machine, where the nodes of a cluster cannot see it",
-            "name data by URL, such as s3://bucket/mapo, and a model by URL or hub id",
+            f"{', '.join(unseen)}: on this machine, where the cluster's nodes cannot see it",
+            "give data by URL, such as s3://bucket/mapo, and a model by URL or hub id",
         )
     relative = [f"{key} {path}" for key, path in paths.items() if is_relative(path)]
     if relative:
@@ -92,25 +92,25 @@ def check_config(config: RunConfig) -> None:
 
 
 def storage_kind(config: RunConfig) -> str:
-    """s3, gcs or other: how pods get the credentials of the storage."""
+    """Return the kind of the storage, s3, gcs or other, which decides how pods get its credentials."""
     scheme = config.storage.partition("://")[0]
     return {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme, "other")
 
 
 def on_gpus(config: RunConfig) -> list[str]:
-    """Overrides that make GPU stages wait for nodes that the autoscaler adds: `auto` looks at what is there now."""
+    """Return overrides that make stages wait for the autoscaler's GPU nodes; `auto` takes what is there now."""
     sections = ("encode", "train")
     return [f"{name}.device=gpu" for name in sections if getattr(config, name).device == "auto"]
 
 
 def groups(config: RunConfig, *, gpus_per_node: int, cpu_nodes: int, warm: bool) -> list[Group]:
-    """Head, CPU nodes and, unless all is configured for CPUs, GPU nodes.
+    """Return the groups of head, CPU nodes and, unless everything is configured for CPUs, GPU nodes.
 
     Args:
         config: A checked configuration.
         gpus_per_node: GPUs of each GPU node.
-        cpu_nodes: The most CPU nodes.
-        warm: Keep the GPU nodes of the least workers from the start, and do not wait for them later.
+        cpu_nodes: The maximum number of CPU nodes.
+        warm: Whether to keep enough GPU nodes for the minimum number of workers from the start.
     """
     head = Group("head", 1, 1, HEAD_CPUS, HEAD_GIB, OBJECT_STORE_GIB, MODEL_GIB + STATE_GIB)
     made = [head, _cpu_group(config, cpu_nodes)]
@@ -120,7 +120,7 @@ def groups(config: RunConfig, *, gpus_per_node: int, cpu_nodes: int, warm: bool)
 
 
 def _gpus(config: RunConfig) -> tuple[int, int]:
-    """The least and the most GPUs that any stage uses at a time."""
+    """Return the fewest and the most GPUs that any stage uses at a time."""
     assert config.train
     assert config.encode
     used = [section.worker_range for section in (config.train, config.encode) if section.device != "cpu"]

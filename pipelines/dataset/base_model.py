@@ -1,11 +1,11 @@
-"""Whether training understands a base model: UNet, VAE, noise schedule and text encoders, checked together.
+"""Checks that training understands a base model: UNet, VAE, noise schedule and text encoders, together.
 
 A base of another kind than its class says would train to the end and be spoilt, or end in a shape error after hours of
 encoding. Reads configuration files and the headers of weights; needs neither ray nor torch.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pipelines.dataset.model_files import (
     weight_files,
 )
 from pipelines.dataset.safetensors_header import tensor_shapes, tensor_types
+from pipelines.dataset.values import JsonObject
 
 UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
 SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
@@ -52,10 +53,10 @@ NOT_GIVEN_WEIGHTS = {
 """Beginnings of the names of the weights that go with such a key."""
 TYPES = {"F32", "F16", "BF16"}
 """What weights may be stored as: others are quantized."""
-ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
-"""Classes of a UNet's blocks, and whether they have attention."""
 WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
+
 OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
+ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class BaseFacts:
     notes: tuple[str, ...] = ()
 
     def resolution_note(self, resolution: int) -> str | None:
-        """A word on a resolution that is not the base's own."""
+        """Return a remark on a resolution that is not the base's own, or None."""
         if self.native_side in (None, resolution):
             return None
         return (
@@ -167,7 +168,7 @@ def _check_class(index: Mapping[str, Any], part: str, expected: str, model: str)
 
 
 def _latent_space(source: ModelSource, family: Family) -> LatentSpace:
-    """What the latents are; of the pipeline's own VAE or of another one that means the same by them.
+    """Return the latent space of the pipeline's own VAE, or of another VAE with the same one.
 
     Raises:
         ModelError: The pipeline would bring such latents to the UNet in another way than training, or the other VAE is
@@ -191,7 +192,7 @@ def _latent_space(source: ModelSource, family: Family) -> LatentSpace:
     return found
 
 
-def _read_latent_space(config: dict[str, Any], family: Family, where: str) -> LatentSpace:
+def _read_latent_space(config: JsonObject, family: Family, where: str) -> LatentSpace:
     if (kind := config.get("_class_name", VAE_CLASS)) != VAE_CLASS:
         raise ModelError(
             f"the VAE of {where} is a {kind}, not an {VAE_CLASS}", "set `encode.vae` to a VAE of the base's own family"
@@ -233,8 +234,8 @@ def _per_channel(values: Any, channels: int, key: str, where: str) -> tuple[floa
     return tuple(map(float, values))
 
 
-def _check_unet(config: dict[str, Any], family: Family, channels: int, model: str) -> None:
-    """The UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
+def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -> None:
+    """Check that the UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
     if (found := config.get("_class_name", UNET_CLASS)) != UNET_CLASS:
         raise ModelError(f"the unet of {model} is a {found}, not a {UNET_CLASS}", CHOOSE_A_BASE)
     taken, given = (_number(config, key, 4, "unet", model) for key in ("in_channels", "out_channels"))
@@ -253,6 +254,11 @@ def _check_unet(config: dict[str, Any], family: Family, channels: int, model: st
             f"unet.out_channels of {model} is {given}, and the VAE has vae.latent_channels {channels}{learned}",
             CHOOSE_A_BASE,
         )
+    _check_conditioning(config, family, model)
+
+
+def _check_conditioning(config: JsonObject, family: Family, model: str) -> None:
+    """Check that the UNet expects nothing beside the family's conditioning, and whole weights."""
     for key, what in NOT_GIVEN.items():
         if config.get(key):
             raise ModelError(
@@ -275,8 +281,8 @@ def _check_unet(config: dict[str, Any], family: Family, channels: int, model: st
         )
 
 
-def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
-    """The UNet is as wide as the text encoders' states side by side, and SDXL's takes six time ids.
+def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
+    """Check that the UNet is as wide as the text encoders' states side by side, and that SDXL's takes six time ids.
 
     Args:
         config: Of the UNet.
@@ -294,10 +300,13 @@ def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]],
                 "(hidden_size)",
                 "the text encoders are not those that the UNet was trained with; choose a whole base",
             )
-    if not family.has_pooled:
-        return
+    if family.has_pooled:
+        _check_time_ids(config, widths[-1][1], model)
+
+
+def _check_time_ids(config: JsonObject, pooled: int, model: str) -> None:
+    """Check that the UNet takes six time ids and the pooled embedding of the last text encoder."""
     each, found = (config.get(key) for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
-    pooled = widths[-1][1]
     if type(each) is not int or found != NUM_TIME_IDS * each + pooled:
         is_refiner = type(each) is int and found == NUM_REFINER_TIME_IDS * each + pooled
         raise ModelError(
@@ -308,8 +317,8 @@ def _check_text_width(config: dict[str, Any], widths: Sequence[tuple[int, int]],
         )
 
 
-def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource) -> None:
-    """The weights are of the UNet that the configuration describes: a wrong file, or an edited one, would not say."""
+def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> None:
+    """Check that the weights belong to the UNet that the configuration describes; loading would not notice."""
     files = weight_files(part, STEM, source.variant)
     if others := sorted(tensor_types(files) - TYPES):
         raise ModelError(
@@ -319,22 +328,7 @@ def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource)
         )
     shapes = tensor_shapes(files)
     blocks = _numbers(config, "block_out_channels", [320, 640, 1280, 1280], "unet", source.model)
-    expected: list[tuple[str, int, str, Any]] = [
-        ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
-        ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
-        ("conv_out.weight", 0, "out_channels", config.get("out_channels", 4)),
-    ]
-    for number, channels in enumerate(blocks):
-        name = f"down_blocks.{number}.resnets.0.conv1.weight"
-        expected.append((name, 0, f"block_out_channels[{number}]", channels))
-    if config.get("addition_embed_type") == "text_time":
-        key = "projection_class_embeddings_input_dim"
-        expected.append(("add_embedding.linear_1.weight", 1, key, config.get(key)))
-    dims = config.get("cross_attention_dim", 1280)
-    attention = sorted(name for name in shapes if name.endswith(".attn2.to_k.weight"))
-    if not isinstance(dims, list):
-        expected += [(name, 1, "cross_attention_dim", dims) for name in attention]
-    for name, axis, key, value in expected:
+    for name, axis, key, value in _expected_shapes(config, blocks, shapes):
         if name not in shapes:
             raise ModelError(f"the weights of the unet of {source.model} lack {name}", WAY_OUT)
         if len(shapes[name]) <= axis or shapes[name][axis] != value:
@@ -354,7 +348,29 @@ def _check_unet_weights(part: Path, config: dict[str, Any], source: ModelSource)
             )
 
 
-def _check_blocks(config: dict[str, Any], names: Collection[str], num_blocks: int, model: str) -> None:
+def _expected_shapes(
+    config: JsonObject, blocks: Sequence[int], names: Iterable[str]
+) -> list[tuple[str, int, str, Any]]:
+    """List what a configuration says of its weights: a tensor, its axis, the key, and the size under that key."""
+    expected: list[tuple[str, int, str, Any]] = [
+        ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
+        ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
+        ("conv_out.weight", 0, "out_channels", config.get("out_channels", 4)),
+    ]
+    for number, channels in enumerate(blocks):
+        name = f"down_blocks.{number}.resnets.0.conv1.weight"
+        expected.append((name, 0, f"block_out_channels[{number}]", channels))
+    if config.get("addition_embed_type") == "text_time":
+        key = "projection_class_embeddings_input_dim"
+        expected.append(("add_embedding.linear_1.weight", 1, key, config.get(key)))
+    dims = config.get("cross_attention_dim", 1280)
+    attention = sorted(name for name in names if name.endswith(".attn2.to_k.weight"))
+    if not isinstance(dims, list):
+        expected += [(name, 1, "cross_attention_dim", dims) for name in attention]
+    return expected
+
+
+def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, model: str) -> None:
     """Check that the weights have the layers that the configuration says, and no others.
 
     diffusers drops weights that a configuration has no place for, such as all attention of a block.
@@ -384,7 +400,7 @@ def _check_block(block: str, kind: str, count: int, names: Collection[str], laye
         block: Beginning of the names of its weights, such as `down_blocks.0`.
         kind: Its class, by the configuration.
         count: Its number of layers, by the configuration.
-        names: The names of all weights.
+        names: Of all weights.
         layers: `layers_per_block`, for messages.
         model: The base, for messages.
     """
@@ -406,7 +422,7 @@ def _check_block(block: str, kind: str, count: int, names: Collection[str], laye
 
 
 def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
-    """The VAE's weights are of the latents that its configuration describes."""
+    """Check that the VAE's weights make the latents that its configuration describes."""
     where = source.model if source.vae is None else source.vae
     shapes = tensor_shapes(weight_files(source.vae_folder(), STEM, source.vae_variant))
     for name, axis, count in (("decoder.conv_in.weight", 1, 1), ("encoder.conv_out.weight", 0, 2)):
@@ -420,16 +436,16 @@ def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
             )
 
 
-def _numbers(config: dict[str, Any], key: str, default: list[int], part: str, model: str) -> list[int]:
-    """Whole numbers of a configuration; the default where it has none."""
+def _numbers(config: JsonObject, key: str, default: list[int], part: str, model: str) -> list[int]:
+    """Return a list of whole numbers from a configuration, or the default."""
     found = config.get(key) or default
     if not isinstance(found, list) or not all(type(each) is int for each in found):
         raise ModelError(f"{part}.{key} of {model} is {found}, not a list of whole numbers", WAY_OUT)
     return found
 
 
-def _number(config: dict[str, Any], key: str, default: int, part: str, model: str) -> int:
-    """A whole number of a configuration; diffusers' default where old files leave it out."""
+def _number(config: JsonObject, key: str, default: int, part: str, model: str) -> int:
+    """Return a whole number from a configuration, or diffusers' default where old files leave it out."""
     found = config.get(key, default)
     if type(found) is not int or found < 1:
         raise ModelError(f"{part}.{key} of {model} is {found}, not a whole number", WAY_OUT)

@@ -1,4 +1,4 @@
-"""Whether training understands a base's noise schedule: betas that are written down, and what the model predicts.
+"""Checks of a base's noise schedule: betas that are written down, and what the model predicts.
 
 Training adds noise as `DDPMScheduler` does, which fills what a scheduler file leaves out with betas of its own: a
 flow-matching or EDM model would train to the end on noise that it has never seen. Needs neither ray nor torch.
@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import CHOOSE_A_BASE
+from pipelines.dataset.values import JsonObject
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULERS = frozenset((
@@ -32,7 +33,7 @@ ANOTHER_BASE = f"training knows noise of betas alone; {CHOOSE_A_BASE}"
 
 
 def check_schedule(
-    config: dict[str, Any],
+    config: JsonObject,
     *,
     model: str,
     pipeline_scheduler: str | None,
@@ -75,8 +76,8 @@ def check_schedule(
     return str(found)
 
 
-def schedule_note(config: dict[str, Any]) -> str | None:
-    """A word on betas that are most likely not the model's own."""
+def schedule_note(config: JsonObject) -> str | None:
+    """Return a remark on betas that are most likely not the model's own, or None."""
     if any(config.get(key) != value for key, value in DIFFUSERS_DEFAULTS.items()):
         return None
     return (
@@ -85,8 +86,8 @@ def schedule_note(config: dict[str, Any]) -> str | None:
     )
 
 
-def _check_kind(config: dict[str, Any], classes: Sequence[str], model: str) -> None:
-    """The schedulers of flow matching, EDM and consistency models have no betas, or none that were trained with."""
+def _check_kind(config: JsonObject, classes: Sequence[str], model: str) -> None:
+    """Refuse schedulers of flow matching, EDM and consistency models: no betas, or none used in training."""
     if not classes:
         raise ModelError(f"scheduler._class_name of {model} is missing", "the model folder is damaged; fetch it again")
     for name in classes:
@@ -114,9 +115,9 @@ def _check_kind(config: dict[str, Any], classes: Sequence[str], model: str) -> N
             )
 
 
-def _check_betas(config: dict[str, Any], model: str) -> None:
-    """What the file leaves out would be a default of diffusers, which is no base's."""
-    steps, trained, name = (config.get(key) for key in ("num_train_timesteps", "trained_betas", "beta_schedule"))
+def _check_betas(config: JsonObject, model: str) -> None:
+    """Check that the file states its betas: diffusers' defaults are those of no published base."""
+    trained, name = config.get("trained_betas"), config.get("beta_schedule")
     wanted = ["num_train_timesteps", *(["beta_schedule"] if trained is None else [])]
     if trained is None and name not in WITHOUT_BOUNDS:
         wanted += ["beta_start", "beta_end"]
@@ -128,28 +129,41 @@ def _check_betas(config: dict[str, Any], model: str) -> None:
             "beta_schedule scaled_linear, beta_start 0.00085, beta_end 0.012, num_train_timesteps 1000); if not, "
             f"{CHOOSE_A_BASE}",
         )
-    wrong = None
-    if type(steps) is not int or steps < 2:
-        wrong = f"num_train_timesteps of {model} is {steps}, not a number of steps"
-    elif trained is not None:
-        if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
-            size = len(trained) if isinstance(trained, list) else 0
-            wrong = f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
-        elif trained != sorted(trained):
-            wrong = f"trained_betas of {model} fall somewhere; a noise schedule rises"
-    elif name not in BETA_SCHEDULES:
-        wrong = f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
-    elif name not in WITHOUT_BOUNDS:
-        start, end = config["beta_start"], config["beta_end"]
-        if not (_is_beta(start) and _is_beta(end) and start <= end):
-            wrong = f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
-    if wrong is None and type(rescaled := config.get("rescale_betas_zero_snr", False)) not in (bool, type(None)):
-        wrong = f"rescale_betas_zero_snr of {model} is {rescaled!r}, not true or false"
-    if wrong is not None:
+    if (wrong := _wrong_schedule(config, model)) is not None:
         raise ModelError(
             f"scheduler.{wrong}",
             f"set it in scheduler/scheduler_config.json to what the model was trained with; or {CHOOSE_A_BASE}",
         )
+
+
+def _wrong_schedule(config: JsonObject, model: str) -> str | None:
+    """Say which of the keys that are written is wrong; None if none is."""
+    steps, trained = config.get("num_train_timesteps"), config.get("trained_betas")
+    if type(steps) is not int or steps < 2:
+        return f"num_train_timesteps of {model} is {steps}, not a number of steps"
+    wrong = _wrong_trained_betas(trained, steps, model) if trained is not None else _wrong_bounds(config, model)
+    if wrong is None and type(rescaled := config.get("rescale_betas_zero_snr", False)) not in (bool, type(None)):
+        wrong = f"rescale_betas_zero_snr of {model} is {rescaled!r}, not true or false"
+    return wrong
+
+
+def _wrong_trained_betas(trained: Any, steps: int, model: str) -> str | None:
+    if not isinstance(trained, list) or len(trained) != steps or not all(_is_beta(each) for each in trained):
+        size = len(trained) if isinstance(trained, list) else 0
+        return f"trained_betas of {model} are {size} values, not num_train_timesteps = {steps} of 0..1"
+    return None if trained == sorted(trained) else f"trained_betas of {model} fall somewhere; a noise schedule rises"
+
+
+def _wrong_bounds(config: JsonObject, model: str) -> str | None:
+    name = config.get("beta_schedule")
+    if name not in BETA_SCHEDULES:
+        return f"beta_schedule of {model} is {name}; training knows {', '.join(BETA_SCHEDULES)}"
+    if name in WITHOUT_BOUNDS:
+        return None
+    start, end = config["beta_start"], config["beta_end"]
+    if _is_beta(start) and _is_beta(end) and start <= end:
+        return None
+    return f"beta_start and beta_end of {model} are {start} and {end}, not rising numbers of 0..1"
 
 
 def _is_beta(value: Any) -> bool:
@@ -157,9 +171,9 @@ def _is_beta(value: Any) -> bool:
 
 
 def _check_distilled(
-    config: dict[str, Any], classes: Sequence[str], model: str, names: Sequence[str], predicted: str
+    config: JsonObject, classes: Sequence[str], model: str, names: Sequence[str], predicted: str
 ) -> None:
-    """A model that was distilled to a few steps loses them in training on all of its timesteps."""
+    """Refuse a model that was distilled to a few steps: training on all timesteps would undo that."""
     reasons = [
         f"the scheduler is {name}, of {DISTILLED_SCHEDULERS[name]}" for name in classes if name in DISTILLED_SCHEDULERS
     ]
@@ -179,14 +193,14 @@ def _check_distilled(
 
 
 def is_distilled_name(name: str) -> bool:
-    """Whether a model's name says that it was distilled to a few steps, as that of `sdxl-turbo` does."""
+    """Return whether a model's name says that it was distilled to a few steps, as `sdxl-turbo` does."""
     words = {word.lower() for word in PARTS_OF_NAMES.findall(name)}
     joined = re.sub(r"[-_ ]", "", name.lower())
     return any(word in joined for word in DISTILLED_ANYWHERE) or bool(words & DISTILLED_WORDS)
 
 
 def short_name(name: str) -> str:
-    """The part of a path, URL or hub id that names the model itself.
+    """Return the part of a path, URL or hub id that names the model itself.
 
     A hub's cache names it above the snapshot, and a part's own folder says nothing.
     """

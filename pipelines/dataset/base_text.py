@@ -1,7 +1,7 @@
-"""Whether the text encoders and tokenizers of a base are there, of its family, and fit each other."""
+"""Checks that the text encoders and tokenizers of a base exist, belong to its family, and fit each other."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def check_text(
                 CHOOSE_A_BASE,
             )
         configs.append(_encoder(folder / name, f"{name} of {model}", variant))
+    _check_tokenizers(folder, index, family, configs, model)
+    return [(config["hidden_size"], config["projection_dim"]) for config in configs]
+
+
+def _check_tokenizers(
+    folder: Path, index: Mapping[str, Any], family: Family, configs: Sequence[dict[str, int]], model: str
+) -> None:
+    """Check that each tokenizer fits its encoder, and that all cut a prompt at the same length."""
     lengths = {}
     for name, (encoder, config) in zip(family.tokenizers, zip(family.text_encoders, configs, strict=True), strict=True):
         kind = (index.get(name) or (None, None))[1]
@@ -57,11 +65,10 @@ def check_text(
             + ", ".join(f"{name} has {length}" for name, length in lengths.items()),
             "set the same in both tokenizer_config.json; SDXL has 77",
         )
-    return [(config["hidden_size"], config["projection_dim"]) for config in configs]
 
 
 def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:
-    """The sizes of a text encoder, held against its weights."""
+    """Return the sizes of a text encoder, checked against its weights."""
     found = read_config(part / "config.json")
     config = {}
     for key, default in DEFAULTS.items():
@@ -87,7 +94,7 @@ def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:
 
 
 def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int], model: str) -> int:
-    """How many tokens a prompt is padded to: no more than the encoder has places for."""
+    """Return the number of tokens that a prompt is padded to, checked against the encoder's positions."""
     found = read_config(part / "tokenizer_config.json").get("model_max_length")
     most = config["max_position_embeddings"]
     if type(found) is not int or not SHORTEST <= found <= most:
@@ -105,7 +112,7 @@ def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int
 
 
 def _vocabulary_size(part: Path) -> int:
-    """The number of tokens by the files, in the form of today or in that of 2022.
+    """Return the size of the vocabulary, from files in today's form or in that of 2022.
 
     Raises:
         ModelError: There is neither.

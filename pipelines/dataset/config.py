@@ -15,7 +15,7 @@ class Config(BaseModel):
 
 
 def _workers(value: object) -> object:
-    """A number, or `2..8` as it is written."""
+    """Check that the value is a number, or a range such as `2..8`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     match = RANGE.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
@@ -36,7 +36,7 @@ Resources = dict[str, PositiveFloat]
 
 
 def worker_range(workers: int | str) -> tuple[int, int]:
-    """The least and the most workers of a `WorkerCount`."""
+    """Return the least and the most workers of a `WorkerCount`."""
     if isinstance(workers, int):
         return workers, workers
     low, high = workers.split("..")

@@ -74,7 +74,7 @@ class ClusterError(JobError):
     """A Ray cluster does not answer, does not let us in, or refuses."""
 
     is_transient = False
-    """Whether the same request may go well a moment later."""
+    """Return whether the same request may succeed a moment later."""
     ends_process = False
     """Whether Ray takes this process down with the cluster that it was connected to."""
 
@@ -88,7 +88,7 @@ class TrainingError(JobError):
 
 
 def unwrap(error: BaseException) -> MapoError | None:
-    """The error of ours inside another framework's wrapping, as it was raised; None if there is none.
+    """Return the MapoError inside another framework's wrapping, as it was raised; None if there is none.
 
     Ray raises what a worker raised as a class of its own that also inherits from ours, with the real one in `cause`
     and a worker's traceback as its text. Ray Data must be told to keep the real one (`quiet_ray_data`), and appends

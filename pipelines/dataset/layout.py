@@ -54,20 +54,20 @@ TEXT_SCHEMA = pa.schema(
 
 
 def pairs_table(storage: Storage, version: int | None = None) -> Table:
-    """The table of all source rows ever read."""
+    """Open the table of all source rows ever read."""
     return Table(storage, PAIRS, PAIRS_SCHEMA, version)
 
 
 def latents_table(storage: Storage, fingerprint: str, version: int | None = None) -> Table:
-    """The latents made under one fingerprint."""
+    """Open the table of the latents made under one fingerprint."""
     return Table(storage, f"{LATENTS}/{fingerprint}/table", LATENTS_SCHEMA, version)
 
 
 def text_table(storage: Storage, fingerprint: str, version: int | None = None) -> Table:
-    """The text embeddings made under one fingerprint."""
+    """Open the table of the text embeddings made under one fingerprint."""
     return Table(storage, f"{TEXT}/{fingerprint}/table", TEXT_SCHEMA, version)
 
 
 def fingerprints(storage: Storage, folder: str) -> list[str]:
-    """The fingerprints below LATENTS or TEXT, sorted."""
+    """List the fingerprints below LATENTS or TEXT, sorted."""
     return sorted({name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)})

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -23,6 +22,7 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.object_store import Upload, WrongBytes
 from pipelines.dataset.safetensors_header import check_safetensors
 from pipelines.dataset.storage import Storage, file_sha256, retry
+from pipelines.dataset.values import JsonObject
 
 MODEL_INDEX = "model_index.json"
 CACHE_VARIABLE = "MAPO_CACHE"
@@ -96,7 +96,7 @@ class ModelSource:
     variant: str | None = None
 
     def folder(self) -> Path:
-        """The local folder of the pipeline; fetched first if it is elsewhere.
+        """Return the local folder of the pipeline; fetch it first if it is elsewhere.
 
         Raises:
             ModelError: There is no such pipeline, or it cannot be fetched.
@@ -104,7 +104,7 @@ class ModelSource:
         return resolve_model(self.model, revision=self.revision, variant=self.variant)
 
     def vae_folder(self) -> Path:
-        """The folder of the VAE: the pipeline's own, or the other one.
+        """Return the folder of the VAE: the pipeline's own, or the one that replaces it.
 
         Raises:
             ModelError: See `folder`.
@@ -117,7 +117,7 @@ class ModelSource:
         return resolve_model(self.vae, marker="config.json")
 
     def is_fetched(self) -> bool:
-        """Whether the pipeline and the VAE are on this machine, so that `folder` and `vae_folder` fetch nothing.
+        """Return whether the pipeline and the VAE are on this machine, so that `folder` and `vae_folder` fetch nothing.
 
         Raises:
             ModelError: A URL cannot be listed.
@@ -135,7 +135,7 @@ class ModelSource:
 def resolve_model(
     model: str, marker: str = MODEL_INDEX, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """The local folder of a model; fetched first if it is elsewhere.
+    """Return the local folder of a model; fetch it first if it is elsewhere.
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
@@ -146,31 +146,37 @@ def resolve_model(
     Raises:
         ModelError: There is no such folder, it cannot be fetched, or it lacks `marker`.
     """
-    is_folder = "://" not in model and Path(model).expanduser().exists()
-    if revision is not None and ("://" in model or is_folder):
+    is_url, path = "://" in model, Path(model).expanduser()
+    is_there = not is_url and path.exists()
+    if revision is not None and (is_url or is_there):
         raise ModelError(
             f"{model} has no revision {revision}: only a model on the hub has revisions",
             "remove `encode.revision`, or give a hub id as `encode.model`",
         )
-    if Path(model).suffix.lower() in SINGLE_FILES and not (is_folder and Path(model).expanduser().is_dir()):
-        raise ModelError(_single_file(model, is_there=is_folder or "://" in model), _turn_into_folder(model, marker))
-    if "://" in model:
-        folder = _fetch(model, variant)
-    elif is_folder and Path(model).expanduser().is_dir():
-        folder = Path(model).expanduser().resolve()
-    elif HUB_ID.fullmatch(model) and not is_folder:
-        folder = _fetch_from_hub(model, revision, variant)
-    else:
-        raise ModelError(
-            f"there is no model folder {Path(model).expanduser().absolute()}",
-            "set `encode.model` to the folder, fsspec URL or hub id of a pipeline that diffusers saved",
-        )
+    if path.suffix.lower() in SINGLE_FILES and not path.is_dir():
+        raise ModelError(_single_file(model, is_there=is_there or is_url), _turn_into_folder(model, marker))
+    folder = _find_folder(model, revision, variant)
     if not (folder / marker).is_file():
         raise ModelError(
             f"{model} has no {marker}",
             "a diffusers folder is what `save_pretrained` writes; " + _turn_into_folder("FILE.safetensors", marker),
         )
     return folder
+
+
+def _find_folder(model: str, revision: str | None, variant: str | None) -> Path:
+    """Return the folder of a model: as it is given, or fetched from a URL or the hub."""
+    path = Path(model).expanduser()
+    if "://" in model:
+        return _fetch(model, variant)
+    if path.is_dir():
+        return path.resolve()
+    if HUB_ID.fullmatch(model) and not path.exists():
+        return _fetch_from_hub(model, revision, variant)
+    raise ModelError(
+        f"there is no model folder {path.absolute()}",
+        "set `encode.model` to the folder, fsspec URL or hub id of a pipeline that diffusers saved",
+    )
 
 
 def _single_file(model: str, *, is_there: bool) -> str:
@@ -180,7 +186,7 @@ def _single_file(model: str, *, is_there: bool) -> str:
 
 
 def _turn_into_folder(file: str, marker: str) -> str:
-    """How a checkpoint in a single file becomes a folder."""
+    """Explain how to turn a checkpoint in a single file into a folder."""
     kind, key = (SDXL.pipeline_class, "encode.model") if marker == MODEL_INDEX else ("AutoencoderKL", "encode.vae")
     name = Path(file).stem
     other = f" ({STABLE_DIFFUSION.pipeline_class} for Stable Diffusion 1.x and 2.x)" if marker == MODEL_INDEX else ""
@@ -190,8 +196,8 @@ def _turn_into_folder(file: str, marker: str) -> str:
     )
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json` of a pipeline of one of the families.
+def read_model_index(folder: Path) -> JsonObject:
+    """Read the `model_index.json` of a pipeline of one of the families.
 
     Raises:
         ModelError: It is something else.
@@ -210,7 +216,7 @@ def read_model_index(folder: Path) -> dict[str, Any]:
 
 
 def read_family(folder: Path) -> Family:
-    """The family of a pipeline.
+    """Return the family of a pipeline.
 
     Raises:
         ModelError: It is of none of them.
@@ -218,8 +224,8 @@ def read_family(folder: Path) -> Family:
     return FAMILIES[read_model_index(folder)["_class_name"]]
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A JSON configuration file of a model.
+def read_config(file: Path) -> JsonObject:
+    """Read a JSON configuration file of a model.
 
     Raises:
         ModelError: It is missing or is not JSON.
@@ -234,7 +240,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of one part, with its index if it is in several; each with a whole header.
+    """List the safetensors files of one part, and its index if there are several; check each header.
 
     Args:
         part: Its folder, such as `<model>/vae`.
@@ -246,14 +252,9 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
     """
     of_variant = "" if variant is None else f".{variant}"
     index = part / f"{stem}.safetensors.index{of_variant}.json"
-    if index.is_file():
-        mapped = read_config(index).get("weight_map", {})
-        if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
-            raise ModelError(f"{index} does not say which file holds which weight", "fetch the model again")
-        shards = sorted(set(mapped.values()))
-        files = [part / name for name in shards]
-    else:
-        index, files = Path(), [part / f"{stem}{of_variant}.safetensors"]
+    has_index = index.is_file()
+    names = _names_in_index(index) if has_index else [f"{stem}{of_variant}.safetensors"]
+    files = [part / name for name in names]
     for file in files:
         if not file.is_file():
             others = sorted(found.name for found in part.glob("*") if found.suffix in (".bin", ".safetensors", ".pth"))
@@ -263,11 +264,23 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
                 "diffusers and `save_pretrained` it once",
             )
         check_safetensors(file)
-    return [*([index] if index.name else []), *files]
+    return [index, *files] if has_index else files
+
+
+def _names_in_index(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists, sorted.
+
+    Raises:
+        ModelError: It does not list any.
+    """
+    mapped = read_config(index).get("weight_map", {})
+    if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
+        raise ModelError(f"{index} does not say which file holds which weight", "fetch the model again")
+    return sorted(set(mapped.values()))
 
 
 def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """The sha256 of every file by its name; a file that has not changed since is not read again."""
+    """Return the sha256 of every file by its name; a file that has not changed since is not read again."""
     with ThreadPoolExecutor(HASHERS) as hashers:
         return dict(zip((file.name for file in files), hashers.map(_digest, files), strict=True))
 
@@ -283,7 +296,7 @@ def _digest_of_state(file: Path, size: int, changed_ns: int, changed_status_ns: 
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
-    """What to fetch of a model, and what of that to leave: what is no weights, and the weights of one variant."""
+    """Return patterns of the files to fetch, and of those to leave: configuration, and weights of one variant."""
     if variant is not None:
         return [*PLAIN_FILES, *(pattern.format(f".{variant}*") for pattern in WEIGHTS)], list(IGNORED)
     others = [f"*.{other}{end}" for other in VARIANTS for end in (".safetensors", "-*.safetensors")]
@@ -319,8 +332,8 @@ def _fetch(url: str, variant: str | None) -> Path:
     return folder
 
 
-def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, dict[str, Any]]:
-    """Where in the node's cache a remote folder belongs in its present state, and its files that are wanted."""
+def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, JsonObject]:
+    """Return where a remote folder in its present state belongs in the node's cache, and which files to fetch."""
     try:
         listing = storage.fs.find(storage.path(), detail=True)
     except Exception as error:  # each fsspec back end has its own exception tree
@@ -335,7 +348,7 @@ def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, dict[
 
 
 def _is_fetched(model: str, revision: str | None, variant: str | None) -> bool:
-    """Whether a model is here; of one that is nowhere too, which `resolve_model` has the words for."""
+    """Return whether a model is on this machine; True also if it exists nowhere, as `resolve_model` reports."""
     if "://" in model:
         storage = Storage(model)
         return storage.is_local or _place(storage, model, variant)[0].is_dir()
@@ -365,13 +378,13 @@ def _fetch_file(storage: Storage, name: str, target: Path) -> None:
         raise ModelError(f"cannot fetch {storage.uri(name)}: {error}", "check the URL and the credentials") from error
 
 
-def _mark(info: dict[str, Any]) -> str:
-    """What changes when an object is written again."""
+def _mark(info: JsonObject) -> str:
+    """Return a mark that changes when an object is written again."""
     return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
 
 
 def _fetch_from_hub(identifier: str, revision: str | None, variant: str | None) -> Path:
-    """A snapshot of a hub repository in the hub's own cache; from that cache alone where there is no network."""
+    """Return a snapshot of a hub repository in the hub's own cache; without a network it must be there already."""
     from huggingface_hub import snapshot_download
 
     wanted, left = _patterns(variant)

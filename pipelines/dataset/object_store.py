@@ -1,4 +1,4 @@
-"""What an object store is asked for, which of its errors pass, and whether it holds what was put.
+"""Object stores: timeouts, which errors are worth another attempt, and uploads that are checked.
 
 Three layers try again: botocore a request, s3fs a part of a transfer, and `Storage` the whole of it once more, because
 it alone knows what must come out. The lower two get few attempts, so that all together end.
@@ -55,7 +55,7 @@ class ShortBytes(WrongBytes):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may go well a moment later."""
+    """Return whether the same request may succeed a moment later."""
     if isinstance(error, FINAL_ERRORS):
         return False
     if isinstance(error, OSError):  # s3fs translates answers into them, with the answer as their cause
@@ -65,7 +65,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_refusal(answer: BaseException | None) -> bool:
-    """Whether S3 has understood a request and will say no again."""
+    """Return whether S3 has understood a request and would refuse it again."""
     response = getattr(answer, "response", None)
     if not isinstance(response, dict):
         return False
@@ -75,7 +75,7 @@ def _is_refusal(answer: BaseException | None) -> bool:
 
 
 def is_taken(error: BaseException | None) -> bool:
-    """Whether an object could not be created because there is one of this name."""
+    """Return whether an object could not be created because the name is taken."""
     if isinstance(error, FileExistsError):
         return True
     for each in (error, error.__cause__ if error else None):
@@ -89,7 +89,7 @@ def is_taken(error: BaseException | None) -> bool:
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path on it, with timeouts and attempts that end.
+    """Open the file system of a URL, with timeouts and few attempts; return it and the path on it.
 
     fsspec's own configuration (`FSSPEC_S3` in the environment, as JSON) goes before ours.
     """
@@ -106,7 +106,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 def is_s3(url: str) -> bool:
-    """Whether the URL is of a store that speaks S3."""
+    """Return whether the URL is of a store that speaks S3."""
     return url.startswith(("s3://", "s3a://"))
 
 
@@ -157,7 +157,7 @@ class Upload:
         return max(PART_BYTES, math.ceil(self.num_bytes / MAX_PARTS))
 
     def _blocks(self, num_bytes: int) -> Any:
-        """The content in blocks of a size."""
+        """Yield the content in blocks of a size."""
         if isinstance(self.content, bytes):
             for start in range(0, len(self.content), num_bytes):
                 yield self.content[start : start + num_bytes]
@@ -167,7 +167,7 @@ class Upload:
                 yield block
 
     def _etag(self) -> str:
-        """The ETag that S3 gives: MD5, or for parts the MD5 of their MD5s and their number."""
+        """Return the ETag that S3 gives: MD5, or for parts the MD5 of their MD5s and their number."""
         if self.num_bytes < 2 * self._part_bytes:
             whole = _md5()
             for block in self._blocks(BLOCK_BYTES):
@@ -195,7 +195,7 @@ def _speaks_s3(fs: Any) -> bool:
 
 
 def _etag_is_a_key(fs: Any, path: str) -> bool:
-    """Whether S3 encrypts the object with a key of its own kind: its ETag is no digest then, by S3's documentation."""
+    """Return whether S3 encrypts the object with a key; by S3's documentation its ETag is no digest then."""
     bucket, key, _ = fs.split_path(path)
     head = fs.call_s3("head_object", Bucket=bucket, Key=key)
     return str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head

@@ -5,51 +5,11 @@ image_0 is preferred; chosen and rejected exist only after the label is applied.
 """
 
 import hashlib
-from enum import StrEnum
 
 import pyarrow as pa
 
-
-class Status(StrEnum):
-    """What became of a source row. Rows read = kept + tie + duplicate + quarantined, always."""
-
-    KEPT = "kept"
-    TIE = "tie"
-    DUPLICATE = "duplicate"
-    QUARANTINED = "quarantined"
-
-
-class Reason(StrEnum):
-    """Why a row is not kept; the reference page explains each."""
-
-    EQUAL_PREFERENCE = "equal_preference"
-    WEAK_PREFERENCE = "weak_preference"
-    REPEATED = "repeated"
-    CONFLICTING_LABEL = "conflicting_label"
-    REMOVED = "removed"
-    SPLIT_CONFLICT = "split_conflict"
-    UNREADABLE_ROW = "unreadable_row"
-    MISSING_PROMPT = "missing_prompt"
-    EMPTY_PROMPT = "empty_prompt"
-    UNREADABLE_PROMPT = "unreadable_prompt"
-    OVERLONG_PROMPT = "overlong_prompt"
-    MISSING_LABEL = "missing_label"
-    UNREADABLE_LABEL = "unreadable_label"
-    INCONSISTENT_LABELS = "inconsistent_labels"
-    MISSING_IMAGE = "missing_image"
-    EMPTY_IMAGE = "empty_image"
-    NOT_AN_IMAGE = "not_an_image"
-    UNSUPPORTED_FORMAT = "unsupported_format"
-    TRUNCATED_IMAGE = "truncated_image"
-    IMAGE_TOO_LARGE = "image_too_large"
-    IMAGE_TOO_SMALL = "image_too_small"
-    ANIMATED_IMAGE = "animated_image"
-    IMAGE_OUTSIDE = "image_outside"
-    URL_NOT_ALLOWED = "url_not_allowed"
-    UNREACHABLE_IMAGE = "unreachable_image"
-    IDENTICAL_IMAGES = "identical_images"
-    NON_FINITE = "non_finite"
-
+from pipelines.dataset.status import Reason as Reason
+from pipelines.dataset.status import Status as Status
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -92,7 +52,7 @@ PAIRS_SCHEMA = pa.schema(
 
 
 def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
-    """32 hex digits that name a pair: a hash of the prompt and both images' bytes.
+    """Return 32 hex digits that name a pair: a hash of the prompt and both images' bytes.
 
     The order of the two images does not matter, so that a pair listed the other way round is seen as the same.
 
@@ -111,7 +71,7 @@ def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
 
 
 def prompt_id(prompt: str) -> str:
-    """32 hex digits that name a prompt: a hash of its UTF-8 bytes."""
+    """Return 32 hex digits that name a prompt: a hash of its UTF-8 bytes."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:32]
 
 
@@ -122,7 +82,7 @@ EMPTY_PROMPT_ID = prompt_id("")
 
 
 def split_of(prompt_identifier: str, validation_ratio: float) -> str:
-    """The split of a prompt: by its hash, so that no prompt is in both.
+    """Return the split of a prompt, which follows from its hash, so that no prompt is in both.
 
     Args:
         prompt_identifier: From `prompt_id`.
@@ -132,5 +92,5 @@ def split_of(prompt_identifier: str, validation_ratio: float) -> str:
 
 
 def split_border(validation_ratio: float) -> str:
-    """The first prompt_id that is not held out, as text: hex digits of one length compare as the numbers they are."""
+    """Return the first prompt_id that is not held out: hex digits of one length compare as the numbers they are."""
     return f"{min(int(validation_ratio * 2**64), 2**64 - 1):016x}"

@@ -1,17 +1,18 @@
-"""The header of a safetensors file: is the file whole, and which shapes do its tensors have? Reads no tensor."""
+"""The header of a safetensors file: tells whether the file is complete, and the shapes of its tensors."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.dataset.errors import ModelError
+from pipelines.dataset.values import JsonObject
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 
 
 def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in safetensors files, from their headers; other files are passed over.
+    """Return the shape of every tensor in safetensors files, from their headers; other files are skipped.
 
     Raises:
         ModelError: A header is not whole.
@@ -35,7 +36,36 @@ def tensor_types(files: Sequence[Path]) -> set[str]:
     return {str(entry.get("dtype")) for header in headers for name, entry in header.items() if name != "__metadata__"}
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor where it lies: in a file, of a type by the format's name, `num_bytes` from `start` on."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Return where every tensor of safetensors files lies, by name; other files are passed over.
+
+    Raises:
+        ModelError: A header is not whole.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            entries, end = read_header(file)
+            tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+            begin = end - max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+            for name, entry in tensors.items():
+                first, last = entry["data_offsets"]
+                found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), begin + first, last - first)
+    return found
+
+
+def read_header(file: Path) -> tuple[JsonObject, int]:
     """Return the header of a safetensors file, and where its last tensor ends.
 
     Raises:

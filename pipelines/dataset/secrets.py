@@ -1,5 +1,6 @@
-"""Keeps secrets out of what is written: the values that the environment holds, and credentials inside of URLs."""
+"""Masks secrets in everything that is written: values from the environment, and credentials inside URLs."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,17 +22,17 @@ MASK = "***"
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name is taken to hold a secret."""
+    """Return whether a variable of this name is taken to hold a secret."""
     return bool(SECRET_NAME.search(name)) and not PATH_NAME.search(name)
 
 
 def has_credentials(url: str) -> bool:
-    """Whether a URL holds a password or a signature."""
+    """Return whether a URL holds a password or a signature."""
     return bool(USER_INFO.search(url) or SIGNED.search(url))
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret masked: values of the environment's secret variables, credentials in URLs.
+    """Mask every secret in a text: values of the environment's secret variables, also in JSON, and credentials in URLs.
 
     Args:
         text: What will be written.
@@ -39,6 +40,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """
     held = os.environ if environment is None else environment
     values = {value for name, value in held.items() if is_secret_name(name) and len(value) >= MIN_LENGTH}
+    values |= {json.dumps(value, ensure_ascii=is_ascii)[1:-1] for value in values for is_ascii in (True, False)}
     for value in sorted(values, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, MASK)
     return SIGNED.sub(rf"\1{MASK}", USER_INFO.sub(f"{MASK}@", text))

@@ -1,4 +1,4 @@
-"""Tar in, tar out: WebDataset shards with the offset and digest of every member.
+"""WebDataset shards: tars written and read with the offset and digest of every member.
 
 The bytes of a shard are a pure function of what is added, in order: fixed time stamp, owner and mode, USTAR
 headers. A reader goes by offsets from the table and never by the tar's end, for a tar cut at a member's border
@@ -67,7 +67,7 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """What `tarfile` writes before a member; where only name and size differ, a third of its time."""
+    """Return what `tarfile` writes before a member, in a third of its time where only name and size differ."""
     encoded = name.encode()
     if len(encoded) >= 100 or size >= 8**11 or not name.isascii():
         return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
@@ -103,7 +103,7 @@ def write_shard(file: Path, members: list[tuple[str, bytes]]) -> tuple[list[Memb
 
 
 def read_shard(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Every member of a shard in order: name and payload.
+    """Yield every member of a shard in order: name and payload.
 
     Raises:
         tarfile.ReadError: The tar is damaged.

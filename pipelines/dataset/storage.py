@@ -1,4 +1,4 @@
-"""One storage URL, through fsspec: every byte the product reads or writes goes through here.
+"""A storage at one URL, through fsspec: every byte that the product reads or writes goes through here.
 
 A write is whole or absent: local files are written beside their name and renamed, objects are put as a whole and the
 store is asked what it holds then. Transient errors are retried; a short read is an error, never short data.
@@ -70,7 +70,7 @@ def retry(action: Callable[[], T], *, patience: float = 0.0) -> T:
 
 
 def patience_s() -> float:
-    """How long an object store that does not answer is waited for: `MAPO_STORAGE_PATIENCE_S`, set for all of a run.
+    """Return for how long to wait for an object store that does not answer: `MAPO_STORAGE_PATIENCE_S`, set by a run.
 
     Outside of a run it is 0: whoever has mistyped an address wants to know it soon.
     """
@@ -81,7 +81,7 @@ def patience_s() -> float:
 
 
 def absolute_url(url: str) -> str:
-    """The URL with a local path made absolute: Ray's workers have another working directory."""
+    """Return the URL with a local path made absolute: Ray's workers have another working directory."""
     if "://" not in url:
         return str(Path(url).expanduser().resolve())
     return url if not url.startswith("file://") else str(Path(url.removeprefix("file://")).resolve())
@@ -126,16 +126,16 @@ class Storage:
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str = "") -> str:
-        """The path of `name` on `fs`."""
+        """Return the path of `name` on `fs`."""
         root = str(self._opened[1])
         return f"{root.rstrip('/')}/{name}" if name else root
 
     def uri(self, name: str = "") -> str:
-        """The URL of `name`, for libraries that open it themselves."""
+        """Return the URL of `name`, for libraries that open it themselves."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
     def child(self, name: str) -> "Storage":
-        """The storage of the folder `name`."""
+        """Return the storage of the folder `name`."""
         return Storage(self.uri(name))
 
     def _attempt(self, what: str, name: str, action: Callable[[], T]) -> T:
@@ -150,22 +150,22 @@ class Storage:
             raise StorageError(f"cannot {what} {self.uri(name)}: {text}", PLACE_HINT) from error
 
     def exists(self, name: str) -> bool:
-        """Whether an object or a folder has this name."""
+        """Return whether an object or a folder has this name."""
         return bool(self._attempt("look up", name, lambda: self.fs.exists(self.path(name))))
 
     def size(self, name: str) -> int:
-        """Bytes of an object."""
+        """Return the bytes of an object, as a number."""
         return int(self._attempt("look up", name, lambda: self.fs.size(self.path(name))))
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of all objects below `folder`, relative to this storage, sorted; none if there is no such folder."""
+        """List all objects below `folder`, relative to this storage, sorted; none if there is no such folder."""
         prefix = self.path().rstrip("/") + "/"
         found = self._attempt("list", folder, lambda: self.fs.find(self.path(folder)))
         names = (str(path).removeprefix(prefix) for path in found)
         return sorted(name for name in names if not UNFINISHED.fullmatch(name.rpartition("/")[2]))
 
     def read(self, name: str) -> bytes:
-        """A whole object."""
+        """Read a whole object."""
 
         def get() -> bytes:
             data = bytes(self.fs.cat_file(self.path(name)))
@@ -178,7 +178,7 @@ class Storage:
     def read_range(
         self, name: str, offset: int, length: int, sha256: str | None = None, crc32: int | None = None
     ) -> bytes:
-        """Exactly `length` bytes from `offset`; with `sha256` (hex) or `crc32` also exactly those bytes.
+        """Read exactly `length` bytes from `offset`, checked against `sha256` (hex) or `crc32` if one is given.
 
         Raises:
             ShardCorrupt: The object is too short, or the bytes differ from the digest.
@@ -205,7 +205,7 @@ class Storage:
             raise
 
     def _is_damaged(self, cause: BaseException | None, name: str, end: int) -> bool:
-        """Whether a failed read is the object's fault and not the way's.
+        """Return whether a failed read is the object's fault, and not the network's.
 
         An object store refuses a range past the end as a whole; a short answer about a long object was cut on its way.
         """
@@ -298,7 +298,7 @@ class Storage:
 
     @contextlib.contextmanager
     def unfinished(self, name: str) -> Iterator[Path]:
-        """A local file in which to gather what `upload` will put under this name; gone afterwards.
+        """Give a local file in which to gather what `upload` will put under this name; remove it afterwards.
 
         In a local storage it lies beside the name, so that `upload` renames it and copies nothing.
         """
@@ -325,12 +325,12 @@ class Storage:
 
 
 def _beside(target: Path) -> Path:
-    """Where a file is written before it has its name."""
+    """Return the temporary name beside a file, under which it is written first."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _pread(path: str, offset: int, length: int) -> bytes:
-    """A range of a local file in three system calls: a third of the time of fsspec, and nothing kept open."""
+    """Read a range of a local file in three system calls: a third of the time of fsspec, and nothing is kept open."""
     opened = os.open(path, os.O_RDONLY)
     try:
         return os.pread(opened, length, offset)
@@ -339,13 +339,13 @@ def _pread(path: str, offset: int, length: int) -> bytes:
 
 
 def file_sha256(file: Path) -> str:
-    """Hex digest of a local file."""
+    """Return the hex digest of a local file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def is_whole(data: bytes, sha256: str | None, crc32: int | None = None) -> bool:
-    """Whether bytes are what they were, as far as is known what they were.
+    """Return whether bytes match their digest, as far as one is known.
 
     Of both the CRC-32 is asked: it finds all that disks and networks do, and takes a fifth of the time of sha256 where
     a processor has no instructions for that (270 and 1,310 us for the latents of a pair of 1024 x 1024).

@@ -35,16 +35,16 @@ MAX_FIRST_WAIT_S = 0.2  # doubled at each attempt, drawn at random: 3 s on avera
 CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 5200 weeks"}
 
 
-class Landed(Enum):
+class Commit(Enum):
     """What became of a commit on top of a given version."""
 
-    YES = "yes"
-    BEFORE = "before"  # the unit was there already
-    OUTRUN = "outrun"  # another commit came first: look at it, then try again
+    DONE = "done"
+    ALREADY_DONE = "already done"  # the unit was committed before
+    CONFLICT = "conflict"  # another commit came first: look at it, then try again
 
 
 def storage_options(url: str) -> dict[str, str]:
-    """What delta-rs needs beyond the environment it reads itself."""
+    """Return what delta-rs needs beyond the environment that it reads itself."""
     options = {}
     if "://" in url and (patience := patience_s()):
         options = {"max_retries": str(MAX_REQUESTS), "retry_timeout": f"{patience:.0f}s"}
@@ -98,7 +98,7 @@ class Table:
 
     def _no_such_version(self) -> SnapshotError:
         return SnapshotError(
-            f"there is no version {self._pinned} of the table {self.uri}", "was the data set made anew?"
+            f"there is no version {self._pinned} of the table {self.uri}", "was the data set deleted and created again?"
         )
 
     @property
@@ -108,11 +108,11 @@ class Table:
         return None if table is None else table.version()
 
     def is_committed(self, unit: str) -> bool:
-        """Whether this unit's rows are in the table."""
+        """Return whether this unit's rows are in the table."""
         return not self.uncommitted([unit])
 
     def uncommitted(self, units: list[str]) -> list[str]:
-        """Those of `units` that are not in the table, in their order."""
+        """Return those of `units` that are not in the table, in their order."""
         table = self._open()
         try:
             return units if table is None else [u for u in units if table.transaction_version(u) is None]
@@ -145,7 +145,7 @@ class Table:
             return self._is_marked(mark)
         raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
 
-    def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Landed:
+    def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Commit:
         """Commit the rows of a unit if `version` is still the newest: they were made with what it holds in mind.
 
         Raises:
@@ -154,18 +154,18 @@ class Table:
         assert self._pinned is None, "a pinned table is read-only"
         rows = rows.select(self.schema.names).cast(self.schema)
         if self.is_committed(unit):
-            return Landed.BEFORE
+            return Commit.ALREADY_DONE
         if self.version != version:
-            return Landed.OUTRUN
+            return Commit.CONFLICT
         try:
             self._commit(unit, rows, mark := uuid.uuid4().hex, max_retries=0)
         except (DeltaError, OSError) as error:
             if self.is_committed(unit):  # by another writer, or by us and the answer was lost
-                return Landed.YES if self._is_marked(mark) else Landed.BEFORE
+                return Commit.DONE if self._is_marked(mark) else Commit.ALREADY_DONE
             if self.version != version:
-                return Landed.OUTRUN
+                return Commit.CONFLICT
             raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(error)}", PLACE_HINT) from error
-        return Landed.YES
+        return Commit.DONE
 
     def rewrite(self, change: Callable[[pa.Table], pa.Table], where: ds.Expression, *, name: str) -> int:
         """Change rows in one commit: the units that have rows of a condition are written anew; how many rows that is.
@@ -211,7 +211,7 @@ class Table:
         ) from refused
 
     def merge_files(self) -> tuple[int, int]:
-        """Rewrite many small files of the table as few; how many there were, and are. Rows stay as they are.
+        """Rewrite many small files of the table as few; return their number before and after. Rows do not change.
 
         Other writers go first: if one of them changes the same files meanwhile, nothing is merged.
         """
@@ -227,12 +227,12 @@ class Table:
         return before, len(self.files())
 
     def _schema_mode(self) -> Literal["merge"] | None:
-        """A table of an earlier version gets the columns that it lacks; those of a later one are null in our rows."""
+        """Add the columns that an older table lacks; columns that a newer one has are null in our rows."""
         assert self._table is not None
         return None if set(self.schema.names) == {field.name for field in self._table.schema().fields} else "merge"
 
     def _is_marked(self, mark: str) -> bool:
-        """Whether one of the newest commits is the one with this mark, whatever its writer was told."""
+        """Return whether one of the newest commits has this mark, whatever its writer was told."""
         table = self._open()
         try:
             return table is not None and any(commit.get(MARK) == mark for commit in table.history(MARK_DEPTH))
@@ -261,13 +261,13 @@ class Table:
         )
 
     def read(self, columns: list[str] | None = None, where: ds.Expression | None = None) -> pa.Table:
-        """Rows of the newest (or pinned) version; an empty table before the first commit."""
+        """Read rows of the newest (or pinned) version; an empty table before the first commit."""
         names = columns or self.schema.names
         schema = pa.schema([self.schema.field(name) for name in names])
         return pa.Table.from_batches(self.batches(names, where), schema)
 
     def batches(self, columns: list[str], where: ds.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        """The same rows a batch at a time, for what need not be in memory at once."""
+        """Read the same rows a batch at a time, so that not all are in memory at once."""
         table = self._open()
         if table is None:
             return
@@ -280,13 +280,13 @@ class Table:
             raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
 
     def _filled(self, batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
-        """With nulls for columns that the table did not have when it was made."""
+        """Return the batch with nulls in columns that the table did not have when the file was written."""
         for name in set(columns) - set(batch.schema.names):
             batch = batch.append_column(name, pa.nulls(batch.num_rows, self.schema.field(name).type))
         return batch.select(columns)
 
     def dataset(self) -> Any:
-        """The newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.
+        """Return the newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.
 
         Raises:
             SnapshotError: Nothing was ever committed.
@@ -299,7 +299,7 @@ class Table:
         return _dataset(table)
 
     def count_rows(self, where: ds.Expression | None = None) -> int:
-        """How many rows there are; without a condition the table's log alone tells."""
+        """Count rows; without a condition only the table's log is read."""
         table = self._open()
         if table is None:
             return 0
@@ -307,7 +307,7 @@ class Table:
         return int(counted or 0) if where is None else int(_dataset(table).count_rows(filter=where))
 
     def may_have_null(self, column: str) -> bool:
-        """Whether some row may lack a value, as far as the statistics of the table's files tell."""
+        """Return whether some row may lack a value, as far as the statistics of the table's files tell."""
         table = self._open()
         if table is None:
             return False
@@ -318,14 +318,14 @@ class Table:
         return bool(pc.any(pc.greater(files[name], 0)).as_py())
 
     def files(self) -> frozenset[str]:
-        """Names of the parquet files that make up the newest (or pinned) version."""
+        """Return the names of the parquet files that make up the newest (or pinned) version."""
         table = self._open()
         return frozenset() if table is None else frozenset(pa.table(table.get_add_actions())["path"].to_pylist())
 
     def batches_of(
         self, files: frozenset[str], columns: list[str], where: ds.Expression | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of these files alone: what was appended since the version that had the others."""
+        """Read rows of these files alone: what was appended since the version that had the others."""
         table = self._open()
         if table is None or not files:
             return
@@ -340,5 +340,5 @@ def _dataset(table: DeltaTable) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    """A message of delta-rs without its colours and line breaks."""
+    """Return a message of delta-rs without its colours and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__

@@ -39,7 +39,7 @@ class Version:
 
 
 def versions(table: Storage) -> list[Version]:
-    """Every version of the table in this folder, oldest first; none if there is no table.
+    """List every version of the table in this folder, oldest first; none if there is no table.
 
     Raises:
         StorageError: The log has a gap, so that what old versions are made of is unknown.
@@ -51,20 +51,20 @@ def versions(table: Storage) -> list[Version]:
         raise StorageError(
             f"the log of {table.url} lacks entries: it has {len(found):,} of "
             f"{found[-1].number + 1 if found else 0:,} versions",
-            "something other than mapo cleaned it up; old versions cannot be told from garbage",
+            "something other than mapo deleted them; gc and history need the whole log",
         )
     return found
 
 
 def versions_after(table: Storage, number: int) -> list[Version]:
-    """The versions that came after one, oldest first; reads no other entry of the log."""
+    """List the versions that came after one, oldest first; no other entry of the log is read."""
     names = sorted(name for name in table.names(LOG) if (entry := ENTRY.fullmatch(name)) and int(entry[1]) > number)
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(lambda name: _version(name, table.read(name)), names))
 
 
 def files_of(history: Sequence[Version], wanted: Collection[int]) -> Iterator[tuple[int, frozenset[str]]]:
-    """The files that each wanted version is made of, oldest first; needs the whole history."""
+    """Yield the files that each wanted version is made of, oldest first; the whole history is needed."""
     live: set[str] = set()
     for version in history:
         live = (live - version.dropped) | set(version.added)

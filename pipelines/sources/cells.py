@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import unquote
 
-from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError, StorageError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
+from pipelines.sources.config import SourceConfig
 from pipelines.sources.files import list_files, open_file
 from pipelines.sources.records import whole_tar
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "memory")
@@ -42,7 +42,7 @@ class Cells:
         self._tars = config.images is not None and config.images.endswith(".tar")
 
     def read(self, cell: object) -> bytes | Reason | None:
-        """The bytes, or why there are none; None for an empty cell.
+        """Read the bytes of a cell; return a reason if there are none, None for an empty cell.
 
         Raises:
             SourceError: The place where paths lie cannot be read at all.
@@ -123,7 +123,7 @@ class Cells:
 
 @lru_cache(4)
 def _members(pattern: str) -> dict[str, list[Place]]:
-    """Every file in the tars of a glob by its name; the headers are read once for each process."""
+    """Return every file in the tars of a glob by its name; the headers are read once for each process."""
     found: dict[str, list[Place]] = {}
     for file in list_files(pattern, (".tar",)):
         with open_file(file, read_ahead=True) as opened, whole_tar(opened) as tar:
@@ -135,7 +135,7 @@ def _members(pattern: str) -> dict[str, list[Place]]:
 
 
 def _can_be_a_path(name: str) -> bool:
-    """Whether a file could have this name: another text would fail in the file system, each in its own way."""
+    """Return whether a file could have this name: other text fails in the file system in various ways."""
     try:
         encoded = name.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The files that a source names, and how they are opened: as they were when the run was planned, or not at all."""
+"""The files of a source: listed, split by name, and opened only if unchanged since the run was planned."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
 from pipelines.dataset.storage import Storage, retry
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 
 READ_AHEAD = 8 << 20
 
@@ -25,13 +25,13 @@ NUMBERED_OR_SUFFIX = re.compile(r"-\d+-of-\d+|\.")
 
 
 def split_called(name: object) -> str | None:
-    """The split that a source's own name for it means; None for any other text."""
+    """Return the split that a source's own name for it means; None for any other text."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
     return next((split for split, names in SPLIT_NAMES.items() if text.strip().lower() in names), None)
 
 
 def split_of_file(uri: str) -> str | None:
-    """The split that a file's name begins or ends with, or else its folder's.
+    """Return the split that a file's name begins or ends with, or else its folder's.
 
     `test_aes.json`, `hpdv2_test.json`, `validation-00000-of-00003.parquet`, `val/a.parquet`. A name that ends in `dev`
     says nothing: FLUX.1-dev is a model.
@@ -45,7 +45,7 @@ def split_of_file(uri: str) -> str | None:
 
 
 def split_of_row(configured: str, named: object, uri: str) -> str | None:
-    """The split that a source gives to a row; None where the prompt's hash decides.
+    """Return the split that a source gives to a row; None where the prompt's hash decides.
 
     Args:
         configured: `split` of the source's configuration.
@@ -60,7 +60,7 @@ def split_of_row(configured: str, named: object, uri: str) -> str | None:
 
 
 def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
-    """The files that a path, folder or glob names, sorted by URI.
+    """List the files that a path, folder or glob names, sorted by URI.
 
     Raises:
         SourceError: There are none, or the place cannot be listed.
@@ -92,7 +92,7 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
 
 @contextlib.contextmanager
 def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = False) -> Iterator[IO[bytes]]:
-    """A source file to read from; every failure inside names it.
+    """Open a source file to read from; every failure inside names it.
 
     Args:
         file: As `list_files` found it.
@@ -109,7 +109,7 @@ def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = Fa
         if (found.size, found.change_mark) != (file.size, file.change_mark):
             raise SourceError(
                 f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
-                "run again once nothing writes to it",
+                "run again when nothing writes to it any more",
             )
         if by_arrow and storage.is_local:
             with pa.OSFile(path) as native:
@@ -124,7 +124,7 @@ def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = Fa
 
 
 def _split_glob(path: str) -> tuple[str, str]:
-    """A path as its fixed folder and the glob below it ('' if it has no wildcard)."""
+    """Split a path into its fixed folder and the glob below it ('' if it has no wildcard)."""
     parts = path.split("/")
     for position, part in enumerate(parts):
         if any(letter in part for letter in "*?["):
@@ -133,7 +133,7 @@ def _split_glob(path: str) -> tuple[str, str]:
 
 
 def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a file, or of what a link points to: a hub's cache is links."""
+    """Return what is known of a file, or of what a link points to: a hub's cache is links."""
     return dict(fs.info(str(Path(info["name"]).resolve(strict=True)))) if info.get("islink") else info
 
 

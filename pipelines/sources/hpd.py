@@ -9,16 +9,16 @@ Source: the cards of ymhao/HPDv2 and MizzenAI/HPDv3.
 from collections.abc import Iterator
 from typing import Any
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_ranks, from_votes
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class HpdSource(TableSource):
+class HpdSource(SourceKind):
     """Records of HPDv2 and HPDv3."""
 
     format = "hpd"
+    label = "votes; ranks, 1 is best; `path1` is preferred, with the share of `choice_dist` if present"
     fields = (
         Field("prompt", required=True),
         Field("file_path", ("image_path",), is_image=True),
@@ -31,7 +31,7 @@ class HpdSource(TableSource):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair of a v3 record or of two images; all pairs of more."""
+        """Yield one pair of a v3 record or of two images; all pairs of more."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("path1") is not None or record.get("path2") is not None:
             label = _from_position(record.get("choice_dist"))
@@ -51,7 +51,7 @@ class HpdSource(TableSource):
 
 
 def _from_position(votes: Any) -> float | Reason:
-    """The first image is the preferred one; votes, where there are any, say by how much."""
+    """Return the label of a first image that is the preferred one; votes, where there are any, say by how much."""
     if votes is None:
         return 1.0
     if not isinstance(votes, list) or len(votes) != 2:

@@ -8,16 +8,16 @@ Source: the card of THUDM/ImageRewardDB.
 
 from collections.abc import Iterator
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_ranks
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class ImagerewardSource(TableSource):
+class ImagerewardSource(SourceKind):
     """Ranked images."""
 
     format = "imagereward"
+    label = "ranks: every two images make a pair, equal ranks a tie; `img_better` is preferred"
     fields = (
         Field("prompt", required=True),
         Field("prompt_id"),
@@ -31,7 +31,7 @@ class ImagerewardSource(TableSource):
     gathered = ("rank",)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Every two images of the record."""
+        """Yield every two images of the record."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("img_better") is not None or record.get("img_worse") is not None:
             yield Draft(prompt, record.get("img_better"), record.get("img_worse"), 1.0, user)

@@ -1,4 +1,4 @@
-"""What sources say about a preference, as the probability that image 0 is preferred; never a guess.
+"""Turns what sources say about a preference into the probability that image 0 is preferred; never a guess.
 
 Every function takes values as they came (numbers of any type, text, bytes) and gives 0..1 or the `Reason` why not.
 """
@@ -7,13 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
 
 LABEL_TOLERANCE = 1e-6
 
 
 def number(value: object) -> float | None:
-    """A number by its value, whatever its type; None if it is not one, or not finite."""
+    """Return a number by its value, whatever its type; None if it is not one, or not finite."""
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     try:
@@ -24,7 +24,7 @@ def number(value: object) -> float | None:
 
 
 def from_labels(label_0: object, label_1: object) -> float | Reason:
-    """From the labels of both images, which must add up to 1."""
+    """Return the label from those of both images, which must add up to 1."""
     if label_0 is None or label_1 is None:
         return Reason.MISSING_LABEL
     first, second = number(label_0), number(label_1)
@@ -34,7 +34,7 @@ def from_labels(label_0: object, label_1: object) -> float | Reason:
 
 
 def from_label(label_0: object) -> float | Reason:
-    """From the label of image 0 alone."""
+    """Return the label from that of image 0 alone."""
     if label_0 is None:
         return Reason.MISSING_LABEL
     found = number(label_0)
@@ -42,7 +42,7 @@ def from_label(label_0: object) -> float | Reason:
 
 
 def from_votes(votes_0: object, votes_1: object) -> float | Reason:
-    """The share of votes (or of weights of votes) for image 0; no votes at all is no label."""
+    """Return the share of votes (or of weights of votes) for image 0; no votes at all is no label."""
     if votes_0 is None or votes_1 is None:
         return Reason.MISSING_LABEL
     first, second = number(votes_0), number(votes_1)
@@ -52,7 +52,7 @@ def from_votes(votes_0: object, votes_1: object) -> float | Reason:
 
 
 def from_ranks(ranks: object, *, count: int, best: str = "smallest") -> Iterator[tuple[int, int, float | Reason]]:
-    """Every pair of ranked images, in order, with the label of the first of the two; equal ranks are a tie.
+    """Yield every pair of ranked images, in order, with the label of the first of the two; equal ranks are a tie.
 
     Args:
         ranks: One for each image.
@@ -77,13 +77,13 @@ def _compare(rank_0: object, rank_1: object, *, sign: int) -> float | Reason:
 
 
 def is_false(value: object) -> bool:
-    """Whether a flag says no; a missing one does not."""
+    """Return whether a flag says no; a missing one does not."""
     text = text_of(value)
     return text is not None and text.strip().lower() in ("false", "0", "0.0", "no", "")
 
 
 def text_of(value: object) -> str | None:
-    """A value as text; what is not UTF-8 is shown as such."""
+    """Return a value as text; bytes that are not UTF-8 are replaced."""
     if value is None:
         return None
     return (value if isinstance(value, bytes) else str(value).encode(errors="replace")).decode(errors="replace")

@@ -4,23 +4,19 @@ Without a column map the names are those of open-image-preferences (`prompt`, `c
 `jsonl` `prompt`, `image_0`, `image_1`, `label_0`. Images are bytes, `{bytes, path}`, paths or addresses.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from pipelines.config import SourceConfig
-from pipelines.dataset.errors import SourceError
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_label, from_labels
-from pipelines.sources.records import Record
-from pipelines.sources.source import SourceFile
-from pipelines.sources.table_source import Draft, Field, TableSource
-
-FORMS = ({"chosen", "rejected"}, {"image_0", "image_1", "label_0"})
 
 
-class PairsSource(TableSource):
+class PairsSource(SourceKind):
     """Rows of any table, through a column map."""
 
     format = "pairs"
+    label = "position: `chosen` is preferred; or by value, as in `pickapic`"
+    forms = (("chosen", "rejected"), ("image_0", "image_1", "label_0"))
     fields = (
         Field("prompt", ("caption",), required=True),
         Field("chosen", is_image=True),
@@ -32,20 +28,8 @@ class PairsSource(TableSource):
         Field("user_id"),
     )
 
-    def _columns(self, config: SourceConfig, names: Sequence[str] | None, file: SourceFile) -> dict[str, str]:
-        found = super()._columns(config, names, file)
-        if names is not None and not (
-            {"chosen", "rejected"} <= set(found) or {"image_0", "image_1", "label_0"} <= set(found)
-        ):
-            raise SourceError(
-                f"{file.uri} has neither `chosen` and `rejected` nor `image_0`, `image_1` and `label_0`; "
-                f"it has {', '.join(sorted(names))}",
-                "say with `columns:` which of its columns is which",
-            )
-        return found
-
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a row; the position of chosen and rejected is the label."""
+        """Yield one pair a row; the position of chosen and rejected is the label."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("image_0") is not None or record.get("image_1") is not None:
             label_1 = record.get("label_1")
@@ -59,7 +43,7 @@ class PairsSource(TableSource):
 
 
 class JsonlSource(PairsSource):
-    """The same from an object a line."""
+    """The same pairs in JSON lines, an object a line."""
 
     format = "jsonl"
     suffixes = (".jsonl", ".jsonl.gz")

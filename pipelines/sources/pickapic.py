@@ -5,18 +5,17 @@ Source: the data set's card (19 columns; see docs/guides/sources.md).
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_labels, is_false
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class PickapicSource(TableSource):
+class PickapicSource(SourceKind):
     """Rows of Pick-a-Pic."""
 
     format = "pickapic"
+    label = 'by value, whatever the type: 1, 0, 0.5, "1.0"'
     fields = (
         Field("caption", required=True),
         Field("jpg_0", required=True, is_image=True),
@@ -28,12 +27,12 @@ class PickapicSource(TableSource):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a row."""
+        """Yield one pair a row."""
         yield Draft(record["caption"], record["jpg_0"], record["jpg_1"], read_label(record), record.get("user_id"))
 
 
-def read_label(values: dict[str, Any]) -> float | Reason:
-    """`label_0` as a probability, or why it cannot be read."""
+def read_label(values: Record) -> float | Reason:
+    """Return `label_0` as a probability, or why it cannot be read."""
     if is_false(values.get("has_label")):
         return Reason.MISSING_LABEL
     return from_labels(values["label_0"], values["label_1"])

@@ -6,15 +6,15 @@ Source: the card of Rapidata/700k_Human_Preference_Dataset_FLUX_SD3_MJ_DALLE3 (`
 
 from collections.abc import Iterator
 
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_votes
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class RapidataSource(TableSource):
+class RapidataSource(SourceKind):
     """Rows with counts of votes."""
 
     format = "rapidata"
+    label = "share of votes"
     fields = (
         Field("prompt", required=True),
         Field("image1", ("image1_path",), required=True, is_image=True),
@@ -25,6 +25,6 @@ class RapidataSource(TableSource):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a row."""
+        """Yield one pair a row."""
         label = from_votes(record["votes_image1"], record["votes_image2"])
         yield Draft(record["prompt"], record["image1"], record["image2"], label, record.get("user_id"))

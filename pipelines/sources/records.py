@@ -1,4 +1,4 @@
-"""Containers: a file, or a part of it, as raw records with their number. Parquet, JSON, JSON lines and tar."""
+"""Containers (Parquet, JSON, JSON lines, tar): a file, or a part of it, as numbered raw records."""
 
 import contextlib
 import gzip
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset.errors import SourceError
 from pipelines.sources.files import open_file
-from pipelines.sources.source import SourceFile, Unit
+from pipelines.sources.kind import BROKEN, Record
+from pipelines.sources.unit import SourceFile, SourceUnit
 
 ROWS_A_BATCH = 64  # about 20 MB of JPEGs in memory
 READ_BYTES = 8 << 20  # of a column at once; otherwise its whole part of a row group, often 150 MB
@@ -23,17 +24,14 @@ MAX_RECORDS = 1000  # of a unit of JSON, whose images lie elsewhere
 FOOTERS_KEPT = 16  # as many as are read at once
 FILES_PARSED = 4  # a worker reads one unit after the other, often of one file
 
-Record = dict[str, Any]
 Names = Sequence[str]
-BROKEN = "__broken__"
-"""Stands in a record that could not be read, for the reason why."""
 
 
-class Part(Protocol):
+class MakeUnit(Protocol):
     """Called for each part of a file that becomes a unit: where it lies, its first row, its number of rows."""
 
-    def __call__(self, part: tuple[int, int], first_row: int, num_rows: int) -> Unit:
-        """The unit."""
+    def __call__(self, part: tuple[int, int], first_row: int, num_rows: int) -> SourceUnit:
+        """Return the unit."""
         ...
 
 
@@ -41,21 +39,21 @@ class Container(Protocol):
     """A kind of file."""
 
     def names(self, file: SourceFile) -> list[str] | None:
-        """Top-level names of its records, if the file says so itself."""
+        """Return the top-level names of its records, if the file says so itself."""
         ...
 
     def seen(self, file: SourceFile) -> list[str]:
-        """Names that at least one of its records has; none if only reading them tells."""
+        """Return names that at least one of its records has; none if only reading them tells."""
         ...
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
-        """The units of a file; consecutive records of one value of `group_by` stay together."""
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
+        """Plan the units of a file; consecutive records of one value of `group_by` stay together."""
         ...
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
-        """The records of a unit with their numbers in the file.
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """Yield the records of a unit with their numbers in the file.
 
         Args:
             unit: Which.
@@ -69,17 +67,17 @@ class Parquet:
     """Row groups gathered until their needed columns reach `max_bytes`."""
 
     def names(self, file: SourceFile) -> list[str]:
-        """The columns."""
+        """Return the columns."""
         return list(_footer(file).schema.to_arrow_schema().names)
 
     def seen(self, file: SourceFile) -> list[str]:
-        """`names` has them all."""
+        """Return nothing: `names` has them all."""
         return []
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
-        """Reads the footer only. Grouped records may lie across row groups: then the file is one unit."""
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
+        """Plan by the footer alone. Grouped records may lie across row groups: then the file is one unit."""
         metadata = _footer(file)
         wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in names]
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
@@ -92,12 +90,12 @@ class Parquet:
                 size += sizes[stop]
                 stop += 1
             if num_rows := sum(rows[start:stop]):
-                units.append(part((start, stop), sum(rows[:start]), num_rows))
+                units.append(make_unit((start, stop), sum(rows[:start]), num_rows))
             start = stop
         return units
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
-        """Text comes as bytes: what is not UTF-8 spoils its own row, not the others."""
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """Yield records with text as bytes: what is not UTF-8 spoils its own row, not the others."""
         number = unit.first_row
         with open_file(unit.file, by_arrow=True) as opened:
             parquet = pq.ParquetFile(opened, metadata=_footer(unit.file), buffer_size=READ_BYTES, pre_buffer=False)
@@ -114,13 +112,13 @@ class Parquet:
 
 @lru_cache(FOOTERS_KEPT)
 def _footer(file: SourceFile) -> pq.FileMetaData:
-    """What a parquet file says of itself, read once for each state of the file."""
+    """Read the footer of a parquet file, once for each state of the file."""
     with open_file(file, by_arrow=True) as opened:
         return pq.read_metadata(opened)
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes for text, inside lists and structs as well."""
+    """Return the type with bytes for text, inside lists and structs as well."""
     if pa.types.is_dictionary(kind):
         return _as_bytes(kind.value_type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -133,7 +131,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, or lists of it."""
+    """Return whether a column holds text, or lists of it."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_text(kind.value_type)
     return not pa.types.is_struct(kind) and _as_bytes(kind) != kind
@@ -152,17 +150,17 @@ class Json:
         self._lines = lines
 
     def names(self, file: SourceFile) -> None:
-        """Each record has its own."""
+        """Return None: each record has its own."""
         return
 
     def seen(self, file: SourceFile) -> list[str]:
-        """Names of all records that could be read."""
+        """Return the names of all records that could be read."""
         return sorted({name for record in _parsed(file, self._lines) if BROKEN not in record for name in record})
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
-        """At most `MAX_RECORDS` to a unit, more where a group asks for it."""
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
+        """Plan at most `MAX_RECORDS` to a unit, more where a group asks for it."""
         records = _parsed(file, self._lines)
         runs = [1] * len(records)
         if group_by is not None:
@@ -171,13 +169,13 @@ class Json:
         units, start, size = [], 0, 0
         for run in runs:
             if size and size + run > MAX_RECORDS:
-                units.append(part((start, start + size), start, size))
+                units.append(make_unit((start, start + size), start, size))
                 start, size = start + size, 0
             size += run
-        return [*units, part((start, start + size), start, size)] if size else units
+        return [*units, make_unit((start, start + size), start, size)] if size else units
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
-        """The records of the range."""
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """Yield the records of the range."""
         records = _parsed(unit.file, self._lines)
         yield from ((number, dict(records[number])) for number in range(*unit.part))
 
@@ -190,17 +188,17 @@ def _parsed(file: SourceFile, lines: bool) -> list[Record]:
             data = gzip.decompress(data) if file.uri.endswith(".gz") else data
             found = [_line(line) for line in data.split(b"\n") if line.strip()] if lines else json.loads(data)
         except (OSError, EOFError, UnicodeDecodeError, RecursionError, zlib.error) as error:
-            raise ValueError(f"it is no JSON: {error}") from error
+            raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(found, list):
         raise SourceError(
             f"{file.uri} holds a {type(found).__name__}, not a list of records",
-            "a `.json` source is an array of objects; an object a line is `.jsonl`",
+            "a `.json` source is an array of objects; name a file with one object per line `.jsonl`",
         )
     return [record if isinstance(record, dict) else {BROKEN: "not an object"} for record in found]
 
 
 def _line(line: bytes) -> Any:
-    """A broken line spoils its own row, not the others."""
+    """Parse a line; a broken one spoils its own row, not the others."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -211,21 +209,21 @@ class Tar:
     """WebDataset samples: the members of a key follow each other. A unit is a whole tar; nothing is unpickled."""
 
     def names(self, file: SourceFile) -> None:
-        """Each sample has its own."""
+        """Return None: each sample has its own."""
         return
 
     def seen(self, file: SourceFile) -> list[str]:
-        """Only reading tells."""
+        """Return nothing: only reading tells."""
         return []
 
     def plan(
-        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, part: Part
-    ) -> list[Unit]:
-        """One unit; how many samples there are, only reading tells."""
-        return [part((0, 1), 0, 0)]
+        self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
+    ) -> list[SourceUnit]:
+        """Plan one unit; only reading tells how many samples there are."""
+        return [make_unit((0, 1), 0, 0)]
 
-    def records(self, unit: Unit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
-        """A sample a record: the bytes of each part by its name without its last extension, a JSON part's keys as well.
+    def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
+        """Yield a sample as a record: each part's bytes by its name without the extension, and a JSON part's keys.
 
         Raises:
             SourceError: The tar is cut or damaged, or a key comes back.
@@ -236,7 +234,7 @@ class Tar:
 
 @contextlib.contextmanager
 def whole_tar(opened: IO[bytes]) -> Iterator[tarfile.TarFile]:
-    """A tar to go through to its end, which must be one.
+    """Open a tar to go through to its end, and check that it is the end.
 
     `tarfile` takes a cut between two members, and a damaged header after the first one, for the end of the tar.
 
@@ -250,7 +248,7 @@ def whole_tar(opened: IO[bytes]) -> Iterator[tarfile.TarFile]:
             if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a member nor the mark that ends a tar")
     except tarfile.TarError as error:
-        raise ValueError(f"it is no whole tar: {error}") from error
+        raise ValueError(f"not a complete tar: {error}") from error
 
 
 def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
@@ -308,7 +306,7 @@ CONTAINERS: dict[str, Callable[[], Container]] = {
 
 
 def container_of(file: SourceFile) -> Container:
-    """The container of a file.
+    """Return the container of a file.
 
     Raises:
         SourceError: Its name ends in none of those that can be read.
@@ -317,5 +315,5 @@ def container_of(file: SourceFile) -> Container:
         if file.uri.endswith(suffix):
             return make()
     raise SourceError(
-        f"{file.uri} is of no kind that can be read", f"the name must end in one of {', '.join(CONTAINERS)}"
+        f"{file.uri} is of a type that mapo cannot read", f"the name must end in one of {', '.join(CONTAINERS)}"
     )

@@ -1,4 +1,4 @@
-"""Images behind http(s) addresses that a data set names: bounded in time and size, and never out of a private network.
+"""Fetches images from http(s) addresses in a data set: bounded in time and size, never in a private network.
 
 A data set is somebody else's text. An address in it must not reach what only this machine can: each host is resolved
 once, the addresses are checked, and the connection goes to just the address that was checked.
@@ -41,7 +41,7 @@ class _Refused(Exception):
 
 
 def fetch_url(url: str, limits: UrlLimits) -> bytes | Reason:
-    """The body at an address, or why there is none.
+    """Fetch the body at an address, or return why there is none.
 
     Args:
         url: http or https.
@@ -70,7 +70,7 @@ def _follow(url: str, limits: UrlLimits) -> bytes:
 
 
 def _get(url: str, limits: UrlLimits) -> bytes | str:
-    """The body, or where else to look."""
+    """Return the body, or where else to look."""
     parts = urlsplit(url)
     host, port = parts.hostname, parts.port
     if parts.scheme not in ("http", "https") or not host:
@@ -117,7 +117,7 @@ def _read(response: urllib3.BaseHTTPResponse, limits: UrlLimits) -> bytes | str:
 
 
 def checked_address(host: str, port: int, allow_private: bool) -> str:
-    """The address to connect to, of a host none of whose addresses is private."""
+    """Return the address to connect to; refuse a host with a private one."""
     found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not allow_private and not all(_is_public(address) for address in found):
         raise _Refused(Reason.URL_NOT_ALLOWED)

@@ -6,16 +6,16 @@ So they are in the tar mirrors of Pick-a-Pic that diffusers' ORPO example trains
 
 from collections.abc import Iterator
 
-from pipelines.dataset.pair import Reason
+from pipelines.dataset.status import Reason
+from pipelines.sources.kind import Draft, Field, Record, SourceKind
 from pipelines.sources.labels import from_label, from_labels, is_false
-from pipelines.sources.records import Record
-from pipelines.sources.table_source import Draft, Field, TableSource
 
 
-class WebdatasetSource(TableSource):
+class WebdatasetSource(SourceKind):
     """Samples of tars."""
 
     format = "webdataset"
+    label = "by value, as in `pickapic`; that of image 0 alone is enough"
     fields = (
         Field("caption", ("original_prompt", "prompt", "text", "txt")),
         Field("jpg_0", ("image_0", "0"), is_image=True),
@@ -28,7 +28,7 @@ class WebdatasetSource(TableSource):
     suffixes = (".tar",)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """One pair a sample; a label of image 0 alone is enough."""
+        """Yield one pair a sample; a label of image 0 alone is enough."""
         label: float | Reason
         if is_false(record["has_label"]):
             label = Reason.MISSING_LABEL

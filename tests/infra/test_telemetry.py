@@ -14,8 +14,8 @@ import pytest
 import yaml
 from manifests import ROOT
 
-from orchestration import telemetry
-from pipelines.progress import Progress, observers
+from orchestration.run import telemetry
+from pipelines.progress import ProgressBar, observers
 
 ALERTS = yaml.safe_load((ROOT / "infra" / "prometheus" / "alerts.yaml").read_text())
 DASHBOARD = json.loads((ROOT / "infra" / "grafana" / "dashboard.json").read_text())
@@ -29,12 +29,12 @@ port = int(sys.argv[1])
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
          _metrics_export_port=port, _system_config={"metrics_report_interval_ms": 300})
 from types import SimpleNamespace
-from orchestration import telemetry
-from orchestration.training_view import TrainingView
-from pipelines.progress import Progress
+from orchestration.run import telemetry
+from orchestration.stages.training_view import TrainingView
+from pipelines.progress import ProgressBar
 
 with telemetry.stage("photos", "ingest"):
-    with Progress("ingest", 8, "units") as progress:
+    with ProgressBar("ingest", 8, "units") as progress:
         progress.advance(2, statuses={"kept": 20, "tie": 3})
         progress.advance(1, statuses={"kept": 5, "quarantined": 1})
 try:
@@ -110,9 +110,9 @@ def test_prometheus_sees_every_number(scraped: dict[tuple[str, tuple[tuple[str, 
 def test_without_ray_nothing_is_done(run_python: Callable[[str], str]) -> None:
     code = """
 import sys
-from orchestration import telemetry
-from pipelines.progress import Progress
-with telemetry.stage("photos", "ingest"), Progress("ingest", 2, "units") as progress:
+from orchestration.run import telemetry
+from pipelines.progress import ProgressBar
+with telemetry.stage("photos", "ingest"), ProgressBar("ingest", 2, "units") as progress:
     progress.advance(1)
 telemetry.training("photos", {"step": 1, "max_steps": 2, "starts": 1, "last": {}})
 print("ray" in sys.modules)
@@ -125,7 +125,7 @@ def test_a_broken_outlet_breaks_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError(name)
 
     monkeypatch.setattr(telemetry._outlet, "metric", broken)
-    with telemetry.stage("photos", "ingest"), Progress("ingest", 2, "units") as progress:
+    with telemetry.stage("photos", "ingest"), ProgressBar("ingest", 2, "units") as progress:
         progress.advance(1)
     assert not observers
     with pytest.raises(ValueError, match="as it was"), telemetry.stage("photos", "ingest"):

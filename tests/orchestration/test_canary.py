@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from orchestration import canary
+from orchestration.cluster import canary
 from pipelines.dataset.errors import ClusterError
 
 

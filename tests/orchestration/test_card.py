@@ -9,12 +9,12 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from orchestration.card import model_card, trained_with
 from orchestration.config import RunConfig, parse_config
-from orchestration.journal import StageRecord
-from orchestration.licence import licence_of
-from orchestration.rounds import exported_of
-from orchestration.run import Run
+from orchestration.rounds.series import exported_of
+from orchestration.run.context import Run
+from orchestration.run.journal import StageRecord
+from orchestration.stages.licence import licence_of
+from orchestration.stages.model_card import model_card, trained_with
 from pipelines.dataset.model_files import ModelSource
 from training.schedule import average_share
 
@@ -107,7 +107,7 @@ def test_an_average_that_was_not_measured_is_said(tiny_pipeline: Path, tmp_path:
 
 
 def test_card_and_plan_say_the_same_of_the_average(tiny_pipeline: Path, tmp_path: Path) -> None:
-    from orchestration.training_notes import training_notes
+    from orchestration.stages.training_notes import training_notes
 
     config = configuration(tiny_pipeline, "train.ema={decay: 0.9}")
     assert config.train is not None

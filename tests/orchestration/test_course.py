@@ -1,17 +1,17 @@
-"""The course of a run: what of it is done, also where another run of the storage has done it."""
+"""The course of a run: what is done, also if another run of the storage did it."""
 
 from datetime import UTC, datetime
 
 import pytest
 
-from orchestration.course import STAGES_SHOWN, Course, read_course
-from orchestration.journal import StageRecord
+from orchestration.report.course import STAGES_SHOWN, Course, read_course
+from orchestration.run.journal import StageRecord
 
 OWN = ("train", "export", "evaluate")
 
 
 def course_of(*done: str) -> Course:
-    """After a success of these stages."""
+    """Return the course after these stages have succeeded."""
     records = {
         stage: StageRecord(stage, "0" * 16, "", 1.0, "2026-11-27T00:00:00Z") if stage in done else None
         for stage in STAGES_SHOWN
@@ -26,13 +26,13 @@ def test_what_another_run_has_ingested_and_encoded_is_done() -> None:
 
 
 @pytest.mark.parametrize("missing", OWN)
-def test_a_stage_of_the_runs_own_is_done_by_itself_alone(missing: str) -> None:
+def test_train_export_and_evaluate_are_done_only_by_the_run_itself(missing: str) -> None:
     course = course_of(*(stage for stage in STAGES_SHOWN if stage != missing))
     assert course.state == "partial"
     assert [stage for stage, state in course.stages.items() if state == "not run"] == [missing]
 
 
-def test_encode_says_that_ingest_went_well_and_nothing_of_what_follows() -> None:
+def test_a_finished_encode_implies_ingest_and_nothing_later() -> None:
     course = course_of("encode")
     assert course.state == "partial"
     assert course.stages == dict.fromkeys(("ingest", "encode"), "done") | dict.fromkeys(OWN, "not run")

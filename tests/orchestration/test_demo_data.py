@@ -182,13 +182,13 @@ def test_the_shipped_model_restores_both_sides_and_tells_prompts_apart() -> None
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from orchestration.demo.base_training import encode, plain_and_styled, psnr
+    from orchestration.demo.base_training import encode, plain_and_styled, round_trip_psnr
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(BASE_MODEL)
     assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
     plain, styled = plain_and_styled(7, per_scene=1)
-    assert psnr(pipeline.vae, plain) >= 24
-    assert psnr(pipeline.vae, styled) >= 24
+    assert round_trip_psnr(pipeline.vae, plain) >= 24
+    assert round_trip_psnr(pipeline.vae, styled) >= 24
     latents = encode(pipeline.vae, torch.cat([plain, styled])) * pipeline.vae.config.scaling_factor
     assert float(latents.std()) == pytest.approx(1, abs=0.05)
     captions = [scene.caption for scene in scenes()]

@@ -20,7 +20,7 @@ from factories import photo_pairs, write_parquet
 
 from orchestration.config import RunConfig
 from pipelines.dataset.storage import Storage
-from pipelines.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
 
 MAX_STEPS = 120
 
@@ -122,7 +122,7 @@ def check_that_a_second_is_refused(first: Driver, folder: Path, *options: str) -
     """While the first is held: it could be done before the second has looked."""
     with first.held(), Driver(folder, "run", *options) as second:
         assert second.wait() == 1
-    assert re.search(rf"LeaseError: run small is driven by pid {first.process.pid} on ", second.errors)
+    assert re.search(rf"LeaseError: run small is already running: pid {first.process.pid} on ", second.errors)
     assert second.errors.count("hint: ") == 1
 
 
@@ -147,7 +147,7 @@ def test_one_that_is_killed_in_a_training_is_followed_from_its_newest_checkpoint
         first.kill()
         with Driver(folder, "train", *options) as third:
             assert third.wait() == 0, third.errors
-    goes_on = re.search(r"start 2: goes on from step (\d+)", third.output)
+    goes_on = re.search(r"restart 2: resuming from step (\d+)", third.output)
     assert goes_on
     assert 4 <= left_at <= int(goes_on[1]) < 24
     assert newest_step(first.run) == 24
@@ -159,13 +159,13 @@ def test_a_stopped_driver_leaves_a_checkpoint_from_which_the_next_goes_on(folder
         first.until(lambda: first.step >= 2)
         first.process.send_signal(signal.SIGTERM)
         assert first.wait() == 130
-    assert "stopped by SIGTERM; run the same command again to go on" in first.errors
+    assert "stopped by SIGTERM; rerun the same command to resume" in first.errors
     stopped_at = newest_step(first.run)
     assert 2 <= stopped_at < MAX_STEPS, "it has left a checkpoint that no interval asked for"
     assert list(events(first.run))[-2:] == [("began", "train"), ("stopped", "train")]
     with Driver(folder, "train") as second:
         assert second.wait() == 0, second.errors
-    assert f"start 2: goes on from step {stopped_at}" in second.output
+    assert f"restart 2: resuming from step {stopped_at}" in second.output
     assert newest_step(first.run) == MAX_STEPS
 
 
@@ -179,7 +179,7 @@ def test_a_driver_is_stopped_while_its_workers_start(folder: Path, seconds: int)
         assert driver.wait() == 130, driver.errors
         left = psutil.wait_procs(list(driver._family), timeout=90)[1]  # Ray's agents notice within a minute
         assert left == []
-    assert "stopped by SIGTERM; run the same command again to go on" in driver.errors
+    assert "stopped by SIGTERM; rerun the same command to resume" in driver.errors
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_a_request_on_the_storage_stops_a_run(folder: Path) -> None:
         driver.until(lambda: driver.step >= 1)
         (driver.run / "stop.json").write_text(json.dumps({"requested_at": "2026-01-01T00:00:00Z", "by": "ada"}))
         assert driver.wait() == 130
-    assert "stopped by request of ada; run the same command again" in driver.errors
+    assert "stopped by request of ada; rerun the same command to resume" in driver.errors
     assert not (driver.run / "stop.json").exists()
     assert newest_step(driver.run) >= 1
 

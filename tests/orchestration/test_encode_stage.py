@@ -13,18 +13,19 @@ from PIL import Image
 
 import orchestration.demo
 from orchestration.config import RunConfig
-from orchestration.contact import choose_pairs, psnr, write_contact_sheet
-from orchestration.journal import Journal
-from orchestration.report import render_report
-from orchestration.report_data import Gathered, _encoding, page_images, report_data
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
+from orchestration.report.data import Gathered, _encoding, page_images, report_data
+from orchestration.report.page import render_report
+from orchestration.report.records import Fingerprints
+from orchestration.run.journal import Journal
+from orchestration.stages.contact_sheet import choose_pairs, psnr, write_contact_sheet
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, latents_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.encode import encode
-from pipelines.encoders import LatentEncoder, Launched, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.encoders import LatentEncoder, Launched, TextEncoder
+from pipelines.encode.execution import encode
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 
 BASE = Path(orchestration.demo.__file__).parent / "base_model"  # its VAE has learned from photos
 
@@ -55,29 +56,33 @@ def test_the_stage_says_what_it_cut_and_the_report_shows_what_it_did(
     run_stages(config, ("encode",), said.append)
     assert any("6 pairs, 4 prompts, 1 of them cut at 77 tokens" in line for line in said)
     data = report_data(config, storage, Journal(storage, "photos"), command="mapo encode photos.yaml")
-    encoding = data["encoding"]
-    speed = encoding["speed"]["latents"]
-    assert (speed["items"], speed["images"], speed["image_slots"], speed["halved_to"]) == (6, 12, 12, None)
-    assert set(speed["seconds_by_part"]) == {"fetch", "decode", "encode", "pack", "upload"}
-    assert 0 < speed["busy_ratio"] <= 1
-    assert speed["images_per_s"] == pytest.approx(12 / speed["seconds"], rel=0.01)
-    assert encoding["speed"]["text"]["items"] == 5  # with the null conditioning
-    assert encoding["truncated_prompts"] == 1
-    assert encoding["text_ratio"] == pytest.approx(6 / 4)
+    encoding = data.encoding
+    assert encoding is not None
+    speed, of_text = encoding.speeds
+    assert (speed.num_items, speed.num_images, speed.halved_to) == (6, 12, None)
+    assert {part.name for part in speed.parts} == {"fetch", "decode", "encode", "pack", "upload"}
+    assert 0 < speed.busy_ratio <= 1
+    assert speed.images_per_s == pytest.approx(12 / speed.seconds, rel=0.01)
+    record = Journal(storage, "photos").record("encode")
+    assert record is not None
+    assert record.details["speed"]["latents"]["image_slots"] == 12
+    assert of_text.num_items == 5  # with the null conditioning
+    assert encoding.truncated_prompts == 1
+    assert encoding.text_ratio == pytest.approx(6 / 4)
     rows = latents_table(storage, latents_fingerprint(config.encode)).read(["length"])  # type: ignore[arg-type]
-    assert encoding["bytes_per_pair"]["latents"] == pytest.approx(sum(rows["length"].to_pylist()) / 6)
-    assert len(encoding["contact"]) == 8
-    for image in encoding["contact"]:
+    assert encoding.bytes_per_pair.latents == pytest.approx(sum(rows["length"].to_pylist()) / 6)
+    assert len(encoding.contact) == 8
+    for image in encoding.contact:
         pixels = [
-            np.asarray(Image.open(io.BytesIO(storage.read(f"runs/photos/{image[what]}"))))
-            for what in ("source", "decoded")
+            np.asarray(Image.open(io.BytesIO(storage.read(f"runs/photos/{name}"))))
+            for name in (image.source, image.decoded)
         ]
         assert [each.shape for each in pixels] == [(64, 64, 3)] * 2
-        assert image["psnr"] == pytest.approx(psnr(*pixels))
-        assert image["psnr"] > 18, "a photo comes back from its latents"
+        assert image.psnr == pytest.approx(psnr(*pixels))
+        assert image.psnr > 18, "a photo comes back from its latents"
     page = render_report(data, page_images(storage, "runs/photos", data))
     assert page.count("data:image/png") == 16
-    assert f"{encoding['contact'][0]['psnr']:.1f}" in page
+    assert f"{encoding.contact[0].psnr:.1f}" in page
 
 
 def test_latents_that_are_wrong_show_in_the_contact_sheet(ray_cluster: None, tmp_path: Path) -> None:
@@ -120,7 +125,7 @@ def test_a_range_of_workers_takes_what_there_is_room_for(
     config = EncodeConfig(model=str(tiny_pipeline), resolution=64, num_workers="1..2")
     speed = encode(config, storage)["latents"]
     assert speed is not None
-    assert speed["num_actors"] == 2
+    assert speed.num_actors == 2
     assert latents_table(storage, latents_fingerprint(config)).read().num_rows == 6
     assert len([name for name in storage.names(LATENTS) if name.endswith(".tar")]) == 3
 
@@ -137,12 +142,11 @@ def test_a_run_on_what_another_one_encoded_shows_what_is_there(tmp_path: Path, t
     encode, cpu = EncodeConfig(model=source.model, resolution=64), torch.device("cpu")
     encode_here(encode, storage, LatentEncoder(source, device=cpu), TextEncoder(source, cpu))
     config = RunConfig(name="second", storage=storage.url, encode=encode)
-    assert report_data(config, storage, Journal(storage, "second"), command="mapo run")["encoding"] is None
+    assert report_data(config, storage, Journal(storage, "second"), command="mapo run").encoding is None
     journal = Journal(storage, "second")
-    snapshot = {"pairs_version": 0, "latents_version": 0, "text_version": 0}
-    snapshot |= {"latents_fingerprint": latents_fingerprint(encode), "text_fingerprint": text_fingerprint(encode)}
+    trained_on = Fingerprints(latents_fingerprint(encode), text_fingerprint(encode))
     old = {"latents": "old", "text": "old", "speed": {"latents": {"seconds": 1.0}}}
     journal.finish("encode", key="k", summary="s", seconds=1.0, details=old)
-    found = _encoding(storage, snapshot, journal.record("encode"), Gathered())
+    found = _encoding(storage, trained_on, journal.record("encode"), Gathered())
     assert found is not None
-    assert (found["pairs"], found["prompts"], found["speed"], found["contact"]) == (3, 1, None, [])
+    assert (found.pairs, found.prompts, found.speeds, found.contact) == (3, 1, (), ())

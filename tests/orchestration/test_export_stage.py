@@ -16,13 +16,14 @@ from diffusers import UNet2DConditionModel
 from factories import new_pipeline
 from torch import Tensor
 
-from orchestration import actions
-from orchestration.card import model_card
 from orchestration.config import RunConfig, parse_config
-from orchestration.evaluation import SampleModel
-from orchestration.run import Run
-from orchestration.stages import STAGES, run_stages
-from orchestration.status import describe_run
+from orchestration.driver.runner import run_stages
+from orchestration.driver.status import describe_run
+from orchestration.run.context import Run
+from orchestration.stages import train as train_stage
+from orchestration.stages.model_card import model_card
+from orchestration.stages.model_samples import SampleModel
+from orchestration.stages.registry import STAGES
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
@@ -107,12 +108,12 @@ def test_the_last_or_the_best_checkpoint_is_exported_and_the_card_says_which(
     assert same(unet_of(model), weights_of(6))
     assert "step 8 of 8, 8 pairs each" in card_of(model)[1]
     best = configuration(tmp_path, tiny_pipeline, "export.parts=unet", "export.checkpoint=best")
-    assert {stage["stage"]: stage["state"] for stage in describe_run(best)["stages"]}["export"] == "stale"
+    assert {each.stage: each.state for each in describe_run(best).stages}["export"] == "stale"
     assert same(unet_of(exported(best)), weights_of(5))
     body = card_of(model)[1]
     assert "step 4 of 8, 8 pairs each" in body
     assert "| 4 (this model) | 1 | 0.5 | 0.1 | 0.9 |" in body
-    assert {stage["stage"]: stage["state"] for stage in describe_run(best)["stages"]}["export"] == "up to date"
+    assert {each.stage: each.state for each in describe_run(best).stages}["export"] == "up to date"
 
 
 def test_the_card_leads_from_the_weights_to_the_sources(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_where_it_is_pushed_to_makes_the_export_stale_and_not_the_samples(tiny_p
     train(config)
     exported(config)
     keys = [
-        [STAGES[name].key(Run.open(each, lambda line: None)) for name in ("export", "evaluate")]
+        [STAGES[name].look(Run.open(each, lambda line: None)).key for name in ("export", "evaluate")]
         for each in (config, configuration(tmp_path, tiny_pipeline, "export.parts=unet", "export.push_to_hub=me/it"))
     ]
     assert keys[0][0] != keys[1][0]
@@ -248,9 +249,9 @@ def test_an_export_that_can_never_be_is_refused_before_training(
 ) -> None:
     config = configuration(tmp_path, tiny_pipeline, *overrides)
     with pytest.raises(ConfigError, match=message) as caught:
-        actions.check_export(config)
+        train_stage.check(Run.open(config, print))
     assert hint in str(caught.value.hint)
-    assert actions.check_export(configuration(tmp_path, tiny_pipeline)) is None
+    train_stage.check(Run.open(configuration(tmp_path, tiny_pipeline), print))
 
 
 def test_a_lost_checkpoint_is_one_error_and_a_record_of_old_is_none(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_a_lost_checkpoint_is_one_error_and_a_record_of_old_is_none(tiny_pipelin
     run = Run.open(config, lambda line: None)
     run.journal.finish("train", key="0123", summary="", seconds=1, details={"checkpoint": "checkpoint_000001"})
     best = configuration(tmp_path, tiny_pipeline, "export.checkpoint=best")
-    assert STAGES["export"].key(Run.open(best, lambda line: None)) is None
+    assert STAGES["export"].look(Run.open(best, lambda line: None)).key is None
 
 
 def test_a_hub_that_cannot_be_reached_is_one_error_and_the_model_is_there(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -283,4 +284,4 @@ def test_a_hub_that_cannot_be_reached_is_one_error_and_the_model_is_there(tiny_p
     model = tmp_path / "storage" / "runs" / "small" / "model"
     assert (model / "model_index.json").is_file()
     assert same(unet_of(model), weights_of(6))
-    assert {stage["stage"]: stage["state"] for stage in describe_run(config)["stages"]}["export"] == "pending"
+    assert {each.stage: each.state for each in describe_run(config).stages}["export"] == "waits"

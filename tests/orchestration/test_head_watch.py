@@ -1,4 +1,4 @@
-"""A head that is gone: the driver's own error, before Ray ends the process without a word."""
+"""A head that is gone: the driver reports it before Ray kills the process without an error."""
 
 import socket
 import subprocess
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestration.head_watch import GIVES_UP_VARIABLE, HeadWatch
-from orchestration.last_words import LastWords
+from orchestration.cluster.exit_message import ExitMessage
+from orchestration.cluster.head_watch import GIVES_UP_VARIABLE, HeadWatch
 from pipelines.dataset.errors import ClusterError
 
 HANGING = """
 import socket, threading, time
-from orchestration.head_watch import HeadWatch
-from orchestration.last_words import LastWords
-with LastWords() as last_words, HeadWatch("127.0.0.1:1", lambda error: None, last_words):
+from orchestration.cluster.head_watch import HeadWatch
+from orchestration.cluster.exit_message import ExitMessage
+with ExitMessage() as exit_message, HeadWatch("127.0.0.1:1", lambda error: None, exit_message):
     time.sleep(60)
 """
 
@@ -42,7 +42,7 @@ def test_the_main_thread_is_told_once_the_head_is_gone_for_long_enough(
         told.append(error)
         lost.set()
 
-    with LastWords() as last_words, HeadWatch(address_of(head), on_lost, last_words) as watch:
+    with ExitMessage() as exit_message, HeadWatch(address_of(head), on_lost, exit_message) as watch:
         assert not lost.wait(5)
         assert not watch.is_lost
         head.close()
@@ -50,12 +50,12 @@ def test_the_main_thread_is_told_once_the_head_is_gone_for_long_enough(
         assert lost.wait(20)
         assert 2 <= time.monotonic() - gone_at <= 12
         assert watch.is_lost
-    assert f"{watch._address}, does not answer" in told[0].message
+    assert f"{watch._address} does not answer" in told[0].message
     assert len(told) == 1
 
 
 def test_what_ray_says_without_its_head_becomes_our_error(head: socket.socket) -> None:
-    watch = HeadWatch(address_of(head), lambda error: None, LastWords())
+    watch = HeadWatch(address_of(head), lambda error: None, ExitMessage())
     with pytest.raises(ClusterError, match="does not answer") as raised, watch:  # noqa: PT012
         head.close()
         raise RuntimeError("something of Ray")
@@ -66,7 +66,7 @@ def test_what_ray_says_without_its_head_becomes_our_error(head: socket.socket) -
 def test_with_its_head_an_error_is_what_it_was(head: socket.socket) -> None:
     with (
         pytest.raises(RuntimeError, match="something else"),
-        HeadWatch(address_of(head), lambda error: None, LastWords()),
+        HeadWatch(address_of(head), lambda error: None, ExitMessage()),
     ):
         raise RuntimeError("something else")
 
@@ -75,4 +75,4 @@ def test_a_process_that_hangs_without_its_head_ends_with_the_error(monkeypatch: 
     monkeypatch.setenv(GIVES_UP_VARIABLE, "4")
     done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
-    assert done.stderr.startswith("ClusterError: the head of the Ray cluster, 127.0.0.1:1, does not answer\nhint: ")
+    assert done.stderr.startswith("ClusterError: the head of the Ray cluster at 127.0.0.1:1 does not answer\nhint: ")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestration.interruption import Interruption, Stopped, keeping_handlers
+from orchestration.cluster.signals import Interruption, Stopped, keeping_handlers
 from pipelines.dataset.errors import ClusterError, StorageError
 
 

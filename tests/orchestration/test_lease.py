@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import lease as lease_module
-from orchestration.lease import Holder, Lease, current_holder
+from orchestration.run import lease as lease_module
+from orchestration.run.lease import Holder, Lease, current_holder
 from pipelines.dataset.errors import LeaseError
 from pipelines.dataset.storage import Storage
 
 FOLDER = "runs/photos"
 HOLD = """
 import sys, time
-from orchestration.lease import Lease
+from orchestration.run.lease import Lease
 from pipelines.dataset.storage import Storage
 with Lease(Storage(sys.argv[1]), "runs/photos", "mapo run photos.yaml"):
     print("held", flush=True)
@@ -81,7 +81,7 @@ def test_of_many_drivers_at_once_one_gets_the_run(storage: Storage, quick: None)
         thread.join()
     assert len(won) == 1
     assert len(lost) == 5
-    assert all(f"run photos is driven by pid {os.getpid()} on" in error for error in lost)
+    assert all(f"run photos is already running: pid {os.getpid()} on" in error for error in lost)
     assert all("hint: " in error for error in lost)
 
 
@@ -96,7 +96,10 @@ def test_a_run_that_was_given_back_is_free_at_once(storage: Storage) -> None:
 
 
 def test_a_living_holder_is_named_and_keeps_the_run(local: Storage, holding: subprocess.Popen[bytes]) -> None:
-    with pytest.raises(LeaseError, match=f"driven by pid {holding.pid} on .*`mapo run photos.yaml`"), lease(local):
+    with (
+        pytest.raises(LeaseError, match=f"running: pid {holding.pid} on .*`mapo run photos.yaml`"),
+        lease(local),
+    ):
         pass
     held = current_holder(local, FOLDER)
     assert held is not None

@@ -7,10 +7,10 @@ import pytest
 from checkpoints import write_checkpoint
 from torch import zeros
 
-from orchestration.actions import as_begun
 from orchestration.config import parse_config
-from orchestration.run import Run
-from orchestration.training_notes import version_notes
+from orchestration.run.context import Run
+from orchestration.stages.train import as_begun
+from orchestration.stages.training_notes import version_notes
 from pipelines.dataset.model_files import ModelSource
 from training.config import TrainConfig
 from training.spec import Snapshot, TrainSpec

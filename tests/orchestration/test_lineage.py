@@ -16,28 +16,28 @@ import pytest
 import yaml
 from encoded import LATENTS, TEXT, write_encoded
 
-from orchestration.card import model_card
 from orchestration.cli import main
 from orchestration.config import parse_config
-from orchestration.journal import StageRecord
-from orchestration.lineage import LINEAGE, describe_lineage, lineage_of
-from orchestration.lineage_rows import ROWS_SCHEMA
-from orchestration.rounds import finish_round, made_from
-from orchestration.run import Run
-from orchestration.seen_pairs import Trained, count_pairs, seen_pairs
+from orchestration.rounds.record import LINEAGE, describe_lineage, lineage_of
+from orchestration.rounds.rows import ROWS_SCHEMA
+from orchestration.rounds.seen_pairs import Trained, count_pairs, seen_pairs
+from orchestration.rounds.series import finish_round, made_from
+from orchestration.run.context import Run
+from orchestration.run.journal import StageRecord
+from orchestration.stages.model_card import model_card
 from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import PAIRS_SCHEMA, Status, pair_key, prompt_id
 from pipelines.dataset.storage import Storage
-from pipelines.garbage import delete_garbage, find_garbage, stored_objects
-from pipelines.history import as_text, history
-from pipelines.removal import Condition, remove
-from training.account import Consumed
+from pipelines.maintenance.gc import delete_garbage, find_garbage, stored_objects
+from pipelines.maintenance.history import as_text, history
+from pipelines.maintenance.remove import Condition, remove
 from training.config import TrainConfig
-from training.index import PairIndex, load_index
-from training.launch import Trained as Result
-from training.order import Plan
+from training.data.index import PairIndex, load_index
+from training.data.order import Plan
+from training.launch import TrainingResult as Result
 from training.spec import Parent, Snapshot, TrainSpec
+from training.tracking.account import ConsumedPairs
 
 CONFIG = TrainConfig(global_batch_size=8, micro_batch_size=2, max_steps=2, rounds="continue")
 
@@ -69,11 +69,11 @@ def newest(storage: Storage) -> Snapshot:
     return Snapshot(versions[0], LATENTS, versions[1], TEXT, versions[2])  # type: ignore[arg-type]
 
 
-def consumed(index: PairIndex, spec: TrainSpec, steps: int) -> tuple[Consumed, set[str]]:
+def consumed(index: PairIndex, spec: TrainSpec, steps: int) -> tuple[ConsumedPairs, set[str]]:
     """What the ranks of a training count, and the pairs of its groups."""
     config = spec.config
     plan = Plan(index.bucket_sizes, config.micro_batch_size, config.global_batch_size, spec.seed)
-    account, keys = Consumed(), set()
+    account, keys = ConsumedPairs(), set()
     for step in range(steps):
         for slot in range(plan.num_slots):
             group = plan.group(step, slot)
@@ -96,7 +96,7 @@ class Photos:
         self.record: StageRecord | None = None
 
     def train(self, steps: int = 2, exported_step: int | None = None) -> None:
-        """A round of so many steps; the next one goes on from the checkpoint of `exported_step`."""
+        """A round of so many steps; the next one starts from the checkpoint of `exported_step`."""
         number, used = len(self.seen) + 1, exported_step or steps
         parent = None
         if self.record is not None:
@@ -246,7 +246,7 @@ def test_a_copy_elsewhere_tells_what_its_file_says_and_all_of_it_where_the_stora
     moved = shutil.move(photos.storage.path(), tmp_path / "moved")
     told = describe_lineage(str(copy))
     assert told["trained_on"] is None
-    assert "this is what the file alone says: there is no data set at" in told["notes"][0]
+    assert "from the model's own file only: there is no data set at" in told["notes"][0]
     assert told["lineage"]["rounds"][0]["snapshot"]["pairs_version"] == 0
     assert describe_lineage(str(copy), storage=str(moved))["trained_on"]["pairs"] == 16
     assert main(["lineage", str(copy), "--rows", str(tmp_path / "rows.parquet")]) == 1
@@ -301,7 +301,7 @@ def test_a_round_whose_record_is_gone_is_said_to_be_unknown(photos: Photos) -> N
     photos.train()
     photos.storage.delete(f"{photos.run.folder}/rounds/0001.json")
     told = describe_lineage(photos.export())
-    assert told["notes"] == ["no record of round 1: what was trained on there is not counted"]
+    assert told["notes"] == ["the record of round 1 is missing: its pairs are not counted"]
     assert told["trained_on"]["rounds"].keys() == {"2"}
 
 
@@ -367,4 +367,4 @@ def test_the_card_shows_the_chain(photos: Photos, tmp_path: Path) -> None:
     card = model_card(of_model, photos.record, checkpoint, rounds)
     assert "| 1 | the base | version 0 | 2 of 2 |" in card
     assert "| 2 | round 1, `raw` | version 1 | 2 of 2 |" in card
-    assert "| round | goes on from |" not in model_card(of_model, photos.record, checkpoint, rounds[1:])
+    assert "| round | starts from |" not in model_card(of_model, photos.record, checkpoint, rounds[1:])

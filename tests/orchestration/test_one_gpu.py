@@ -53,7 +53,7 @@ def test_a_run_of_two_models_ends_on_one_gpu(finished: Command, folder: Path) ->
     run = finished
     evaluation = folder / "storage" / "runs" / "small" / "evaluation"
     assert sorted(file.name for file in evaluation.glob("*.png")) == SAMPLES
-    assert "encode    starts beside ingest" not in run.output
+    assert "encode    starts alongside ingest" not in run.output
     assert not re.search("no node has|waiting for", run.errors)
 
 
@@ -131,7 +131,7 @@ def test_without_a_gpu_it_is_said_soon_and_is_an_error_after_its_time(tiny_pipel
         started = time.monotonic()
         assert run.wait() == 1
     assert time.monotonic() - started < 120
-    assert "encode    starts beside ingest once a node has a GPU" in run.output
+    assert "encode    starts alongside ingest once a node has a GPU" in run.output
     lines = [line for line in run.errors.splitlines() if "waiting for" in line]
     assert lines == ["encode text: no node has a GPU yet; waiting for one (0:00 of 0:05)"]
     assert "ClusterError: encode text: no node has a GPU, and the cluster has no autoscaler that could" in run.errors

@@ -10,14 +10,14 @@ from deltalake import DeltaTable
 
 from benchmarks.overlap import UNITS, SlowImages, contents, settings, write_sources
 from orchestration.config import RunConfig
-from orchestration.run import Run
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
+from orchestration.run.context import Run
 from pipelines.dataset.errors import ClusterError, ModelError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.fingerprint import latents_fingerprint
-from pipelines.room import total_of
+from pipelines.encode.fingerprint import latents_fingerprint
+from pipelines.resources import total_of
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -85,7 +85,7 @@ def test_where_encoders_have_no_node_the_end_of_an_ingest_does_not_wait_for_one(
     config = config_of("storage", resources={"of no node": 1}, start_timeout_s=2)
     with pytest.raises(ClusterError, match="encode text: no node has a CPU and of no node, and the cluster has no"):
         run_stages(config, ["ingest", "encode"], said.append)
-    assert "encode    starts beside ingest once a node has a CPU and of no node" in said
+    assert "encode    starts alongside ingest once a node has a CPU and of no node" in said
     assert not any("beside ingest ended" in line for line in said)
     assert pairs_table(Storage(config.storage)).count_rows() == NUM_PAIRS
 

@@ -10,11 +10,35 @@ from pathlib import Path
 import pytest
 from browser import CONTRAST, look, needs_chromium
 from PIL import Image
-from report_sample import CONTACT, GRIDS, PROMPTS, Page, encoding_data, landscape, running, sample_data, sample_images
+from report_sample import (
+    GRIDS,
+    PROMPTS,
+    Page,
+    changed,
+    contact_names,
+    landscape,
+    running,
+    sample_data,
+    sample_images,
+)
 
-from orchestration import encoding_view, report
-from orchestration.report import render_report
-from orchestration.report_data import sample_grids
+from orchestration.report.charts import (
+    MAX_POINTS,
+    ChartSpec,
+    Frame,
+    Trace,
+    downsample,
+    draw,
+    interval_plot,
+    round_ticks,
+    smooth,
+)
+from orchestration.report.encoding import speeds, work_parts
+from orchestration.report.format import number
+from orchestration.report.page import MAX_GRID_SIDE, MAX_SIDE, render_report, source_digest
+from orchestration.report.records import StageRow
+from orchestration.report.training_section import sample_grids
+from orchestration.stages.stage import StageState
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 
@@ -24,7 +48,7 @@ def page() -> str:
     return render_report(sample_data(), sample_images())
 
 
-def test_nothing_is_fetched_from_elsewhere(page: str) -> None:
+def test_the_page_loads_nothing_from_elsewhere(page: str) -> None:
     parsed = Page(page)
     assert all(address.startswith(("data:", "#")) or address == "../../index.html" for address in parsed.addresses)
     assert not re.search(r"url\(|@import", page)
@@ -32,13 +56,11 @@ def test_nothing_is_fetched_from_elsewhere(page: str) -> None:
     assert not {"script", "iframe", "object", "embed", "base"} & set(parsed.tags)
 
 
-def test_what_a_user_wrote_is_text_and_never_markup() -> None:
-    data = sample_data(12)
+def test_user_text_is_never_markup() -> None:
     hostile = '"><script>alert(1)</script>'
-    data["name"] = data["command"] = data["model"] = data["config"]["name"] = data["training"]["method"] = hostile
-    data["stages"][0]["summary"] = data["evaluation"]["scores"][0]["name"] = hostile
-    data["encoding"]["speed"]["text"]["device"] = data["encoding"]["contact"][0]["pair_key"] = hostile
-    data["encoding"]["quarantined"][hostile] = 1
+    places = ("name", "command", "model", "config.name", "training.method", "stages.0.summary",
+              "evaluation.scores.0.name", "encoding.speeds.1.device", "encoding.contact.0.pair_key")  # fmt: skip
+    data = changed(sample_data(12), dict.fromkeys(places, hostile) | {"encoding.quarantined": {hostile: 1}})
     parsed = Page(render_report(data, sample_images()))
     assert "script" not in parsed.tags
     assert parsed.tags.count("img") == (2 * 2 + 2) * len(PROMPTS) + len(GRIDS)
@@ -57,31 +79,26 @@ def test_every_row_that_was_read_is_accounted_for(page: str) -> None:
         assert row in text, row
 
 
-def test_every_reason_of_the_table_is_explained() -> None:
-    data = sample_data(12)
-    data["dataset"]["reasons"] = dict.fromkeys(Reason, 1)
+def test_every_reason_is_explained() -> None:
+    data = changed(sample_data(12), {"dataset.reasons": dict.fromkeys(Reason, 1)})
     assert "no explanation" not in render_report(data, {})
 
 
-def test_the_outcome_is_told_in_words_and_never_oversold(page: str) -> None:
+def test_the_outcome_is_put_into_words_and_never_oversold(page: str) -> None:
     text = Page(page).text
     assert "Held-out accuracy rose from 49.0 % to 75.5 %" in text
-    assert "0.104 \u2192 0.341rose: the intervals are apart" in text
+    assert "0.104 \u2192 0.341rose: the intervals do not overlap" in text
     assert "0.260 \u2192 0.255no clear change: the intervals overlap" in text
-    data = sample_data(12)
-    data["training"]["validation"][-1]["implicit_accuracy"] = 0.44
+    data = changed(sample_data(12), {"training.validation.6.implicit_accuracy": 0.44})
     assert "fell from 49.0 % to 44.0 %, which is within the noise" in Page(render_report(data, {})).text
-    del data["training"]["validation"][0]
+    data = changed(data, {"training.validation": data.training.validation[1:]})
     assert "was not measured on held-out pairs both before and after" in render_report(data, {})
 
 
 @pytest.mark.parametrize("missing", ["dataset", "encoding", "fingerprints", "training", "evaluation", "model"])
-def test_a_stage_that_has_not_run_is_said_to_be_missing(missing: str) -> None:
-    data = sample_data(12)
-    said = render_report({**data, missing: None}, {})
-    del data[missing]
-    assert said == render_report(data, {})
-    assert "has not run" in said
+def test_the_page_says_which_stages_have_not_run(missing: str) -> None:
+    assert "has not run" not in render_report(sample_data(12), {})
+    assert "has not run" in render_report(changed(sample_data(12), {missing: None}), {})
 
 
 def _section(page: str, name: str) -> str:
@@ -89,50 +106,49 @@ def _section(page: str, name: str) -> str:
     return re.sub(r"\s+", " ", Page(section).text)
 
 
-def test_the_encoding_section_tells_all_that_was_recorded(page: str) -> None:
+def test_the_encoding_section_shows_everything_recorded(page: str) -> None:
     text = _section(page, "encoding")
     for fact in (
-        "Pairs 612", "Distinct images encoded for the 1,606 images of the pairs, 1.07 to each 1,501",
-        "Distinct prompts 6.80 pairs a prompt 90", "Prompts longer than 77 tokens 3.3 % of the prompts; what comes",
-        "after was cut 3", "Latents, a pair 8.4 kB",
-        "Text, a pair 90.0 % less than the 10.2 kB of a text stored with every pair 1.0 kB",
-        "Quarantined: non_finite The encoder gave numbers that are not finite. 2", "Quarantined: truncated_image An",
-        "Latents Text", "Encoded 803 pairs 91 prompts", "Images 1,499 \u2013", "Time 12.3 s 1.6 s",
-        "Images a second 122 \u2013", "Pairs a second 65.2 \u2013", "Prompts a second \u2013 56.9",
+        "Pairs 612", "Distinct images encoded for the 1,606 images of all pairs; each is used 1.07 times on",
+        "on average 1,501",
+        "Distinct prompts 6.80 pairs per prompt 90",
+        "Prompts longer than 77 tokens 3.3 % of the prompts; the excess was cut 3", "Latents per pair 8.4 kB",
+        "Text per pair 90.0 % less than the 10.2 kB of storing a text with every pair 1.0 kB",
+        "Quarantined: non_finite The encoder returned non-finite numbers. 2", "Quarantined: truncated_image An",
+        "Latents Text", "Encoded 803 pairs 91 prompts", "Images 1,499 \u2013", "Duration 12.3 s 1.6 s",
+        "Images per second 122 \u2013", "Pairs per second 65.2 \u2013", "Prompts per second \u2013 56.9",
         "Device busy 93.4 % 71.2 %", "Actors 2 1", "Device cpu NVIDIA H100 80GB HBM3", "Batch size 8 64",
-        "fetch reads images 1.2 s 4.8 %", "3.0 s 12.0 %", "encode runs the model 20.1 s 80.4 %",
+        "fetch read images 1.2 s 4.8 %", "3.0 s 12.0 %", "encode run the model 20.1 s 80.4 %",
         "0.5 s 2.0 %", "0.2 s 0.8 %", "1.1 s 73.3 %", "0.3 s 20.0 %", "0.1 s 6.7 %", "not of the time: the parts run",
         "a PSNR near 10 dB", "PSNR 28.4 dB \u00b7 64 \u00d7 64 \u00b7 image 0 of c0ffee00c0ffee00",
-        "PSNR 29.4 dB \u00b7 80 \u00d7 64 \u00b7 image 1 of c0ffee01c0ffee01", "no pixel differs \u00b7 64 \u00d7 64",
+        "PSNR 29.4 dB \u00b7 80 \u00d7 64 \u00b7 image 1 of c0ffee01c0ffee01", "identical pixels \u00b7 64 \u00d7 64",
     ):  # fmt: skip
         assert fact in text, fact
     assert "out of memory" not in text
     assert page.index('id="data"') < page.index('id="encoding"') < page.index('id="workers"')
 
 
-def test_what_is_not_known_of_encoding_is_not_made_up() -> None:
-    data = sample_data(12)
-    data["encoding"].update(image_ratio=None, truncated_prompts=0, quarantined={}, contact=[])
-    data["encoding"]["bytes_per_pair"]["text"] = 20000.0  # more than with every pair: nothing to boast of
-    data["encoding"]["speed"]["latents"].update(halved_to=4)
-    data["encoding"]["speed"]["text"] = None
+def test_the_encoding_section_shows_nothing_that_is_unknown() -> None:
+    unknown = {"image_ratio": None, "truncated_prompts": 0, "quarantined": {}, "contact": [], "speeds.0.halved_to": 4}
+    unknown |= {"bytes_per_pair.text": 20000.0}  # more than with every pair: nothing to boast of
+    data = changed(sample_data(12), {f"encoding.{name}": value for name, value in unknown.items()})
+    data = changed(data, {"encoding.speeds": data.encoding.speeds[:1]})
     text = _section(render_report(data, {}), "encoding")
-    for fact in ("images of the pairs 1,501", "tokens 0 L", "Quarantined 0", "Text, a pair 20.0 kB", "No contact sheet",
-                 "Latents ran out of memory with 8 a pass; went on with 4."):  # fmt: skip
+    for fact in ("images of all pairs 1,501", "tokens 0 L", "Quarantined 0", "Text per pair 20.0 kB", "No contact",
+                 "Latents ran out of memory at batch size 8; continued with 4."):  # fmt: skip
         assert fact in text, fact
-    assert not re.search("prompts a second|work on text|less than|no explanation", text, re.IGNORECASE)
+    assert not re.search("prompts per second|work on text|less than|no explanation", text, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("speed", [None, {"latents": None, "text": None}])
 def test_a_run_that_found_everything_encoded_has_no_speed(speed: dict[str, None] | None) -> None:
-    data = sample_data(12)
-    data["encoding"]["speed"] = speed
+    data = changed(sample_data(12), {"encoding.speeds": speeds({"speed": speed})})
     text = _section(render_report(data, {}), "encoding")
-    assert "This run encoded nothing: another run of this storage had done it." in text
-    assert not re.search("a second|Device|Work on|of the work", text)
+    assert "This run encoded nothing: another run of this storage had already done it." in text
+    assert not re.search("per second|Device|Work on|of the work", text)
 
 
-def test_shares_of_the_work_make_a_whole(page: str) -> None:
+def test_shares_of_the_work_add_up_to_one(page: str) -> None:
     (section,) = re.findall(r'<section id="encoding".*?</section>', page, re.DOTALL)
     grows = dict(re.findall(r"\.(grow-\d+) { flex-grow: ([\d.e-]+)", page))
     for bar in (bars := re.findall(r'<div class="bar".*?</div>', section)):
@@ -142,13 +158,13 @@ def test_shares_of_the_work_make_a_whole(page: str) -> None:
         shown = re.findall(r"([\d.]+) %", Page(table).text)
         assert sum(map(float, shown)) == pytest.approx(100, abs=1)
     assert len(bars) == 2
-    assert [part["share"] for part in encoding_view.shares({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
-    assert [part["share"] for part in encoding_view.shares({"encode": 0.0})] == [0.0]
+    assert [part.share for part in work_parts({"encode": 3.0, "pack": 1.0})] == [0.75, 0.25]
+    assert [part.share for part in work_parts({"encode": 0.0})] == [0.0]
 
 
 def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str) -> None:
     images = sample_images()
-    for name in (names := [image[kind] for image in encoding_data()["contact"] for kind in CONTACT]):
+    for name in (names := contact_names()):
         assert base64.b64encode(images[name]).decode() in page
     del images[names[1]]
     text = _section(render_report(sample_data(12), images), "encoding")
@@ -158,12 +174,11 @@ def test_the_contact_sheet_shows_every_image_or_says_which_is_missing(page: str)
 
 def test_grids_of_samples_are_shown_in_order_or_not_at_all(page: str) -> None:
     text = _section(page, "curves")
-    places = [text.index(f"Step {step:,}", text.index("Samples while training")) for step in GRIDS]
+    places = [text.index(f"Step {step:,}", text.index("Samples during training")) for step in GRIDS]
     assert places == sorted(places)
     assert "Step 0 before training" in text
-    data = sample_data(12)
-    data["training"]["samples"] = []
-    assert "Samples while training" not in render_report(data, sample_images())
+    data = changed(sample_data(12), {"training.samples": []})
+    assert "Samples during training" not in render_report(data, sample_images())
 
 
 def test_six_grids_of_this_training_are_chosen_evenly_with_both_ends(tmp_path: Path) -> None:
@@ -173,90 +188,91 @@ def test_six_grids_of_this_training_are_chosen_evenly_with_both_ends(tmp_path: P
         storage.write(f"runs/photos/samples/0123/step-{step:08}.jpg", b"")
     storage.write("runs/photos/samples/4567/step-00005000.jpg", b"of another training")
     chosen = sample_grids(storage, "runs/photos", "0123")
-    assert [grid["step"] for grid in chosen] == [0, 200, 400, 600, 800, 1000]
-    assert chosen[-1]["image"] == "samples/0123/step-00001000.jpg"
+    assert [grid.step for grid in chosen] == [0, 200, 400, 600, 800, 1000]
+    assert chosen[-1].image == "samples/0123/step-00001000.jpg"
     for step in range(200, 1000, 100):
         storage.delete(f"runs/photos/samples/0123/step-{step:08}.jpg")
-    assert [grid["step"] for grid in sample_grids(storage, "runs/photos", "0123")] == [0, 100, 1000]
+    assert [grid.step for grid in sample_grids(storage, "runs/photos", "0123")] == [0, 100, 1000]
 
 
-def test_the_accuracy_at_each_noise_is_told_where_it_was_measured(page: str) -> None:
+def test_accuracy_by_noise_level_is_shown_if_it_was_measured(page: str) -> None:
     text = _section(page, "curves")
-    assert "at the least noise 0.500 0.600" in text
+    assert "at the lowest noise 0.500 0.600" in text
     assert "in the second quarter of the timesteps 0.500 0.700" in text
-    assert "at the most noise 0.500 0.900" in text
+    assert "at the highest noise 0.500 0.900" in text
     data = sample_data(12)
-    for row in data["training"]["validation"]:
-        del row["implicit_accuracy_q2"]
+    rows = [{k: v for k, v in row.items() if k != "implicit_accuracy_q2"} for row in data.training.validation]
+    data = changed(data, {"training.validation": rows})
     assert "second quarter" not in render_report(data, {})
 
 
-def test_speed_is_told_as_far_as_it_was_measured(page: str) -> None:
+def test_speed_is_shown_as_far_as_it_was_measured(page: str) -> None:
     text = _section(page, "workers")
     for fact in (
-        "median of the steps 7.4", "Time of a step median 2.0 s", "Waiting for data of the time of all steps 1.4 %",
-        "median 41.2 %", "computes again 50.9 %", "Memory of a worker at its most, mean of the workers 61.5 GB",
+        "median of the steps 7.4", "Time per step median 2.0 s",
+        "Waiting for data share of the time of all steps 1.4 %", "median 41.2 %",
+        "including recomputation; median 50.9 %", "Memory per worker peak, mean over the workers 61.5 GB",
     ):  # fmt: skip
         assert fact in text, fact
     assert "Steps skipped" not in text
-    data = sample_data(12)
-    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}, {"step": 2, "skipped_steps": 3}]
+    first = {"step": 1, "loss": 1.0, "skipped_steps": 0}
+    data = changed(sample_data(12), {"training.history": [first, {"step": 2, "skipped_steps": 3}]})
     text = _section(render_report(data, {}), "workers")
-    assert "no weight changed 3" in text
-    assert not re.search("a second|Memory|utilization|Waiting", text)
-    data["training"]["history"] = [{"step": 1, "loss": 1.0, "skipped_steps": 0}]
+    assert "no weights changed 3" in text
+    assert not re.search("per second|Memory|utilization|Waiting", text)
+    data = changed(data, {"training.history": [first]})
     assert "Speed" not in _section(render_report(data, {}), "workers")
 
 
 def test_numbers_that_are_not_finite_are_left_out_and_named() -> None:
-    data = sample_data(12)
-    data["training"]["history"][3]["loss"] = math.nan
-    data["evaluation"]["scores"][0]["base"]["mean"] = math.nan
+    broken = {"training.history.3.loss": math.nan, "evaluation.scores.0.base.mean": math.nan}
+    data = changed(sample_data(12), broken)
     text = Page(page := render_report(data, {})).text
     assert "style: not a finite number" in text
     assert not re.search(r' (d|c?x|c?y)="[^"]*nan', page)
 
 
 def test_a_curve_lies_where_its_numbers_say() -> None:
-    drawn = report.chart([report.Trace("train", "line", 0, [(0, 0.0), (50, 1.0), (100, 0.5)])], size=(162, 132))
-    assert (frame := drawn["frame"]) == report.Frame(46, 146, 10, 110, (0, 100), (0.0, 1.0))
-    assert frame.path(drawn["traces"][0].points) == "M46 110L96 10L146 60"
-    assert drawn["x_ticks"] == [(46.0, "0"), (96.0, "50"), (146.0, "100")]
-    assert drawn["y_ticks"] == [(110.0, "0"), (60.0, "0.5"), (10.0, "1")]
-    plot = report.interval_plot(sample_data(12)["evaluation"]["scores"][0])  # from 0.08 to 0.379
-    assert (plot["frame"].x(0.0), plot["frame"].x(0.4), plot["apart"]) == (58, 346, True)
+    spec = ChartSpec("Loss", {"loss": "train"}, size=(162, 132))
+    drawn = draw(spec, [Trace("train", "line", 0, [(0, 0.0), (50, 1.0), (100, 0.5)])])
+    assert drawn.frame == Frame(46, 146, 10, 110, (0, 100), (0.0, 1.0))
+    assert drawn.frame.path(drawn.traces[0].points) == "M46 110L96 10L146 60"
+    assert drawn.x_ticks == [(46.0, "0"), (96.0, "50"), (146.0, "100")]
+    assert drawn.y_ticks == [(110.0, "0"), (60.0, "0.5"), (10.0, "1")]
+    plot = interval_plot(sample_data(12).evaluation.scores[0])  # from 0.08 to 0.379
+    assert (plot.frame.x(0.0), plot.frame.x(0.4), plot.change.is_clear) == (58, 346, True)
 
 
 def test_ticks_and_numbers_are_round() -> None:
-    assert report.round_ticks(0.13, 0.41) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert report.round_ticks(0, 3, min_step=1) == [0, 1, 2, 3]
-    assert report.round_ticks(7, 7)[0] <= 7 <= report.round_ticks(7, 7)[-1]
-    assert report.round_ticks(0, 1e-4, count=2) == [0, 5e-5, 1e-4]
-    shown = [report.number(value) for value in (0.3, 1234.4, 2e-5, -0.004, 0.0, math.inf)]
+    assert round_ticks(0.13, 0.41) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert round_ticks(0, 3, min_step=1) == [0, 1, 2, 3]
+    assert round_ticks(7, 7)[0] <= 7 <= round_ticks(7, 7)[-1]
+    assert round_ticks(0, 1e-4, count=2) == [0, 5e-5, 1e-4]
+    shown = [number(value) for value in (0.3, 1234.4, 2e-5, -0.004, 0.0, math.inf)]
     assert shown == ["0.300", "1,234", "2e-5", "\u22120.00400", "0", "\u2013"]
 
 
 def test_a_long_series_keeps_its_spikes_and_its_mean() -> None:
     points = [(float(step), 1000.0 if step == 777 else step % 2) for step in range(5000)]
-    assert len(kept := report.downsample(points)) <= report.MAX_POINTS
+    assert len(kept := downsample(points)) <= MAX_POINTS
     assert (777.0, 1000.0) in kept
     assert kept == sorted(kept)
-    assert report.smooth([(float(step), 3.0) for step in range(100)]) == [(float(step), 3.0) for step in range(100)]
+    assert smooth([(float(step), 3.0) for step in range(100)]) == [(float(step), 3.0) for step in range(100)]
 
 
-def test_a_large_image_becomes_a_small_copy_and_a_small_one_stays_as_it_is() -> None:
-    images = {**sample_images(), "base-000.png": landscape(1, side=report.MAX_SIDE + 88)}
+def test_large_images_are_shrunk_and_small_ones_kept_as_they_are() -> None:
+    images = {**sample_images(), "base-000.png": landscape(1, side=MAX_SIDE + 88)}
     page = render_report(sample_data(12), images)
     assert base64.b64encode(images["aligned-000.png"]).decode() in page
     copies = [
         Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"image/jpeg;base64,([^\"]+)", page)
     ]
-    sides = [report.MAX_SIDE] + [report.MAX_GRID_SIDE] * len(GRIDS)
+    sides = [MAX_SIDE] + [MAX_GRID_SIDE] * len(GRIDS)
     assert [copy.size for copy in copies] == [(side, side) for side in sides]
     assert "base-000.png is missing" in render_report(sample_data(12), {})
 
 
-def test_a_run_that_goes_on_says_so_and_loads_itself_anew() -> None:
+def test_the_page_of_a_live_run_says_so_and_reloads_itself() -> None:
     page = render_report(running(), {})
     text = re.sub(r"\s+", " ", Page(page).text)
     assert '<meta http-equiv="refresh" content="60">' in page
@@ -269,44 +285,42 @@ def test_a_run_that_goes_on_says_so_and_loads_itself_anew() -> None:
         assert "refresh" not in render_report(running(state=state), {})
 
 
-def test_results_of_an_earlier_training_are_called_so() -> None:
-    data = sample_data()
-    data["stages"].append({"name": "evaluate", "seconds": None, "summary": "", "status": "waiting", "began": None})
+def test_results_of_an_earlier_training_are_marked() -> None:
+    done = sample_data().stages
+    data = changed(sample_data(), {"stages": [*done, StageRow("evaluate", StageState.WAITS)]})
     assert "until this one has its own: samples and scores." in render_report(data, {})
-    data["stages"][2]["status"] = "running"
-    data["stages"][2]["began"] = "2026-11-23T22:00:00Z"
+    data = changed(data, {"stages.2.status": StageState.RUNNING, "stages.2.began": "2026-11-23T22:00:00Z"})
     assert "until this one has its own: training, samples and scores." in render_report(data, {})
     assert "earlier training" not in render_report(sample_data(), {})
 
 
-@pytest.mark.parametrize(("state", "said"), [("failed", "Failed in train"), ("stopped", "Stopped in train"),
-                                             ("lost", "Broken off in train")])  # fmt: skip
-def test_a_run_that_broke_off_says_where_why_and_how_to_go_on(state: str, said: str) -> None:
+@pytest.mark.parametrize(("state", "said"), [("failed", "Failed"), ("stopped", "Stopped"), ("lost", "Interrupted")])
+def test_an_interrupted_run_says_where_and_why_and_how_to_resume(state: str, said: str) -> None:
     text = Page(render_report(running(state=state, message="<b>disk full</b>\nhint: make room"), {})).text
-    assert f"{said}, at step 700 of 1,200" in text
+    assert f"{said} during training, at step 700 of 1,200" in text
     assert "<b>disk full</b>\nhint: make room" in text
-    assert re.search(r"goes on from what is done, training from its last\s+checkpoint: mapo run photos.yaml", text)
+    assert "Rerun the same command to resume training from its last checkpoint: mapo run photos.yaml" in text
 
 
 def test_the_cost_says_what_it_counts(page: str) -> None:
     text = _section(page, "stages")
-    assert "2.50 GPU hours = 6.25 EUR at 2.50 a GPU hour" in text
+    assert "2.50 GPU hours = 6.25 EUR at 2.50 EUR per GPU hour" in text
     assert "train 2 1 h 15 min 2 GPUs 2.50" in text
-    assert "Not counted: 1 execution whose driver went without a word" in text
-    assert "Pauses are drawn narrow: 2 h 00 min in all" in text
+    assert "Not counted: 1 execution whose driver vanished" in text
+    assert "Long pauses are shortened: 2 h 00 min in all" in text
 
 
 def test_lineage_names_sources_devices_and_rounds(page: str) -> None:
     text = _section(page, "lineage")
     assert "pickapic data/*.parquet" in text
-    assert "train on 2 \u00d7 cpu of 10.0.0.1" in text
-    assert "1 the base 3 560 1,200 23 November 2026, 22:50 UTC" in text
+    assert "train on 2 \u00d7 cpu (10.0.0.1)" in text
+    assert "1 base model 3 560 1,200 23 November 2026, 22:50 UTC" in text
 
 
-def test_the_policy_allows_our_style_and_nothing_else(page: str) -> None:
+def test_the_content_security_policy_allows_our_style_and_nothing_else(page: str) -> None:
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
-    assert report.source_digest(style) in policy
+    assert source_digest(style) in policy
     assert "unsafe" not in policy
     assert " style=" not in page
 

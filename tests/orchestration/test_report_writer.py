@@ -1,4 +1,4 @@
-"""The report while a run goes on: from its journal, its checkpoints and what was seen, and never at the run's cost."""
+"""The report of a live run: from its journal, its checkpoints and what was seen, without ever failing the run."""
 
 import hashlib
 import json
@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from report_sample import Page
 
-from orchestration import report_writer
 from orchestration.config import parse_config
-from orchestration.journal import Journal
-from orchestration.lease import Lease, Terms
-from orchestration.live_curves import SEEN, SeenSteps, live_history
-from orchestration.report_data import report_data
-from orchestration.report_writer import ReportWriter, write_report
-from orchestration.run import Run
-from orchestration.run_index import INDEX, SUMMARY
-from orchestration.stages import _growing_report
+from orchestration.driver.runner import _growing_report
+from orchestration.report import writer as report_writer
+from orchestration.report.data import report_data
+from orchestration.report.index import INDEX, SUMMARY
+from orchestration.report.live_curves import SEEN, SeenSteps, live_curves, read_progress
+from orchestration.report.writer import ReportWriter, write_report
+from orchestration.run.context import Run
+from orchestration.run.journal import Journal
+from orchestration.run.lease import Lease, Terms
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import MANIFEST, STATE, Manifest
+from training.state.checkpoint_format import MANIFEST, STATE, Manifest
 
 KEY = "0123456789abcdef"
 WORKER = {"rank": 0, "world_size": 1, "node": "10.0.0.1", "pid": 1, "device": "cpu", "backend": "gloo", "zero_stage": 2}
@@ -76,21 +76,21 @@ def test_a_failure_is_on_the_page_with_its_stage_and_message(run: Run) -> None:
     run.journal.event("failed", stage="ingest", error="StorageError", message="no space left\nhint: make room")
     write_report(run, command="mapo run photos.yaml", is_driven=False)
     text = text_of(run)
-    assert "Failed in ingest no space left hint: make room" in text
+    assert "Failed during ingest no space left hint: make room" in text
     assert "mapo run p.yaml -o seed=1" in text
 
 
 def test_a_stage_that_began_is_running_with_a_driver_and_lost_without_one(run: Run) -> None:
     run.journal.event("started", by="x", stages=["ingest", "encode", "train"])
     run.journal.event("began", stage="ingest")
-    for is_driven, state, states in ((True, "running", ["running", "waiting", "waiting", "not run", "not run"]),
+    for is_driven, state, states in ((True, "running", ["running", "waits", "waits", "not run", "not run"]),
                                      (False, "lost", ["lost", "not run", "not run", "not run", "not run"]),
                                      (None, "lost", ["lost", "not run", "not run", "not run", "not run"])):  # fmt: skip
         data = report_data(run.config, run.storage, run.journal, command="", is_driven=is_driven)
-        assert (data["state"], [stage["status"] for stage in data["stages"]]) == (state, states)
+        assert (data.state, [stage.status for stage in data.stages]) == (state, states)
 
 
-def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
+def test_the_last_page_of_a_run_shows_it_as_finished(run: Run) -> None:
     key, version = "0" * 32, "1"
     details = {"snapshot": {"pairs_version": None, "latents_fingerprint": key, "text_fingerprint": key}, "steps": 2}
     details |= {"workers": [WORKER | {"num_pairs": 2, "digest": version}], "starts": 1}
@@ -106,10 +106,10 @@ def test_the_page_that_ends_a_run_tells_of_a_finished_run(run: Run) -> None:
     assert "Trained for 2 steps" in page
     assert "refresh" not in page
     run.journal.event("failed", stage="report", message="no space left")
-    assert report_data(run.config, run.storage, run.journal, command="", is_driven=False)["state"] == "failed"
+    assert report_data(run.config, run.storage, run.journal, command="", is_driven=False).state == "failed"
 
 
-def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_what_was_seen_since(run: Run) -> None:
+def test_live_curves_join_the_checkpoint_and_what_was_seen_since(run: Run) -> None:
     seen = SeenSteps(run.storage, run.folder, validate_every=5)
     for number, held_out in ((1, 0.4), (2, 0.4), (7, 0.3)):
         put_progress(run, number, held_out=held_out)
@@ -117,13 +117,18 @@ def test_the_curves_of_a_training_that_goes_on_are_those_of_its_checkpoint_and_w
     put_checkpoint(run, 4)
     seen.save()
     put_progress(run, 9, held_out=0.3)
-    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
-    steps, validations = live_history(run.storage, run.folder, progress, validate_every=5)
-    assert [(row["step"], row["loss"]) for row in steps] == [*((i, 0.5) for i in (1, 2, 3, 4)), (7, 1.0), (9, 1.0)]
-    assert [(row["step"], row["loss"]) for row in validations] == [(0, 0.4), (5, 0.3)]
+    progress = read_progress(run.storage, run.folder)
+    assert progress is not None
+    curves = live_curves(run.storage, run.folder, progress, validate_every=5)
+    assert [(row["step"], row["loss"]) for row in curves.steps] == [
+        *((i, 0.5) for i in (1, 2, 3, 4)),
+        (7, 1.0),
+        (9, 1.0),
+    ]
+    assert [(row["step"], row["loss"]) for row in curves.validations] == [(0, 0.4), (5, 0.3)]
 
 
-def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
+def test_restarted_workers_replace_what_was_seen(run: Run) -> None:
     seen = SeenSteps(run.storage, run.folder, validate_every=5)
     for number in (6, 7, 3, 4):
         put_progress(run, number)
@@ -134,25 +139,27 @@ def test_workers_that_start_again_take_back_what_was_seen(run: Run) -> None:
     assert [row["step"] for row in seen.steps] == [1]
 
 
-def test_a_damaged_checkpoint_gives_no_curve(run: Run) -> None:
+def test_a_damaged_checkpoint_contributes_no_curve(run: Run) -> None:
     put_checkpoint(run, 4)
     run.storage.write(f"{run.folder}/checkpoints/{KEY}/step-00000004/{STATE}", b'{"history": {}}')
     put_progress(run, 5)
-    progress = json.loads(run.storage.read(f"{run.folder}/progress.json"))
-    steps, _ = live_history(run.storage, run.folder, progress, validate_every=5)
-    assert [row["step"] for row in steps] == [5]
+    progress = read_progress(run.storage, run.folder)
+    assert progress is not None
+    assert [row["step"] for row in live_curves(run.storage, run.folder, progress, validate_every=5).steps] == [5]
 
 
-def test_the_cost_counts_every_start_and_names_what_it_cannot_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_counts_every_execution_and_names_those_it_cannot_count(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for minute, (event, facts) in enumerate(
         (("began", {}), ("failed", {"message": "x"}), ("began", {}), ("began", {}), ("stopped", {"reason": "y"}))
     ):
-        monkeypatch.setattr("orchestration.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
+        monkeypatch.setattr("orchestration.run.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
         run.journal.event(event, stage="train", **facts)
     put_progress(run, 5)
-    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False)["cost"]
-    assert cost["cpu_hours"] == pytest.approx(2 / 60)
-    assert (cost["gpu_hours"], cost["num_lost"], cost["stages"][0]["attempts"]) == (0, 1, 3)
+    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False).cost
+    assert cost.cpu_hours == pytest.approx(2 / 60)
+    assert (cost.gpu_hours, cost.num_lost, cost.stages[0].num_executions) == (0, 1, 3)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -162,7 +169,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
         threading.Event().wait(0.01)
 
 
-def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: Run) -> None:
+def test_the_writer_follows_the_run_and_writes_nothing_once_closed(run: Run) -> None:
     run.journal.event("started", by="x", stages=["train"])
     run.journal.event("began", stage="train")
     put_progress(run, 3)
@@ -177,7 +184,7 @@ def test_the_writer_follows_the_run_and_writes_nothing_after_it_was_closed(run: 
     assert run.storage.exists(f"{run.folder}/{SEEN}")
 
 
-def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_failing_writer_does_not_fail_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     def refuse(self: Storage, name: str, data: bytes) -> None:
         raise StorageError("no space left", "make room")
 
@@ -186,7 +193,7 @@ def test_no_failure_of_the_writer_is_one_of_the_run(run: Run, monkeypatch: pytes
     monkeypatch.setattr(report_writer, "log", log)
     monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
     monkeypatch.setattr(Storage, "write", refuse)
-    monkeypatch.setattr("orchestration.report_writer.MAX_LOAD", 1e9)
+    monkeypatch.setattr("orchestration.report.writer.MAX_LOAD", 1e9)
     with ReportWriter(run, command="mapo run", every_s=0.01):
         wait_for(lambda: caplog.text.count("report not written: no space left") >= 2)
 
@@ -209,7 +216,7 @@ def test_the_last_page_of_a_failed_run_is_written_by_whoever_drives_it(
     assert written == ([] if is_taken_over else [False])
 
 
-def test_a_closed_writer_drops_the_page_that_it_was_making(run: Run) -> None:
+def test_a_closed_writer_drops_the_page_it_was_making(run: Run) -> None:
     is_stopped = threading.Event()
     is_stopped.set()
     write_report(run, command="mapo run", is_stopped=is_stopped)

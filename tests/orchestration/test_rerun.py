@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.cluster.signals import Stopped
+from orchestration.commands.every import run_every
 from orchestration.config import RunConfig
-from orchestration.interruption import Stopped
-from orchestration.rerun import run_every
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 

@@ -15,10 +15,10 @@ from factories import photo_pairs, write_parquet
 from kept import keep_rows, rows_in
 from torch import zeros
 
-from orchestration import actions
 from orchestration.cli import main
 from orchestration.config import parse_config
-from orchestration.rounds import (
+from orchestration.driver.runner import run_stages
+from orchestration.rounds.series import (
     check_next_round,
     check_parent,
     finish_round,
@@ -28,18 +28,18 @@ from orchestration.rounds import (
     reads_the_same,
     rounds_of,
 )  # fmt: skip
-from orchestration.run import Run
-from orchestration.stages import run_stages
-from pipelines.compaction import compact
+from orchestration.run.context import Run
+from orchestration.stages.base_check import check_training
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.removal import Condition, remove
-from training.checkpoint_format import committed
+from pipelines.maintenance.compact import compact
+from pipelines.maintenance.remove import Condition, remove
 from training.export import read_weights
-from training.launch import Trained
+from training.launch import TrainingResult
 from training.spec import Snapshot, TrainSpec
+from training.state.checkpoint_format import list_checkpoints
 
 LATENTS, TEXT = "a" * 32, "b" * 32
 
@@ -63,7 +63,7 @@ def finish(run: Run, snapshot: Snapshot, base_digest: str = "base") -> TrainSpec
     )  # fmt: skip
     folders = [write_checkpoint(run.storage, spec.checkpoints, step, {"w": zeros(4)}) for step in (4, 8)]
     history: dict[str, Any] = {"steps": [{"step_s": 0.5}], "validations": []}
-    trained = Trained(folders[1], folders[0], folders[0], 8, history, [], "c0ffee", 1)
+    trained = TrainingResult(folders[1], folders[0], folders[0], 8, history, [], "c0ffee", 1)
     of_round = finish_round(run, spec, trained, num_pairs=9, num_seen=8)
     details = asdict(trained) | made_from(spec) | of_round
     run.journal.finish("train", key=spec.key, summary="8 steps", seconds=1, details=details)
@@ -98,7 +98,7 @@ def test_a_new_snapshot_is_the_next_round_from_the_last_one_and_the_same_is_the_
     assert (following.number, following.snapshot) == (2, newest(storage))
     assert following.parent is not None
     assert (following.parent.round, following.parent.key) == (1, first.key)
-    assert following.parent.checkpoint == committed(storage, first.checkpoints)[-1].folder
+    assert following.parent.checkpoint == list_checkpoints(storage, first.checkpoints)[-1].folder
     second = finish(run, newest(storage))
     assert second.parent == following.parent
     again = next_round(open_run(storage, learning_rate=1e-3), newest(storage))
@@ -164,7 +164,7 @@ def test_a_round_that_has_begun_is_not_begun_anew_by_a_compaction(storage: Stora
 def test_the_parent_is_what_was_exported(storage: Storage) -> None:
     run = open_run(storage, ema={"decay": 0.9})
     first = finish(run, newest(storage))
-    best, last = (each.folder for each in committed(storage, first.checkpoints))
+    best, last = (each.folder for each in list_checkpoints(storage, first.checkpoints))
     add_rows(storage, 1)
 
     def chosen(run: Run) -> tuple[str, str]:
@@ -196,15 +196,15 @@ def test_another_base_or_other_adapters_are_one_error_that_says_what_differs(
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         check_parent(spec)
-    assert "round 2 cannot go on from round 1 (" in caught.value.message
+    assert "round 2 cannot start from round 1 (" in caught.value.message
     assert f"has the digest {'1' * 16}, it was trained from {'0' * 16}" in caught.value.message
     assert "train.lora is {'rank': 4" in caught.value.message
     assert "train.rounds: restart" in str(caught.value.hint)
     assert "`name`" in str(caught.value.hint)
     settings = run.config.model_dump(mode="json") | {"encode": {"model": str(tiny_pipeline)}}
     early = Run.open(parse_config(yaml.safe_dump(settings)), lambda line: None)
-    with pytest.raises(ConfigError, match="round 2 cannot go on from round 1"):
-        actions.check_rounds(early)
+    with pytest.raises(ConfigError, match="round 2 cannot start from round 1"):
+        check_training(early)
     check_next_round(Run.open(parse_config(yaml.safe_dump(settings), ["train.rounds=restart"]), lambda line: None))
 
 
@@ -245,7 +245,7 @@ def test_checkpoints_of_old_rounds_go_and_their_records_stay(storage: Storage, k
         specs.append(finish(run, newest(storage)))
         assert next_round(run, newest(storage)).number == number + 1
     forget_old_rounds(run)
-    left = [bool(committed(storage, spec.checkpoints)) for spec in specs]
+    left = [bool(list_checkpoints(storage, spec.checkpoints)) for spec in specs]
     assert left == [False] * (4 - keep) + [True] * keep
     assert [each["round"] for each in rounds_of(storage, run.folder)] == [1, 2, 3, 4]
     for spec, is_left in zip(specs, left, strict=True):
@@ -359,7 +359,7 @@ def test_the_second_round_goes_on_where_the_first_one_ended_and_not_at_the_base(
 @pytest.mark.slow
 def test_the_second_round_knows_its_parent_and_again_does_nothing(rounds: dict[str, Any]) -> None:
     run, (first, second) = rounds["run"], rounds["records"]
-    assert any(line.startswith("train     round 2 goes on from round 1 (") for line in rounds["said"])
+    assert any(line.startswith("train     round 2 starts from round 1 (") for line in rounds["said"])
     assert second["train"].details["round"] == 2
     assert second["train"].details["parent"]["key"] == first["train"].key
     assert second["train"].details["parent"]["checkpoint"] == first["export"].details["checkpoint"]

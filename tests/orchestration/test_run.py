@@ -12,9 +12,9 @@ import torch
 import yaml
 from factories import photo_pairs, write_parquet
 
-from orchestration import actions
 from orchestration.config import load_config
-from orchestration.run import Run
+from orchestration.run.context import Run
+from orchestration.stages import ingest
 from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.table import Table
 
@@ -109,7 +109,7 @@ def test_a_table_that_has_not_changed_is_not_read_again_and_a_changed_limit_is_h
 ) -> None:
     def is_done(*overrides: str) -> bool:
         run = Run.open(load_config(configuration, overrides), print)
-        return actions.ingest_is_done(run, actions.ingest_key(run))
+        return ingest.look(run).is_done
 
     with pytest.raises(DropBudgetExceeded, match=f"dropped {NUM_DAMAGED} of {NUM_ROWS} rows"):
         is_done("ingest.max_drop_ratio=0.01")

@@ -13,23 +13,22 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestration import dashboard
-from orchestration.bundle import MAX_SENT_BYTES, bundled
 from orchestration.cli import main, parser
+from orchestration.commands.submit import parse_settings
 from orchestration.config import RunConfig, load_config, parse_config
-from orchestration.dashboard import resolve_address
-from orchestration.job_commands import parse_settings
-from orchestration.jobs import Job, Jobs
-from orchestration.places import (
-    JOB_VARIABLE,
+from orchestration.jobs import client as dashboard
+from orchestration.jobs.api import Job, Jobs
+from orchestration.jobs.bundle import MAX_SENT_BYTES, bundled
+from orchestration.jobs.client import resolve_address
+from orchestration.jobs.paths import (
     absolute_overrides,
     check_inside_job,
     load_located,
     shared_paths,
-    submission_id,
     yaml_text,
 )
-from orchestration.submit import jobs_of, next_id, prepare
+from orchestration.jobs.submit import jobs_of, next_id, prepare
+from orchestration.run.job_id import JOB_VARIABLE, submission_id
 from pipelines.dataset.errors import ClusterError, ConfigError
 
 RUN = {
@@ -199,14 +198,14 @@ def test_the_configuration_and_what_is_included_are_all_that_is_sent(here: Path)
 def test_too_much_to_send_is_refused_before_it_is_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "big.bin").touch()
     os.truncate(here / "big.bin", MAX_SENT_BYTES)  # takes no space
-    with pytest.raises(ConfigError, match=r"2 files of 67,\d+,\d+ bytes.*67,108,864; the largest is big.bin"):
+    with pytest.raises(ConfigError, match=r"2 files of 67,\d+,\d+ bytes.*67,108,864\); the largest is big.bin"):
         prepare("photos.yaml", [], command="", included=["big.bin"])
 
 
 @pytest.mark.parametrize(
     ("included", "message"),
-    [(["none.py"], "there is no such"), (["a/x.py", "b/x.py"], "a/x.py goes by the name x.py"),
-     (["a/photos.yaml"], "photos.yaml goes by the name")],
+    [(["none.py"], "no such file"), (["a/x.py", "b/x.py"], "a/x.py is already sent as x.py"),
+     (["a/photos.yaml"], "photos.yaml is already sent as")],
 )  # fmt: skip
 def test_what_cannot_be_included_is_named(here: Path, included: list[str], message: str) -> None:
     for name in ("a/x.py", "b/x.py", "a/photos.yaml"):
@@ -256,10 +255,10 @@ def test_metadata_say_what_runs(here: Path) -> None:
         (["-o", "train.num_worker=2"], "did you mean `train.num_workers`?"),
         (["-o", "train=null", "-o", "ingest=null"], "has no `ingest`, `train`"),
         (["--env", "HF_TOKEN=x"], "looks like a secret"),
-        (["--entrypoint-resources", "[1]"], "not JSON of names and numbers"),
-        (["--entrypoint-num-cpus", "-1"], "less than nothing"),
+        (["--entrypoint-resources", "[1]"], "not a JSON object of names and numbers"),
+        (["--entrypoint-num-cpus", "-1"], "must not be negative"),
         (["--address", "ray://head:10001"], "http://HOST:8265"),
-        (["--address", "http://me:canary@head:8265"], "credentials in it"),
+        (["--address", "http://me:canary@head:8265"], "credentials in the address"),
     ],
 )
 def test_what_is_wrong_is_found_without_a_cluster(
@@ -289,7 +288,7 @@ def test_the_address_given_goes_before_the_environment(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("headers", ["x", "[]", '{"a": 1}'])
 def test_headers_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, headers: str) -> None:
     monkeypatch.setenv("RAY_JOB_HEADERS", headers)
-    with pytest.raises(ConfigError, match="RAY_JOB_HEADERS is not JSON"):
+    with pytest.raises(ConfigError, match="RAY_JOB_HEADERS is not a JSON object"):
         Jobs("http://127.0.0.1:9")
 
 
@@ -333,6 +332,6 @@ def test_another_server_is_not_taken_for_ray() -> None:
                     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>")
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ClusterError, match="does not answer as Ray does"):
+        with pytest.raises(ClusterError, match="does not answer like a Ray dashboard"):
             Jobs(f"http://127.0.0.1:{server.getsockname()[1]}")
         server.shutdown(socket.SHUT_RDWR)

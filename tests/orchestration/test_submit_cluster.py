@@ -20,9 +20,9 @@ from ray_head import BIN, RayHead, ray_head
 
 from orchestration.cli import main
 from orchestration.config import load_config
-from orchestration.job_logs import follow
-from orchestration.jobs import Job, Jobs
-from orchestration.submit import prepare, submit
+from orchestration.jobs.api import Job, Jobs
+from orchestration.jobs.logs import follow
+from orchestration.jobs.submit import prepare, submit
 from pipelines.dataset.errors import ClusterError, JobError
 from pipelines.dataset.secrets import is_secret_name
 
@@ -33,9 +33,9 @@ TALK = f"import time\nfor i in range({NUM_LINES}): print('line', i, 'ö', flush=
 DRIVER = """
 import sys, time
 from orchestration.config import load_config
-from orchestration.driver import driving
-from orchestration.interruption import Stopped
-from orchestration.run import Run
+from orchestration.driver.session import driving
+from orchestration.cluster.signals import Stopped
+from orchestration.run.context import Run
 try:
     with driving(Run.open(load_config(sys.argv[1]), print)):
         print("driving", flush=True)
@@ -216,7 +216,7 @@ def test_a_stopped_training_goes_on_with_the_next_submit(first, head: RayHead, f
     assert "mapo-long-1 is FAILED with exit code 130" in stopped.stdout, stopped.stderr
     again = mapo(head, "submit", "small.yaml", "--include", "bright.py", "--follow", *settings, cwd=folder)
     assert again.returncode == 0, again.stdout + again.stderr
-    resumed = re.search(r"^train +start 2: goes on from step (\d+)", again.stdout, re.MULTILINE)
+    resumed = re.search(r"^train +restart 2: resuming from step (\d+)", again.stdout, re.MULTILINE)
     assert resumed is not None, again.stdout
     assert 1 < int(resumed[1]) < num_steps
 
@@ -279,7 +279,7 @@ def test_a_log_is_whole_over_broken_connections(head: RayHead, jobs: Jobs) -> No
     lines = [line for line in "".join(pieces).splitlines() if line.startswith("line ")]
     assert lines == [f"line {i} ö" for i in range(NUM_LINES)]
     assert "".join(pieces) == jobs.log("talk")
-    assert sum("trying again, talk goes on" in note for note in notes) in (1, 2)  # once for each time it was away
+    assert sum("reconnecting, talk keeps running" in note for note in notes) in (1, 2)  # once for each time it was away
 
 
 def test_ctrl_c_detaches_and_says_how_to_come_back(head: RayHead, jobs: Jobs, quiet_run: Path) -> None:
@@ -296,7 +296,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(head: RayHead, jobs: Jobs, qu
         finally:
             followed.kill()
     assert followed.returncode == 130
-    assert "detached; endless goes on" in told
+    assert "detached; endless is still running" in told
     assert f"mapo stop {quiet_run} --address {head.url}" in told
     assert jobs.find("endless").state == "RUNNING"
     jobs.stop("endless")
@@ -311,7 +311,7 @@ def test_a_failed_job_is_exit_1_and_a_missing_command_is_told(
     assert "job no-such failed: its command ended with exit code 127" in told.err
     assert "must be installed on the cluster's nodes" in told.err
     assert main(["logs", str(quiet_run), "--address", head.url, "--job", "nobody"]) == 1
-    assert "knows no job nobody" in capsys.readouterr().err
+    assert "has no job nobody" in capsys.readouterr().err
 
 
 # stopping
@@ -324,14 +324,14 @@ def test_stop_asks_the_driver_and_waits_for_a_clean_end(head: RayHead, jobs: Job
     assert "clean is FAILED with exit code 130" in capsys.readouterr().out
     assert "stopped by request of" in jobs.log("clean")
     assert main(["stop", str(quiet_run), "--address", head.url]) == 0
-    assert "nothing to stop" in capsys.readouterr().out
+    assert "is not running" in capsys.readouterr().out
 
 
 def test_a_job_that_does_not_answer_is_ended_by_ray(head: RayHead, jobs: Jobs, quiet_run: Path, capsys) -> None:
     python_job(jobs, "deaf", "import time; print('begun', flush=True); time.sleep(600)", metadata=of_run(quiet_run))
     wait_for(lambda: "begun" in jobs.log("deaf"), "the job")
     assert main(["stop", str(quiet_run), "--address", head.url, "--timeout", "1s"]) == 0
-    assert "deaf has not ended within 1 s: Ray ends it\nstopped   deaf is STOPPED" in capsys.readouterr().out
+    assert "deaf did not stop within 1 s; Ray is ending it\nstopped   deaf is STOPPED" in capsys.readouterr().out
 
 
 # what lets a client in
@@ -340,8 +340,8 @@ def test_a_job_that_does_not_answer_is_ended_by_ray(head: RayHead, jobs: Jobs, q
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"RAY_AUTH_TOKEN": "wrong"}, "does not let us in: Authentication failed"),
-        ({"RAY_AUTH_MODE": "disabled"}, "does not let us in: Authentication required"),
+        ({"RAY_AUTH_TOKEN": "wrong"}, "denies access: Authentication failed"),
+        ({"RAY_AUTH_MODE": "disabled"}, "denies access: Authentication required"),
     ],
 )
 def test_a_wrong_or_missing_token_is_one_error(
@@ -360,7 +360,7 @@ def test_a_token_may_lie_in_a_file(head: RayHead, quiet_run: Path, tmp_path: Pat
     del environment["RAY_AUTH_TOKEN"]
     command = [BIN / "mapo", "logs", quiet_run, "--address", head.url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert "knows no job of run" in done.stderr
+    assert "has no job of run" in done.stderr
 
 
 def test_the_cluster_knows_that_it_is_this_machine(jobs: Jobs) -> None:

@@ -15,15 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from orchestration import evaluation, turns
 from orchestration.config import RunConfig
-from orchestration.drawn_samples import DrawnSamples
-from orchestration.evaluation import SampleModel, draw_samples
-from orchestration.turns import Room, draw_missing, find_room
-from pipelines import waiting
+from orchestration.stages import model_samples as evaluation
+from orchestration.stages import turns
+from orchestration.stages.drawn_samples import DrawnSamples
+from orchestration.stages.model_samples import SampleModel, draw_samples
+from orchestration.stages.turns import Room, draw_missing, find_room
 from pipelines.dataset.errors import EncodingError
 from pipelines.dataset.storage import Storage
-from pipelines.room import Demand
+from pipelines.resources import Demand
+from pipelines.units import waiting
 
 FOLDER = "runs/small/evaluation"
 PROMPTS, SEEDS = ["a cat", "a red house", "a dog"], [0, 1, 2]
@@ -231,7 +232,7 @@ def test_a_batch_without_memory_is_halved_and_what_was_drawn_stays(
     drawn = drawn_by(config, tmp_path, _red, has_memory_for=1)
     assert drawn["base"].images == drawn["aligned"].images == [png("red")] * 3
     said = capfd.readouterr().err
-    assert said.count("evaluate: out of memory in a batch of 3; going on with batches of 1") == 2
+    assert said.count("evaluate: out of memory in a batch of 3; continuing with batches of 1") == 2
 
 
 def test_no_memory_for_a_single_sample_is_an_error(ray_cluster: None, config: RunConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ def vae(tiny_pipeline: Path) -> "LatentEncoder":  # noqa: F821
     import torch
 
     from pipelines.dataset.model_files import ModelSource
-    from pipelines.encoders import LatentEncoder
+    from pipelines.encode.encoders import LatentEncoder
 
     return LatentEncoder(ModelSource(str(tiny_pipeline)), device=torch.device("cpu"))
 
@@ -25,7 +25,7 @@ def text(tiny_pipeline: Path) -> "TextEncoder":  # noqa: F821
     import torch
 
     from pipelines.dataset.model_files import ModelSource
-    from pipelines.encoders import TextEncoder
+    from pipelines.encode.encoders import TextEncoder
 
     return TextEncoder(ModelSource(str(tiny_pipeline)), torch.device("cpu"))
 

@@ -17,10 +17,10 @@ from PIL import Image
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason
 from pipelines.dataset.storage import Storage
-from pipelines.images import ImageInfo, inspect_image
-from pipelines.pair_shards import MAX_PROMPT_CHARACTERS, judge, write_unit
+from pipelines.ingest.image_check import ImageInfo, inspect_image
+from pipelines.ingest.pair_shards import MAX_PROMPT_CHARACTERS, judge, write_unit
 from pipelines.sources.labels import from_labels, from_votes
-from pipelines.sources.source import SourceFile, SourceRow, Unit, UnitSettings, make_unit
+from pipelines.sources.unit import SourceFile, SourceRow, SourceUnit, UnitSettings, make_unit
 
 PHOTO = picture(np.random.default_rng(0), 48, 64)
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8))
@@ -121,10 +121,17 @@ SOUND: dict[str, bytes] = {
 
 
 @pytest.fixture
-def unit() -> Unit:
+def unit() -> SourceUnit:
     config = IngestConfig(sources=(SourceConfig(format="jsonl", path="x"),))
     file = SourceFile("file:///x.jsonl", 1, "1")
-    return make_unit(config.sources[0], file, UnitSettings.of(config), part=(0, 1), first_row=0, num_rows=1)
+    return make_unit(
+        config.sources[0],
+        file,
+        UnitSettings(config.max_shard_bytes, config.image_check),
+        part=(0, 1),
+        first_row=0,
+        num_rows=1,
+    )
 
 
 def test_there_are_at_least_forty_kinds() -> None:
@@ -132,7 +139,7 @@ def test_there_are_at_least_forty_kinds() -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_row_has_its_one_reason(unit: Unit, kind: str) -> None:
+def test_a_broken_row_has_its_one_reason(unit: SourceUnit, kind: str) -> None:
     change, reason = BROKEN[kind]
     row, images = judge(SourceRow(**ROW | change), unit)
     assert (row["status"], row["reason"]) == ("quarantined", str(reason))
@@ -141,7 +148,7 @@ def test_a_broken_row_has_its_one_reason(unit: Unit, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SOUND)
-def test_an_unusual_image_that_can_be_decoded_is_sound(unit: Unit, kind: str) -> None:
+def test_an_unusual_image_that_can_be_decoded_is_sound(unit: SourceUnit, kind: str) -> None:
     assert isinstance(inspect_image(SOUND[kind]), ImageInfo)
     row, images = judge(SourceRow(**ROW | {"image_1": SOUND[kind]}), unit)
     assert (row["status"], row["reason"]) == ("kept", None)
@@ -171,7 +178,7 @@ def test_the_whole_corpus_goes_through_a_unit_and_every_row_comes_out(tmp_path: 
     (tmp_path / "g").write_bytes(GOOD)
     (tmp_path / "o").write_bytes(OTHER)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    from pipelines.ingest import plan_units
+    from pipelines.ingest.execution import plan_units
 
     config = IngestConfig(sources=(SourceConfig(format="jsonl", path=str(tmp_path / "rows.jsonl")),))
     (planned,) = plan_units(config)

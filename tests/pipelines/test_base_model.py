@@ -21,9 +21,9 @@ from pipelines.dataset.base_model import check_base, check_denoiser
 from pipelines.dataset.base_schedule import is_distilled_name, short_name
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
-from pipelines.encoders import LatentEncoder
-from training.batch import Batch
+from pipelines.encode.encoders import LatentEncoder
 from training.config import TrainConfig
+from training.data.batch import Batch
 from training.model import Denoiser, load_base
 
 MAPO = Path(sys.executable).with_name("mapo")

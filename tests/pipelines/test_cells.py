@@ -22,7 +22,7 @@ from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from pipelines.sources import urls
 from pipelines.sources.cells import Cells
-from pipelines.sources.source import SourceFile
+from pipelines.sources.unit import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 IMAGE = encoded(picture(np.random.default_rng(0), 32, 32))
@@ -118,7 +118,7 @@ def test_image_tars_that_are_cut_or_damaged_are_named_before_an_image_is_missed(
     members, _, _ = write_shard(folder / "a.tar", [(f"{i}.jpg", IMAGE) for i in range(3)])
     data, header = (folder / "a.tar").read_bytes(), members[1].offset - 512
     (folder / "a.tar").write_bytes(data[:header] if cut else data[:header] + b"\xff" * 512 + data[header + 512 :])
-    with pytest.raises(SourceError, match=r"cannot read .*a\.tar: it is no whole tar"):
+    with pytest.raises(SourceError, match=r"cannot read .*a\.tar: not a complete tar"):
         cells(folder, images=f"{folder}/a.tar").read("0.jpg")
 
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.committer import REMOVED, Committer
+from pipelines.dataset.key_map import KeyMap, keys_of
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id, split_of
 from pipelines.dataset.storage import Storage
-from pipelines.key_map import KeyMap, keys_of
-from pipelines.policy import Policy, apply_policy, is_applied
+from pipelines.ingest.committer import REMOVED, Committer
+from pipelines.ingest.policy import Policy, apply_policy, is_applied
 
 Row = dict[str, Any]
 

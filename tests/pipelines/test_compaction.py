@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from kept import images_in, keep_rows, rows_in
 
 from orchestration.cli import main
-from pipelines import compaction
-from pipelines.compaction import compact
 from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import LATENTS_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import latent_units
-from pipelines.occupancy import pair_shards, runs
-from pipelines.removal import Condition, remove
-from pipelines.verify import verify
+from pipelines.encode.plan import latent_units
+from pipelines.maintenance import compact as compaction
+from pipelines.maintenance.compact import compact
+from pipelines.maintenance.occupancy import pair_shards, runs
+from pipelines.maintenance.remove import Condition, remove
+from pipelines.maintenance.verify import verify
 
 FINGERPRINT = "c" * 32
 

@@ -8,13 +8,13 @@ import pytest
 from crash import INGEST, INGEST_VICTIMS, SURVIVED, Job, Kill, run_killed, run_to_the_end
 from factories import photo_pairs, write_parquet
 
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.layout import PAIRS, SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import plan_units, write_unit
-from pipelines.policy import Policy
-from pipelines.verify import verify
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import plan_units, write_unit
+from pipelines.ingest.policy import Policy
+from pipelines.maintenance.verify import verify
 
 SEEDS = range(40)
 SHORT = (4,)  # a raylet; test_ingest.py kills drivers, and `make chaos` everything

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
-from encode_steps import Counting, encode_here, files_of, ingest_here, write_latents, write_texts
+from encode_steps import Counting, encode_here, files_of, ingest_here, place_pair, write_latents, write_texts
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 from safetensors import safe_open
 from safetensors.torch import load
 
-import pipelines.unit_pool
+import pipelines.encode.workers
+import pipelines.units.pool
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import (
     ConfigError,
@@ -35,12 +36,12 @@ from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, 
 from pipelines.dataset.pair import NULL_PROMPT_ID, prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.encode import encode
-from pipelines.encode_plan import pending
-from pipelines.encoders import LatentEncoder, Launched, TextEncoder
-from pipelines.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
-from pipelines.geometry import bucket_list, place_pair
-from pipelines.latents import LatentWriter, WriteLatents
+from pipelines.encode.encoders import LatentEncoder, Launched, TextEncoder
+from pipelines.encode.execution import encode
+from pipelines.encode.fingerprint import fingerprint_of, latents_fingerprint, text_fingerprint
+from pipelines.encode.geometry import bucket_list
+from pipelines.encode.latents import LatentWriter, WriteLatents
+from pipelines.encode.plan import pending
 
 CPU = torch.device("cpu")
 
@@ -119,10 +120,10 @@ def test_a_unit_that_kills_its_actors_is_given_up_and_named(
     (unit,) = todo.texts
     name = text_fingerprint(config)
     text_table(storage, name).append(unit.id, write_texts(unit.id, unit.rows, config, storage, name, text))
-    monkeypatch.setattr(pipelines.unit_pool, "MAX_ATTEMPTS", 1)
-    monkeypatch.setattr(pipelines.unit_pool, "actor_of", lambda kind: Killed)
+    monkeypatch.setattr(pipelines.units.pool, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(pipelines.encode.workers, "actor_class", lambda kind: Killed)
     with pytest.raises(
-        EncodingError, match=r"actors died 1 times while they encoded the pairs of dataset/shards/"
+        EncodingError, match=r"actors died 1 times while encoding the pairs of dataset/shards/"
     ) as caught:
         encode(config, storage)
     assert todo.latents[0].id in caught.value.message
@@ -364,7 +365,7 @@ def test_planning_needs_neither_ray_nor_torch(
         "import sys\n"
         "from pipelines.config import EncodeConfig\n"
         "from pipelines.dataset.storage import Storage\n"
-        "from pipelines.encode_plan import pending\n"
+        "from pipelines.encode.plan import pending\n"
         f"todo = pending(EncodeConfig(model={config.model!r}, resolution=64), Storage({storage.url!r}))\n"
         "heavy = {'ray', 'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "print(len(todo.latents), len(todo.texts), sorted(heavy))"

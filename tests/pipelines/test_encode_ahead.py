@@ -17,10 +17,11 @@ from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import DropBudgetExceeded, ShardCorrupt
 from pipelines.dataset.layout import latents_table
 from pipelines.dataset.storage import Storage
-from pipelines.encode_ahead import LatentsAhead
-from pipelines.encode_plan import Unit, pending_latents
-from pipelines.fingerprint import latents_fingerprint
-from pipelines.unit_feed import UnitFeed, _Units
+from pipelines.encode.ahead import LatentsAhead
+from pipelines.encode.fingerprint import latents_fingerprint
+from pipelines.encode.plan import pending_latents
+from pipelines.units.feed import UnitFeed, _Units
+from pipelines.units.unit import Unit
 
 NUM_CPUS = 6  # of the cluster: an actor's threads, which sums of floats depend on
 ROWS = photo_pairs(8, num_prompts=4)
@@ -92,7 +93,7 @@ def test_what_is_committed_is_encoded_meanwhile_and_the_rest_after_the_end_of_in
     assert pending_latents(storage, latents_fingerprint(config)) == []
     assert first
     assert second
-    assert first["items"] + second["items"] == table.read().num_rows == 5
+    assert first.items + second.items == table.read().num_rows == 5
     assert ahead.take_speed() is None
 
     after = Storage(str(tmp_path / "after"))

@@ -14,9 +14,9 @@ from factories import photo_pairs, write_parquet
 from pipelines.config import EncodeConfig
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, text_table
 from pipelines.dataset.storage import Storage
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
-from pipelines.verify import verify
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.maintenance.verify import verify
 
 SEEDS = range(20)
 SHORT = (4,)  # a node; `make chaos` has the others

@@ -15,19 +15,19 @@ from encode_steps import Counting, CountingTexts, encode_here, files_of, ingest_
 from factories import encoded, new_pipeline, photo_pairs, picture, write_parquet
 
 from orchestration.config import RunConfig
-from orchestration.dataset_view import describe_encoding
-from orchestration.stages import run_stages
+from orchestration.driver.runner import run_stages
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import pending
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
-from pipelines.stale import refusal
-from pipelines.verify import verify
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.plan import pending
+from pipelines.encode.stale import refusal
+from pipelines.maintenance.describe import describe_encoding
+from pipelines.maintenance.verify import verify
 from training.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_an_image_of_many_pairs_is_read_decoded_and_encoded_once(
     encode_here(config, storage, counting, text)
     assert len(counting.shapes) == 9
     facts = describe_encoding(storage, latents_fingerprint(config), text_fingerprint(config))
-    assert (facts["image_slots"], facts["images"], facts["pairs"], facts["prompts"]) == (16, 9, 8, 1)
+    assert (facts.image_slots, facts.images, facts.pairs, facts.prompts) == (16, 9, 8, 1)
 
 
 def test_text_is_stored_once_a_prompt_and_not_with_every_pair(tmp_path: Path, storage: Storage) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import CACHE_VARIABLE, ModelSource, resolve_model
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 
 REAL_TOKENIZERS = Path(__file__).parents[3] / "shared" / "sdxl"
 PROMPTS = {

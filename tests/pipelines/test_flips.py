@@ -13,19 +13,19 @@ from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image, ImageOps
 
 from orchestration.config import parse_config
-from orchestration.plan import _latent_bytes
+from orchestration.stages.encode import _latent_bytes
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import pending
-from pipelines.encoders import LatentEncoder, TextEncoder, load_vae
-from pipelines.fingerprint import latents_fingerprint, latents_parts, text_fingerprint
-from pipelines.geometry import cover, mirror, open_image, place
-from pipelines.stale import refusal
-from pipelines.verify import verify
-from training.index import load_index, load_texts
-from training.reader import PairReader
+from pipelines.encode.encoders import LatentEncoder, TextEncoder, load_vae
+from pipelines.encode.fingerprint import latents_fingerprint, latents_parts, text_fingerprint
+from pipelines.encode.geometry import cover, mirror, open_image, place
+from pipelines.encode.plan import pending
+from pipelines.encode.stale import refusal
+from pipelines.maintenance.verify import verify
+from training.data.index import load_index, load_texts
+from training.data.reader import PairReader
 from training.spec import Snapshot
 
 SIZES = ((64, 64), (80, 61), (64, 151), (71, 70))

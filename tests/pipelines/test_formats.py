@@ -17,17 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipelines.config import COLUMNS, IngestConfig, SourceConfig
+from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import plan_units
-from pipelines.sources import SOURCES
+from pipelines.ingest.execution import plan_units
 from pipelines.sources.cells import Cells
 from pipelines.sources.files import list_files, split_called, split_of_file
+from pipelines.sources.kind import SPLIT
 from pipelines.sources.labels import from_labels, from_ranks, from_votes
-from pipelines.sources.source import SourceRow
+from pipelines.sources.reader import reader_of
+from pipelines.sources.registry import KINDS
+from pipelines.sources.unit import SourceRow
 
 IMAGES = [encoded(picture(np.random.default_rng(i), 32, 32)) for i in range(4)]
 Label = float | Reason
@@ -35,7 +37,7 @@ Label = float | Reason
 
 def rows_of(path: Path, format: str, **options: Any) -> list[SourceRow]:  # noqa: A002
     config = IngestConfig(sources=(SourceConfig(format=format, path=str(path), **options),))  # type: ignore[arg-type]
-    return [row for unit in plan_units(config) for row in SOURCES[format].rows(unit)]
+    return [row for unit in plan_units(config) for row in reader_of(format).rows(unit)]
 
 
 def facts(rows: list[SourceRow]) -> list[tuple[int, int, Any, Any, Any, Label]]:
@@ -235,11 +237,14 @@ def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path: Path) ->
 
 
 def test_a_column_that_a_format_does_not_have_is_refused_when_the_configuration_is_read() -> None:
-    for name, source in SOURCES.items():
-        assert COLUMNS[name] == (*(field.name for field in source.fields), "split")
-    with pytest.raises(ValidationError, match=r"columns\.image0 is nothing .* pairs has; did you mean `image_0`\?"):
+    for name, kind in KINDS.items():
+        columns = {field.name: "theirs" for field in (*kind.fields, SPLIT)}
+        assert SourceConfig(format=name, path="x", columns=columns).columns == columns
+    with pytest.raises(ValidationError, match="'pickapic', 'webdataset', 'hpd', 'imagereward', 'rapidata', 'pairs' or"):
+        SourceConfig(format="parquet", path="x")
+    with pytest.raises(ValidationError, match=r"format pairs has no column image0; did you mean `image_0`\?"):
         SourceConfig(format="pairs", path="x", columns={"image0": "left"})
-    with pytest.raises(ValidationError, match=r"columns\.zzz is nothing that format rapidata has; it has prompt, "):
+    with pytest.raises(ValidationError, match=r"format rapidata has no column zzz; it has prompt, "):
         SourceConfig(format="rapidata", path="x", columns={"zzz": "left"})
 
 
@@ -344,7 +349,7 @@ def test_an_image_in_many_pairs_of_a_record_is_read_once(folder: Path, monkeypat
 
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(SourceError, match=r"a\.csv is of no kind that can be read"):
+    with pytest.raises(SourceError, match=r"a\.csv is of a type that mapo cannot read"):
         rows_of(tmp_path / "a.csv", "pairs")
 
 

@@ -13,15 +13,15 @@ from factories import photo_pairs
 from kept import images_in, keep_rows, rows_in
 
 from orchestration.cli import main
-from orchestration.data_commands import grace_period
-from pipelines.compaction import compact
+from orchestration.commands.data import grace_period
 from pipelines.dataset.errors import ConfigError, StorageError
 from pipelines.dataset.layout import PAIRS, SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.garbage import delete_garbage, find_garbage, stored_objects
-from pipelines.removal import Condition, remove
-from pipelines.verify import verify
-from training.index import load_index
+from pipelines.maintenance.compact import compact
+from pipelines.maintenance.gc import delete_garbage, find_garbage, stored_objects
+from pipelines.maintenance.remove import Condition, remove
+from pipelines.maintenance.verify import verify
+from training.data.index import load_index
 from training.spec import Snapshot
 
 NOTHING, WEEK = timedelta(0), timedelta(days=7)

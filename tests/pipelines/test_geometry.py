@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from encode_steps import place_pair
 from factories import encoded, picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.geometry import (
+from pipelines.encode.geometry import (
     MAX_AREA_ERROR,
     SDXL_BUCKETS,
     bucket_list,
@@ -18,7 +19,6 @@ from pipelines.geometry import (
     cover,
     open_image,
     place,
-    place_pair,
 )
 
 SIDES = st.integers(1, 20_000)

@@ -8,10 +8,10 @@ from factories import photo_pairs
 from kept import keep_rows, rows_in
 
 from orchestration.cli import main
-from pipelines.compaction import compact
 from pipelines.dataset.storage import Storage
-from pipelines.history import history
-from pipelines.removal import Condition, remove
+from pipelines.maintenance.compact import compact
+from pipelines.maintenance.history import history
+from pipelines.maintenance.remove import Condition, remove
 
 
 @pytest.fixture

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encode_steps import Counting, ingest_here, write_latents
+from encode_steps import Counting, ingest_here, place_pair, write_latents
 from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image
 
-from pipelines.ahead import Ahead
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import EncodingError, ShardCorrupt
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
-from pipelines.effort import Effort
-from pipelines.encode_plan import pending
-from pipelines.encoders import LatentEncoder, Launched
-from pipelines.geometry import bucket_list, place_pair
-from pipelines.image_batches import Batches, ImageKey, load, plan_pairs
-from pipelines.latents import LatentWriter
-from pipelines.unit_actor import BatchSize
+from pipelines.encode.encoders import LatentEncoder, Launched
+from pipelines.encode.geometry import bucket_list
+from pipelines.encode.image_batches import Batches, ImageKey, load, plan_pairs
+from pipelines.encode.latents import LatentWriter
+from pipelines.encode.plan import pending
+from pipelines.units.actor import BatchSize
+from pipelines.units.prefetch import prefetch
+from pipelines.units.stats import Effort
 
 CPU = torch.device("cpu")
 
@@ -103,11 +103,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from pipelines.dataset.model_files import ModelSource
-from pipelines.effort import Effort
-from pipelines.encoders import LatentEncoder
-from pipelines.geometry import Placed
-from pipelines.image_batches import Batches, ImageKey
-from pipelines.unit_actor import BatchSize
+from pipelines.units.stats import Effort
+from pipelines.encode.encoders import LatentEncoder
+from pipelines.encode.geometry import Placed
+from pipelines.encode.image_batches import Batches, ImageKey
+from pipelines.units.actor import BatchSize
 
 torch.set_num_threads(1)
 vae = LatentEncoder(ModelSource({str(tiny_pipeline)!r}), device=torch.device("cpu"))
@@ -250,12 +250,12 @@ def test_ahead_is_in_order_bounded_and_begins_at_once() -> None:
         return item
 
     with ThreadPoolExecutor(4) as pool:
-        ahead = Ahead(note, range(100), pool, 5)
+        ahead = prefetch(note, range(100), pool, 5)
         results = iter(ahead)
         assert next(results) == 0
         assert max(begun) <= 6
         assert list(results) == list(range(1, 100))
-        broken = Ahead(lambda item: 1 // item, [1, 0, 1], pool, 2)
+        broken = prefetch(lambda item: 1 // item, [1, 0, 1], pool, 2)
         with pytest.raises(ZeroDivisionError):
             list(broken)
         broken.close()

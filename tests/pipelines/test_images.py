@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.dataset.pair import Reason
-from pipelines.images import ImageInfo, inspect_image
+from pipelines.ingest.image_check import ImageInfo, inspect_image
 
 HEIGHT, WIDTH = 90, 120
 PHOTO = picture(np.random.default_rng(0), HEIGHT, WIDTH)
@@ -34,7 +34,7 @@ FILES = {
 
 PEAK = """
 import resource
-from pipelines.images import inspect_image
+from pipelines.ingest.image_check import inspect_image
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

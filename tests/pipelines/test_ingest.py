@@ -16,25 +16,26 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from encode_steps import ingest_in_process
 from factories import Row, encoded, photo_pairs, picture, write_parquet
 
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import DropBudgetExceeded, SourceError, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import read_shard
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import (
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import (
     MAX_UNITS_A_TASK,
-    in_tasks,
+    group_units,
     ingest,
     is_up_to_date,
     pending_of,
     plan_units,
     write_unit,
 )
-from pipelines.pair_shards import write_units
+from pipelines.ingest.pair_shards import write_units
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -48,7 +49,7 @@ import ray
 from pipelines.config import IngestConfig
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.ingest import ingest
+from pipelines.ingest.execution import ingest
 
 config, storage = IngestConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
 options, moment, commits = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])
@@ -172,7 +173,7 @@ def test_every_shard_has_the_bytes_and_digest_of_its_rows(ingested: Storage) -> 
 
 def test_a_shard_is_closed_at_its_size_within_a_unit(tmp_path: Path, storage: Storage) -> None:
     rows = photo_pairs(40, sizes=((200, 200),))
-    ingest(config_of(write_parquet(tmp_path / "one_group.parquet", rows, row_group_size=100)), storage)
+    ingest_in_process(config_of(write_parquet(tmp_path / "one_group.parquet", rows, row_group_size=100)), storage)
     assert pairs_table(storage).version == 0, "one unit"
     sizes = [storage.size(name) for name in storage.names(SHARDS)]
     assert len(sizes) > 2
@@ -205,10 +206,10 @@ def test_a_pair_that_came_before_is_a_duplicate_wherever_it_was(tmp_path: Path, 
     write_parquet(tmp_path / "a" / "1.parquet", rows, row_group_size=100)  # within a unit
     repeated = [("duplicate", "repeated")] * 4 + wanted[4:]
     write_parquet(tmp_path / "a" / "2.parquet", rows, row_group_size=1)  # across files and units
-    ingest(config_of(tmp_path / "a"), storage)
+    ingest_in_process(config_of(tmp_path / "a"), storage)
     assert status_of(storage) == wanted + repeated
     write_parquet(tmp_path / "b" / "1.parquet", rows)  # across runs
-    ingest(config_of(tmp_path / "b"), storage)
+    ingest_in_process(config_of(tmp_path / "b"), storage)
     assert status_of(storage) == wanted + repeated + repeated
     assert all((row["shard"] is None) == (row["status"] == "duplicate") for row in rows_in(storage))
 
@@ -229,13 +230,13 @@ def test_reading_again_commits_nothing_and_changes_no_file(photos: Path, storage
 def test_of_a_new_file_only_it_is_read(tmp_path: Path, storage: Storage) -> None:
     config = config_of(tmp_path / "data")
     old = write_parquet(tmp_path / "data" / "b.parquet", photo_pairs(12), row_group_size=4)
-    ingest(config, storage)
+    ingest_in_process(config, storage)
     before, shards = rows_in(storage), shards_in(storage)
     seen = old.stat()
     old.write_bytes(hollow(old.read_bytes()))  # whoever reads more than its footer fails
     os.utime(old, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     write_parquet(tmp_path / "data" / "a.parquet", photo_pairs(6, seed=1))
-    ingest(config, storage)
+    ingest_in_process(config, storage)
     after = rows_in(storage)
     assert (len(after), after[6:]) == (18, before)
     assert shards.items() < shards_in(storage).items()
@@ -269,13 +270,13 @@ def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_w
     [(0, 3, []), (1, 3, [1]), (5, 3, [1] * 5), (22, 3, [3, 3, 2, 2, 2, *[1] * 10]), (1300, 1500, [1] * 1300)],
 )
 def test_tasks_are_long_at_first_and_short_at_the_end(num_units: int, at_once: int, wanted: list[int]) -> None:
-    tasks = in_tasks(range(num_units), at_once)
+    tasks = group_units(range(num_units), at_once)
     assert [len(task) for task in tasks] == wanted
     assert [unit for task in tasks for unit in task] == list(range(num_units)), "in order"
 
 
 def test_no_task_has_more_than_a_lost_worker_may_repeat() -> None:
-    assert max(len(task) for task in in_tasks(range(10_000), 3)) == MAX_UNITS_A_TASK
+    assert max(len(task) for task in group_units(range(10_000), 3)) == MAX_UNITS_A_TASK
 
 
 def test_rows_of_a_unit_are_given_once_its_shards_are_there(photos: Path, storage: Storage) -> None:
@@ -364,8 +365,8 @@ def test_more_drops_than_the_budget_stop_it_with_numbers_place_reason_and_way_ou
 def test_a_bad_file_within_the_budget_of_the_whole_is_read_to_its_end(tmp_path: Path, storage: Storage) -> None:
     good = write_parquet(tmp_path / "good.parquet", photo_pairs(40), row_group_size=10)
     bad = write_parquet(tmp_path / "bad.parquet", photo_pairs(10, seed=1, num_damaged=4), row_group_size=1)
-    ingest(config_of(good, max_drop_ratio=0.1), storage)
-    ingest(config_of(good, bad, max_drop_ratio=0.1), storage)
+    ingest_in_process(config_of(good, max_drop_ratio=0.1), storage)
+    ingest_in_process(config_of(good, bad, max_drop_ratio=0.1), storage)
     assert len(rows_in(storage)) == 50
     assert pending_of(plan_units(config_of(good, bad)), storage) == []
 
@@ -374,7 +375,7 @@ def test_no_prompt_is_in_both_splits_and_the_ratio_is_kept(tmp_path: Path, stora
     image, rng = encoded(picture(np.random.default_rng(0), 16, 16)), random.Random(0)
     row = {"jpg_0": image, "jpg_1": image + b"\0", "label_0": 1.0, "label_1": 0.0, "has_label": True, "user_id": 1}
     rows = [row | {"caption": f"prompt {rng.randrange(300)}", "jpg_1": image + bytes([i % 256])} for i in range(900)]
-    ingest(config_of(write_parquet(tmp_path / "a.parquet", rows), validation_ratio=0.2), storage)
+    ingest_in_process(config_of(write_parquet(tmp_path / "a.parquet", rows), validation_ratio=0.2), storage)
     splits: dict[str, set[str]] = {}
     for found in rows_in(storage):
         assert found["prompt_id"] == prompt_id(found["prompt"])
@@ -382,7 +383,7 @@ def test_no_prompt_is_in_both_splits_and_the_ratio_is_kept(tmp_path: Path, stora
     assert all(len(both) == 1 for both in splits.values())
     held_out = sum(both == {"validation"} for both in splits.values())
     assert 0.13 < held_out / len(splits) < 0.27  # three standard deviations of 285 prompts
-    ingest(config_of(tmp_path / "a.parquet", validation_ratio=0.0), all_train := storage.child("other"))
+    ingest_in_process(config_of(tmp_path / "a.parquet", validation_ratio=0.0), all_train := storage.child("other"))
     assert {found["split"] for found in rows_in(all_train)} == {"train"}
 
 
@@ -419,13 +420,13 @@ def test_of_a_file_that_grew_or_changed_only_what_is_new_is_added(tmp_path: Path
     rows = photo_pairs(24, num_damaged=3)
     file = write_parquet(tmp_path / "photos.parquet", rows[:16], row_group_size=4)
     config = config_of(file, max_drop_ratio=1.0)
-    ingest(config, storage)
+    ingest_in_process(config, storage)
     before = rows_in(storage)
     changed = rows.copy()
     changed[5] |= {"label_0": 1 - rows[5]["label_0"], "label_1": 1 - rows[5]["label_1"]}
     write_parquet(file, changed, row_group_size=4)
     assert pending_of(plan_units(config), storage), "it is seen as changed"
-    ingest(config, storage)
+    ingest_in_process(config, storage)
     found = pairs_table(storage).read().to_pylist()
     assert len(found) == 24 + 1, "eight new rows, and the changed one as it is now"
     assert [row for row in rows_in(storage) if row in before] == before, "what was there stays as it was"
@@ -433,7 +434,7 @@ def test_of_a_file_that_grew_or_changed_only_what_is_new_is_added(tmp_path: Path
     assert (again["status"], again["reason"]) == ("duplicate", "conflicting_label")
     file.unlink()
     write_parquet(tmp_path / "other.parquet", photo_pairs(2, seed=9))
-    ingest(config_of(tmp_path / "other.parquet", max_drop_ratio=1.0), storage)
+    ingest_in_process(config_of(tmp_path / "other.parquet", max_drop_ratio=1.0), storage)
     assert len(rows_in(storage)) == 25 + 2, "a vanished file changes nothing"
 
 
@@ -442,21 +443,21 @@ def test_a_mended_file_no_longer_counts_against_the_budget(tmp_path: Path, stora
     broken = [row | {"jpg_0": row["jpg_0"][:-200]} if i % 2 else row for i, row in enumerate(rows)]
     file = write_parquet(tmp_path / "photos.parquet", broken)
     with pytest.raises(DropBudgetExceeded, match=r"10 of 20 rows"):
-        ingest(config_of(file, max_drop_ratio=0.1), storage)
+        ingest_in_process(config_of(file, max_drop_ratio=0.1), storage)
     write_parquet(file, rows)
-    ingest(config_of(file, max_drop_ratio=0.1), storage)
+    ingest_in_process(config_of(file, max_drop_ratio=0.1), storage)
     assert Counter(status for status, _ in status_of(storage)) == {"kept": 20, "quarantined": 10}
 
 
 def test_a_changed_policy_is_applied_without_reading_the_sources(tmp_path: Path, storage: Storage) -> None:
     file = write_parquet(tmp_path / "photos.parquet", photo_pairs(20, num_ties=5))
-    ingest(config_of(file), storage)
+    ingest_in_process(config_of(file), storage)
     shards, seen = shards_in(storage), file.stat()
     file.write_bytes(hollow(file.read_bytes()))  # whoever reads more than its footer fails
     os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     config = config_of(file, ties="keep", validation_ratio=0.5)
     assert not is_up_to_date(config, storage, plan_units(config))
-    ingest(config, storage)
+    ingest_in_process(config, storage)
     assert is_up_to_date(config, storage, plan_units(config))
     assert Counter(status for status, _ in status_of(storage)) == {"kept": 20}
     assert {row["split"] for row in rows_in(storage)} == {"train", "validation"}
@@ -468,7 +469,7 @@ def test_a_sources_own_splits_are_followed_and_read_first(tmp_path: Path, storag
     write_parquet(tmp_path / "data" / "train-00000.parquet", [*photo_pairs(6), *shared[:4]])
     write_parquet(tmp_path / "data" / "validation-00000.parquet", shared[4:])
     write_parquet(tmp_path / "data" / "validation_unique-00000.parquet", shared[4:6])
-    ingest(config_of(tmp_path / "data", validation_ratio=0.0), storage)
+    ingest_in_process(config_of(tmp_path / "data", validation_ratio=0.0), storage)
     found = pairs_table(storage).read().to_pylist()
     held_out = {row["prompt"] for row in found if "validation" in row["source_uri"]}
     for row in found:
@@ -480,5 +481,5 @@ def test_headers_alone_may_be_looked_at(tmp_path: Path, storage: Storage) -> Non
     rows = photo_pairs(4)
     rows[2] |= {"jpg_0": rows[2]["jpg_0"][:-300]}
     file = write_parquet(tmp_path / "photos.parquet", rows)
-    ingest(config_of(file, image_check="header", max_drop_ratio=1.0), storage)
+    ingest_in_process(config_of(file, image_check="header", max_drop_ratio=1.0), storage)
     assert Counter(status for status, _ in status_of(storage)) == {"kept": 4}

@@ -10,8 +10,8 @@ from factories import encoded, picture
 from PIL import Image
 
 from pipelines.dataset.pair import Reason
-from pipelines.images import ImageInfo, inspect_image
-from pipelines.jpeg import jpeg_skeleton
+from pipelines.ingest.image_check import ImageInfo, inspect_image
+from pipelines.ingest.jpeg import jpeg_skeleton
 
 PHOTO = picture(np.random.default_rng(0), 160, 224)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 224, 3), dtype=np.uint8))

@@ -18,9 +18,9 @@ from pipelines.dataset import model_files
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import CACHE_VARIABLE, ModelSource, resolve_model, weight_files
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import check_settings
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.plan import check_settings
 from training.export import _give_plain_names
 from training.model import load_base
 

@@ -8,12 +8,12 @@ from factories import photo_pairs
 from kept import images_in, keep, keep_rows, rows_in
 
 from orchestration.cli import main
-from pipelines import parquet_export
 from pipelines.dataset.errors import ConfigError, ShardCorrupt, SnapshotError
 from pipelines.dataset.pair import PAIRS_SCHEMA
 from pipelines.dataset.storage import Storage
-from pipelines.parquet_export import export_parquet
-from pipelines.removal import Condition, remove
+from pipelines.maintenance import export as parquet_export
+from pipelines.maintenance.export import export_parquet
+from pipelines.maintenance.remove import Condition, remove
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_failure_on_the_way_leaves_nothing(
 def test_what_is_there_is_not_overwritten(storage: Storage, tmp_path: Path) -> None:
     target = tmp_path / "kept.parquet"
     target.write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="there is something at "):
+    with pytest.raises(ConfigError, match=" already exists"):
         export_parquet(storage, str(target))
     assert target.read_bytes() == b"mine"
 

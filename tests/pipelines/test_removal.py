@@ -15,7 +15,7 @@ from orchestration.cli import main
 from pipelines.dataset.errors import ConfigError, SnapshotError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.removal import Condition, parse_condition, remove
+from pipelines.maintenance.remove import Condition, parse_condition, remove
 
 GONE = (
     "prompt", "user_id", "image_0_sha256", "image_1_sha256", "width_0", "height_0", "width_1", "height_1",
@@ -137,7 +137,7 @@ def test_a_removed_pair_stays_away_when_it_is_ingested_again(
 def test_a_row_that_is_committed_meanwhile_goes_too(
     storage: Storage, tmp_path: Path, photos: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import removal
+    from pipelines.maintenance.remove import remove as removal
 
     revise, key = removal._revise, rows_in(storage)[0]["pair_key"]
 

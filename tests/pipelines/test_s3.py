@@ -17,9 +17,9 @@ from pipelines.dataset.errors import ShardCorrupt, SourceError, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
-from pipelines.ingest import ingest, pending_of, plan_units
+from pipelines.ingest.execution import ingest, pending_of, plan_units
+from pipelines.maintenance.verify import committed_shards, verify
 from pipelines.sources.files import list_files
-from pipelines.verify import committed_shards, verify
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
 
@@ -34,7 +34,7 @@ import sys
 import ray
 from pipelines.config import IngestConfig
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import ingest
+from pipelines.ingest.execution import ingest
 
 environment = eval(sys.argv[4])
 ray.init(sys.argv[3], log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})

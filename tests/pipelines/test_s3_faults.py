@@ -17,16 +17,16 @@ import yaml
 from factories import photo_pairs, write_parquet
 from s3_faults import Fault, FaultyProxy, faulty_proxy
 
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset import object_store
 from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import ShardCorrupt, StorageError
 from pipelines.dataset.layout import SHARDS, pairs_table
 from pipelines.dataset.storage import MAX_ATTEMPTS, Storage
-from pipelines.dataset.table import Landed, Table
-from pipelines.ingest import ingest, pending_of, plan_units
-from pipelines.pair_shards import write_units
+from pipelines.dataset.table import Commit, Table
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import ingest, pending_of, plan_units
+from pipelines.ingest.pair_shards import write_units
 
 SCHEMA = pa.schema([("unit", pa.string()), ("number", pa.int64())])
 DATA = hashlib.shake_256(b"faults").digest(100_000)
@@ -195,12 +195,12 @@ def test_a_lost_commit_answer_is_our_commit_and_anothers_is_not(proxy: FaultyPro
     table, other = Table(storage, "table", SCHEMA), Table(storage, "table", SCHEMA)
     lost = {"times": 1, "key": "_delta_log/0", "method": "PUT"}
     proxy.follow(Fault.LOST_ANSWER, **lost)
-    assert table.append_on(None, "a", rows_of("a")) is Landed.YES
+    assert table.append_on(None, "a", rows_of("a")) is Commit.DONE
     assert proxy.met == {Fault.LOST_ANSWER: 1}
     proxy.follow(Fault.LOST_ANSWER, **lost)
-    assert table.append_on(0, "b", rows_of("b")) is Landed.YES
-    assert other.append_on(1, "b", rows_of("b")) is Landed.BEFORE
-    assert other.append_on(0, "c", rows_of("c")) is Landed.OUTRUN
+    assert table.append_on(0, "b", rows_of("b")) is Commit.DONE
+    assert other.append_on(1, "b", rows_of("b")) is Commit.ALREADY_DONE
+    assert other.append_on(0, "c", rows_of("c")) is Commit.CONFLICT
     assert not other.append("a", rows_of("a"))
     proxy.follow(Fault.LOST_ANSWER, **lost)
     assert other.append("c", rows_of("c"))

@@ -15,18 +15,18 @@ from factories import WORDS, new_sd15_pipeline, photo_pairs, write_parquet
 from PIL import Image
 from safetensors.torch import load
 
-from orchestration.contact import _decode, choose_pairs
+from orchestration.stages.contact_sheet import _decode, choose_pairs
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import NULL_PROMPT_ID
 from pipelines.dataset.storage import Storage
-from pipelines.encode_plan import check_settings, pending
-from pipelines.encoders import LatentEncoder, TextEncoder
-from pipelines.fingerprint import latents_fingerprint, text_fingerprint
-from pipelines.geometry import open_image, place
-from pipelines.stale import refusal
+from pipelines.encode.encoders import LatentEncoder, TextEncoder
+from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
+from pipelines.encode.geometry import open_image, place
+from pipelines.encode.plan import check_settings, pending
+from pipelines.encode.stale import refusal
 from training.config import EvaluateConfig
 from training.evaluate import Sampler
 

@@ -17,21 +17,22 @@ from pipelines.config import SourceConfig
 from pipelines.dataset.errors import SourceError
 from pipelines.dataset.pair import Reason
 from pipelines.sources.files import list_files
-from pipelines.sources.pickapic import PickapicSource, read_label
-from pipelines.sources.source import SourceRow, Unit, UnitSettings
+from pipelines.sources.pickapic import read_label
+from pipelines.sources.reader import reader_of
+from pipelines.sources.unit import SourceRow, SourceUnit, UnitSettings
 
-SOURCE = PickapicSource()
+READER = reader_of("pickapic")
 MAX_SHARD_BYTES = 1 << 20
 
 
-def units_of(file: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Unit]:
+def units_of(file: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[SourceUnit]:
     (found,) = list_files(str(file), (".parquet",))
     config = SourceConfig(format="pickapic", path=str(file))
-    return SOURCE.units(config, found, UnitSettings(max_shard_bytes, "full"))
+    return READER.units(config, found, UnitSettings(max_shard_bytes, "full"))
 
 
 def rows_of(file: Path) -> list[SourceRow]:
-    return [row for unit in units_of(file) for row in SOURCE.rows(unit)]
+    return [row for unit in units_of(file) for row in READER.rows(unit)]
 
 
 def write_columns(file: Path, **columns: Any) -> Path:
@@ -157,17 +158,17 @@ def test_a_file_damaged_in_the_middle_is_named_while_it_is_read(photos: Path) ->
     photos.write_bytes(data[:200] + bytes(len(data) - 1200) + data[-1000:])
     os.utime(photos, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     with pytest.raises(SourceError, match=r"cannot read .*photos\.parquet: "):
-        list(SOURCE.rows(unit))
+        list(READER.rows(unit))
 
 
 def test_a_file_that_changed_since_it_was_planned_is_refused(photos: Path) -> None:
     (unit,) = units_of(photos)
     write_parquet(photos, photo_pairs(5, seed=1))
     with pytest.raises(SourceError, match=r"photos\.parquet changed while it was read"):
-        list(SOURCE.rows(unit))
+        list(READER.rows(unit))
     photos.unlink()
     with pytest.raises(SourceError, match=r"cannot read .*photos\.parquet: "):
-        list(SOURCE.rows(unit))
+        list(READER.rows(unit))
 
 
 @settings(max_examples=40, deadline=None)
@@ -195,9 +196,9 @@ def test_units_cut_the_rows_exactly_whatever_the_row_groups(
             writer.write_table(pa.Table.from_pylist(rows, schema), row_group_size=max(1, len(rows)))
             number += len(rows)
     units = units_of(file, max_shard_bytes=max_shard_bytes)
-    found = [row for unit in units for row in SOURCE.rows(unit)]
+    found = [row for unit in units for row in READER.rows(unit)]
     assert [(row.row, row.prompt) for row in found] == [(i, str(i).encode()) for i in range(number)]
-    assert [sum(1 for _ in SOURCE.rows(unit)) for unit in units] == [unit.num_rows for unit in units]
+    assert [sum(1 for _ in READER.rows(unit)) for unit in units] == [unit.num_rows for unit in units]
     assert len({unit.id for unit in units}) == len(units)
     assert all(unit.num_rows for unit in units), "no unit is empty"
 
@@ -218,8 +219,8 @@ def test_the_id_of_a_unit_follows_from_the_file_and_the_settings_alone(photos: P
 
 def test_a_unit_crosses_process_borders_as_text(photos: Path) -> None:
     for unit in units_of(photos, max_shard_bytes=1000):
-        assert Unit.from_json(unit.to_json()) == unit
-    assert Unit.from_json(replace(unit, first_row=7).to_json()) != unit
+        assert SourceUnit.from_json(unit.to_json()) == unit
+    assert SourceUnit.from_json(replace(unit, first_row=7).to_json()) != unit
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from encoded import LATENTS, TEXT, write_encoded
 from factories import photo_pairs, write_parquet
 
 from orchestration.cli import main
-from pipelines.committer import Committer
 from pipelines.config import IngestConfig, SourceConfig
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import latents_table, pairs_table
 from pipelines.dataset.storage import Storage
-from pipelines.ingest import plan_units, write_unit
-from pipelines.verify import committed_shards, verify
+from pipelines.ingest.committer import Committer
+from pipelines.ingest.execution import plan_units, write_unit
+from pipelines.maintenance.verify import committed_shards, verify
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_swapped_shards_are_both_named(storage: Storage) -> None:
 
 
 def test_blocks_smaller_than_a_member_give_the_same_digests(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.verify.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pipelines.maintenance.verify.BLOCK_BYTES", 1000)
     assert verify(storage) == []
     flip(storage, str(pair_rows(storage)[0]["shard"]), int(pair_rows(storage)[0]["offset_0"]) + 999)  # type: ignore[call-overload]
     assert len(verify(storage)) == 2
@@ -164,7 +164,7 @@ def test_the_command_says_what_it_read(storage: Storage, capsys: pytest.CaptureF
     assert main(["data", "verify", storage.url]) == 0
     shards = committed_shards(storage)
     num_bytes = sum(storage.size(shard.name) for shard in shards)
-    assert capsys.readouterr().out == f"{len(shards)} shards, {num_bytes:,} bytes: all as committed\n"
+    assert capsys.readouterr().out == f"{len(shards)} shards, {num_bytes:,} bytes: all match their digests\n"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from small_cluster import small_cluster
 
-from pipelines import waiting
-from pipelines.autoscaler import has_autoscaler
 from pipelines.dataset.errors import ClusterError
-from pipelines.room import Demand
-from pipelines.waiting import Lack, Wait, wait_for, wait_until_placed
+from pipelines.resources import Demand
+from pipelines.units import waiting
+from pipelines.units.autoscaler import has_autoscaler
+from pipelines.units.waiting import Shortage, Wait, wait_for, wait_until_placed
 
 NOBODY_HAS = Demand("CPU", {"of no node": 1})
 HEAD, OF_GPUS = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}, {"resources": {"CPU": 1, "GPU": 1}}
@@ -41,8 +41,8 @@ def test_a_wait_speaks_at_once_and_then_sparsely_and_ends_after_its_time(monkeyp
     monkeypatch.setattr(waiting, "time", clock)
     monkeypatch.setattr(waiting, "has_autoscaler", lambda: None)  # whatever Ray other tests have started
     said: list[str] = []
-    lack = Lack("no node has a GPU yet; waiting for one", "no node has a GPU")
-    wait = Wait("evaluate", lambda: lack, None, timeout_s=1800, way_out="add one", say=said.append)
+    shortage = Shortage("no node has a GPU yet; waiting for one", "no node has a GPU")
+    wait = Wait("evaluate", lambda: shortage, None, timeout_s=1800, way_out="add one", say=said.append)
     with pytest.raises(ClusterError, match=r"evaluate: no node has a GPU, and .+ \(waited 30:00\)"):
         lines_of(wait, clock, 2000)
     assert said[:2] == [
@@ -69,8 +69,8 @@ def test_what_others_use_is_waited_for_without_a_limit_and_said_within_ten_secon
 def test_a_node_that_comes_ends_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lacks = Clock(), [True]
     monkeypatch.setattr(waiting, "time", clock)
-    lack = Lack("no node", "no node")
-    wait = Wait("encode", lambda: lack if lacks[0] else None, None, timeout_s=60, way_out="", say=lambda line: None)
+    shortage = Shortage("no node", "no node")
+    wait = Wait("encode", lambda: shortage if lacks[0] else None, None, timeout_s=60, way_out="", say=lambda line: None)
     for _ in range(3):  # a spot node that comes and goes
         lacks[0] = True
         lines_of(wait, clock, 50)
@@ -130,7 +130,7 @@ def test_both_kinds_of_autoscaler_are_seen(
         environment |= {"RAY_CLOUD_INSTANCE_ID": "head", "RAY_NODE_TYPE_NAME": "ray.head.default"}
     code = """
 import ray, sys, time
-from pipelines.autoscaler import has_autoscaler
+from pipelines.units.autoscaler import has_autoscaler
 ray.init({address!r}, logging_level="ERROR", log_to_driver=False)
 deadline = time.monotonic() + 30
 while (found := has_autoscaler()) is None and time.monotonic() < deadline:

@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.account import Consumed
+from training.tracking.account import ConsumedPairs
 
 BATCHES = [(step, slot, [f"{step}-{slot}-{i}" for i in range(2)]) for step in range(5) for slot in range(12)]
 
 
-def account(batches) -> Consumed:
-    consumed = Consumed()
+def account(batches) -> ConsumedPairs:
+    consumed = ConsumedPairs()
     for batch in batches:
         consumed.add(*batch)
     return consumed
@@ -18,7 +18,7 @@ def account(batches) -> Consumed:
 @given(world_size=st.integers(1, 12))
 def test_it_is_the_same_on_any_number_of_ranks(world_size: int) -> None:
     ranks = [account(batch for batch in BATCHES if batch[1] % world_size == rank) for rank in range(world_size)]
-    together = Consumed.sum(rank.to_dict() for rank in ranks)
+    together = ConsumedPairs.sum(rank.to_dict() for rank in ranks)
     assert together == account(BATCHES)
     assert together.num_pairs == 120
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.errors import ShardCorrupt, TrainingError
 from pipelines.dataset.storage import Storage
-from training.checkpoint import Checkpointer, remove_old, write_rank
-from training.checkpoint_format import Manifest, Reader, best_of, committed, read_parameters
-from training.zero import Fragment
+from training.state.checkpoint import Checkpointer, remove_old, write_rank
+from training.state.checkpoint_format import Manifest, Reader, best_of, list_checkpoints, read_parameters
+from training.state.zero import Fragment
 
 FOLDER = "checkpoints"
 SHAPES = {"first": (3, 5), "second": (7,), "third": (2, 2, 4)}
@@ -58,7 +58,7 @@ def storage(tmp_path) -> Storage:
 def test_any_part_can_be_read_whoever_wrote_it(world_size: int, wanted, tmp_path_factory) -> None:
     storage = Storage(str(tmp_path_factory.mktemp("any")))
     write(storage, 5, world_size=world_size)
-    reader = Reader(storage, committed(storage, FOLDER)[-1])
+    reader = Reader(storage, list_checkpoints(storage, FOLDER)[-1])
     for name, values in WHOLE.items():
         start = wanted.draw(st.integers(0, len(values) - 1))
         numel = wanted.draw(st.integers(1, len(values) - start))
@@ -73,7 +73,7 @@ def test_the_tensors_are_plain_safetensors(storage) -> None:
     from safetensors.numpy import load_file
 
     write(storage, 5, world_size=1)
-    tensors = load_file(storage.path(f"{committed(storage, FOLDER)[0].folder}/rank-00000.safetensors"))
+    tensors = load_file(storage.path(f"{list_checkpoints(storage, FOLDER)[0].folder}/rank-00000.safetensors"))
     assert {name: values.tolist() for name, values in tensors.items()} == {
         f"weight/{name}": values.tolist() for name, values in WHOLE.items()
     }
@@ -82,16 +82,16 @@ def test_the_tensors_are_plain_safetensors(storage) -> None:
 def test_without_the_last_file_there_is_no_checkpoint(storage) -> None:
     write(storage, 5)
     write(storage, 6)
-    newest = committed(storage, FOLDER)[-1]
+    newest = list_checkpoints(storage, FOLDER)[-1]
     storage.delete(f"{newest.folder}/manifest.json")
-    assert [each.step for each in committed(storage, FOLDER)] == [5]
+    assert [each.step for each in list_checkpoints(storage, FOLDER)] == [5]
 
 
 @pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors", "rank-00001.json", "state.json"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_every_kind_of_damage_to_every_file_is_found(file: str, damage: str, storage) -> None:
     write(storage, 5)
-    (manifest,) = committed(storage, FOLDER)
+    (manifest,) = list_checkpoints(storage, FOLDER)
     path = Path(storage.path(f"{manifest.folder}/{file}"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -105,10 +105,10 @@ def test_every_kind_of_damage_to_every_file_is_found(file: str, damage: str, sto
 
 def test_a_damaged_manifest_is_no_manifest(storage) -> None:
     write(storage, 5)
-    (manifest,) = committed(storage, FOLDER)
+    (manifest,) = list_checkpoints(storage, FOLDER)
     path = Path(storage.path(f"{manifest.folder}/manifest.json"))
     path.write_text(path.read_text().replace('"step": 5', '"step": 7'))
-    assert committed(storage, FOLDER) == []
+    assert list_checkpoints(storage, FOLDER) == []
     with pytest.raises(ShardCorrupt, match="its digest differs"):
         Manifest.parse(manifest.folder, path.read_bytes())
 
@@ -118,13 +118,13 @@ def test_the_newest_and_the_best_are_kept_and_torn_ones_of_other_starts_removed(
     write_rank(storage, f"{FOLDER}/step-00000099-0123abcd", 0, parts_of(0, 2), account={})  # being written now
     for step, loss in ((1, 0.5), (2, 0.1), (3, 0.3), (4, 0.4), (5, 0.2)):
         write(storage, step, validation_loss=loss)
-    found = committed(storage, FOLDER)
+    found = list_checkpoints(storage, FOLDER)
     assert [each.step for each in found] == [2, 4, 5]
     assert best_of(found) == found[0]
     left = {name.split("/")[1] for name in storage.names(FOLDER)}
     assert left == {each.name for each in found} | {"step-00000099-0123abcd"}
     remove_old(storage, FOLDER, keep=1, keep_best=False, attempt="0123abcd")
-    assert [each.step for each in committed(storage, FOLDER)] == [5]
+    assert [each.step for each in list_checkpoints(storage, FOLDER)] == [5]
 
 
 def test_two_starts_of_one_step_never_mix_their_files(storage) -> None:
@@ -137,7 +137,7 @@ def test_two_starts_of_one_step_never_mix_their_files(storage) -> None:
     with pytest.raises(TrainingError, match="1 of 2 ranks did not write their part") as caught:
         alone.wait()
     assert "hint:" in str(caught.value)
-    assert committed(storage, FOLDER) == []
+    assert list_checkpoints(storage, FOLDER) == []
 
 
 def test_a_save_copies_what_it_is_given(storage) -> None:
@@ -149,7 +149,7 @@ def test_a_save_copies_what_it_is_given(storage) -> None:
     saver.save(1, {("weight", Fragment("a", 0, 1000, (1000,))): values}, account={}, state={"step": 1})
     values.fill_(7)
     saver.wait()
-    ((_, written),) = read_parameters(Reader(storage, committed(storage, FOLDER)[0]), "weight")
+    ((_, written),) = read_parameters(Reader(storage, list_checkpoints(storage, FOLDER)[0]), "weight")
     assert not written.any()
 
 
@@ -173,7 +173,7 @@ def test_killed_after_any_write_the_newest_whole_one_is_left(seed: int, storage,
     with pytest.raises(TrainingError):
         write(storage, 6, options={"keep": 1, "keep_best": False, "timeout_s": 0.3})
     monkeypatch.undo()
-    newest = committed(storage, FOLDER)[-1]
+    newest = list_checkpoints(storage, FOLDER)[-1]
     assert newest.step in (5, 6)
     values = dict(read_parameters(Reader(storage, newest), "weight"))
     assert values["second"].tolist() == WHOLE["second"].tolist()
@@ -182,7 +182,7 @@ def test_killed_after_any_write_the_newest_whole_one_is_left(seed: int, storage,
 def test_over_s3_it_is_the_same(s3_storage) -> None:
     write(s3_storage, 5)
     write(s3_storage, 6, world_size=3)
-    found = committed(s3_storage, FOLDER)
+    found = list_checkpoints(s3_storage, FOLDER)
     assert [(each.step, each.world_size) for each in found] == [(5, 2), (6, 3)]
     reader = Reader(s3_storage, found[-1])
     assert {name: w.ravel().tolist() for name, w in read_parameters(reader, "weight")} == {

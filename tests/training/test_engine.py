@@ -4,15 +4,14 @@ import math
 from pathlib import Path
 
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from encoded import write_base
 from engine_work import CONFIG, in_half, losses_of_configs, on_nvme, plain_adamw, train_and_save
 from ranks import on_ranks
 
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
+from training.state.checkpoint_format import list_checkpoints
 
 
 def with_(**changes) -> TrainConfig:
@@ -85,6 +84,8 @@ def test_half_precision_keeps_float32_masters(base, curves) -> None:
 
 
 def test_what_lies_on_nvme_trains_as_in_memory_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("apt install libaio-dev")
     base = str(write_base(tmp_path / "base", channels=(64, 128)))  # DeepSpeed leaves less than a megabyte in memory
@@ -98,7 +99,7 @@ def test_what_lies_on_nvme_trains_as_in_memory_and_goes_on_bit_for_bit(tmp_path:
         storage = Storage(str(tmp_path / name))
         parts = [on_ranks(2, on_nvme, train_and_save, wanted, base, storage.url, step)[0] for step in turns]
         curves[name] = [loss for part in parts for loss in part["curve"]]
-        newest = committed(storage, "checkpoints")[-1].folder
+        newest = list_checkpoints(storage, "checkpoints")[-1].folder
         weights[name] = [read_weights(storage, newest, kind) for kind in ("raw", "ema")]
     assert curves["nvme"] == pytest.approx(curves["memory"], abs=1e-5)
     assert curves["parts"] == curves["nvme"]
@@ -122,7 +123,7 @@ def test_fp16_searches_its_loss_scale_and_goes_on_from_before_its_first_step(sta
     assert second["loss_scale"] == undisturbed["loss_scale"]
     for kind in ("raw", "ema"):
         expected, found = (
-            read_weights(storage, committed(storage, "checkpoints")[-1].folder, kind)
+            read_weights(storage, list_checkpoints(storage, "checkpoints")[-1].folder, kind)
             for storage in (Storage(whole), Storage(parts))
         )
         assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
@@ -157,7 +158,7 @@ def test_what_two_ranks_of_one_stage_wrote_any_ranks_of_any_stage_go_on_from(tmp
         assert part["first"] == 4 * turn
         curve += part["curve"]
     assert curve == pytest.approx(expected, abs=1e-4)
-    newest = committed(storage, "checkpoints")[-1].folder
+    newest = list_checkpoints(storage, "checkpoints")[-1].folder
     for kind, by_hand in (("raw", weights), ("ema", average)):
         found = read_weights(storage, newest, kind)
         assert found.keys() == by_hand.keys()

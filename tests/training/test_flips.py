@@ -11,13 +11,13 @@ from encoded import write_base, write_encoded
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import TrainConfig
-from training.index import PairIndex, load_index, load_texts
+from training.data.index import PairIndex, load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan, flips_of, noise_seed
 from training.launch import train
-from training.loader import PairLoader, PairReader
 from training.loop import draw_with
 from training.losses import mapo_paper_loss
 from training.model import Denoiser, load_base
-from training.order import Plan, flips_of, noise_seed
 from training.spec import Snapshot, TrainSpec, base_digest
 from training.worker import make_plan, turns
 
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Snapshot]:
     """Pairs with mirrored images, whose latents differ by 3, and the embedding of ""."""
     folder = tmp_path_factory.mktemp("flips")
     storage = Storage(str(folder / "storage"))
-    return storage, write_encoded(storage, folder, flips=True, with_empty=True)
+    return storage, write_encoded(storage, folder, flips=True, include_empty_prompt=True)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_dropped_prompt_becomes_what_is_asked_for_and_nothing_else_changes(
     data: tuple[Storage, Snapshot], index: PairIndex
 ) -> None:
     storage, snapshot = data
-    reader = PairReader(storage, load_texts(storage, snapshot, with_empty=True))
+    reader = PairReader(storage, load_texts(storage, snapshot, include_empty_prompt=True))
     batch = reader.read([index.pair(0, number) for number in range(8)])
     draws = {}
     for kind in ("auto", "zeros", "empty"):
@@ -147,7 +147,7 @@ def expected_first_step(spec: TrainSpec) -> float:
     denoiser = Denoiser(base.unet, None, base, spec.config, device=torch.device("cpu"), dtype=torch.float32)
     index = load_index(spec.storage, spec.snapshot, "train")
     plan, losses = make_plan(index, spec), []
-    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot, with_empty=True))
+    reader = PairReader(spec.storage, load_texts(spec.storage, spec.snapshot, include_empty_prompt=True))
     for slot in range(plan.num_slots):
         group = plan.group(0, slot)
         records = [index.pair(group.bucket, int(element)) for element in group.elements]

@@ -15,8 +15,8 @@ from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import TEXT_SCHEMA, latents_table, pairs_table, text_table
 from pipelines.dataset.pair import Reason, Status, prompt_id
 from pipelines.dataset.storage import Storage
-from training.index import PairIndex, PairRecord, load_index, load_texts
-from training.reader import PairReader
+from training.data.index import PairIndex, PairRecord, load_index, load_texts
+from training.data.reader import PairReader
 from training.spec import Snapshot
 
 OTHER = "c" * 32

@@ -20,13 +20,13 @@ from s3_faults import Fault, faulty_proxy
 from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.storage import Storage
-from training import loader as loader_module
-from training.batch import BatchRows
-from training.index import PairIndex, PairRecord, load_index, load_texts
-from training.loader import NUM_READERS, READ_AHEAD, PairLoader, PairReader
-from training.order import Plan
+from training.data import loader as loader_module
+from training.data.batch import BatchRows
+from training.data.index import PairIndex, PairRecord, load_index, load_texts
+from training.data.loader import NUM_READERS, READ_AHEAD, PairLoader, PairReader
+from training.data.order import Plan
+from training.data.tensors import layout_of
 from training.spec import Snapshot
-from training.tensors import layout_of
 
 DOWNLOAD_FAULTS = (Fault.SLOW_DOWN, Fault.RESET_DOWNLOAD, Fault.CUT_DOWNLOAD, Fault.SHORT_DOWNLOAD)
 
@@ -306,8 +306,8 @@ def test_a_loader_that_is_left_stops_its_threads(encoded: tuple[Storage, Snapsho
 LEAVE_IN_THE_MIDDLE = """
 import sys
 from pipelines.dataset.storage import Storage
-from training.index import load_index, load_texts
-from training.loader import PairLoader, PairReader
+from training.data.index import load_index, load_texts
+from training.data.loader import PairLoader, PairReader
 from training.spec import Snapshot
 url, *snapshot = sys.argv[1:]
 storage, snapshot = Storage(url), Snapshot(*(int(s) if s.isdigit() else s for s in snapshot))

@@ -2,8 +2,10 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
@@ -444,7 +446,7 @@ def test_ipo_rests_at_its_target_and_pulls_back_beyond() -> None:
 
 def test_the_defaults_of_dpo_and_ipo_pull_to_the_reference_alike() -> None:
     """IPO's target is where DPO's logit is a half: the same 1 / (2 beta) of the IPO paper."""
-    assert METHODS["dpo"]["beta"] / 2 * (1 / (2 * METHODS["ipo"]["beta"])) == 0.5
+    assert METHODS["dpo"].defaults["beta"] / 2 * (1 / (2 * METHODS["ipo"].defaults["beta"])) == 0.5
 
 
 def test_sft_is_the_chosen_error_itself() -> None:
@@ -633,6 +635,31 @@ def test_every_method_has_a_loss_and_its_defaults_are_the_documented_ones() -> N
     for method, loss in BY_HAND.items():
         computed = pair_loss(method, {}, num_train_timesteps=1000)(errors, torch.ones(2))
         assert torch.equal(computed, loss(*vars(errors).values()))
+
+
+def test_every_method_is_compared_with_the_others_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts" / "losses.md").read_text()
+    compared = text.partition("## Which one")[2].partition("## Soft labels")[0]
+    tables = [re.findall(r"^\| `(\w+)`", table, re.MULTILINE) for table in compared.split("The gradients at the start")]
+    assert [sorted(table) for table in tables] == [sorted(METHODS)] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_registry_says_of_a_method_what_its_loss_does(method: str) -> None:
+    known = METHODS[method]
+    assert list(inspect.signature(LOSSES[method]).parameters)[2:] == list(known.parameters)
+    assert known.recipe is None or known.recipe in METHODS
+    columns = [torch.tensor([number], requires_grad=True) for number in (0.1, 0.2, 0.1, 0.2)]
+    pair_loss(method, {}, num_train_timesteps=1000)(PairErrors(*columns), torch.ones(1)).sum().backward()
+    of_rejected, of_reference = columns[1].grad, columns[2].grad
+    assert (of_rejected is not None and bool(of_rejected)) == known.learns_preference
+    assert (of_reference is not None) == known.needs_reference
+    for name, parameter in known.parameters.items():
+        if parameter.is_positive:
+            with pytest.raises(ConfigError, match=f"{name} of {method} is 0; it must be a finite number > 0"):
+                check_parameters(method, {name: 0})
+        else:
+            assert check_parameters(method, {name: 0})[name] == 0
 
 
 def test_given_parameters_replace_defaults_one_by_one() -> None:

@@ -15,13 +15,13 @@ from ranks import on_ranks
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
-from training.float32_base import float32_beside
-from training.masters import StoredWeights, note_on
 from training.spec import Snapshot, TrainSpec
-from training.zero import Fragment
+from training.state.checkpoint_format import list_checkpoints
+from training.state.float32_base import float32_beside
+from training.state.masters import StoredWeights, note_on
+from training.state.zero import Fragment
 
 RATE = 5e-6  # in 20 steps the whole move of 2000 cosine steps at the default rate of 1e-7
 STEPS = 20
@@ -72,7 +72,7 @@ def test_a_bf16_training_goes_on_bit_for_bit(stage: int, base, tmp_path: Path) -
     assert [*resumed[0], *resumed[1]] == undisturbed
     for kind in ("raw", "ema"):
         expected, found = (
-            read_weights(each, committed(each, "checkpoints")[-1].folder, kind) for each in (whole, parts)
+            read_weights(each, list_checkpoints(each, "checkpoints")[-1].folder, kind) for each in (whole, parts)
         )
         assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.storage import Storage
 from training.losses import PairErrors
-from training.metrics import NUM_SUMS, History, MetricsWriter, means_of, pair_sums
+from training.run_progress import RunProgress, WorkerIdentity
+from training.tracking.metrics import NUM_SUMS, History, MetricsWriter, means_of, pair_sums
 
 T = 1000
 VALUES = st.floats(0, 4, width=32)
@@ -136,16 +138,28 @@ class Recorder:
         self.closed.append(failed)
 
 
+WORKER = WorkerIdentity(0, 1, 4711, "10.0.0.1", "cpu", "gloo", "DeepSpeedEngine", 2)
+PROGRESS = RunProgress("c0ffee", 1, 4, 2, 1.5, {"model": 2.0}, [WORKER], ["a note"], {"loss": 0.5})
+
+
 def test_the_writer_feeds_every_tracker_and_the_progress_file(tmp_path) -> None:
     storage, trackers = Storage(str(tmp_path)), [Recorder(), Recorder()]
-    trackers[1].warning = "tracker wandb is given up"
+    trackers[1].warning = "tracker wandb disabled"
     with MetricsWriter(storage, "runs/photos", trackers) as out:
-        out.step({"step": 1, "loss": 0.5, "num_pairs": 8.0}, {"step": 1})
+        out.step({"step": 1, "loss": 0.5, "num_pairs": 8.0}, PROGRESS)
         out.validation({"step": 1, "loss": 0.25, "num_pairs": 3.0})
         out.image("samples/grid", tmp_path / "grid.png", 1)
         out.flush()
-        assert out.warnings == ["tracker wandb is given up"]
-    assert json.loads(storage.read("runs/photos/progress.json")) == {"step": 1}
+        assert out.warnings == ["tracker wandb disabled"]
+    written = storage.read("runs/photos/progress.json")
+    assert json.loads(written) == {
+        "key": "c0ffee", "step": 1, "max_steps": 4, "starts": 2, "started_at": 1.5, "start_up_s": {"model": 2.0},
+        "workers": [asdict(WORKER)], "notes": ["a note"], "last": {"loss": 0.5},
+    }  # fmt: skip
+    assert RunProgress.parse(written) == PROGRESS
+    for other in (b"{}", b"[]", b'{"workers": [], "more": 1}', written.replace(b"pid", b"id")):
+        with pytest.raises(ValueError):
+            RunProgress.parse(other)
     for tracker in trackers:
         assert tracker.logged == [({"train/loss": 0.5}, 1), ({"validation/loss": 0.25}, 1)]
         assert (tracker.images, tracker.flushes, tracker.closed) == ([("samples/grid", 1)], 1, [False])

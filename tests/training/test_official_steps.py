@@ -20,11 +20,11 @@ from torch import Tensor
 
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.batch import Batch
-from training.checkpoint_format import committed
 from training.config import TrainConfig
+from training.data.batch import Batch
 from training.export import read_weights
 from training.spec import TrainSpec, base_digest
+from training.state.checkpoint_format import list_checkpoints
 
 STEPS = 10
 RATE = 1e-4
@@ -121,7 +121,7 @@ def test_ten_steps_are_those_of_the_released_formula_in_float64(method: str, tmp
     config = TrainConfig.model_validate(CONFIG.model_dump() | METHODS[method] | {"learning_rate": RATE})
     storage = Storage(str(tmp_path / "storage"))
     curve = on_ranks(2, train_and_save, config, str(base), storage.url, STEPS)[0]["curve"]
-    weights = read_weights(storage, committed(storage, "checkpoints")[-1].folder, "raw")
+    weights = read_weights(storage, list_checkpoints(storage, "checkpoints")[-1].folder, "raw")
     compare(method, config, base, curve, weights, ([global_batch(step)] for step in range(STEPS)))
 
 
@@ -129,11 +129,11 @@ def test_ten_steps_are_those_of_the_released_formula_in_float64(method: str, tmp
 @pytest.mark.parametrize("method", METHODS)
 def test_a_whole_training_on_two_ray_workers_is_the_released_one(method: str, ray_cluster, tmp_path: Path) -> None:
     """As `mapo train` does it, from the storage; only the order of the pairs and their noise are taken from the run."""
-    from training.index import load_index, load_texts
+    from training.data.index import load_index, load_texts
+    from training.data.loader import PairLoader, PairReader
+    from training.data.order import noise_seed
     from training.launch import train
-    from training.loader import PairLoader, PairReader
     from training.loop import draw_with
-    from training.order import noise_seed
     from training.worker import make_plan
 
     storage = Storage(str(tmp_path / "storage"))

@@ -21,13 +21,13 @@ from ranks import on_ranks
 from pipelines.dataset.errors import ConfigError, ModelError, ShardCorrupt
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
 from training.export import read_weights
-from training.launch import Trained, train
+from training.launch import TrainingResult, train
 from training.model import add_lora, load_base
-from training.parent import check_parent_is_there, load_parent, open_parent
 from training.spec import Parent, TrainSpec, base_digest
+from training.state.checkpoint_format import list_checkpoints
+from training.state.parent import check_parent_is_there, load_parent, open_parent
 
 FOLDER = "runs/test/checkpoints/0123456789abcdef"
 
@@ -198,7 +198,7 @@ def test_a_parent_that_is_not_whole_is_an_error_before_any_worker_starts(damage:
         shutil.rmtree(folder)
     elif damage == "other":
         write_checkpoint(copied.storage, FOLDER, 5, weights_like(load_base(copied.base).unet, 9))
-        other = committed(copied.storage, FOLDER)[-1].folder
+        other = list_checkpoints(copied.storage, FOLDER)[-1].folder
         shutil.copy(copied.storage.path(f"{other}/manifest.json"), folder / "manifest.json")
     elif damage == "cut":
         tensors = folder / "rank-00001.safetensors"
@@ -251,12 +251,12 @@ def round_of(spec: TrainSpec, run: str, **changes: Any) -> TrainSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, spec: TrainSpec) -> tuple[TrainSpec, Trained]:
+def undisturbed(ray_cluster: None, spec: TrainSpec) -> tuple[TrainSpec, TrainingResult]:
     second = round_of(spec, "second")
     return second, train(second, lambda progress: None)
 
 
-def assert_same_weights(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, Trained]) -> None:
+def assert_same_weights(one: tuple[TrainSpec, TrainingResult], other: tuple[TrainSpec, TrainingResult]) -> None:
     for kind in ("raw", "ema"):
         expected, found = (read_weights(spec.storage, trained.checkpoint, kind) for spec, trained in (one, other))
         assert all(expected[name].tobytes() == found[name].tobytes() for name in expected)
@@ -264,7 +264,7 @@ def assert_same_weights(one: tuple[TrainSpec, Trained], other: tuple[TrainSpec, 
 
 @pytest.mark.slow
 def test_killed_in_its_second_half_a_round_ends_with_the_bits_of_an_undisturbed_one(
-    undisturbed: tuple[TrainSpec, Trained],
+    undisturbed: tuple[TrainSpec, TrainingResult],
 ) -> None:
     spec = round_of(undisturbed[0], "killed", max_failures=1)
     assert spec.key == undisturbed[0].key
@@ -273,7 +273,7 @@ def test_killed_in_its_second_half_a_round_ends_with_the_bits_of_an_undisturbed_
     def kill() -> None:
         """One rank, once there is a checkpoint; before that it would only start again from the parent."""
         while not ended.wait(0.005):
-            if committed(spec.storage, spec.checkpoints):
+            if list_checkpoints(spec.storage, spec.checkpoints):
                 workers = json.loads(spec.storage.read(f"{spec.folder}/progress.json"))["workers"]
                 os.kill(int(workers[1]["pid"]), signal.SIGKILL)
                 killed.append(1)
@@ -295,11 +295,11 @@ def test_killed_in_its_second_half_a_round_ends_with_the_bits_of_an_undisturbed_
 
 
 @pytest.mark.slow
-def test_one_worker_goes_on_where_two_were_with_the_same_curve(undisturbed: tuple[TrainSpec, Trained]) -> None:
+def test_one_worker_goes_on_where_two_were_with_the_same_curve(undisturbed: tuple[TrainSpec, TrainingResult]) -> None:
     spec = round_of(undisturbed[0], "fewer", num_workers="1..1")
     storage = spec.storage
     shutil.copytree(storage.path(undisturbed[0].folder), storage.path(spec.folder))
-    for manifest in committed(storage, spec.checkpoints):
+    for manifest in list_checkpoints(storage, spec.checkpoints):
         if manifest.step > 4:
             storage.delete(f"{manifest.folder}/manifest.json")
     trained = train(spec, lambda progress: None)

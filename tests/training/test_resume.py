@@ -15,10 +15,10 @@ from killer import check_killed_run
 
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.checkpoint_format import committed
 from training.config import TrainConfig
-from training.launch import Trained, train
+from training.launch import TrainingResult, train
 from training.spec import TrainSpec, base_digest
+from training.state.checkpoint_format import list_checkpoints
 
 STEPS = 32
 CONFIG = TrainConfig(
@@ -53,11 +53,11 @@ def run_of(data: tuple[Path, TrainSpec], name: str, **changes) -> TrainSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, Trained]]:
+def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, TrainingResult]]:
     """By ZeRO stage, made when it is asked for."""
 
     class Made(dict):
-        def __missing__(self, stage: int) -> tuple[TrainSpec, Trained]:
+        def __missing__(self, stage: int) -> tuple[TrainSpec, TrainingResult]:
             spec = run_of(data, f"undisturbed-{stage}", zero_stage=stage)
             self[stage] = spec, train(spec, lambda progress: None)
             return self[stage]
@@ -74,11 +74,11 @@ def test_kill_matrix(stage, seed, data, undisturbed) -> None:
     check_killed_run(spec, undisturbed[stage], 100 * stage + seed, KILLS)
 
 
-def cut_off(undisturbed: tuple[TrainSpec, Trained], spec: TrainSpec, step: int) -> None:
+def cut_off(undisturbed: tuple[TrainSpec, TrainingResult], spec: TrainSpec, step: int) -> None:
     """Let `spec` be the undisturbed run, interrupted after the checkpoint of this step."""
     old, storage = undisturbed[0], spec.storage
     shutil.copytree(storage.path(old.folder), storage.path(spec.folder))
-    for manifest in committed(storage, spec.checkpoints):
+    for manifest in list_checkpoints(storage, spec.checkpoints):
         if manifest.step > step:
             storage.delete(f"{manifest.folder}/manifest.json")
 
@@ -90,15 +90,15 @@ def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curv
     expected_spec, expected = undisturbed[2]
     assert spec.key == expected_spec.key, "the number of workers does not make it another training"
     cut_off(undisturbed[2], spec, 8)
-    newest = committed(spec.storage, spec.checkpoints)[-1]
+    newest = list_checkpoints(spec.storage, spec.checkpoints)[-1]
     file = Path(spec.storage.path(f"{newest.folder}/rank-00001.safetensors"))
     changed = bytearray(file.read_bytes())
     changed[-1] ^= 1
     file.write_bytes(changed)
     notes: list[str] = []
-    trained = train(spec, lambda progress: notes.extend(progress["notes"]))
+    trained = train(spec, lambda progress: notes.extend(progress.notes))
     assert any(newest.name in note for note in notes), "it is said which one was not used"
-    assert newest.folder not in [each.folder for each in committed(spec.storage, spec.checkpoints)]
+    assert newest.folder not in [each.folder for each in list_checkpoints(spec.storage, spec.checkpoints)]
     assert [step["step"] for step in trained.history["steps"]] == list(range(1, STEPS + 1))
     assert (len(trained.workers), trained.starts) == (3, 2)
     assert trained.digest == expected.digest
@@ -114,7 +114,7 @@ def test_a_notice_that_a_node_will_go_gives_a_checkpoint_in_time(data, tmp_path)
     spec = run_of(data, "preempted", **changes)
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     driver = [sys.executable, "-m", "preempted", str(tmp_path / "spec")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     done = subprocess.run(driver, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -32,11 +32,11 @@ from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training import samples
 from training.config import TrainConfig
+from training.data.index import PairIndex, load_index, load_texts
+from training.data.loader import PairReader
+from training.data.order import validation_seed
 from training.export import correct_schedule
-from training.index import PairIndex, load_index, load_texts
-from training.loader import PairReader
 from training.model import load_base
-from training.order import validation_seed
 from training.samples import (
     GAP,
     GUIDANCE,

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.order import Plan
+from training.data.order import Plan
 
 
 def seen_by_hand(plan: Plan, num_steps: int) -> list[np.ndarray]:

@@ -19,11 +19,11 @@ from s3_faults import Fault, faulty_proxy
 from pipelines.dataset import storage as storage_module
 from pipelines.dataset.errors import ConfigError, ShardCorrupt
 from pipelines.dataset.storage import Storage
-from training import shard_cache as cache_module
-from training.index import Location, PairIndex, PairRecord, load_index, load_texts
-from training.loader import PairLoader, PairReader
-from training.reader import READS_BESIDE_FETCHES
-from training.shard_cache import IDLE_S, ShardCache
+from training.data import shard_cache as cache_module
+from training.data.index import Location, PairIndex, PairRecord, load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.reader import READS_BESIDE_FETCHES
+from training.data.shard_cache import IDLE_S, ShardCache
 from training.spec import Snapshot
 
 PLENTY = 1 << 30
@@ -286,8 +286,8 @@ def test_a_folder_that_cannot_be_written_is_named_with_a_way_out(storage: Storag
 FETCH_ALL = """
 import sys
 from pipelines.dataset.storage import Storage
-from training.index import load_index
-from training.shard_cache import ShardCache
+from training.data.index import load_index
+from training.data.shard_cache import ShardCache
 from training.spec import Snapshot
 url, folder, *snapshot = sys.argv[1:]
 storage, snapshot = Storage(url), Snapshot(*(int(s) if s.isdigit() else s for s in snapshot))

@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 
 from pipelines.dataset.storage import Storage
-from training import trackers
-from training.trackers import Tracker, open_trackers
+from training.tracking import trackers
+from training.tracking.backends import BACKENDS
+from training.tracking.trackers import Tracker, open_trackers
 
 PARAMETERS = {"method": "mapo_paper", "loss": {"beta": 8.0}, "targets": ["to_q", "to_k"], "lora": None}
 FOLDER = "runs/photos"
@@ -179,4 +181,18 @@ def test_a_server_that_is_not_there_is_one_warning(storage, mlflow_store, monkey
     tracker.flush()
     tracker.close(failed=False)
     assert tracker.warning is not None
-    assert "tracker mlflow is given up, training goes on" in tracker.warning
+    assert "tracker mlflow disabled; training continues" in tracker.warning
+
+
+def test_every_backend_is_complete_and_its_extra_exists() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    methods = {"__init__", "log", "image", "flush", "close"}
+    for name, backend in BACKENDS.items():
+        assert name == backend.name
+        assert methods <= set(vars(backend)), name
+        assert backend.resumes
+        assert backend.variables
+        requirements = (
+            project["dependencies"] if backend.extra is None else project["optional-dependencies"][backend.extra]
+        )
+        assert any(requirement.startswith(backend.package) for requirement in requirements), name

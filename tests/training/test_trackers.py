@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from pipelines.dataset.errors import ConfigError
-from training import trackers
-from training.trackers import Tracker, check_trackers
+from training.tracking import trackers
+from training.tracking.trackers import Tracker, check_trackers
 
 
 class Service:
@@ -79,7 +79,7 @@ def test_a_tracker_that_fails_in_the_middle_is_given_up_with_one_warning(caplog,
     service = Service(log=lambda step: fail() if step == 2 else None)
     tracker = tracked(service)
     assert service.steps == [0, 1]
-    expected = "tracker service is given up, training goes on: ConnectionError: the network is gone"
+    expected = "tracker service disabled; training continues: ConnectionError: the network is gone"
     assert [record.message for record in caplog.records] == [expected] == [tracker.warning]
 
 
@@ -134,7 +134,7 @@ def test_a_folder_of_the_name_is_no_package(monkeypatch, tmp_path) -> None:
 def test_checking_imports_none_of_them(run_python) -> None:
     code = """if True:
         import sys
-        from training.trackers import check_trackers
+        from training.tracking.trackers import check_trackers
         check_trackers(["tensorboard"])
         print(*{"wandb", "mlflow", "tensorboard"} & set(sys.modules))
     """

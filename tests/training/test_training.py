@@ -1,5 +1,6 @@
 """Real training: Ray Train workers, accelerate, DeepSpeed ZeRO on gloo."""
 
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +10,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from encoded import write_base, write_encoded
 from killer import check_killed_run
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from pipelines.dataset.errors import TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
 from training.config import ExportConfig, TrainConfig
+from training.data.index import load_index, load_texts
+from training.data.loader import PairLoader, PairReader
+from training.data.order import Plan, noise_seed
 from training.export import export_model
-from training.index import load_index, load_texts
-from training.launch import Trained, train
-from training.loader import PairLoader, PairReader
+from training.launch import TrainingResult, _trainer, train
 from training.loop import draw_with
 from training.losses import mapo_paper_loss
 from training.model import Denoiser, load_base
-from training.order import Plan, noise_seed
 from training.spec import TrainSpec, base_digest
 from training.worker import make_plan
 
@@ -48,7 +50,7 @@ def make_spec(folder: Path, config: TrainConfig = CONFIG, sides: tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, Trained]:
+def undisturbed(ray_cluster, tmp_path_factory) -> tuple[TrainSpec, TrainingResult]:
     spec = make_spec(tmp_path_factory.mktemp("undisturbed"))
     return spec, train(spec, lambda progress: None)
 
@@ -157,6 +159,23 @@ def test_more_workers_than_the_cluster_can_hold_is_an_error_not_a_wait(ray_clust
         train(make_spec(tmp_path, config), lambda progress: None)
     assert "hint:" in str(caught.value)
     assert time.monotonic() - started < 10
+
+
+def test_without_a_dashboard_no_training_waits_for_its_answer(ray_cluster, tmp_path) -> None:
+    """Ray Train's cleaner asks it, and holds up the end by 12 s; on a Ray with a dashboard it stays."""
+
+    def callbacks() -> set[str]:
+        trainer = _trainer(make_spec(Path(tempfile.mkdtemp(dir=tmp_path))), None, use_gpu=False)
+        return {type(each).__name__ for each in trainer._create_default_callbacks()}
+
+    url = _internal_kv_get(b"webui:url", namespace=b"dashboard")
+    assert not url
+    without = callbacks()
+    try:
+        _internal_kv_put(b"webui:url", b"127.0.0.1:8265", namespace=b"dashboard")
+        assert callbacks() - without == {"PlacementGroupCleanerCallback"}
+    finally:
+        _internal_kv_put(b"webui:url", url or b"", namespace=b"dashboard")
 
 
 def test_the_key_changes_with_what_shapes_the_weights_and_not_with_the_rest(tmp_path) -> None:

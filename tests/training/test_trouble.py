@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipelines.dataset.errors import TrainingError
 from training.config import TroubleConfig
-from training.trouble import Watch
+from training.tracking.anomalies import Watch
 
 WARN = TroubleConfig(error_explosion="warn", no_preference="warn", skipped_steps="warn", window=4, patience=10)
 

@@ -1,0 +1,197 @@
+"""A run from Python: whole, or stage by stage. The commands of `mapo` are built on these functions.
+
+Made for notebooks and other programs: results are typed, lines go where the caller wants them, no signal handler is
+replaced unless asked for, and nothing ends the process. Calls block until the work is done; an interrupt of the
+notebook stops a run cleanly, and the same call resumes it.
+
+    from orchestration import api
+
+    result = api.run("photos.yaml", overrides=["train.max_steps=100"])
+    print(result.model, result["train"].summary)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestration.config import RunConfig, load_config, parse_config
+from orchestration.driver.plan import RunPlan
+from orchestration.driver.runner import StageResult, plan_run, run_stages
+from orchestration.driver.status import RunStatus, StageStatus, describe_run
+from orchestration.jobs.paths import absolute_overrides, check_inside_job, load_located
+from orchestration.run.console import say as say_to_stdout
+from orchestration.run.context import Run, Say
+from orchestration.stages.registry import ALL_STAGES, REPORT
+from orchestration.stages.stage import StageState
+
+__all__ = [
+    "RunPlan", "RunResult", "RunStatus", "StageResult", "StageState", "StageStatus", "encode", "evaluate", "export",
+    "ingest", "plan", "report", "run", "stage", "status", "train",
+]  # fmt: skip
+
+Source = RunConfig | Mapping[str, Any] | str | Path
+"""A configuration: checked already, as plain data, or the path of a YAML file."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a call has brought up to date.
+
+    Args:
+        run: The run's name.
+        storage: The URL of its storage.
+        stages: One result for each stage that was asked for, in order.
+        report: The URL of the run's page; None if it was not asked for.
+        model: The URL of the exported model; None if it was not asked for.
+    """
+
+    run: str
+    storage: str
+    stages: tuple[StageResult, ...]
+    report: str | None = None
+    model: str | None = None
+
+    def __getitem__(self, stage: str) -> StageResult:
+        """Return the result of a stage.
+
+        Raises:
+            KeyError: The stage was not asked for.
+        """
+        for each in self.stages:
+            if each.stage == stage:
+                return each
+        raise KeyError(stage)
+
+
+def load(config: Source, overrides: Sequence[str] = (), *, say: Say = say_to_stdout) -> RunConfig:
+    """Check a configuration and make its local paths absolute, as every function here does.
+
+    Args:
+        config: The configuration; relative paths in it are relative to the working directory.
+        overrides: `key.path=value`, as `-o` of the commands.
+        say: Shows one line to the user.
+
+    Raises:
+        ConfigError: It is wrong; the message names each key.
+    """
+    return _located(config, overrides, lambda found: check_inside_job(found, say))
+
+
+def run(
+    config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout, takes_signals: bool = False
+) -> RunResult:
+    """Bring all stages of a run up to date: `mapo run`.
+
+    Args:
+        config: The configuration.
+        overrides: `key.path=value`, as `-o` of the commands.
+        say: Shows one line to the user.
+        takes_signals: Whether SIGINT and SIGTERM stop the run cleanly while it works, as the command does it.
+
+    Raises:
+        ConfigError: The configuration is wrong.
+        LeaseError: Another driver works on this run.
+        JobError: A stage failed; finished work is on the storage, and the same call resumes.
+    """
+    return _run(config, ALL_STAGES, overrides, say, takes_signals=takes_signals)
+
+
+def stage(
+    name: str,
+    config: Source,
+    *,
+    overrides: Sequence[str] = (),
+    say: Say = say_to_stdout,
+    takes_signals: bool = False,
+) -> RunResult:
+    """Bring one stage up to date on what the stage before it left; see `run`.
+
+    Args:
+        name: Of the stage, as `orchestration.stages.registry` lists it.
+        config: The configuration.
+        overrides: See `run`.
+        say: See `run`.
+        takes_signals: See `run`.
+    """
+    return _run(config, (name,), overrides, say, takes_signals=takes_signals)
+
+
+def ingest(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
+    """Bring the table of pairs up to date with the sources: `mapo ingest`."""
+    return stage("ingest", config, overrides=overrides, say=say)
+
+
+def encode(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
+    """Make the latents and text embeddings that are missing: `mapo encode`."""
+    return stage("encode", config, overrides=overrides, say=say)
+
+
+def train(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
+    """Train from the last checkpoint if there is one: `mapo train`."""
+    return stage("train", config, overrides=overrides, say=say)
+
+
+def export(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
+    """Write the trained model as diffusers loads it: `mapo export`."""
+    return stage("export", config, overrides=overrides, say=say)
+
+
+def evaluate(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
+    """Sample and score the base and the aligned model: `mapo evaluate`."""
+    return stage("evaluate", config, overrides=overrides, say=say)
+
+
+def report(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> str:
+    """Write the run's page and the index of runs as they are now, at any time: `mapo report`.
+
+    Returns:
+        The URL of the page.
+    """
+    from orchestration.report.writer import report_now
+
+    loaded = load(config, overrides, say=say)
+    report_now(loaded, config_file=str(config) if isinstance(config, str | Path) else "CONFIG", say=say)
+    found = Run.open(loaded, say)
+    return found.storage.uri(found.report)
+
+
+def plan(config: Source, *, overrides: Sequence[str] = ()) -> RunPlan:
+    """Return what `run` would do; write nothing and need no Ray: `mapo run --dry-run`."""
+    return plan_run(load(config, overrides, say=_silent))
+
+
+def status(config: Source, *, overrides: Sequence[str] = ()) -> RunStatus:
+    """Return where a run is, from its storage alone: `mapo status`."""
+    return describe_run(_located(config, overrides, lambda found: None))
+
+
+def _run(
+    config: Source, names: Sequence[str], overrides: Sequence[str], say: Callable[[str], None], *, takes_signals: bool
+) -> RunResult:
+    loaded = load(config, overrides, say=say)
+    results = run_stages(loaded, names, say, takes_signals=takes_signals)
+    found = Run.open(loaded, say)
+    report = found.storage.uri(found.report) if REPORT in names else None
+    model = found.storage.uri(found.model) if "export" in names else None
+    if names == ALL_STAGES:
+        say(f"\nreport  {report}\nmodel   {model}")
+    return RunResult(loaded.name, found.storage.url, tuple(results), report, model)
+
+
+def _silent(line: str) -> None:
+    """Show nothing."""
+
+
+def _located(config: Source, overrides: Sequence[str], check: Callable[[RunConfig], None]) -> RunConfig:
+    """Return a configuration with absolute local paths; `check` sees it with the paths as they are written."""
+    if isinstance(config, str | Path):
+        check(load_config(config, overrides))
+        return load_located(config, overrides)[0]
+    given = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config)
+    text = yaml.safe_dump(given)
+    found = parse_config(text, overrides)
+    check(found)
+    return parse_config(text, (*overrides, *absolute_overrides(found)))

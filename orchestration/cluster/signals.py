@@ -1,0 +1,129 @@
+"""Ways to stop a run from outside: Ctrl-C, SIGTERM, a request on the storage, the loss of the lease.
+
+All raise `Stopped` in the main thread, wherever it waits. Stages then stop cleanly, so that the run can be resumed
+(training writes a checkpoint first); a second signal does not wait for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+STOPPING = b"\nstopping cleanly so that the run can be resumed; press Ctrl-C again to stop now\n"
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop; finished work is on the storage, and the same command resumes it.
+
+    Args:
+        reason: Why, in a few words.
+    """
+
+    def __init__(self, reason: str = "stopped") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Interruption:
+    """Turns signals into `Stopped` while it is armed, and lets other threads do the same with a reason of their own."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._error: Exception | None = None
+        self._raised: BaseException | None = None
+        self._thread = threading.main_thread()
+        self._is_armed = self._takes_signals = False
+
+    def ask(self, reason: str) -> None:
+        """Stop the thread that works, from any thread; nothing happens if it is being stopped already."""
+        if self._reason is not None or not self._is_armed or self._thread.ident is None:
+            return
+        self._reason = reason
+        if self._takes_signals:
+            signal.pthread_kill(self._thread.ident, signal.SIGTERM)
+        else:  # raised as soon as that thread runs Python again; `named` then says what it meant
+            self._raised = self._error or Stopped(reason)
+            thread = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stopped))
+
+    def fail(self, error: Exception) -> None:
+        """End the main thread's work with an error, from any thread: there is nothing to end cleanly."""
+        self._error = error
+        self.ask(str(error))
+
+    def _raise(self, number: int, _: FrameType | None) -> None:
+        if self._error is None:
+            os.write(2, STOPPING)  # a handler may be called inside of a write to sys.stderr
+        self._raised = self._error or Stopped(self._reason or SIGNALS[signal.Signals(number)])
+        raise self._raised
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Raise what a signal meant, where a library's C code has made something else of it.
+
+        Ray's core makes a plain `KeyboardInterrupt` of it, Python a `SystemError` where C code went on without looking.
+        """
+        try:
+            yield
+        except BaseException as found:
+            is_other = self._raised is not None and found is not self._raised
+            if is_other and (self._error is not None or isinstance(found, KeyboardInterrupt | SystemError)):
+                raise self._raised from found  # type: ignore[misc]
+            raise
+
+    @contextlib.contextmanager
+    def armed(self, *, takes_signals: bool = True) -> Iterator[Interruption]:
+        """Stop the work of the block in this thread whenever one of the ways to stop it is taken.
+
+        Args:
+            takes_signals: Whether SIGINT and SIGTERM are among them, in the main thread. Without, their handlers stay
+                as they are, as a notebook needs it: there an interrupt is a plain `KeyboardInterrupt`.
+        """
+        self._thread = threading.current_thread()
+        self._takes_signals = takes_signals and self._thread is threading.main_thread()
+        if not self._takes_signals:
+            self._is_armed = True
+            try:
+                with self.named():
+                    yield self
+            finally:
+                self._is_armed = False
+            return
+        kept: dict[Any, Any] = {number: signal.signal(number, self._raise) for number in SIGNALS}
+        self._is_armed = True
+        try:
+            yield self
+        finally:
+            self._is_armed = False
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Put the signal handlers back that a library replaces in the block: `ray.init` takes SIGTERM for itself.
+
+    Raises:
+        Stopped: The signal came in the block, while an `Interruption` was armed; Ray's handler leaves the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept: dict[Any, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    except SystemExit as leaving:
+        if kept[signal.SIGTERM] is signal.SIG_DFL:
+            raise
+        raise Stopped(SIGNALS[signal.SIGTERM]) from leaving
+    finally:
+        for number, handler in kept.items():
+            if handler is not signal.SIG_DFL:
+                signal.signal(number, handler)

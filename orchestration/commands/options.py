@@ -1,0 +1,184 @@
+"""What commands share: how each is described, exit codes, output without secrets, lengths of time."""
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from orchestration.run.console import note, say, write
+from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.secrets import has_credentials, redact
+
+if TYPE_CHECKING:
+    from orchestration.config import RunConfig
+
+__all__ = [
+    "CONFIG",
+    "CONFIGURED",
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "JSON",
+    "OVERRIDE",
+    "Command",
+    "MaskedFormatter",
+    "Option",
+    "load",
+    "note",
+    "parse_duration",
+    "place",
+    "say",
+    "say_json",
+    "write",
+]  # fmt: skip
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+"""2, for a wrong command or configuration, comes from argparse and `ConfigError`."""
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument of a command, for argparse and for the reference.
+
+    Args:
+        name: What is typed, such as `--address`; the name of a positional argument is in capitals.
+        help: What it is for, in one phrase.
+        metavar: Stands for its value; without one, an option is a switch.
+        default: Its value where it is left out, shown in the help; a positional argument with one is optional.
+        type: Makes a value of the text.
+        dest: The attribute that holds it, if not its name.
+        is_required: An option that has to be given.
+        is_repeated: It may be given several times.
+        choices: The values that it can have.
+    """
+
+    name: str
+    help: str
+    metavar: str = ""
+    default: str | float | None = None
+    type: Callable[[str], object] = str
+    dest: str | None = None
+    is_required: bool = False
+    is_repeated: bool = False
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether it is positional."""
+        return not self.name.startswith("-")
+
+    @property
+    def shown(self) -> str:
+        """The argument as typed: `CONFIG`, `--json`, `--address URL`."""
+        return f"{self.name} {self.metavar}".strip()
+
+    @property
+    def usage(self) -> str:
+        """Its part of a usage line."""
+        if self.is_required or (self.is_positional and self.default is None):
+            return f"{self.shown} [{self.shown} ...]" if self.is_repeated else self.shown
+        return f"[{self.shown} ...]" if self.is_repeated else f"[{self.shown}]"
+
+    @property
+    def meaning(self) -> str:
+        """The help with the default."""
+        return self.help if self.default is None else f"{self.help} (default: {self.default})"
+
+    def add_to(self, command: argparse.ArgumentParser) -> None:
+        """Add it to argparse's description of a command."""
+        text = self.meaning.replace("%", "%%")
+        if self.is_positional:
+            nargs = None if self.default is None else "?"
+            command.add_argument(
+                self.name.lower(), metavar=self.name, nargs=nargs, type=self.type, default=self.default, help=text
+            )
+        elif not self.metavar:
+            command.add_argument(self.name, action="store_true", dest=self.dest, help=text)
+        else:
+            command.add_argument(
+                self.name, metavar=self.metavar, dest=self.dest, required=self.is_required, type=self.type,
+                action="append" if self.is_repeated else "store", choices=self.choices, help=text,
+                default=[] if self.is_repeated and not self.is_required else self.default,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `mapo`.
+
+    Args:
+        name: What is typed after `mapo`: `run`, `data gc`.
+        help: What it does, in one phrase.
+        action: Does it with the parsed options; returns the exit code, None for 0.
+        options: Its arguments, positional ones first.
+    """
+
+    name: str
+    help: str
+    action: Callable[[argparse.Namespace], int | None]
+    options: tuple[Option, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """The help as a sentence."""
+        return f"{self.help[0].upper()}{self.help[1:]}."
+
+    @property
+    def arguments(self) -> tuple[Option, ...]:
+        """Its options, and those that every command has."""
+        return *self.options, DEBUG
+
+
+def place(text: str) -> str:
+    """Return a path or URL as it was typed; refuse credentials in it, which libraries repeat in their errors."""
+    if has_credentials(text):
+        raise argparse.ArgumentTypeError("there are credentials in the URL; set them in the environment instead")
+    return text
+
+
+CONFIG = Option("CONFIG", "YAML file", type=place)
+OVERRIDE = Option("-o", "override a setting", metavar="key.path=value", dest="overrides", is_repeated=True)
+CONFIGURED = (CONFIG, OVERRIDE)
+"""The arguments of every command that works on a run."""
+JSON = Option("--json", "as JSON")
+DEBUG = Option("--debug", "show tracebacks")
+
+
+def say_json(data: object) -> None:
+    """Show the user data as JSON."""
+    say(json.dumps(data, indent=2))
+
+
+class MaskedFormatter(logging.Formatter):
+    """The format of log lines for a terminal, with every secret masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return redact(super().format(record))
+
+
+def load(options: argparse.Namespace) -> "RunConfig":
+    """Load the configuration that a command was given, with its overrides and absolute paths."""
+    from orchestration import api
+
+    return api.load(options.config, options.overrides, say=say)
+
+
+def parse_duration(text: str, option: str) -> timedelta:
+    """Parse a number and a unit: 90m, 6h, 7d.
+
+    Args:
+        text: The value as given.
+        option: The option that it was given to, for the error.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
+    if match is None:
+        raise ConfigError(f"{option} {text}: not a length of time", "a number and one of s, m, h, d: 90m, 12h, 7d")
+    return timedelta(seconds=int(match[1]) * UNITS[match[2]])

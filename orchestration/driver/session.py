@@ -1,0 +1,95 @@
+"""Being the driver of a run: the lease, the ways to be stopped, and the note of it in the journal."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from orchestration.cluster.signals import Interruption
+from orchestration.config import resolved_json
+from orchestration.run.context import Run, command_line
+from orchestration.run.lease import Lease
+from pipelines.dataset.errors import MapoError
+from pipelines.dataset.storage import PATIENCE
+
+STOP_FILE = "stop.json"
+DEFAULT_PATIENCE_S = "300"
+
+
+@dataclass(frozen=True)
+class Driving:
+    """The driver of a run.
+
+    Args:
+        lease: That it holds.
+        interruption: How it is stopped.
+    """
+
+    lease: Lease
+    interruption: Interruption
+
+
+@contextlib.contextmanager
+def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
+    """Hold the run's lease, and turn every way to stop it into `Stopped` in this thread.
+
+    Args:
+        run: The run.
+        takes_signals: Whether SIGINT and SIGTERM are among them.
+
+    Raises:
+        LeaseError: Another driver works on this run.
+    """
+    interruption = Interruption()
+    lease = Lease(
+        run.storage,
+        run.folder,
+        command_line(),
+        on_beat=lambda: _look_for_request(run, interruption),
+        on_lost=interruption.ask,
+    )
+    with interruption.armed(takes_signals=takes_signals), lease, patient():
+        run.storage.delete(f"{run.folder}/{STOP_FILE}")  # of an earlier driver
+        _note_settings(run)
+        run.journal.event("started", by=str(lease.holder), job=lease.holder.job, stages=list(run.goal))
+        yield Driving(lease, interruption)
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Sit out outages of the storage once it has answered; Ray's workers inherit this (see `cluster/connect.py`)."""
+    given = os.environ.get(PATIENCE)
+    os.environ.setdefault(PATIENCE, DEFAULT_PATIENCE_S)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[PATIENCE]
+
+
+def hurry() -> None:
+    """Wait for no outage any more: the run ends, and what is still written then is not worth minutes."""
+    os.environ[PATIENCE] = "0"
+
+
+def request_stop(run: Run, *, by: str, at: str) -> None:
+    """Ask whoever drives the run to stop it cleanly: it looks every few seconds."""
+    run.storage.write(f"{run.folder}/{STOP_FILE}", json.dumps({"requested_at": at, "by": by}).encode())
+
+
+def _look_for_request(run: Run, interruption: Interruption) -> None:
+    name = f"{run.folder}/{STOP_FILE}"
+    if not run.storage.exists(name):
+        return
+    with contextlib.suppress(MapoError, ValueError):
+        request = json.loads(run.storage.read(name))
+        run.storage.delete(name)
+        interruption.ask(f"stopped by request of {request.get('by', 'somebody')}")
+
+
+def _note_settings(run: Run) -> None:
+    """Keep the resolved configuration beside the run."""
+    name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
+    if not run.storage.exists(name) or run.storage.read(name) != resolved:
+        run.storage.write(name, resolved)

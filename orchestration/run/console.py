@@ -1,0 +1,28 @@
+"""What the user is shown: the only place that writes to stdout or stderr, with every secret masked."""
+
+import sys
+from typing import TextIO
+
+from pipelines.dataset.secrets import redact
+
+
+def say(line: str) -> None:
+    """Show the user a line, on stdout."""
+    write(f"{line}\n")
+
+
+def note(line: str) -> None:
+    """Show the user a line beside a command's output, on stderr."""
+    write(f"{line}\n", sys.stderr)
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Write text with every secret masked; the only place in which commands write to stdout or stderr.
+
+    Args:
+        text: Line ends included.
+        stream: By default stdout.
+    """
+    out = stream or sys.stdout
+    out.write(redact(text))
+    out.flush()

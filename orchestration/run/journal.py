@@ -1,0 +1,82 @@
+"""The durable record of a run: what each stage did, always on the storage.
+
+`stages/<stage>.json` is the last success of a stage, with the key of its inputs; `journal/` has one small object for
+every event, in order. A run that does nothing writes nothing.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.dataset.layout import RUNS
+from pipelines.dataset.secrets import redact
+from pipelines.dataset.storage import Storage
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """The last success of a stage.
+
+    Args:
+        stage: Its name.
+        key: Digest of all its inputs.
+        summary: One line for people.
+        seconds: How long it took.
+        finished_at: ISO time, UTC.
+        details: What later stages and the report need.
+    """
+
+    stage: str
+    key: str
+    summary: str
+    seconds: float
+    finished_at: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """The records of one run."""
+
+    def __init__(self, storage: Storage, run: str) -> None:
+        self._storage = storage
+        self.folder = f"{RUNS}/{run}"
+
+    def _name(self, stage: str) -> str:
+        return f"{self.folder}/stages/{stage}.json"
+
+    def record(self, stage: str) -> StageRecord | None:
+        """Return the last success of a stage, if there was one."""
+        name = self._name(stage)
+        if not self._storage.exists(name):
+            return None
+        return StageRecord(**json.loads(self._storage.read(name)))
+
+    def finish(self, stage: str, *, key: str, summary: str, seconds: float, details: Mapping[str, Any]) -> StageRecord:
+        """Record a success: from now on the stage is up to date for this key."""
+        record = StageRecord(stage, key, summary, round(seconds, 3), now(), dict(details))
+        self.event("finished", stage=stage, summary=summary, seconds=record.seconds)
+        self._storage.write(self._name(stage), redact(json.dumps(asdict(record), indent=1)).encode())
+        return record
+
+    @property
+    def num_events(self) -> int:
+        """How many events there are."""
+        return len(self._storage.names(f"{self.folder}/journal"))
+
+    def events(self) -> list[dict[str, Any]]:
+        """Read every event, oldest first."""
+        names = self._storage.names(f"{self.folder}/journal")
+        return [json.loads(self._storage.read(name)) for name in names]
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Append one event."""
+        name = f"{self.folder}/journal/{self.num_events + 1:06d}-{uuid.uuid4().hex[:6]}-{event}.json"
+        self._storage.write(name, redact(json.dumps({"time": now(), "event": event, **facts})).encode())
+
+
+def now() -> str:
+    """Return the time as ISO text, UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

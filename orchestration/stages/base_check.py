@@ -1,0 +1,69 @@
+"""Whether training understands a run's base model, asked before any work and for a plan."""
+
+from dataclasses import dataclass
+
+from orchestration.config import RunConfig
+from orchestration.run.context import Run
+from pipelines.dataset.base_model import check_base
+from pipelines.dataset.errors import MapoError
+
+NOT_FETCHED = "the base model is not on this machine yet; it is checked once it is fetched, before any work"
+
+
+@dataclass(frozen=True)
+class BaseLook:
+    """What is to be said of a base model: why it is refused, or remarks on it."""
+
+    refusal: MapoError | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def check_base_model(config: RunConfig) -> list[str]:
+    """Find a base model that training does not understand before hours of ingest, and not after.
+
+    Returns:
+        What a user should know of it, a line each.
+
+    Raises:
+        ModelError: It is refused.
+        ConfigError: The section `encode` does not fit it.
+    """
+    from pipelines.encode.plan import check_settings
+
+    assert config.encode is not None
+    check_settings(config.encode)
+    predicted = None if config.train is None else config.train.prediction_type
+    facts = check_base(config.encode.source, prediction_type=predicted)
+    note = facts.resolution_note(config.encode.resolution)
+    return [*facts.notes, *([] if note is None else [note])]
+
+
+def check_model(config: RunConfig) -> None:
+    """Find a wrong base model, or settings that it cannot be run with, before hours of ingest and not after."""
+    from pipelines.encode.plan import check_settings
+
+    assert config.encode is not None
+    check_settings(config.encode)
+
+
+def check_training(run: Run) -> None:
+    """Find what training could not be tracked with, or its next round could not start from, before anything starts."""
+    from orchestration.rounds.series import check_next_round
+    from training.tracking.trackers import check_trackers
+
+    if run.config.train is not None:
+        check_trackers(run.config.train.trackers)
+        check_next_round(run)
+
+
+def look_at_base(run: Run) -> BaseLook:
+    """Check the base model for a plan, which fetches nothing."""
+    encode = run.config.encode
+    if encode is None:
+        return BaseLook()
+    try:
+        if not encode.source.is_fetched():
+            return BaseLook(remarks=(NOT_FETCHED,))
+        return BaseLook(remarks=tuple(check_base_model(run.config)))
+    except MapoError as error:
+        return BaseLook(error)

@@ -1,0 +1,88 @@
+"""The stages of a run, in order: the only list of them.
+
+A stage is one file of this folder and one line here. Names, order, commands and help of every part of the house are
+derived from this list. Imports no stage, so that every room may read it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestration.stages.stage import Look, Notes
+
+if TYPE_CHECKING:
+    from orchestration.run.context import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage; its work is in the file of its name.
+
+    Args:
+        name: Of the stage, its command and its file.
+        help: What it does, for the help of its command.
+        section: The configuration section that it cannot do without; None if it needs none.
+        needs_ray: Whether its work runs on a cluster.
+        reads_base: Whether its work would be lost on a base model that training does not understand.
+        shares_data: Whether its result belongs to the data set, which other runs of the storage share.
+    """
+
+    name: str
+    help: str
+    section: str | None = None
+    needs_ray: bool = False
+    reads_base: bool = False
+    shares_data: bool = False
+
+    def look(self, run: Run) -> Look:
+        """Look at the stage: see `StageModule.look`."""
+        found: Look = self._module().look(run)
+        return found
+
+    def estimate(self, run: Run, rows: int) -> Mapping[str, int]:
+        """Bound the stage's work from above: see `StageModule.estimate`."""
+        found: Mapping[str, int] = self._function("estimate", lambda run, rows: {})(run, rows)
+        return found
+
+    def notes(self, run: Run) -> Notes:
+        """Tell what a plan says of the stage: see `StageModule.notes`."""
+        found: Notes = self._function("notes", lambda run: Notes())(run)
+        return found
+
+    def check(self, run: Run) -> None:
+        """Find what would fail later: see `StageModule.check`."""
+        self._function("check", lambda run: None)(run)
+
+    def _module(self) -> Any:
+        return importlib.import_module(f"orchestration.stages.{self.name}")
+
+    def _function(self, name: str, default: Any) -> Any:
+        return getattr(self._module(), name, default)
+
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "ingest", "bring the table of pairs up to date with the sources", section="ingest", needs_ray=True,
+            reads_base=True, shares_data=True,
+        ),
+        Stage(
+            "encode", "write the latents and text embeddings that are missing", section="encode", needs_ray=True,
+            reads_base=True, shares_data=True,
+        ),
+        Stage(
+            "train", "train with DeepSpeed ZeRO on Ray Train; resume from the last checkpoint if there is one",
+            section="train", needs_ray=True, reads_base=True,
+        ),
+        Stage("export", "write the trained model as a diffusers pipeline", section="train"),
+        Stage("evaluate", "sample and score the base and the aligned model", section="encode", needs_ray=True),
+        Stage("report", "write the run's page and the index of runs"),
+    )
+}  # fmt: skip
+ALL_STAGES = tuple(STAGES)
+REPORT = ALL_STAGES[-1]
+"""The stage that tells of all others; it comes last."""

@@ -1,0 +1,117 @@
+"""Fingerprints of everything that shapes encoded numbers: one for latents, one for text embeddings.
+
+Content, never a path: a model copied elsewhere has the same fingerprint, one changed byte of its weights has another.
+The driver asks at every start what is up to date, so neither ray, torch nor diffusers is imported here.
+"""
+
+import hashlib
+import json
+
+from pipelines.config import EncodeConfig
+from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import (
+    CHOOSE_A_BASE,
+    FAMILIES,
+    SDXL,
+    file_digests,
+    read_config,
+    read_model_index,
+    weight_files,
+)
+from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import JsonObject
+from pipelines.encode.geometry import bucket_list
+
+LATENTS_VERSION = 2  # raise it when the same images, model and settings would give other latents
+TEXT_VERSION = 1  # the same for prompts
+
+NOTE = "fingerprint.json"
+
+
+def latents_fingerprint(config: EncodeConfig) -> str:
+    """Return 32 hex digits that name everything that shapes a latent, except the image.
+
+    Raises:
+        ModelError: The VAE is missing, damaged or something else.
+    """
+    return fingerprint_of(latents_parts(config))
+
+
+def text_fingerprint(config: EncodeConfig) -> str:
+    """Return 32 hex digits that name everything that shapes a text embedding, except the prompt.
+
+    Raises:
+        ModelError: A text encoder or tokenizer is missing, damaged or something else.
+    """
+    return fingerprint_of(text_parts(config))
+
+
+def fingerprint_of(parts: JsonObject) -> str:
+    """Return a hash of the canonical JSON of `parts`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
+    """Write what the fingerprint is made of beside its table, for people and for `stale`.
+
+    Args:
+        storage: Where it goes.
+        folder: LATENTS or TEXT.
+        parts: Hashed by `fingerprint_of`.
+    """
+    name = f"{folder}/{fingerprint_of(parts)}/{NOTE}"
+    if not storage.exists(name):
+        storage.write(name, json.dumps(parts, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def noted_parts(storage: Storage, folder: str, fingerprint: str) -> JsonObject:
+    """Read what `note_parts` wrote; return an empty object if nothing was written."""
+    name = f"{folder}/{fingerprint}/{NOTE}"
+    return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
+
+
+def latents_parts(config: EncodeConfig) -> JsonObject:
+    """Return what `latents_fingerprint` is the hash of."""
+    read_model_index(config.source.folder())
+    folder = config.source.vae_folder()
+    found = read_config(folder / "config.json").get("_class_name")
+    if found != "AutoencoderKL":
+        raise ModelError(
+            f"the VAE {folder} is a {found}, not an AutoencoderKL", "set `encode.vae` to a VAE of the base's own family"
+        )
+    weights = weight_files(folder, "diffusion_pytorch_model", config.source.vae_variant)
+    flips = {"flips": True} if config.flips else {}  # latents of before have no such part
+    return flips | {
+        "kind": "latents",
+        "version": LATENTS_VERSION,
+        "dtype": config.dtype,
+        "vae_dtype": config.vae_dtype,
+        "resolution": config.resolution,
+        "buckets": [list(bucket) for bucket in bucket_list(config.resolution, config.buckets)],
+        "vae": file_digests([folder / "config.json", *weights]),
+    }
+
+
+def text_parts(config: EncodeConfig) -> JsonObject:
+    """Return what `text_fingerprint` is the hash of. SDXL's parts name no family: its embeddings came first."""
+    folder = config.source.folder()
+    index = read_model_index(folder)
+    family = FAMILIES[index["_class_name"]]
+    parts: JsonObject = {"kind": "text", "version": TEXT_VERSION, "dtype": config.dtype}
+    if family is SDXL:
+        parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    else:
+        parts["pipeline"] = family.pipeline_class
+    for name, expected in family.text_encoders.items():
+        kind = (index.get(name) or [None, None])[1]
+        if kind != expected:
+            raise ModelError(f"the {name} of {folder} is {kind}, not {expected}", CHOOSE_A_BASE)
+        parts[name] = file_digests(
+            [folder / name / "config.json", *weight_files(folder / name, "model", config.variant)]
+        )
+    for name in family.tokenizers:
+        files = sorted(file for file in (folder / name).glob("*") if file.is_file())
+        if not files:
+            raise ModelError(f"{folder / name} is missing", "the model folder is incomplete; fetch it again")
+        parts[name] = file_digests(files)
+    return parts

@@ -1,0 +1,201 @@
+"""The images of one unit on their way to the encoder: what is needed, read and decoded ahead, in batches of one shape.
+
+A distinct image is read, decoded and encoded once for each bucket it is in. Batches follow from the unit alone, so
+that its bytes are the same every time. Letters: B images, H rows, W columns, C channels, h and w of latents.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.dataset.pair import Reason
+from pipelines.dataset.storage import Storage
+from pipelines.dataset.values import Row
+from pipelines.encode.encoders import Launched
+from pipelines.encode.geometry import Bucket, Placed, choose_bucket, mirror, open_image, place
+from pipelines.units.actor import BatchSize
+from pipelines.units.stats import Effort
+
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError)  # what Pillow raises on a bad image
+SIDEWAYS = 5  # EXIF orientations from here on swap height and width
+MAX_GAP_BYTES = 65_536  # between the images of a pair; in our own tars a header and padding
+
+
+class ImageKey(NamedTuple):
+    """An image's digest, its bucket, and whether it is mirrored: equal keys give equal latents."""
+
+    digest: str
+    bucket: Bucket
+    is_mirrored: bool = False
+
+
+class Encoder(Protocol):
+    """What encodes: see `LatentEncoder`."""
+
+    def launch(self, images: NDArray[np.uint8]) -> Launched:
+        """Start a pass over images (B, H, W, C; 0..255)."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pair, the bucket of both its images, and the sides that no pair before it in the unit has."""
+
+    row: Row
+    bucket: Bucket
+    new_sides: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[ImageKey, ImageKey]:
+        """What its two images are known by."""
+        return ImageKey(self.row["image_0_sha256"], self.bucket), ImageKey(self.row["image_1_sha256"], self.bucket)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One encoded image."""
+
+    latents_CHW: Tensor
+    time_ids: tuple[int, ...]
+
+
+def plan_pairs(pairs: Iterable[Row], buckets: tuple[Bucket, ...]) -> list[Planned]:
+    """Choose buckets by the sizes in the table, and find what is new in each pair."""
+    seen: set[ImageKey] = set()
+    planned = []
+    for pair in pairs:
+        bucket = choose_bucket(_upright_size(pair, 0), _upright_size(pair, 1), buckets)
+        keys = [ImageKey(pair[f"image_{side}_sha256"], bucket) for side in (0, 1)]
+        new = tuple(side for side in (0, 1) if keys[side] not in seen)
+        seen.update(keys)
+        planned.append(Planned(pair, bucket, new))
+    return planned
+
+
+def _upright_size(pair: Row, side: int) -> tuple[int, int]:
+    size = pair[f"height_{side}"], pair[f"width_{side}"]
+    return size if (pair[f"orientation_{side}"] or 1) < SIDEWAYS else size[::-1]
+
+
+def load(
+    planned: Planned, storage: Storage, effort: Effort, *, flips: bool = False
+) -> list[tuple[ImageKey, Placed | Reason]]:
+    """Read the new images of a pair into their bucket, with `flips` mirrored as well; a reason if one is damaged.
+
+    Raises:
+        ShardCorrupt: Bytes differ from their digest.
+    """
+    if not planned.new_sides:
+        return []
+    with effort.measured("fetch"):
+        files = _read(planned, storage)
+    with effort.measured("decode", time.thread_time):
+        placed = [(planned.keys[side], _placed(data, planned.bucket)) for side, data in files.items()]
+        return placed + [_mirrored(*each) for each in placed] if flips else placed
+
+
+def _placed(data: bytes, bucket: Bucket) -> Placed | Reason:
+    try:
+        return place(open_image(data), bucket)
+    except DAMAGED:
+        return Reason.TRUNCATED_IMAGE
+
+
+def _mirrored(key: ImageKey, image: Placed | Reason) -> tuple[ImageKey, Placed | Reason]:
+    return key._replace(is_mirrored=True), image if isinstance(image, Reason) else mirror(image)
+
+
+def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
+    """Read the files of the new sides and check their digests; in one request if both are needed and lie together."""
+    pair = planned.row
+    places = {side: (pair[f"offset_{side}"], pair[f"length_{side}"]) for side in planned.new_sides}
+    files: dict[int, bytes] = {}
+    if len(places) == 2:
+        start, end = places[0][0], sum(places[1])
+        if 0 <= places[1][0] - sum(places[0]) <= MAX_GAP_BYTES:
+            span = storage.read_range(pair["shard"], start, end - start)
+            files = {side: span[offset - start : offset - start + size] for side, (offset, size) in places.items()}
+    for side, (offset, size) in places.items():
+        digest = pair[f"image_{side}_sha256"]
+        if side not in files or hashlib.sha256(files[side]).hexdigest() != digest:
+            files[side] = storage.read_range(pair["shard"], offset, size, digest)  # tries again; says what is damaged
+    return files
+
+
+class Batches:
+    """Gathers the images of a unit by bucket, and encodes whenever a bucket has a batch.
+
+    One pass runs while the next batch is gathered. Mirrored images have batches of their own, so that the others are
+    in the same ones, and have the same bits, with and without them.
+
+    Args:
+        encoder: Runs the passes.
+        batch_size: Images a pass; shared by all units of an actor.
+        dtype: Of what is kept.
+        effort: Where the device's time is counted.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: BatchSize, dtype: torch.dtype, effort: Effort) -> None:
+        self._encoder, self._batch_size, self._dtype, self._effort = encoder, batch_size, dtype, effort
+        self._waiting: dict[tuple[Bucket, bool], list[tuple[ImageKey, Placed]]] = {}
+        self._running: list[tuple[list[tuple[ImageKey, Placed]], Launched]] = []
+        self._done: dict[ImageKey, Latents | Reason] = {}
+
+    def add(self, key: ImageKey, image: Placed | Reason) -> None:
+        """Take an image, or the reason why there is none."""
+        if isinstance(image, Reason):
+            self._done[key] = image
+            return
+        kind = key.bucket, key.is_mirrored
+        images = self._waiting.setdefault(kind, [])
+        images.append((key, image))
+        if len(images) >= self._batch_size.size:
+            self._encode(self._waiting.pop(kind))
+
+    def finish(self) -> dict[ImageKey, Latents | Reason]:
+        """Encode what is left; the latents of every image, or why there are none."""
+        for images in self._waiting.values():
+            self._encode(images)
+        self._waiting.clear()
+        self._collect()
+        return self._done
+
+    def _encode(self, images: list[tuple[ImageKey, Placed]]) -> None:
+        while images:
+            batch = images[: self._batch_size.size]
+            if self._launch(batch):
+                images = images[len(batch) :]
+
+    def _launch(self, images: list[tuple[ImageKey, Placed]]) -> bool:
+        """Start a pass and take in the one before it; False if there is no memory for so many images."""
+        height, width = images[0][0].bucket
+        launched = self._batch_size.attempt(
+            lambda: self._encoder.launch(np.stack([image.pixels for _, image in images])),
+            len(images),
+            f"encode even one image of {height} x {width} pixels",
+            "lower `encode.resolution`, set `encode.vae_dtype` to bfloat16, or take larger machines",
+        )
+        self._collect()
+        if launched is not None:
+            self._running.append((images, launched))
+        return launched is not None
+
+    def _collect(self) -> None:
+        for images, launched in self._running:
+            encoded_BCHW, seconds = launched.wait()
+            self._effort.add_seconds("encode", seconds)
+            self._effort.num_images += len(images)
+            for (key, image), latents_CHW in zip(images, encoded_BCHW.to(self._dtype), strict=True):
+                if not bool(torch.isfinite(latents_CHW).all()):
+                    self._done[key] = Reason.NON_FINITE
+                    continue
+                # A clone, for a view would hold its whole batch.
+                kept_CHW = latents_CHW.clone(memory_format=torch.contiguous_format)
+                self._done[key] = Latents(kept_CHW, image.time_ids)
+        self._running.clear()

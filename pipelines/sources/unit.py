@@ -1,0 +1,100 @@
+"""Units of work of a source, and the rows that every kind of source turns into.
+
+A unit is a part of one file. Its id is a hash of the file's identity (URI, size, change mark), of the part, and of
+what shapes its shards and rows, so a changed file is new units and an unchanged one is none.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipelines.dataset.status import Reason
+from pipelines.sources.config import SourceConfig
+
+UNIT_VERSION = 2  # raise it when the same source rows would give other shard bytes or other table rows
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, as it was when the run was planned."""
+
+    uri: str
+    size: int
+    change_mark: str  # etag or time of change
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What shapes the shards of a unit beside its source; part of its id."""
+
+    max_shard_bytes: int
+    image_check: Literal["full", "header"]
+
+
+@dataclass(frozen=True)
+class SourceUnit:
+    """A part of one source file: what one worker turns into shards, committed whole."""
+
+    id: str
+    source: SourceConfig
+    file: SourceFile
+    part: tuple[int, int]  # first, one past the last: row groups of parquet, records of JSON, 0 and 1 for a whole tar
+    first_row: int
+    num_rows: int  # source rows; 0 where only reading them tells
+    settings: UnitSettings
+    known: bool = False
+    """Whether the table has rows of this file from an earlier state of it; not part of the id."""
+
+    def to_json(self) -> str:
+        """Return the unit as text, for Ray Data rows."""
+        return json.dumps(asdict(self) | {"source": self.source.model_dump(mode="json")}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "SourceUnit":
+        """Read the unit that `to_json` wrote."""
+        fields = json.loads(text)
+        fields["source"] = SourceConfig.model_validate(fields["source"])
+        fields["file"] = SourceFile(**fields["file"])
+        fields["settings"] = UnitSettings(**fields["settings"])
+        fields["part"] = tuple(fields["part"])
+        return SourceUnit(**fields)
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One pair of a source with one meaning, whatever its format. A `Reason` stands where there is no value."""
+
+    row: int
+    """Of the file, from 0."""
+    prompt: object
+    """Text, or bytes that should be UTF-8; None if there is none."""
+    image_0: bytes | Reason | None
+    image_1: bytes | Reason | None
+    label_0: float | Reason
+    """Probability that image_0 is preferred, 0..1."""
+    user_id: str | None = None
+    split: str | None = None
+    """The source's own: train, validation or test."""
+    pair: int = 0
+    """Which of the row's pairs, where a row ranks several images."""
+
+
+def make_unit(
+    config: SourceConfig,
+    file: SourceFile,
+    settings: UnitSettings,
+    *,
+    part: tuple[int, int],
+    first_row: int,
+    num_rows: int,
+) -> SourceUnit:
+    """Return a unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
+    shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
+    # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
+    shaping += [
+        config.model_dump(mode="json", exclude={"path", "url_timeout_s"}, exclude_defaults=True),
+        asdict(settings),
+    ]
+    identity = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+    return SourceUnit(identity, config, file, part, first_row, num_rows, settings)

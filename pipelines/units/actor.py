@@ -1,0 +1,154 @@
+"""The actor that writes units: several at once, with one thread for the device and batches that shrink.
+
+A stage subclasses `UnitActor` and says what it writes, and with which model; `units.pool` runs it on Ray Data.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import pyarrow as pa
+import torch
+
+from pipelines.dataset.errors import EncodingError, ModelError
+from pipelines.dataset.ipc import from_ipc, to_ipc
+from pipelines.units.attempts import begin
+from pipelines.units.stats import Effort
+
+T = TypeVar("T")
+
+
+class Writer(Protocol):
+    """Turns a unit into a shard; called from several threads at once."""
+
+    def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
+        """Write the shard of a unit; return its table rows, in the order of the unit, and what it cost."""
+
+
+class UnitActor:
+    """A Ray Data actor that is called for several units at once; a subclass says what it writes and with what.
+
+    Args:
+        attempts: From `new_attempts`.
+    """
+
+    way_out: ClassVar[str]
+    """The hint of the error that names a unit on which actors die again and again."""
+
+    def __init__(self, attempts: Any) -> None:
+        self._attempts = attempts
+        self._start = threading.Lock()
+        self._writer: Writer | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Write the one unit of a batch; return its rows and cost as a batch of one row."""
+        (unit,) = batch.to_pylist()
+        rows = from_ipc(unit["rows"])
+        begin(self._attempts, unit["unit_id"], self.describe(rows), self.way_out)
+        with self._start:
+            if self._writer is None:
+                self._writer = self.new_writer()
+        written, effort = self._writer.write(unit["unit_id"], rows)
+        return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(written)], "effort": [effort.to_json()]})
+
+    def describe(self, rows: pa.Table) -> str:
+        """Say what is done with a unit, for an error: `encoding 12 prompts`."""
+        raise NotImplementedError
+
+    def new_writer(self) -> Writer:
+        """Load the model; called with the first unit, where Ray keeps the class of an error."""
+        raise NotImplementedError
+
+
+def check_same_model(planned: str, found: str, model: str) -> None:
+    """Check that this node holds the files that the driver planned with.
+
+    Raises:
+        ModelError: It has other files under the same name, whose numbers must not be mixed in.
+    """
+    if planned != found:
+        raise ModelError(
+            f"this node's {model} has the fingerprint {found}, the driver's has {planned}",
+            "put the same model on every node, or name it by a URL that all of them reach",
+        )
+
+
+def use_threads(num_threads: int) -> None:
+    """Set torch's threads in an actor: Ray allows one for each CPU it gave, and may count CPUs that do not exist."""
+    torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
+
+
+class Device:
+    """The one thread in which an actor computes, unit after unit; measures how long the device was idle."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._thread = ThreadPoolExecutor(1, "device", initializer=lambda: use_threads(num_threads))
+        self._free_since: float | None = None
+
+    @property
+    def name(self) -> str:
+        """`cpu`, or the name of the GPU."""
+        return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+    def run(self, encode: Callable[[], T], effort: Effort) -> T:
+        """Run `encode` when its turn comes; time that it does not count as encoding is idle time."""
+
+        def timed() -> T:
+            started, busy = time.perf_counter(), effort.seconds["encode"]
+            waited = 0.0 if self._free_since is None else started - self._free_since
+            result = encode()
+            self._free_since = time.perf_counter()
+            effort.idle_s += max(0.0, waited + (self._free_since - started) - (effort.seconds["encode"] - busy))
+            effort.device = self.name
+            return result
+
+        return self._thread.submit(timed).result()
+
+
+NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "bad_alloc",
+    "could not create a primitive",  # oneDNN's convolutions, which say no more
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a pass failed because the device, or on a CPU the machine, had no memory for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+class BatchSize:
+    """How many things a pass may hold; halved for good when memory runs out."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def attempt(self, run: Callable[[], T], count: int, one: str, way_out: str) -> T | None:
+        """Run a pass over `count` things; return None if memory ran out and fewer should be tried.
+
+        Args:
+            run: The pass.
+            count: How many things are in it.
+            one: What the pass does with a single thing, such as `embed even one prompt`, for the error.
+            way_out: The hint of the error.
+
+        Raises:
+            EncodingError: There is no memory for a single one.
+        """
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if count == 1:
+                raise EncodingError(f"there is no memory to {one}: {str(error).splitlines()[0]}", way_out) from error
+        # Here the failed pass is forgotten, with what it held.
+        self.size = max(1, min(self.size, count // 2))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None

@@ -1,0 +1,107 @@
+"""Micro-batches, and micro-batches in the making.
+
+Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.dataset.errors import ShardCorrupt
+from training.data.index import PairRecord
+from training.data.tensors import TensorPlace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: pairs of one shape, labels applied, on the CPU, in stored types."""
+
+    records: list[PairRecord]
+    preference_B: Tensor  # float32, 0.5..1: the probability that the chosen image is preferred
+    chosen_BCHW: Tensor
+    rejected_BCHW: Tensor
+    chosen_time_ids_B6: Tensor  # float32: original h, w, crop top, left, target h, w
+    rejected_time_ids_B6: Tensor
+    prompt_embeds_BSD: Tensor
+    pooled_BP: Tensor | None  # an SD 1.5 base has none
+
+
+class _Column:
+    """One tensor of the batch, its memory as a row of bytes for each pair, and which rows are written."""
+
+    def __init__(self, num_pairs: int, part: TensorPlace) -> None:
+        self.kind = (part.dtype, part.shape)
+        self.tensor = torch.empty((num_pairs, *part.shape), dtype=part.dtype)
+        self.rows: NDArray[np.uint8] = self.tensor.reshape(num_pairs, -1).view(torch.uint8).numpy()
+        self.is_written = bytearray(num_pairs)
+
+
+class BatchRows:
+    """A micro-batch in the making: threads write its rows in any order, and each byte is copied once.
+
+    Memory is taken when the first row comes, so that a batch which is only planned has none.
+    """
+
+    def __init__(self, records: Sequence[PairRecord]) -> None:
+        self.records = list(records)
+        self._columns: dict[str, _Column] = {}
+        self._time_ids: list[tuple[list[float], list[float]]] = [([], [])] * len(self.records)
+        self._lock = threading.Lock()
+
+    def write(self, name: str, row: int, data: bytes, part: TensorPlace) -> None:
+        """Copy one tensor out of a safetensors file.
+
+        Raises:
+            ValueError: It is not of the kind that other pairs of the micro-batch have.
+        """
+        column = self._columns.get(name) or self._add(name, part)
+        if column.kind != (part.dtype, part.shape):
+            raise ValueError(f"{name} is {_kind(part.dtype, part.shape)}, {_kind(*column.kind)} in its micro-batch")
+        column.rows[row] = np.frombuffer(data, np.uint8, part.num_bytes, part.start)
+        column.is_written[row] = 1
+
+    def _add(self, name: str, part: TensorPlace) -> _Column:
+        with self._lock:
+            if name not in self._columns:
+                self._columns[name] = _Column(len(self.records), part)
+            return self._columns[name]
+
+    def write_time_ids(self, row: int, chosen: list[float], rejected: list[float]) -> None:
+        """Set the time ids of one pair."""
+        self._time_ids[row] = chosen, rejected
+
+    def _tensor(self, name: str) -> Tensor | None:
+        column = self._columns.get(name)
+        if column is not None and not all(column.is_written):
+            pair = self.records[column.is_written.index(0)]
+            raise ShardCorrupt(
+                f"pair {pair.pair_key} from {pair.origin} lacks {name}, which others of its micro-batch have",
+                "all text embeddings of a fingerprint have the same parts: `mapo data verify` lists what is damaged",
+            )
+        return None if column is None else column.tensor
+
+    def finish(self) -> Batch:
+        """Return the micro-batch, once every row is written.
+
+        Raises:
+            ShardCorrupt: A part is there for some pairs and not for others.
+        """
+        tensors = {name: self._tensor(name) for name in ("chosen_BCHW", "rejected_BCHW", "prompt_embeds_BSD")}
+        chosen, rejected = (torch.tensor(ids, dtype=torch.float32) for ids in zip(*self._time_ids, strict=True))
+        return Batch(
+            records=self.records,
+            preference_B=torch.tensor([record.preference for record in self.records], dtype=torch.float32),
+            chosen_time_ids_B6=chosen,
+            rejected_time_ids_B6=rejected,
+            pooled_BP=self._tensor("pooled_BP"),
+            **tensors,  # type: ignore[arg-type]
+        )
+
+
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

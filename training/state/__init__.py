@@ -1,0 +1,4 @@
+"""What a training keeps: ZeRO fragments, float32 masters, the moving average, checkpoints, the parent of a round.
+
+May import the configuration and `pipelines.dataset`.
+"""

@@ -1,0 +1,271 @@
+"""The sharded state of a DeepSpeed ZeRO engine, as named fragments of parameters.
+
+Whatever the stage and the world size, a rank owns contiguous parts of flattened parameters: a *fragment* is
+`[start, start + numel)` of one. Named so, what one set of ranks wrote another set can read: fragments of all ranks
+tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its Universal Checkpoint is an
+offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.state import eight_bit
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
+SCALE = "{}_scale"
+"""Kind of the magnitudes of an 8-bit moment, by blocks of a rank's flat partition: of use to as many ranks alone."""
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler remembers."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A part of one trained parameter: `numel` elements from `start`, of a parameter of this shape."""
+
+    name: str
+    start: int
+    numel: int
+    shape: tuple[int, ...]
+
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Kind -> name of the parameter -> this rank's fragment."""
+
+
+class ZeroState:
+    """This rank's fragments of float32 weights and AdamW moments.
+
+    Args:
+        engine: DeepSpeed's engine, around the UNet.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
+        self.stage = int(engine.zero_optimization_stage())
+        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._is_eight_bit = eight_bit.is_eight_bit(self._zero.optimizer)
+        trained = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
+        owned = [(self._fragment(name, weight), weight) for name, weight in trained]
+        self._owned = [(fragment, weight) for fragment, weight in owned if fragment.numel]
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns, in the order of the parameters."""
+        return [fragment for fragment, _ in self._owned]
+
+    def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
+        """Yield the fragments of one of KINDS: float32 vectors, the engine's own memory unless on NVMe or of 8 bits."""
+        if kind in MOMENTS and not self.num_steps():
+            self._create_moments(0)  # AdamW makes them at its first step; fp16 may have left out all so far
+        flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
+        for group, owned in self._by_partition():
+            with self._in_memory(group) as is_lent:
+                found = []
+                for fragment, weight in owned:
+                    view = self._view(weight, kind) if flats is None else self._cut(flats, weight)
+                    view = view.detach()[: fragment.numel]
+                    found.append((fragment, view.clone() if is_lent else view))
+            yield from found
+
+    def model_views(self) -> Iterator[tuple[Fragment, Tensor]]:
+        """Yield what the forward pass computes with, by fragment: vectors in the engine's type, of its own memory."""
+        for fragment, weight in self._owned:
+            flat = weight.ds_tensor if self.stage == 3 else weight.detach().flatten()[fragment.start :]
+            yield fragment, flat[: fragment.numel]
+
+    def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
+        """Yield the magnitudes of 8-bit moments by kind; none of others."""
+        for kind in MOMENTS if self._is_eight_bit else ():
+            for i, flat in enumerate(self._flat_partitions()):
+                found = eight_bit.magnitudes(self._zero.optimizer.state[flat], kind)
+                if found is not None:
+                    yield SCALE.format(kind), self._scale_fragment(i, found.numel()), found
+
+    def wanted_scales(self) -> list[tuple[str, Fragment]]:
+        """Return what `scales` will give, before there are any states."""
+        self._create_moments(0)
+        return [(kind, fragment) for kind, fragment, _ in self.scales()]
+
+    def num_steps(self) -> int:
+        """Return the steps that AdamW has counted for its bias correction, without skipped ones."""
+        states = [state for state in self._zero.optimizer.state.values() if "step" in state]
+        return int(states[0]["step"]) if states else 0
+
+    def loss_scale(self) -> dict[str, float]:
+        """Return the state of the dynamic loss scale; only `cur_scale` where it is fixed."""
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
+
+    def load(self, tensors: Tensors, *, num_steps: int, loss_scale: Mapping[str, float]) -> None:
+        """Take this rank's fragments and give every rank the weights that they make; collective.
+
+        Args:
+            tensors: For each of KINDS, the fragments of `fragments`; those of `wanted_scales` too, if the checkpoint
+                is of as many ranks.
+            num_steps: From `num_steps`.
+            loss_scale: From `loss_scale`.
+        """
+        self._create_moments(num_steps)
+        by_bits = MOMENTS if self._is_eight_bit else ()
+        for kind in by_bits:
+            self._pack(kind, tensors)
+        self._write(tensors, [kind for kind in KINDS if kind not in by_bits])
+        for name, value in loss_scale.items():
+            setattr(self._zero.loss_scaler, name, value)
+        self._publish_weights()
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take this rank's fragments of the weights alone, before the first step; collective.
+
+        Args:
+            weights: By the names of `fragments`.
+        """
+        self._create_moments(0)
+        self._write({WEIGHT: weights}, [WEIGHT])
+        self._publish_weights()
+
+    def exchange_weights(self, others: Mapping[Fragment, Tensor]) -> None:
+        """Let weights and `others` change places, and give every rank the weights that come of it; collective.
+
+        Bit for bit: a second call brings everything back.
+
+        Args:
+            others: A float32 vector for each of `fragments`; takes the weights in place.
+        """
+        with torch.no_grad():
+            for group, owned in self._by_partition():
+                with self._in_memory(group, is_written=True):
+                    for fragment, weight in owned:
+                        kept = self._view(weight, WEIGHT).detach()[: fragment.numel].to(others[fragment], copy=True)
+                        self._set(weight, WEIGHT, others[fragment])
+                        others[fragment].copy_(kept)
+        self._publish_weights()
+
+    # 8-bit states
+
+    def _scale_fragment(self, group: int, numel: int) -> Fragment:
+        return Fragment(f"partition {group}", self._rank * numel, numel, (self._world_size * numel,))
+
+    def _unpacked(self, kind: str) -> list[Tensor]:
+        return [eight_bit.unpack(self._zero.optimizer.state[flat], kind) for flat in self._flat_partitions()]
+
+    def _cut(self, flats: list[Tensor], weight: Any) -> Tensor:
+        group, start, numel = self._place(weight)
+        return flats[group].narrow(0, start, numel)
+
+    def _pack(self, kind: str, tensors: Tensors) -> None:
+        partitions = self._flat_partitions()
+        moments = [torch.zeros(flat.numel()) for flat in partitions]
+        for fragment, weight in self._owned:
+            self._cut(moments, weight)[: fragment.numel].copy_(tensors[kind][fragment.name])
+        for i, (flat, moment) in enumerate(zip(partitions, moments, strict=True)):
+            scales = tensors.get(SCALE.format(kind), {}).get(f"partition {i}")
+            eight_bit.pack(self._zero.optimizer.state[flat], kind, moment, scales)
+
+    # Below here is what the stages do differently.
+
+    def _fragment(self, name: str, weight: Any) -> Fragment:
+        if self.stage == 3:
+            shape, share = tuple(weight.ds_shape), weight.ds_tensor.numel()  # the last rank's share has padding
+            start = min(share * self._rank, weight.ds_numel)
+            return Fragment(name, start, min(share, weight.ds_numel - start), shape)
+        shape = tuple(weight.shape)
+        if weight._hp_mapping is None:
+            return Fragment(name, 0, 0, shape)
+        address = weight._hp_mapping.lp_fragment_address
+        return Fragment(name, int(address.start), int(address.numel), shape)
+
+    def _place(self, weight: Any) -> tuple[int, int, int]:
+        """Return where this rank's part of a weight lies: which flat partition, from where, how many elements."""
+        if self.stage == 3:
+            group, start, numel = self._zero.grad_position[self._zero.get_param_id(weight)]
+            return int(group), int(start), int(numel)
+        address = weight._hp_mapping.get_hp_fragment_address()
+        return int(weight._hp_mapping.param_group_index), int(address.start), int(address.numel)
+
+    def _view(self, weight: Any, kind: str) -> Tensor:
+        if self.stage < 3 and kind == WEIGHT:
+            fragment: Tensor = weight._hp_mapping.hp_fragment
+            return fragment
+        group, start, numel = self._place(weight)
+        flat: Tensor = self._flat_partitions()[group]
+        values: Tensor = flat if kind == WEIGHT else self._zero.optimizer.state[flat][kind]
+        return values.narrow(0, start, numel)
+
+    def _write(self, tensors: Tensors, kinds: list[str]) -> None:
+        for group, owned in self._by_partition():
+            with self._in_memory(group, is_written=True):
+                for kind, (fragment, weight) in itertools.product(kinds, owned):
+                    self._set(weight, kind, tensors[kind][fragment.name])
+
+    def _set(self, weight: Any, kind: str, value: Tensor) -> None:
+        view = self._view(weight, kind).detach()
+        view[: value.numel()].copy_(value)
+        view[value.numel() :].zero_()  # the padding of stage 3's last rank
+
+    def _by_partition(self) -> Iterator[tuple[int, list[tuple[Fragment, Any]]]]:
+        """Group what this rank owns by stage 3's flat partition; one group in stages that keep everything in memory."""
+        groups = itertools.groupby(self._owned, lambda each: self._place(each[1])[0] if self.stage == 3 else 0)
+        return ((group, list(owned)) for group, owned in groups)
+
+    @contextlib.contextmanager
+    def _in_memory(self, group: int, *, is_written: bool = False) -> Iterator[bool]:
+        """While it is entered, a flat partition and its states, which may lie on NVMe; whether their memory is lent."""
+        from deepspeed.accelerator import get_accelerator  # here: `mapo status` reads checkpoints without DeepSpeed
+
+        zero = self._zero
+        if self.stage == 3 and not get_accelerator().resolves_data_dependency():
+            zero.reduce_and_partition_stream.synchronize()
+        if self.stage < 3 or not zero._swappable_optimizer_subgroup(group):
+            yield False
+            return
+        zero._optimizer_states_and_gradient_swap_in(group)
+        yield True
+        if is_written:
+            zero._optimizer_states_and_gradient_swap_out(group)
+        else:
+            zero._release_swap_buffers(group)
+
+    def _flat_partitions(self) -> list[Any]:
+        if self.stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 that adds up in float32
+            return list(self._zero.fp32_groups_flat_partition)
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _create_moments(self, num_steps: int) -> None:
+        """Give AdamW the states that it makes at its first step; what there is stays, but for the count of steps."""
+        optimizer = self._zero.optimizer
+        if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
+            self._zero._set_fp32_optimizer_param_groups()
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for group, flat in enumerate(self._flat_partitions()):
+            if self._is_eight_bit:
+                eight_bit.create(optimizer, flat, num_steps)
+                continue
+            with self._in_memory(group, is_written=True):
+                state = optimizer.state[flat]
+                for kind in MOMENTS:
+                    if kind not in state and flat.numel():
+                        state[kind] = torch.zeros_like(flat)
+                state["step"] = torch.tensor(float(num_steps), device=flat.device if on_device else "cpu")
+        if self.stage == 3:
+            self._zero._clear_fp32_optimizer_param_groups()
+
+    def _publish_weights(self) -> None:
+        if self.stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero._partition_all_parameters()
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            with self._in_memory(group):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero._post_step([])

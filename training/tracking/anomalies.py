@@ -1,0 +1,165 @@
+"""What a run does when its numbers go wrong: a warning, or an end that says why."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.dataset.errors import TrainingError
+from training.config import TroubleConfig
+
+Metrics = Mapping[str, float]
+CHANCE_DEVIATIONS = 2.0  # an accuracy farther from 0.5 than this many standard deviations is no chance (95 %)
+FINITE = ("loss", "mse_chosen", "mse_rejected")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One thing that went wrong."""
+
+    action: Literal["stop", "warn", "ignore"]
+    message: str
+    hint: str
+
+
+class Watch:
+    """Looks at each step's numbers.
+
+    Its state is a function of the steps it has seen, so a resumed run judges as one that was never interrupted; and
+    the numbers are the same on every rank, so all ranks stop together.
+
+    Args:
+        config: What to do about each kind of trouble.
+        history_steps: The metrics of the steps so far.
+        learns_preference: False for a method that never looks at the rejected image (sft): its accuracy may stay at
+            chance, which is no trouble.
+    """
+
+    def __init__(
+        self, config: TroubleConfig, history_steps: Iterable[Metrics] = (), *, learns_preference: bool = True
+    ) -> None:
+        self._config = config
+        self._explosion = _Explosion(config)
+        self._preference = _Preference(config) if learns_preference else None
+        self._skipping = _Skipping(config)
+        for metrics in history_steps:
+            list(self._troubles(metrics))
+
+    def see(self, metrics: Metrics) -> list[str]:
+        """Look at one more step; return what to warn of.
+
+        Args:
+            metrics: As `means_of` gives them over the global batch, with `step`, `learning_rate` and `skipped_steps`.
+
+        Raises:
+            TrainingError: For trouble whose action is to stop.
+        """
+        _check_finite(metrics)
+        found = [trouble for trouble in self._troubles(metrics) if trouble.action != "ignore"]
+        for trouble in found:
+            if trouble.action == "stop":
+                raise TrainingError(trouble.message, trouble.hint)
+        return [f"{trouble.message} (hint: {trouble.hint})" for trouble in found]
+
+    def _troubles(self, metrics: Metrics) -> Iterator[Trouble]:
+        for part in (self._explosion, self._preference, self._skipping):
+            if part is not None and (trouble := part.see(metrics)) is not None:
+                yield trouble
+
+
+def _check_finite(metrics: Metrics) -> None:
+    wrong = [name for name in FINITE if not math.isfinite(metrics[name])]
+    if wrong:
+        raise TrainingError(
+            f"the {'loss' if 'loss' in wrong else 'error'} of step {metrics['step']:.0f} is {metrics[wrong[0]]} "
+            f"(chosen error {metrics['mse_chosen']:.4g}, rejected {metrics['mse_rejected']:.4g}, "
+            f"learning rate {metrics.get('learning_rate', math.nan):.3g})",
+            "lower `train.learning_rate`, or set `train.precision: fp32` to see whether the precision is the cause",
+        )
+
+
+class _Explosion:
+    """The mean chosen error of the newest window against that of the first; said again after another window."""
+
+    def __init__(self, config: TroubleConfig) -> None:
+        self._config = config
+        self._newest: deque[float] = deque(maxlen=config.window)
+        self._first: float | None = None
+        self._quiet = 0
+
+    def see(self, metrics: Metrics) -> Trouble | None:
+        window, ratio = self._config.window, self._config.max_error_ratio
+        self._newest.append(metrics["mse_chosen"])
+        self._quiet = max(0, self._quiet - 1)
+        if len(self._newest) < window:
+            return None
+        newest = sum(self._newest) / window
+        if self._first is None:
+            self._first = newest
+        if newest <= ratio * self._first or self._quiet:
+            return None
+        self._quiet = window
+        return Trouble(
+            self._config.error_explosion,
+            f"the chosen error of the {window} steps up to step {metrics['step']:.0f} is {newest:.4g} on average, "
+            f"{newest / self._first:.1f} times that of the first {window} ({self._first:.4g}; limit {ratio:g} times)",
+            "lower `train.learning_rate`, or choose a loss that holds the chosen error down (mapo_paper with a larger "
+            "beta); raise `train.trouble.max_error_ratio` to accept it",
+        )
+
+
+class _Preference:
+    """Whether `patience` steps in a row tell the accuracy from chance; said again after as many.
+
+    Looked at is what the method raises: `reward_accuracy` where there is a reference, else `implicit_accuracy`. With n
+    pairs that are no ties, chance gives 0.5 +- 0.5 / sqrt(n). Ties count for nothing: all ties, no verdict.
+    """
+
+    def __init__(self, config: TroubleConfig) -> None:
+        self._config = config
+        self._counts: deque[tuple[float, float]] = deque(maxlen=config.patience)
+
+    def see(self, metrics: Metrics) -> Trouble | None:
+        name = "reward_accuracy" if "reward_accuracy" in metrics else "implicit_accuracy"
+        all_pairs, ties = metrics["num_pairs"], metrics.get("num_ties", 0.0)
+        self._counts.append((all_pairs - ties, metrics[name] * all_pairs - 0.5 * ties))
+        pairs, right = (sum(column) for column in zip(*self._counts, strict=True))
+        if len(self._counts) < self._config.patience or not pairs:
+            return None
+        by_chance = CHANCE_DEVIATIONS * 0.5 / math.sqrt(pairs)
+        if abs(right / pairs - 0.5) > by_chance:
+            return None
+        self._counts.clear()
+        return Trouble(
+            self._config.no_preference,
+            f"over the {self._config.patience} steps up to step {metrics['step']:.0f} the {name.replace('_', ' ')} is "
+            f"{right / pairs:.4f}: {pairs:.0f} pairs without a preference would give 0.5 ± {by_chance:.4f}",
+            "raise `train.learning_rate`, and look at the labels (`mapo data show`): noise there looks the same; raise "
+            "`train.trouble.patience` to wait longer",
+        )
+
+
+class _Skipping:
+    """Steps in a row that the engine left out because a gradient was not finite; said again after another window."""
+
+    def __init__(self, config: TroubleConfig) -> None:
+        self._config = config
+        self._in_a_row = 0
+        self._so_far = 0.0
+
+    def see(self, metrics: Metrics) -> Trouble | None:
+        before, self._so_far = self._so_far, metrics.get("skipped_steps", 0.0)
+        if self._so_far < before:
+            before = 0.0  # counted since the workers' start, and they have started again
+        self._in_a_row = self._in_a_row + 1 if self._so_far > before else 0
+        window = self._config.window
+        if not self._in_a_row or self._in_a_row % window:
+            return None
+        return Trouble(
+            self._config.skipped_steps,
+            f"the gradient was not finite for {self._in_a_row} steps in a row up to step {metrics['step']:.0f}: no "
+            f"weight has changed since, whatever the loss scale (learning rate "
+            f"{metrics.get('learning_rate', math.nan):.3g})",
+            "set `train.precision: bf16`, which needs no loss scale, or lower `train.learning_rate`",
+        )
