@@ -9,6 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipelines.dataset.secrets import redact, write_line
+
 LOG_EVERY_S = 15.0
 
 
@@ -82,7 +84,7 @@ class ProgressBar:
         elif now - self._logged >= LOG_EVERY_S:
             self._logged = now
             line = f"{self._stage}: {self._done:,} of {self._total:,} {self._unit}{self._pace(now)}{self._volume(now)}"
-            sys.stderr.write(f"{line}\n")
+            write_line(line)
 
     def expect(self, count: int) -> None:
         """Raise the total by what has come."""
@@ -96,9 +98,9 @@ class ProgressBar:
         if line is None:
             return
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(redact(line), file=sys.stderr)
         else:
-            sys.stderr.write(f"{line}\n")
+            write_line(line)
 
     def _pace(self, now: float) -> str:
         counted = self._done - self._done_at_start

@@ -22,19 +22,19 @@ class Demand:
 
     Args:
         resource: What it computes on; it asks for one.
-        beside: What the same node must have as well: custom resources, `CPU`, or `memory` in bytes.
+        also: What the same node must have as well: custom resources, `CPU`, or `memory` in bytes.
     """
 
     resource: Literal["CPU", "GPU"]
-    beside: Mapping[str, float] = field(default_factory=dict)
+    also: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return " and ".join([f"a {self.resource}", *(name for name in self.beside if name not in ("CPU", "memory"))])
+        return " and ".join([f"a {self.resource}", *(name for name in self.also if name not in ("CPU", "memory"))])
 
     @property
     def needed(self) -> dict[str, float]:
         """All of it by Ray's names."""
-        return {self.resource: 1.0, **self.beside}
+        return {self.resource: 1.0, **self.also}
 
     def has_node(self) -> bool:
         """Return whether a living node has all of it, used or not."""
@@ -57,7 +57,7 @@ class Demand:
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         found: RayOptions = {"num_cpus": 0, "num_gpus": 0}
         found |= {names[name]: amount for name, amount in self.needed.items() if name in names}
-        return found | {"resources": {name: amount for name, amount in self.beside.items() if name not in names}}
+        return found | {"resources": {name: amount for name, amount in self.also.items() if name not in names}}
 
 
 def nodes() -> list[dict[str, float]]:

@@ -40,7 +40,7 @@ def test_a_training_has_the_key_of_before_unless_its_arithmetic_changed() -> Non
 
 def test_every_training_of_before_is_found_under_its_key_with_its_settings() -> None:
     for name, spec in specs().items():
-        before = spec.as_before()
+        before = spec.as_legacy()
         assert before.key == RECORDED["train"][name], name
         assert not before.starts_from_float32
         assert before.config.ema is None or not before.config.ema.warmup
@@ -57,4 +57,4 @@ def test_a_key_that_is_added_later_changes_no_key_at_its_default() -> None:
             config = TrainConfig.model_validate({"precision": "fp32", name: value})
             changed = TrainSpec("/storage", "run", None, "e" * 16, 7, config, spec.snapshot)  # type: ignore[arg-type]
             assert (changed.key == spec.key) is is_same, name
-    assert replace(changed, is_predicted_by_file=True).key == spec.key, "the scheduler file says the same"
+    assert replace(changed, is_prediction_type_stated=True).key == spec.key, "the scheduler file says the same"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.dataset.errors import ModelError, ShardCorrupt, TrainingError
-from pipelines.dataset.model_files import IGNORED, MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
+from pipelines.dataset.model_fetch import IGNORED
+from pipelines.dataset.model_files import MODEL_INDEX, ModelSource, read_config, read_model_index, weight_files
 from pipelines.dataset.storage import Storage
 from training.config import ExportConfig, LoraConfig
 from training.state.checkpoint_format import Reader, list_checkpoints, read_parameters
@@ -45,7 +46,7 @@ def export_model(
     card: str,
     config: ExportConfig | None = None,
     lora: LoraConfig | None = None,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
     prediction_type: str | None = None,
 ) -> None:
     """Write the base pipeline with the trained UNet to the folder `target` of the storage.
@@ -62,7 +63,7 @@ def export_model(
         card: The model card, Markdown.
         config: What to write; the whole pipeline, of the average if there is one, by default.
         lora: The adapters that were trained; None if it was the whole UNet.
-        beside: More files of the folder, by name.
+        extra_files: More files of the folder, by name.
         prediction_type: What the UNet predicts, where the base's scheduler file is wrong: that one key is corrected.
 
     Raises:
@@ -80,7 +81,7 @@ def export_model(
             correct_schedule(exported / SCHEDULER_FILE, prediction_type)
         _save_unet(source, weights, lora, exported)
         (exported / "README.md").write_text(card)
-        for name, data in (beside or {}).items():
+        for name, data in (extra_files or {}).items():
             (exported / name).write_bytes(data)
         _replace(storage, target, exported, last=marker(config))
         if config.push_to_hub is not None:

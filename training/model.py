@@ -13,7 +13,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from pipelines.dataset.base_model import OTHER_CONFIG, LatentSpace, check_denoiser
+from pipelines.dataset.base_config import OTHER_CONFIG
+from pipelines.dataset.base_latents import LatentSpace
+from pipelines.dataset.base_model import check_denoiser
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig

@@ -104,10 +104,10 @@ class TrainSpec:
         snapshot: Pinned tables.
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
-        beside: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and training
-            starts from them; from `training.state.float32_base`.
-        is_predicted_by_file: Whether the scheduler file says the same as `train.prediction_type`, which then changes
-            nothing: it is what lets a base train that looks distilled.
+        float32_digest: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and
+            training starts from them; from `training.state.float32_base`.
+        is_prediction_type_stated: Whether the scheduler file says the same as `train.prediction_type`, which then
+            changes nothing: it is what lets a base train that looks distilled.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
             ones, or at those rounded to 16 bits, as versions before December 2026 did.
     """
@@ -121,8 +121,8 @@ class TrainSpec:
     snapshot: Snapshot
     round: int = 1
     parent: Parent | None = None
-    beside: str | None = None
-    is_predicted_by_file: bool = False
+    float32_digest: str | None = None
+    is_prediction_type_stated: bool = False
     masters: Literal["float32", "rounded"] = "float32"
 
     @property
@@ -139,7 +139,7 @@ class TrainSpec:
     def key(self) -> str:
         """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
         shaping = {
-            "config": _shaping_config(self.config, ("prediction_type",) if self.is_predicted_by_file else ()),
+            "config": _shaping_config(self.config, ("prediction_type",) if self.is_prediction_type_stated else ()),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
             "seed": self.seed,
             "base": self.base_digest,
@@ -148,7 +148,7 @@ class TrainSpec:
         if self.parent is not None:
             shaping["parent"] = self.parent.identity
         if self.starts_from_float32:
-            shaping["masters"] = self.masters if self.beside is None else f"{self.masters} {self.beside}"
+            shaping["masters"] = " ".join(filter(None, (self.masters, self.float32_digest)))
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -159,7 +159,7 @@ class TrainSpec:
     @property
     def unet_source(self) -> ModelSource:
         """Where the UNet is read from: the base as it is configured, or its float32 weights beside those."""
-        if self.beside is None or not self.starts_from_float32:
+        if self.float32_digest is None or not self.starts_from_float32:
             return self.base
         return ModelSource(str(self.base.folder()), self.base.vae)
 
@@ -168,7 +168,7 @@ class TrainSpec:
         """Whether all weights of the base are trained in 16 bits, from the base itself."""
         return self.config.precision != "fp32" and self.config.lora is None and self.parent is None
 
-    def as_before(self) -> "TrainSpec":
+    def as_legacy(self) -> "TrainSpec":
         """Return this training as versions before December 2026 did it, under the key that it had there.
 
         Their 16-bit trainings started from rounded weights, an average had no warm-up, and `learning_rate` was 1e-7

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestration.driver.looks import Looks
 from orchestration.run.context import Run
-from orchestration.stages.base_check import BaseLook, look_at_base
+from orchestration.stages.base_check import BaseCheck, run_base_check
 from orchestration.stages.registry import Stage
 from orchestration.stages.stage import Look, StageState
 from pipelines.dataset.errors import MapoError
@@ -78,7 +78,7 @@ def plan_stages(run: Run, stages: Sequence[Stage], looks: Looks) -> list[StagePl
         looks: The looks of this command; those that are made here are kept for the work.
     """
     plans: list[StagePlan] = []
-    base = functools.cache(lambda: look_at_base(run))
+    base = functools.cache(lambda: run_base_check(run))
     before: str | None = None  # the last stage that has work
     rows = 0  # that ingest would add at most
     for stage in stages:
@@ -92,7 +92,7 @@ def plan_stages(run: Run, stages: Sequence[Stage], looks: Looks) -> list[StagePl
 
 
 def _plan(
-    run: Run, stage: Stage, before: str | None, rows: int, looks: Looks, base: Callable[[], BaseLook]
+    run: Run, stage: Stage, before: str | None, rows: int, looks: Looks, base: Callable[[], BaseCheck]
 ) -> StagePlan:
     """Plan one stage; `before` is the last stage before it that has work, and `rows` is what ingest would add."""
     if not is_set(run, stage):

@@ -11,7 +11,7 @@ from orchestration.config import RunConfig, load_config
 from orchestration.run.context import Say
 from orchestration.run.job_id import JOB_VARIABLE
 from pipelines.dataset.errors import ConfigError
-from pipelines.dataset.model_files import HUB_ID
+from pipelines.dataset.model_fetch import HUB_ID
 
 NODE_LOCAL = ("train.cache_dir", "train.offload_path")
 """Folders on each node's own disk."""

@@ -1,9 +1,9 @@
-"""What the user is shown: the only place that writes to stdout or stderr, with every secret masked."""
+"""What commands show the user, with every secret masked."""
 
 import sys
 from typing import TextIO
 
-from pipelines.dataset.secrets import redact
+from pipelines.dataset.secrets import redact, write_line
 
 
 def say(line: str) -> None:
@@ -13,7 +13,7 @@ def say(line: str) -> None:
 
 def note(line: str) -> None:
     """Show the user a line beside a command's output, on stderr."""
-    write(f"{line}\n", sys.stderr)
+    write_line(line)
 
 
 def write(text: str, stream: TextIO | None = None) -> None:

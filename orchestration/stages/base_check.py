@@ -11,7 +11,7 @@ NOT_FETCHED = "the base model is not on this machine yet; it is checked once it 
 
 
 @dataclass(frozen=True)
-class BaseLook:
+class BaseCheck:
     """What is to be said of a base model: why it is refused, or remarks on it."""
 
     refusal: MapoError | None = None
@@ -56,14 +56,14 @@ def check_training(run: Run) -> None:
         check_next_round(run)
 
 
-def look_at_base(run: Run) -> BaseLook:
+def run_base_check(run: Run) -> BaseCheck:
     """Check the base model for a plan, which fetches nothing."""
     encode = run.config.encode
     if encode is None:
-        return BaseLook()
+        return BaseCheck()
     try:
         if not encode.source.is_fetched():
-            return BaseLook(remarks=(NOT_FETCHED,))
-        return BaseLook(remarks=tuple(check_base_model(run.config)))
+            return BaseCheck(remarks=(NOT_FETCHED,))
+        return BaseCheck(remarks=tuple(check_base_model(run.config)))
     except MapoError as error:
-        return BaseLook(error)
+        return BaseCheck(error)

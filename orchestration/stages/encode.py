@@ -64,8 +64,8 @@ def versions(run: Run, version: int, prints: tuple[str, str]) -> list[Any]:
     """Return which version of the pairs was encoded, under which fingerprints, and the versions of their tables."""
     latents, text = prints
     tables = latents_table(run.storage, latents), text_table(run.storage, text)
-    beside = [EMPTY_PROMPT_ID] if run.config.wants_empty_prompt else []
-    return [version, latents, text, *(table.version for table in tables), *beside]
+    empty_prompt = [EMPTY_PROMPT_ID] if run.config.wants_empty_prompt else []
+    return [version, latents, text, *(table.version for table in tables), *empty_prompt]
 
 
 def _encode(run: Run, version: int, prints: tuple[str, str]) -> Outcome:

@@ -68,7 +68,7 @@ def _export(run: Run, trained: StageRecord, checkpoint: str, kind: str, weights:
         card=model_card(run.config, trained, checkpoint, lineage["rounds"], weights=kind, latents=latents),
         config=run.config.export,
         lora=trained_with(run.config, trained).lora,
-        beside={LINEAGE: json.dumps(lineage, indent=1).encode()},
+        extra_files={LINEAGE: json.dumps(lineage, indent=1).encode()},
         prediction_type=trained_with(run.config, trained).prediction_type,
     )
     forget_old_rounds(run)

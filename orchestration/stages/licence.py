@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.dataset.model_files import CARD, ModelSource
+from pipelines.dataset.model_fetch import CARD
+from pipelines.dataset.model_files import ModelSource
 
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 KEYS = ("license", "license_name", "license_link")

@@ -10,7 +10,8 @@ import yaml
 from orchestration.config import RunConfig
 from orchestration.run.journal import StageRecord
 from orchestration.stages.licence import licence_of
-from pipelines.dataset.model_files import HUB_ID, read_family
+from pipelines.dataset.model_fetch import HUB_ID
+from pipelines.dataset.model_files import read_family
 from pipelines.encode.geometry import bucket_list
 from training.config import TrainConfig
 from training.methods import METHODS

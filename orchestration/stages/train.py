@@ -50,7 +50,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     from orchestration.rounds.series import check_parent, next_round
     from pipelines.encode.plan import with_absolute_paths
     from training.spec import TrainSpec, base_digest, stated_prediction
-    from training.state.float32_base import float32_beside
+    from training.state.float32_base import float32_weights_digest
 
     config = run.config
     if config.encode is None or config.train is None:
@@ -73,10 +73,10 @@ def train_spec(run: Run) -> TrainSpec | None:
         snapshot=pinned,
         round=following.number,
         parent=following.parent,
-        is_predicted_by_file=config.train.prediction_type == stated_prediction(base),
+        is_prediction_type_stated=config.train.prediction_type == stated_prediction(base),
     )
     if spec.is_whole_in_16_bits:
-        spec = replace(spec, beside=float32_beside(base))
+        spec = replace(spec, float32_digest=float32_weights_digest(base))
     spec = as_begun(run, spec)
     check_parent(spec)
     return spec
@@ -114,16 +114,16 @@ def as_begun(run: Run, spec: TrainSpec) -> TrainSpec:
 
     It is up to date where it has finished, and resumes where it has not, with the arithmetic that it began with.
     """
-    from training.state.checkpoint_format import committed
+    from training.state.checkpoint_format import list_checkpoints
 
-    before, record = spec.as_before(), run.journal.record("train")
+    before, record = spec.as_legacy(), run.journal.record("train")
     recorded = None if record is None else record.key
     if spec.key in (before.key, recorded):
         return spec
     if recorded == before.key:
         return before
-    is_begun_anew = committed(run.storage, spec.checkpoints)
-    return before if not is_begun_anew and committed(run.storage, before.checkpoints) else spec
+    is_begun_anew = list_checkpoints(run.storage, spec.checkpoints)
+    return before if not is_begun_anew and list_checkpoints(run.storage, before.checkpoints) else spec
 
 
 def _train(run: Run, spec: TrainSpec) -> Outcome:
@@ -197,11 +197,11 @@ def estimate(run: Run, rows: int) -> Mapping[str, int]:
 
 
 def _amount(run: Run, spec: TrainSpec | None) -> Mapping[str, int]:
-    from training.state.checkpoint_format import committed
+    from training.state.checkpoint_format import list_checkpoints
 
     config = run.config.train
     assert config
-    manifests = [] if spec is None else committed(run.storage, spec.checkpoints)
+    manifests = [] if spec is None else list_checkpoints(run.storage, spec.checkpoints)
     steps = max(0, config.max_steps - (manifests[-1].step if manifests else 0))
     work = {"steps": steps, "of_steps": config.max_steps, "pairs": steps * config.global_batch_size}
     return work | {"workers": config.worker_range[0]}

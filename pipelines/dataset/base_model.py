@@ -4,78 +4,24 @@ A base of another kind than its class says would train to the end and be spoilt,
 encoding. Reads configuration files and the headers of weights; needs neither ray nor torch.
 """
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from pipelines.dataset.base_config import UNET_CLASS, VAE_CLASS
+from pipelines.dataset.base_latents import LatentSpace, check_vae_weights, latent_space
 from pipelines.dataset.base_schedule import check_schedule, schedule_note, short_name
 from pipelines.dataset.base_text import check_text
+from pipelines.dataset.base_unet import check_text_width, check_unet, check_unet_weights
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import (
     CHOOSE_A_BASE,
     FAMILIES,
-    SDXL,
     Family,
     ModelSource,
     read_config,
     read_model_index,
-    weight_files,
 )
-from pipelines.dataset.safetensors_header import tensor_shapes, tensor_types
-from pipelines.dataset.values import JsonObject
-
-UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
-SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations that do not say
-NUM_TIME_IDS, NUM_REFINER_TIME_IDS = 6, 5
-OTHER_INPUTS = (
-    ("an inpainting UNet", 2, 1),
-    ("a UNet that edits images, as InstructPix2Pix", 2, 0),
-    ("a UNet that is told the depth", 1, 1),
-    ("an upscaler's UNet", 1, 3),
-)
-"""UNets that take more than noisy latents: how often the channels of latents, and how many more."""
-NOT_GIVEN = {
-    "time_cond_proj_dim": "a guidance scale, as a latent consistency model (LCM)",
-    "class_embed_type": "class labels",
-    "num_class_embeds": "class labels",
-    "encoder_hid_dim": "another encoder's states",
-    "encoder_hid_dim_type": "another encoder's states",
-    "guidance_embeds": "a guidance scale",
-}
-"""Keys of a UNet's configuration that make it expect what training does not give."""
-NOT_GIVEN_WEIGHTS = {
-    "time_embedding.cond_proj.": "time_cond_proj_dim",
-    "class_embedding.": "class_embed_type",
-    "encoder_hid_proj.": "encoder_hid_dim",
-}
-"""Beginnings of the names of the weights that go with such a key."""
-TYPES = {"F32", "F16", "BF16"}
-"""What weights may be stored as: others are quantized."""
-WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
-
-OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
-ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """What the latents of a VAE are, and how the UNet has them.
-
-    Args:
-        channels: C.
-        factor: Pixels of a side to one of the latents.
-        scaling_factor: The UNet's latents are the VAE's times this.
-        mean: For each channel, taken off before; None for most VAEs.
-        std: For each channel, divided by after; there if `mean` is.
-    """
-
-    channels: int
-    factor: int
-    scaling_factor: float
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +69,8 @@ def check_base(source: ModelSource, *, prediction_type: str | None = None) -> Ba
     facts = check_denoiser(source, prediction_type=prediction_type)
     unet = read_config(folder / "unet" / "config.json")
     widths = check_text(folder, index, facts.family, model=source.model, variant=source.variant)
-    _check_text_width(unet, widths, facts.family, source.model)
-    _check_vae_weights(source, facts.latents)
+    check_text_width(unet, widths, facts.family, source.model)
+    check_vae_weights(source, facts.latents)
     return facts
 
 
@@ -143,9 +89,9 @@ def check_denoiser(source: ModelSource, *, prediction_type: str | None = None) -
     family = FAMILIES[index["_class_name"]]
     unet = read_config(folder / "unet" / "config.json")
     schedule = read_config(folder / "scheduler" / "scheduler_config.json")
-    latents = _latent_space(source, family)
-    _check_unet(unet, family, latents.channels, source.model)
-    _check_unet_weights(folder / "unet", unet, source)
+    latents = latent_space(source, family)
+    check_unet(unet, family, latents.channels, source.model)
+    check_unet_weights(folder / "unet", unet, source)
     names = [source.model, *(str(each["_name_or_path"]) for each in (index, unet) if each.get("_name_or_path"))]
     predicted = check_schedule(
         schedule,
@@ -165,288 +111,3 @@ def _check_class(index: Mapping[str, Any], part: str, expected: str, model: str)
     found = (index.get(part) or (None, None))[1]
     if found != expected:
         raise ModelError(f"the {part} of {model} is {found}, not {expected}", CHOOSE_A_BASE)
-
-
-def _latent_space(source: ModelSource, family: Family) -> LatentSpace:
-    """Return the latent space of the pipeline's own VAE, or of another VAE with the same one.
-
-    Raises:
-        ModelError: The pipeline would bring such latents to the UNet in another way than training, or the other VAE is
-            of another family.
-    """
-    config = read_config(source.vae_folder() / "config.json")
-    where = source.model if source.vae is None else source.vae
-    found = _read_latent_space(config, family, where)
-    own = source.folder() / "vae" / "config.json"
-    if source.vae is None or not own.is_file():
-        return found
-    expected = _read_latent_space(read_config(own), family, source.model)
-    for key in ("channels", "factor", "scaling_factor", "mean", "std"):
-        ours, theirs = getattr(found, key), getattr(expected, key)
-        if ours != theirs:
-            raise ModelError(
-                f"encode.vae {where} has other latents than the VAE that {source.model} was trained with: {key} is "
-                f"{ours}, not {theirs}",
-                "set `encode.vae` to a VAE of the base's own family, or leave it out",
-            )
-    return found
-
-
-def _read_latent_space(config: JsonObject, family: Family, where: str) -> LatentSpace:
-    if (kind := config.get("_class_name", VAE_CLASS)) != VAE_CLASS:
-        raise ModelError(
-            f"the VAE of {where} is a {kind}, not an {VAE_CLASS}", "set `encode.vae` to a VAE of the base's own family"
-        )
-    channels = _number(config, "latent_channels", 4, "vae", where)
-    if config.get("shift_factor"):
-        raise ModelError(
-            f"vae.shift_factor of {where} is {config['shift_factor']}, which {family.pipeline_class} ignores when it "
-            "draws",
-            CHOOSE_A_BASE,
-        )
-    scale = config.get("scaling_factor", SD_SCALING_FACTOR)
-    if type(scale) not in (int, float) or not 0 < scale < math.inf:
-        raise ModelError(f"vae.scaling_factor of {where} is {scale}, not a positive number", WAY_OUT)
-    statistics = {key: config.get(key) for key in ("latents_mean", "latents_std")}
-    factor = 2 ** (len(_numbers(config, "block_out_channels", [0], "vae", where)) - 1)
-    if statistics == dict.fromkeys(statistics):
-        return LatentSpace(channels, factor, float(scale))
-    if family is not SDXL:
-        raise ModelError(
-            f"vae.latents_mean and latents_std of {where} are set, which {family.pipeline_class} ignores when it draws",
-            f"{CHOOSE_A_BASE}; or remove them from vae/config.json, if the UNet was trained without",
-        )
-    found = {key: _per_channel(values, channels, key, where) for key, values in statistics.items()}
-    if channels != 4:
-        raise ModelError(
-            f"vae.latents_mean of {where} has {channels} channels, and {family.pipeline_class} draws with 4 of them",
-            CHOOSE_A_BASE,
-        )
-    if min(found["latents_std"]) <= 0:
-        raise ModelError(f"vae.latents_std of {where} is {list(found['latents_std'])}, not positive", WAY_OUT)
-    return LatentSpace(channels, factor, float(scale), found["latents_mean"], found["latents_std"])
-
-
-def _per_channel(values: Any, channels: int, key: str, where: str) -> tuple[float, ...]:
-    is_one_each = isinstance(values, list) and len(values) == channels
-    if not is_one_each or not all(type(each) in (int, float) and math.isfinite(each) for each in values):
-        raise ModelError(f"vae.{key} of {where} is {values}, not a number for each of {channels} channels", WAY_OUT)
-    return tuple(map(float, values))
-
-
-def _check_unet(config: JsonObject, family: Family, channels: int, model: str) -> None:
-    """Check that the UNet takes noisy latents, a timestep and the family's conditioning, and nothing else."""
-    if (found := config.get("_class_name", UNET_CLASS)) != UNET_CLASS:
-        raise ModelError(f"the unet of {model} is a {found}, not a {UNET_CLASS}", CHOOSE_A_BASE)
-    taken, given = (_number(config, key, 4, "unet", model) for key in ("in_channels", "out_channels"))
-    if taken != channels:
-        kinds = [kind for kind, times, more in OTHER_INPUTS if times * channels + more == taken]
-        raise ModelError(
-            f"unet.in_channels of {model} is {taken}, and the VAE has vae.latent_channels {channels}"
-            + (f": {kinds[0]}" if kinds else ""),
-            f"{CHOOSE_A_BASE} that draws from text alone"
-            if kinds
-            else "the UNet and the VAE are of different models: choose a whole base, or another `encode.vae`",
-        )
-    if given != channels:
-        learned = ": a UNet that also predicts a variance" if given == 2 * channels else ""
-        raise ModelError(
-            f"unet.out_channels of {model} is {given}, and the VAE has vae.latent_channels {channels}{learned}",
-            CHOOSE_A_BASE,
-        )
-    _check_conditioning(config, family, model)
-
-
-def _check_conditioning(config: JsonObject, family: Family, model: str) -> None:
-    """Check that the UNet expects nothing beside the family's conditioning, and whole weights."""
-    for key, what in NOT_GIVEN.items():
-        if config.get(key):
-            raise ModelError(
-                f"unet.{key} of {model} is {config[key]}: the UNet wants {what}, which training does not give",
-                f"choose the base that it was made from; {CHOOSE_A_BASE}",
-            )
-    for key, usual in (("time_embedding_type", "positional"), ("attention_type", "default")):
-        if (found := config.get(key) or usual) != usual:
-            raise ModelError(f"unet.{key} of {model} is {found}; training knows {usual}", CHOOSE_A_BASE)
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"unet.quantization_config of {model} is set: its weights are quantized, and training needs them whole",
-            "choose the base that it was made from",
-        )
-    expected = "text_time" if family.has_pooled else None
-    if (found := config.get("addition_embed_type")) != expected:
-        raise ModelError(
-            f"unet.addition_embed_type of {model} is {found}, not {expected} as in every {family.title} base",
-            CHOOSE_A_BASE,
-        )
-
-
-def _check_text_width(config: JsonObject, widths: Sequence[tuple[int, int]], family: Family, model: str) -> None:
-    """Check that the UNet is as wide as the text encoders' states side by side, and that SDXL's takes six time ids.
-
-    Args:
-        config: Of the UNet.
-        widths: Hidden size and projection of each text encoder.
-        family: Of the base.
-        model: For messages.
-    """
-    width = sum(hidden for hidden, _ in widths)
-    dims = config.get("cross_attention_dim", 1280)
-    for dim in dims if isinstance(dims, list) else [dims]:
-        if dim != width:
-            raise ModelError(
-                f"unet.cross_attention_dim of {model} is {dim}, and its text encoders have "
-                f"{' + '.join(str(hidden) for hidden, _ in widths)}{f' = {width}' if len(widths) > 1 else ''} "
-                "(hidden_size)",
-                "the text encoders are not those that the UNet was trained with; choose a whole base",
-            )
-    if family.has_pooled:
-        _check_time_ids(config, widths[-1][1], model)
-
-
-def _check_time_ids(config: JsonObject, pooled: int, model: str) -> None:
-    """Check that the UNet takes six time ids and the pooled embedding of the last text encoder."""
-    each, found = (config.get(key) for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
-    if type(each) is not int or found != NUM_TIME_IDS * each + pooled:
-        is_refiner = type(each) is int and found == NUM_REFINER_TIME_IDS * each + pooled
-        raise ModelError(
-            f"unet.projection_class_embeddings_input_dim of {model} is {found}, not {NUM_TIME_IDS} x "
-            f"addition_time_embed_dim + text_encoder_2.projection_dim = {NUM_TIME_IDS} x {each} + {pooled}"
-            + (": a refiner, which takes five time ids" if is_refiner else ""),
-            "choose SDXL's base, not its refiner" if is_refiner else CHOOSE_A_BASE,
-        )
-
-
-def _check_unet_weights(part: Path, config: JsonObject, source: ModelSource) -> None:
-    """Check that the weights belong to the UNet that the configuration describes; loading would not notice."""
-    files = weight_files(part, STEM, source.variant)
-    if others := sorted(tensor_types(files) - TYPES):
-        raise ModelError(
-            f"the weights of the unet of {source.model} are stored as {', '.join(others)}; training reads "
-            f"{', '.join(sorted(TYPES))}",
-            "choose the base in float32 or in 16 bits",
-        )
-    shapes = tensor_shapes(files)
-    blocks = _numbers(config, "block_out_channels", [320, 640, 1280, 1280], "unet", source.model)
-    for name, axis, key, value in _expected_shapes(config, blocks, shapes):
-        if name not in shapes:
-            raise ModelError(f"the weights of the unet of {source.model} lack {name}", WAY_OUT)
-        if len(shapes[name]) <= axis or shapes[name][axis] != value:
-            raise ModelError(
-                f"unet.{key} of {source.model} is {value}, and {name} has the shape {list(shapes[name])}: its "
-                "config.json is not of these weights",
-                OTHER_CONFIG,
-            )
-    _check_blocks(config, shapes, len(blocks), source.model)
-    for begin, key in NOT_GIVEN_WEIGHTS.items():
-        if not config.get(key) and any(name.startswith(begin) for name in shapes):
-            what = NOT_GIVEN[key]
-            raise ModelError(
-                f"the weights of the unet of {source.model} hold {begin}*, which unet.{key} does not say: the UNet "
-                f"wants {what}, which training does not give",
-                f"choose the base that it was made from; {CHOOSE_A_BASE}",
-            )
-
-
-def _expected_shapes(
-    config: JsonObject, blocks: Sequence[int], names: Iterable[str]
-) -> list[tuple[str, int, str, Any]]:
-    """List what a configuration says of its weights: a tensor, its axis, the key, and the size under that key."""
-    expected: list[tuple[str, int, str, Any]] = [
-        ("conv_in.weight", 1, "in_channels", config.get("in_channels", 4)),
-        ("conv_in.weight", 0, "block_out_channels[0]", blocks[0]),
-        ("conv_out.weight", 0, "out_channels", config.get("out_channels", 4)),
-    ]
-    for number, channels in enumerate(blocks):
-        name = f"down_blocks.{number}.resnets.0.conv1.weight"
-        expected.append((name, 0, f"block_out_channels[{number}]", channels))
-    if config.get("addition_embed_type") == "text_time":
-        key = "projection_class_embeddings_input_dim"
-        expected.append(("add_embedding.linear_1.weight", 1, key, config.get(key)))
-    dims = config.get("cross_attention_dim", 1280)
-    attention = sorted(name for name in names if name.endswith(".attn2.to_k.weight"))
-    if not isinstance(dims, list):
-        expected += [(name, 1, "cross_attention_dim", dims) for name in attention]
-    return expected
-
-
-def _check_blocks(config: JsonObject, names: Collection[str], num_blocks: int, model: str) -> None:
-    """Check that the weights have the layers that the configuration says, and no others.
-
-    diffusers drops weights that a configuration has no place for, such as all attention of a block.
-    """
-    layers = config.get("layers_per_block", 2)
-    each = layers if isinstance(layers, list) else [layers] * num_blocks
-    if len(each) != num_blocks or not all(type(count) is int for count in each):
-        raise ModelError(
-            f"unet.layers_per_block of {model} is {layers}, not a whole number, or one for each block", WAY_OUT
-        )
-    for side, counts in (("down", each), ("up", [count + 1 for count in reversed(each)])):
-        types = config.get(f"{side}_block_types")
-        if types is None:
-            continue
-        if not isinstance(types, list) or len(types) != num_blocks:
-            raise ModelError(
-                f"unet.{side}_block_types of {model} is {types}, and block_out_channels has {num_blocks}", WAY_OUT
-            )
-        for number, (kind, count) in enumerate(zip(types, counts, strict=True)):
-            _check_block(f"{side}_blocks.{number}", kind, count, names, layers, model)
-
-
-def _check_block(block: str, kind: str, count: int, names: Collection[str], layers: Any, model: str) -> None:
-    """Check the layers and the attention of one block of the UNet.
-
-    Args:
-        block: Beginning of the names of its weights, such as `down_blocks.0`.
-        kind: Its class, by the configuration.
-        count: Its number of layers, by the configuration.
-        names: Of all weights.
-        layers: `layers_per_block`, for messages.
-        model: The base, for messages.
-    """
-    found = {name.split(".")[3] for name in names if name.startswith(f"{block}.resnets.")}
-    if len(found) != count:
-        raise ModelError(
-            f"unet.layers_per_block of {model} is {layers}, and the weights of {block} have {len(found)} layers, not "
-            f"{count}: its config.json is not of these weights",
-            OTHER_CONFIG,
-        )
-    has_attention = any(name.startswith(f"{block}.attentions.") for name in names)
-    if kind in ATTENDS and ATTENDS[kind] != has_attention:
-        side, number = block.split("_blocks.")
-        raise ModelError(
-            f"unet.{side}_block_types[{number}] of {model} is {kind}, and the weights of that block "
-            f"{'have' if has_attention else 'lack'} attention: its config.json is not of these weights",
-            OTHER_CONFIG,
-        )
-
-
-def _check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
-    """Check that the VAE's weights make the latents that its configuration describes."""
-    where = source.model if source.vae is None else source.vae
-    shapes = tensor_shapes(weight_files(source.vae_folder(), STEM, source.vae_variant))
-    for name, axis, count in (("decoder.conv_in.weight", 1, 1), ("encoder.conv_out.weight", 0, 2)):
-        if name not in shapes:
-            raise ModelError(f"the weights of the VAE of {where} lack {name}", WAY_OUT)
-        if shapes[name][axis] != count * latents.channels:
-            raise ModelError(
-                f"vae.latent_channels of {where} is {latents.channels}, and {name} has the shape {list(shapes[name])}: "
-                "its config.json is not of these weights",
-                OTHER_CONFIG,
-            )
-
-
-def _numbers(config: JsonObject, key: str, default: list[int], part: str, model: str) -> list[int]:
-    """Return a list of whole numbers from a configuration, or the default."""
-    found = config.get(key) or default
-    if not isinstance(found, list) or not all(type(each) is int for each in found):
-        raise ModelError(f"{part}.{key} of {model} is {found}, not a list of whole numbers", WAY_OUT)
-    return found
-
-
-def _number(config: JsonObject, key: str, default: int, part: str, model: str) -> int:
-    """Return a whole number from a configuration, or diffusers' default where old files leave it out."""
-    found = config.get(key, default)
-    if type(found) is not int or found < 1:
-        raise ModelError(f"{part}.{key} of {model} is {found}, not a whole number", WAY_OUT)
-    return found

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 
 SECRET_NAME = re.compile(
@@ -44,3 +45,9 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     for value in sorted(values, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, MASK)
     return SIGNED.sub(rf"\1{MASK}", USER_INFO.sub(f"{MASK}@", text))
+
+
+def write_line(line: str) -> None:
+    """Write a line to stderr, with every secret masked."""
+    sys.stderr.write(f"{redact(line)}\n")
+    sys.stderr.flush()

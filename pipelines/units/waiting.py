@@ -1,12 +1,12 @@
 """Waits for what a stage asks Ray for: says for what and how long, and fails if it can never come."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines.dataset.errors import ClusterError
+from pipelines.dataset.secrets import write_line
 from pipelines.resources import Demand
 from pipelines.units.autoscaler import has_autoscaler
 
@@ -31,11 +31,6 @@ class Shortage:
     error: str
 
 
-def to_stderr(line: str) -> None:
-    """Show a line where progress is shown."""
-    sys.stderr.write(f"{line}\n")
-
-
 class Wait:
     """A wait that speaks within seconds, then ever more sparsely, and fails once it can never be over.
 
@@ -51,7 +46,7 @@ class Wait:
 
     def __init__(
         self, stage: str, find_shortage: Callable[[], Shortage | None], in_use: str | None, *, timeout_s: float | None,
-        way_out: str, say: Callable[[str], None] = to_stderr, is_waiting: Callable[[], bool] = lambda: True,
+        way_out: str, say: Callable[[str], None] = write_line, is_waiting: Callable[[], bool] = lambda: True,
     ) -> None:  # fmt: skip
         self._stage, self._find_shortage, self._in_use, self._say = stage, find_shortage, in_use, say
         self._timeout_s, self._way_out, self._is_waiting = timeout_s, way_out, is_waiting
@@ -97,7 +92,7 @@ class Wait:
 
 
 def wait_for(
-    stage: str, demand: Demand, *, timeout_s: float | None, way_out: str, say: Callable[[str], None] = to_stderr
+    stage: str, demand: Demand, *, timeout_s: float | None, way_out: str, say: Callable[[str], None] = write_line
 ) -> Wait:
     """Return the wait for one worker that asks for `demand`."""
 

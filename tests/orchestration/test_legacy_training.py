@@ -47,9 +47,9 @@ def test_a_new_training_has_todays_arithmetic(run: Run) -> None:
 @pytest.mark.parametrize("leave", [checkpoint_of, record_of])
 def test_what_was_begun_before_goes_on_as_it_was(run: Run, leave) -> None:
     spec = spec_of(run, ema={})
-    leave(run, spec.as_before())
+    leave(run, spec.as_legacy())
     found = as_begun(run, spec)
-    assert found == spec.as_before()
+    assert found == spec.as_legacy()
     assert found.key != spec.key
     assert not found.starts_from_float32
     assert found.config.ema is not None
@@ -62,7 +62,7 @@ def test_what_was_begun_before_goes_on_as_it_was(run: Run, leave) -> None:
 
 def test_the_old_default_rate_stays_too_and_is_said(run: Run) -> None:
     spec = spec_of(run, lora={"rank": 4})
-    checkpoint_of(run, spec.as_before())
+    checkpoint_of(run, spec.as_legacy())
     found = as_begun(run, spec)
     assert (spec.config.learning_rate, found.config.learning_rate) == (5e-5, 1e-7)
     assert "learning rate is the 1e-07" in version_notes(found)[0]
@@ -70,13 +70,13 @@ def test_the_old_default_rate_stays_too_and_is_said(run: Run) -> None:
 
 def test_a_training_begun_anew_is_preferred_and_one_that_changed_nothing_is_itself(run: Run) -> None:
     spec = spec_of(run)
-    checkpoint_of(run, spec.as_before())
+    checkpoint_of(run, spec.as_legacy())
     checkpoint_of(run, spec)
     assert as_begun(run, spec) == spec
-    record_of(run, spec.as_before())
-    assert as_begun(run, spec) == spec.as_before(), "the run's record tells which one it is"
+    record_of(run, spec.as_legacy())
+    assert as_begun(run, spec) == spec.as_legacy(), "the run's record tells which one it is"
     same = spec_of(run, precision="fp32")
-    record_of(run, same.as_before())
+    record_of(run, same.as_legacy())
     assert as_begun(run, same) == same
     other = replace(spec, seed=1)
     assert as_begun(run, other) == other, "another training was never begun"

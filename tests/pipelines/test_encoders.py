@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipelines.config import EncodeConfig
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import CACHE_VARIABLE, ModelSource, resolve_model
+from pipelines.dataset.model_fetch import CACHE_VARIABLE
+from pipelines.dataset.model_files import ModelSource, resolve_model
 from pipelines.encode.encoders import LatentEncoder, TextEncoder
 from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 

@@ -14,9 +14,9 @@ import torch
 from factories import new_pipeline
 
 from pipelines.config import EncodeConfig
-from pipelines.dataset import model_files
 from pipelines.dataset.errors import ConfigError, ModelError
-from pipelines.dataset.model_files import CACHE_VARIABLE, ModelSource, resolve_model, weight_files
+from pipelines.dataset.model_fetch import CACHE_VARIABLE, is_wanted
+from pipelines.dataset.model_files import ModelSource, resolve_model, weight_files
 from pipelines.dataset.storage import Storage
 from pipelines.encode.encoders import LatentEncoder, TextEncoder
 from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
@@ -98,7 +98,7 @@ NEVER = (
 
 @pytest.mark.parametrize(("variant", "weights"), [(None, PLAIN), ("fp16", HALF)])
 def test_of_a_repository_only_the_weights_that_count_are_fetched(variant: str | None, weights: tuple[str, ...]) -> None:
-    fetched = [name for name in (*ALWAYS, *PLAIN, *HALF, *NEVER) if model_files._is_wanted(name, variant)]
+    fetched = [name for name in (*ALWAYS, *PLAIN, *HALF, *NEVER) if is_wanted(name, variant)]
     assert sorted(fetched) == sorted((*ALWAYS, *weights))
 
 
@@ -107,9 +107,9 @@ def test_the_processes_of_a_node_fetch_a_model_once(
 ) -> None:
     s3_storage.upload_folder("base", tiny_pipeline)
     code = f"""
-from pipelines.dataset import model_files
-fetched, fetch = [], model_files._fetch_file
-model_files._fetch_file = lambda *each: (fetched.append(each[1]), fetch(*each))
+from pipelines.dataset import model_fetch, model_files
+fetched, fetch = [], model_fetch.fetch_file
+model_fetch.fetch_file = lambda *each: (fetched.append(each[1]), fetch(*each))
 print(model_files.resolve_model({s3_storage.uri("base")!r}), len(fetched))
 """
     environment = {**os.environ, **s3_server, CACHE_VARIABLE: str(tmp_path / "cache")}

@@ -19,7 +19,7 @@ from training.config import TrainConfig
 from training.export import read_weights
 from training.spec import Snapshot, TrainSpec
 from training.state.checkpoint_format import list_checkpoints
-from training.state.float32_base import float32_beside
+from training.state.float32_base import float32_weights_digest
 from training.state.masters import StoredWeights, note_on
 from training.state.zero import Fragment
 
@@ -122,18 +122,18 @@ def test_float32_weights_beside_a_variant_are_found_if_they_are_the_same_weights
         folder = tmp_path / variant
         shutil.copytree(base, folder)
         source = ModelSource(str(folder), variant=variant)
-        assert float32_beside(ModelSource(str(folder))) is None, "they are what is configured"
-        assert float32_beside(source) is None, "the variant is not there"
+        assert float32_weights_digest(ModelSource(str(folder))) is None, "they are what is configured"
+        assert float32_weights_digest(source) is None, "the variant is not there"
         unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=dtype)
         unet.save_pretrained(folder / "unet", variant=variant)
-        digest = float32_beside(source)
+        digest = float32_weights_digest(source)
         assert digest is not None
         spec = TrainSpec("/s", "run", source, "e" * 16, 0, with_(precision="bf16"), Snapshot(0, "", 0, "", 0))
-        assert replace(spec, beside=digest).key != spec.key
-        assert replace(spec, beside=digest).unet_source.variant is None
-        assert replace(spec, beside=digest).as_before().unet_source == source
+        assert replace(spec, float32_digest=digest).key != spec.key
+        assert replace(spec, float32_digest=digest).unet_source.variant is None
+        assert replace(spec, float32_digest=digest).as_legacy().unet_source == source
         with torch.no_grad():
             for weight in unet.parameters():  # another model's weights, such as averaged ones
                 weight.mul_(1.01)
         unet.save_pretrained(folder / "unet", variant=variant)
-        assert float32_beside(source) is None
+        assert float32_weights_digest(source) is None

@@ -140,7 +140,7 @@ def test_a_bf16_step_of_no_length_exports_the_base_and_a_training_of_before_does
     spec = make_spec(tmp_path, config)
     base = UNet2DConditionModel.from_pretrained(spec.base.folder() / "unet").state_dict()
     furthest = {}
-    for each in (spec, spec.as_before()):
+    for each in (spec, spec.as_legacy()):
         trained = train(each, lambda progress: None)
         export_model(
             spec.storage, checkpoint=trained.checkpoint, source=spec.base, target=each.key, card="",

@@ -113,9 +113,6 @@ def list_checkpoints(storage: Storage, folder: str) -> list[Manifest]:
     return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
 
 
-committed = list_checkpoints  # the name that other floors still use
-
-
 def remove_checkpoints(storage: Storage, folder: str) -> int:
     """Delete every checkpoint of a training, manifests first so that none is there in part; how many files it was."""
     names = [name for name in storage.names(folder) if name.removeprefix(f"{folder}/").startswith("step-")]

@@ -23,7 +23,7 @@ STORED: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2
 Places = Mapping[str, StoredTensor]
 
 
-def float32_beside(source: ModelSource) -> str | None:
+def float32_weights_digest(source: ModelSource) -> str | None:
     """Return a digest of the UNet's float32 weights, if they lie beside 16-bit ones that `encode.variant` names.
 
     They count if they are the same weights: same names and shapes, and what was compared rounds to the variant's
