@@ -135,7 +135,7 @@ class TrainConfig(Config):
     keep_best: bool = True
     """Keep the checkpoint with the least validation loss too."""
     rounds: Literal["restart", "continue"] = "restart"
-    """On a new snapshot train the base model anew, or go on from the model that the run exported last."""
+    """On a new snapshot train the base model anew, or continue from the model that the run exported last."""
     keep_rounds: int = Field(2, ge=1)
     """The newest finished rounds whose checkpoints are kept; of older ones the records alone."""
     validate_every: int = Field(100, ge=1)

@@ -29,7 +29,7 @@ UNET, VAE, LORA = "unet", "vae", "lora"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STEM = "diffusion_pytorch_model"
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it goes on from the newest whole checkpoint"
+LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it resumes from the newest whole checkpoint"
 
 
 def marker(config: ExportConfig) -> str:

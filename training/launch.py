@@ -61,7 +61,7 @@ def train(
 ) -> TrainingResult:
     """Train on `num_workers` Ray Train workers until `max_steps`; needs a running Ray.
 
-    A run that was interrupted goes on from its last checkpoint; so do workers that die, up to `max_failures` times.
+    An interrupted run resumes from its last checkpoint; so do workers that die, up to `max_failures` times.
 
     Args:
         spec: The run.

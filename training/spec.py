@@ -38,7 +38,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Parent:
-    """The finished round that a training goes on from, and which of its weights.
+    """The finished round that a training starts from, and which of its weights.
 
     Args:
         round: Its number.

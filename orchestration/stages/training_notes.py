@@ -21,7 +21,7 @@ def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> lis
 
     Args:
         config: The section `train`.
-        begun: The settings that a training on storage goes on with, if there is one.
+        begun: The settings that a training on storage continues with, if there is one.
     """
     rate = learning_rate(config, begun)
     notes = [f"learning rate {rate['value']:.4g} ({rate['source']})"]

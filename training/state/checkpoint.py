@@ -111,7 +111,7 @@ class Checkpointer:
             error, self._error = self._error, None
             raise TrainingError(
                 f"rank {self._rank} could not write the checkpoint of step {self.last_step}: {error}",
-                "the run goes on from the checkpoint before it; check the storage",
+                "the run would resume from the checkpoint before it; check the storage",
             ) from error
 
     @contextlib.contextmanager
@@ -241,7 +241,7 @@ def restore(
         note: Told of each damaged checkpoint that was passed over, and is set aside.
 
     Returns:
-        The reader of the checkpoint; None if there is none to go on from.
+        The reader of the checkpoint; None if there is none to resume from.
 
     Raises:
         MapoError: The storage does not answer.

@@ -1,4 +1,4 @@
-"""Where a round starts that goes on from another: the weights of its parent's checkpoint, and nothing else of it."""
+"""Starts a round from another one: from the weights of its parent's checkpoint, and nothing else of it."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -32,10 +32,10 @@ def open_parent(storage: Storage, parent: Parent) -> Reader:
     except StorageError as error:
         if storage.exists(name):
             raise
-        raise ModelError(f"the checkpoint of {parent}, which this round goes on from, is gone", LOST_HINT) from error
+        raise ModelError(f"the checkpoint of {parent}, which this round starts from, is gone", LOST_HINT) from error
     if (found := hashlib.sha256(data).hexdigest()) != parent.manifest:
         raise ModelError(
-            f"the checkpoint of {parent} is not the one that this round goes on from: its manifest has the digest "
+            f"the checkpoint of {parent} is not the one that this round starts from: its manifest has the digest "
             f"{found[:12]}, not {parent.manifest[:12]}",
             LOST_HINT,
         )
@@ -63,7 +63,7 @@ def _named(parent: Parent) -> Iterator[None]:
     try:
         yield
     except ShardCorrupt as error:
-        raise ShardCorrupt(f"{parent}, which this round goes on from: {error.message}", LOST_HINT) from error
+        raise ShardCorrupt(f"{parent}, which this round starts from: {error.message}", LOST_HINT) from error
 
 
 def start_from_parent(spec: TrainSpec, unet: Any, state: ZeroState, ema: ShardedEma | None) -> None:
