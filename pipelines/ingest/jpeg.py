@@ -2,7 +2,7 @@
 
 libjpeg, and so Pillow, fails at a file that ends before its time and at tables that make no sense. It does not fail at
 wrong bits between two markers: these decode to something. So the entropy-coded data need only be read for markers, and
-what is left is decoded without it. tests/pipelines/test_jpeg.py holds both verdicts against each other.
+what is left is decoded without it. tests/pipelines/ingest/test_jpeg.py holds both verdicts against each other.
 """
 
 import numpy as np

@@ -185,7 +185,7 @@ def test_a_server_that_is_not_there_is_one_warning(storage, mlflow_store, monkey
 
 
 def test_every_backend_is_complete_and_its_extra_exists() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     methods = {"__init__", "log", "image", "flush", "close"}
     for name, backend in BACKENDS.items():
         assert name == backend.name

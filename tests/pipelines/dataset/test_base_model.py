@@ -27,7 +27,7 @@ from training.data.batch import Batch
 from training.model import Denoiser, load_base
 
 MAPO = Path(sys.executable).with_name("mapo")
-CASES = Path(__file__).parents[3] / "shared" / "cases" / "models"
+CASES = Path(__file__).parents[4] / "shared" / "cases" / "models"
 UNET, VAE = "unet/config.json", "vae/config.json"
 SCHEDULE, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

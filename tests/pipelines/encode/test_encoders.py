@@ -20,7 +20,7 @@ from pipelines.dataset.model_files import ModelSource, resolve_model
 from pipelines.encode.encoders import LatentEncoder, TextEncoder
 from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 
-REAL_TOKENIZERS = Path(__file__).parents[3] / "shared" / "sdxl"
+REAL_TOKENIZERS = Path(__file__).parents[4] / "shared" / "sdxl"
 PROMPTS = {
     "no token": "",
     "one token": "cat",

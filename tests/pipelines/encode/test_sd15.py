@@ -31,7 +31,7 @@ from training.config import EvaluateConfig
 from training.evaluate import Sampler
 
 CPU = torch.device("cpu")
-REAL = Path(__file__).parents[3] / "shared" / "sdxl"  # SDXL's first tokenizer and text encoder are those of SD 1.5
+REAL = Path(__file__).parents[4] / "shared" / "sdxl"  # SDXL's first tokenizer and text encoder are those of SD 1.5
 PROMPTS = (
     "", "cat", " ".join(["cat"] * 75), " ".join(["cat"] * 75 + ["dog"]), "a cat 🐈‍⬛ at 🌃", "山上の猫",
     " ".join(WORDS[i % len(WORDS)] for i in range(500)),
