@@ -1,4 +1,4 @@
-"""`python -m orchestration.infra` renders infra/ from infra/example.yaml; tests/orchestration/infra fails while it is stale."""
+"""`python -m orchestration.infra` renders infra/ from infra/example.yaml; a test fails while the folder is stale."""
 
 import sys
 from dataclasses import replace
