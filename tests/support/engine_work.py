@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
     )  # fmt: skip
     shared = {"step": num_steps, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
     with checkpointer.closing():
-        checkpointer.save(num_steps, gather_parts(state, ema), account=engine.identity(), state=shared)
+        checkpointer.save(num_steps, gather_parts(state, ema), account=asdict(engine.identity()), state=shared)
     torch.distributed.barrier()
     return {"first": first, "curve": curve, **shared}
 

@@ -18,7 +18,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-START_S = 120.0
+START_S = 120
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,21 @@ def ray_head(num_cpus: int = 6, **environment: str) -> Iterator[RayHead]:
     """A head of so many CPUs whose jobs find the `mapo` of this Python on their PATH."""
     ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
     head = RayHead(f"http://127.0.0.1:{ports['dashboard-port']}", secrets.token_hex(16))
-    settings = head.environment(PATH=f"{BIN}:{os.environ['PATH']}", **environment)
+    patience = {"RAY_raylet_start_wait_time_s": str(START_S)}
+    settings = head.environment(PATH=f"{BIN}:{os.environ['PATH']}", **patience | environment)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie below, whose paths have a limit
     command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"]
     command += [f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
     command += [f"--object-store-memory={200 << 20}", *(f"--{name}={port}" for name, port in ports.items())]
     with Path(folder, "start.log").open("wb") as log:
         process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
+    started: list[psutil.Process] = []
     try:
         _wait_until_ready(head, process, Path(folder, "start.log"))
         yield head
     finally:
-        started = psutil.Process(process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         for each in (process, *started):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
