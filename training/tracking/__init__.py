@@ -1,4 +1,4 @@
-"""What a training tells: metrics, trackers, progress of the workers, anomalies.
+"""What a training reports: metrics, trackers, progress of the workers, anomalies.
 
 May import the configuration and `pipelines.dataset`.
 """

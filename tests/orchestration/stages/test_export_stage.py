@@ -258,7 +258,7 @@ def test_a_lost_checkpoint_is_one_error_and_a_record_of_old_is_none(tiny_pipelin
     config = configuration(tmp_path, tiny_pipeline)
     details = train(config)
     (tmp_path / details["checkpoint"] / "manifest.json").unlink()
-    with pytest.raises(ModelError, match="there is no whole checkpoint"):
+    with pytest.raises(ModelError, match="there is no complete checkpoint"):
         exported(config)
     run = Run.open(config, lambda line: None)
     run.journal.finish("train", key="0123", summary="", seconds=1, details={"checkpoint": "checkpoint_000001"})

@@ -249,7 +249,7 @@ def test_what_is_no_safetensors_file_is_an_error() -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}).encode()
     for bad, says in (
         (good[:-1], "its tensors end at byte"),
-        (safetensors.torch.save({"a": torch.ones(4, dtype=torch.int64)}), "a is of type I64"),
+        (safetensors.torch.save({"a": torch.ones(4, dtype=torch.int64)}), "a has type I64"),
         (len(header).to_bytes(8, "little") + header + bytes(12), "lies at 0 to 12"),
         (b"", "Expecting value"),
     ):

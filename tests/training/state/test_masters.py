@@ -112,7 +112,7 @@ def test_weights_in_several_files_are_one(base, tmp_path: Path) -> None:
 
 def test_a_base_of_16_bits_alone_is_said() -> None:
     assert note_on({torch.float32}) is None
-    assert "stored in float16: training starts from weights that were rounded" in str(note_on({torch.float16}))
+    assert "stored in float16, so training starts from rounded weights" in str(note_on({torch.float16}))
 
 
 def test_float32_weights_beside_a_variant_are_found_if_they_are_the_same_weights(base, tmp_path: Path) -> None:
