@@ -218,7 +218,7 @@ def test_a_round_that_has_a_checkpoint_of_its_own_needs_no_parent_any_more(copie
     shutil.rmtree(copied.storage.path(copied.parent.checkpoint))
     write_checkpoint(copied.storage, copied.checkpoints, 2, weights_like(load_base(copied.base).unet, 9))
     check_parent_is_there(copied)
-    with pytest.raises(ModelError, match="is gone"):
+    with pytest.raises(ModelError, match="is missing"):
         open_parent(copied.storage, copied.parent)
     dpo = replace(copied, config=with_(method="dpo", loss={"beta": 100.0}, max_steps=9))
     write_checkpoint(copied.storage, dpo.checkpoints, 2, weights_like(load_base(copied.base).unet, 9))
