@@ -617,7 +617,7 @@ def test_a_method_with_a_reference_refuses_to_go_without(method: str, absent: se
     columns: dict[str, Any] = vars(make_errors([0.1], [0.2], [0.1], [0.2]))
     errors = PairErrors(**{**columns, **dict.fromkeys(absent)})
     others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
-    message = f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: {others}"
+    message = f"{method} compares.* but {' and '.join(sorted(absent))} of the.* a reference: {others}"
     with pytest.raises(ValueError, match=message):
         pair_loss(method, {}, num_train_timesteps=1000)(errors, torch.ones(1))
 

@@ -92,7 +92,7 @@ def test_any_fragment_of_any_stored_type_is_read_exactly(tmp_path: Path) -> None
                 read = stored.read(Fragment(name, start, numel, tuple(weight.shape)))
                 assert read.dtype == torch.float32
                 assert torch.equal(read, flat[start : start + numel])
-        with pytest.raises(ModelError, match="the weight c.* is missing"):
+        with pytest.raises(ModelError, match="the weight c is missing"):
             stored.read(Fragment("c", 0, 1, (1,)))
         with pytest.raises(ModelError, match=r"shape \(5, 3\)"):
             stored.read(Fragment("a.weight", 0, 1, (3, 5)))
