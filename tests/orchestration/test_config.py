@@ -100,8 +100,8 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("encode.num_workers=8..2", "write a number of workers, such as 4, or a range, such as 2..8", ""),
         ("encode.num_workers=0", "write a number of workers", ""),
         ("encode.vae_dtype=fp8", "Input should be 'float32', 'tf32', 'bfloat16' or 'float16'", ""),
-        ("name=a/b", "'a/b' cannot name a folder", ""),
-        ("name=..", "'..' cannot name a folder", ""),
+        ("name=a/b", "'a/b' cannot be a folder's name", ""),
+        ("name=..", "'..' cannot be a folder's name", ""),
         ("seed=-1", "`seed`", ""),
     ],
 )
