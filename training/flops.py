@@ -48,7 +48,7 @@ class Flops:
 
     Args:
         model: What the mathematics needs: forward and backward, and the forward pass of a reference.
-        hardware: What is really computed: `model` plus the recomputation of gradient checkpointing.
+        hardware: What is actually computed: `model` plus the recomputation of gradient checkpointing.
     """
 
     model: float

@@ -20,7 +20,7 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop; finished work is on the storage, and the same command resumes it.
+    """The run was asked to stop; finished work is on the storage, and the same command resumes it.
 
     Args:
         reason: Why, in a few words.

@@ -70,7 +70,7 @@ class RunSummary:
         state: A `RunState`.
         stage: The stage that runs, or at which the run ended.
         started_at: ISO time of the run's start.
-        ended_at: ISO time of its end; None while it goes on, and if its driver vanished.
+        ended_at: ISO time of its end; None while it runs, and if its driver vanished.
         method: `train.method`.
         steps: Optimizer steps done.
         max_steps: Optimizer steps to do.
@@ -189,7 +189,7 @@ def summary_of(data: ReportData) -> RunSummary:
 
 
 def _ended_at(data: ReportData) -> str | None:
-    """Return when the run ended; None while it goes on, and if its driver vanished."""
+    """Return when the run ended; None while it runs, and if its driver vanished."""
     timeline = data.timeline
     return None if timeline is None or timeline.is_open or data.state == RunState.LOST else timeline.ended
 

@@ -1,4 +1,4 @@
-"""The stage `export`: exports a checkpoint of the last finished training as a diffusers model."""
+"""The stage `export`: a checkpoint of the last finished training, exported as a diffusers model."""
 
 from __future__ import annotations
 

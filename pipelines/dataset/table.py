@@ -294,7 +294,7 @@ class Table:
         table = self._open()
         if table is None:
             raise SnapshotError(
-                f"there is no table at {self.uri}", "`mapo ingest CONFIG` makes one; is the storage right?"
+                f"there is no table at {self.uri}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
             )
         return _dataset(table)
 

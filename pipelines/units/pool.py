@@ -78,7 +78,7 @@ def divide_cluster(settings: WorkerSettings, num_units: int | None = None) -> Po
 
     Args:
         settings: Which devices, and how many.
-        num_units: Enough work for so many actors; None where it is not known yet.
+        num_units: Number of units, which limits the number of actors; None if it is not known yet.
     """
     num_cpus, num_gpus = (int(total_of(kind, settings.resources)) for kind in ("CPU", "GPU"))
     on_gpu, (low, high) = uses_gpu(settings.device), settings.worker_range

@@ -122,7 +122,7 @@ class PairIndex:
 
 
 def _from_hex(column: pa.ChunkedArray, digits: int) -> NDArray[np.uint8]:
-    """Turn strings of so many hex digits into a row of bytes each."""
+    """Turn strings of `digits` hex digits into a row of bytes each."""
     parts = [np.empty((0, digits // 2), np.uint8)]
     for chunk in column.chunks:
         fixed = chunk.cast(pa.binary()).cast(pa.binary(digits))
