@@ -1,4 +1,4 @@
-"""The `mapo` command: which stages a run has, which are done, and what came out."""
+"""The `mapo` command: the stages of a run, their state, and their results."""
 
 import mapo_entry  # noqa: F401 - from here on, `training` and `pipelines` are mapo's
 

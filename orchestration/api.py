@@ -38,7 +38,7 @@ Source = RunConfig | Mapping[str, Any] | str | Path
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a call has brought up to date.
+    """The stages that a call brought up to date.
 
     Args:
         run: The run's name.
@@ -75,7 +75,7 @@ def load(config: Source, overrides: Sequence[str] = (), *, say: Say = say_to_std
         say: Shows one line to the user.
 
     Raises:
-        ConfigError: It is wrong; the message names each key.
+        ConfigError: The configuration is wrong; the message names each key.
     """
     return _located(config, overrides, lambda found: check_inside_job(found, say))
 
@@ -89,11 +89,11 @@ def run(
         config: The configuration.
         overrides: `key.path=value`, as `-o` of the commands.
         say: Shows one line to the user.
-        takes_signals: Whether SIGINT and SIGTERM stop the run cleanly while it works, as the command does it.
+        takes_signals: Whether SIGINT and SIGTERM stop the run cleanly while it works, as in the command.
 
     Raises:
         ConfigError: The configuration is wrong.
-        LeaseError: Another driver works on this run.
+        LeaseError: Another driver is working on this run.
         JobError: A stage failed; finished work is on the storage, and the same call resumes.
     """
     return _run(config, ALL_STAGES, overrides, say, takes_signals=takes_signals)
@@ -107,10 +107,10 @@ def stage(
     say: Say = say_to_stdout,
     takes_signals: bool = False,
 ) -> RunResult:
-    """Bring one stage up to date on what the stage before it left; see `run`.
+    """Bring one stage up to date from the result of the stage before it; see `run`.
 
     Args:
-        name: Of the stage, as `orchestration.stages.registry` lists it.
+        name: The stage's name, from `orchestration.stages.registry`.
         config: The configuration.
         overrides: See `run`.
         say: See `run`.
@@ -125,7 +125,7 @@ def ingest(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_s
 
 
 def encode(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
-    """Make the latents and text embeddings that are missing: `mapo encode`."""
+    """Write the missing latents and text embeddings: `mapo encode`."""
     return stage("encode", config, overrides=overrides, say=say)
 
 
@@ -135,7 +135,7 @@ def train(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_st
 
 
 def export(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> RunResult:
-    """Write the trained model as diffusers loads it: `mapo export`."""
+    """Export the trained model in diffusers' format: `mapo export`."""
     return stage("export", config, overrides=overrides, say=say)
 
 
@@ -145,7 +145,7 @@ def evaluate(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to
 
 
 def report(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout) -> str:
-    """Write the run's page and the index of runs as they are now, at any time: `mapo report`.
+    """Write the run's page and the index of runs from their current state, at any time: `mapo report`.
 
     Returns:
         The URL of the page.
@@ -164,7 +164,7 @@ def plan(config: Source, *, overrides: Sequence[str] = ()) -> RunPlan:
 
 
 def status(config: Source, *, overrides: Sequence[str] = ()) -> RunStatus:
-    """Return where a run is, from its storage alone: `mapo status`."""
+    """Return the state of a run, from its storage alone: `mapo status`."""
     return describe_run(_located(config, overrides, lambda found: None))
 
 

@@ -18,7 +18,7 @@ ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, i
 COMMANDS = tuple(command for room in ROOMS for command in room.COMMANDS)
 """Every command, in the order of `mapo --help`."""
 GROUPS = {"data": "inspect and maintain a data set", "infra": "bring up a cluster"}
-"""First words of commands that have two, with their help."""
+"""First words of two-word commands, with their help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """Run the console script.
 
-    Leaves without Python's teardown: Arrow's read-ahead threads may be inside a Python file system at that moment,
-    and the interpreter then ends the process with SIGABRT instead of our exit code.
+    Exits without Python's teardown: Arrow's read-ahead threads may be inside a Python file system at that moment, and
+    the interpreter then ends the process with SIGABRT instead of mapo's exit code.
     """
     code = main()
     sys.stdout.flush()
@@ -58,7 +58,7 @@ def entry() -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors, which repeat what was typed, mask secrets."""
+    """A parser that masks secrets in its errors, which repeat the user's input."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Leave with an exit code, and a message to stderr."""

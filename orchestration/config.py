@@ -1,4 +1,4 @@
-"""The run's configuration: one YAML file, `-o` overrides, every key known. Imports neither ray nor torch."""
+"""The run's configuration: one YAML file, `-o` overrides, no unknown keys. Imports neither ray nor torch."""
 
 import difflib
 import json
@@ -24,7 +24,7 @@ LATER_KEYS: dict[str, Any] = {
     "encode.start_timeout_s": None,
     **{f"train.{name}": default for name, default in train_config.LATER_KEYS.items()},
 }
-"""Keys that came after there were runs, with their defaults: at those they tell no configuration from an older one."""
+"""Keys that later versions added, with their defaults: at its default a key changes no configuration's digest."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -32,54 +32,54 @@ class ReportConfig(Config):
     """The section `report`."""
 
     gpu_hour_price: float | None = Field(None, ge=0)
-    """What an hour of one GPU costs. With it the report tells the cost of a run, without it hours alone."""
+    """Price of one GPU hour. With it the report shows the cost of a run, otherwise only its hours."""
     currency: str = Field("EUR", pattern="^[A-Z]{3}$")
-    """Of that price, as three letters: `EUR`, `USD`."""
+    """Currency of that price, as three letters: `EUR`, `USD`."""
 
 
 class RunConfig(Config):
-    """A run: where it lives and what each stage does."""
+    """A run: its storage, and the settings of each stage."""
 
     name: str
-    """Names the run's folder: letters, digits, '.', '_' and '-'."""
+    """The run's name, which is also its folder: letters, digits, '.', '_' and '-'."""
     storage: str = Field(min_length=1)
-    """Any fsspec URL: data set and runs live below it."""
+    """A path or any fsspec URL, below which data set and runs are stored."""
     seed: int = Field(0, ge=0)
-    """Order, noise, timesteps and samples follow from it."""
+    """Random seed of order, noise, timesteps and samples."""
     ingest: IngestConfig | None = None
-    """Sources to pair shards."""
+    """From preference sources to pair shards."""
     encode: EncodeConfig | None = None
-    """Pair shards to latent and text shards."""
+    """From pair shards to latent and text shards."""
     train: TrainConfig | None = None
     """MaPO on DeepSpeed ZeRO."""
     export: ExportConfig = ExportConfig()
-    """A checkpoint becomes a diffusers model."""
+    """From a checkpoint to a diffusers model."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Samples and scores, base against aligned."""
     report: ReportConfig = ReportConfig()
-    """The page of the run, and the index of runs."""
+    """The run's report, and the index of runs."""
 
     @field_validator("name")
     @classmethod
     def name_is_a_folder(cls, value: str) -> str:
         """Check that the name is one part of a path on every file system."""
         if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+            raise ValueError(f"{value!r} cannot be a folder's name; use letters, digits, '.', '_' and '-'")
         return value
 
     @model_validator(mode="after")
     def flips_are_encoded(self) -> Self:
-        """Training reads what was encoded: it cannot mirror a latent."""
+        """Check that mirrored images are encoded: training cannot mirror a latent."""
         if self.train is not None and self.train.flips != "none" and (self.encode is None or not self.encode.flips):
             raise ValueError(
-                f"train.flips is {self.train.flips}, but mirrored images are not encoded: a mirrored latent is not the "
-                "latent of a mirrored image\nhint: set `encode.flips: true`, or `train.flips: none`"
+                f"train.flips is {self.train.flips}, but mirrored images are not encoded, and a mirrored latent is not "
+                "the latent of a mirrored image\nhint: set `encode.flips: true`, or `train.flips: none`"
             )
         return self
 
     @property
     def wants_empty_prompt(self) -> bool:
-        """Whether training takes the embedding of "" for dropped prompts, so that `encode` has to store it."""
+        """Whether training replaces dropped prompts with the embedding of "", so that `encode` must store it."""
         return self.train is not None and self.train.null_prompt == "empty"
 
 
@@ -99,13 +99,13 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
-    """Do the same with a text; `source` is named in errors."""
+    """Parse a configuration from a text, like `load_config`; `source` names it in errors."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {error}", "check the indentation and the colons") from error
+        raise ConfigError(f"{source} is not valid YAML: {error}", "check the indentation and the colons") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{source} holds no keys", "it needs at least `name` and `storage`")
+        raise ConfigError(f"{source} has no keys", "it needs at least `name` and `storage`")
     for override in overrides:
         _apply(data, override)
     try:
@@ -117,19 +117,19 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
 
 
 def _refuse_secrets(config: RunConfig) -> None:
-    """Refuse secrets: the configuration is kept beside the run, shown in the report and sent with jobs."""
+    """Reject secrets: the configuration is stored with the run, shown in the report and sent with jobs."""
     found = list(_credentials(config.model_dump(mode="json"), ()))
     if config.train is not None:
         found += [f"train.environment.{name}" for name in config.train.environment if is_secret_name(name)]
     if found:
         raise ConfigError(
-            f"a secret is in the configuration, at {', '.join(f'`{where}`' for where in found)}",
-            "leave it out, and set it in the environment of the processes (on Kubernetes by a Secret)",
+            f"the configuration contains a secret, at {', '.join(f'`{where}`' for where in found)}",
+            "remove it, and set it in the environment of the processes (on Kubernetes with a Secret)",
         )
 
 
 def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
-    """Find the places of texts that are URLs with a password or a signature."""
+    """Find the keys of URLs with a password or a signature."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _credentials(inner, (*where, str(key)))
@@ -141,12 +141,12 @@ def _credentials(value: Any, where: tuple[str, ...]) -> Iterator[str]:
 
 
 def resolved_json(config: RunConfig) -> str:
-    """Return the whole configuration with every default, as it is saved beside a run."""
+    """Return the whole configuration with every default, as it is saved with a run."""
     return json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as plain data for a digest: a later key that has its default is left out."""
+    """Return the configuration as plain data for a digest, without later keys that have their default."""
     found = config.model_dump(mode="json")
     for path, default in LATER_KEYS.items():
         *sections, key = path.split(".")
@@ -165,7 +165,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"-o {override}: the value is not YAML", "quote it") from error
+        raise ConfigError(f"-o {override}: the value is not valid YAML", "quote it") from error
     *parents, last = path.split(".")
     place: Any = data
     for key in parents:
@@ -182,13 +182,13 @@ def _step_into(place: Any, key: str, override: str) -> Any:
     if place.get(key) is None:
         place[key] = {}
     if not isinstance(place[key], dict | list):
-        raise ConfigError(f"-o {override}: {key} is a value, not a section", "remove what follows it")
+        raise ConfigError(f"-o {override}: {key} is a value, not a section", "remove the keys after it")
     return place[key]
 
 
 def _position(place: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(f"-o {override}: {key!r} is not an index of a list of {len(place)}", "count from 0")
+        raise ConfigError(f"-o {override}: {key!r} is not an index of a list of {len(place)}", "indices start at 0")
     return int(key)
 
 
@@ -219,7 +219,7 @@ def _is_inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 
 
 def _nearest(location: tuple[int | str, ...]) -> str | None:
-    """Guess what an unknown key meant: the nearest key of its section, or else list the section's keys."""
+    """Suggest a key for an unknown one: the nearest of its section, or else a list of the section's keys."""
     section: Any = RunConfig
     for part in location[:-1]:
         if isinstance(part, int):

@@ -16,13 +16,13 @@ LOG_EVERY_S = 15.0
 
 @dataclass(frozen=True)
 class ProgressStep:
-    """What an observer of a progress bar is told at each step.
+    """One step of a progress bar, for its observers.
 
     Args:
-        stage: As the line has it.
-        done: So far.
-        total: Of so many.
-        statuses: Rows of this step by their status, where they have one.
+        stage: The stage, as shown.
+        done: Items done so far.
+        total: Items in all.
+        statuses: Rows of this step by status, if they have one.
     """
 
     stage: str
@@ -36,12 +36,12 @@ observers: list[Callable[[ProgressStep], None]] = []
 
 
 class ProgressBar:
-    """Counts what is done; a bar on a terminal, a line every 15 s elsewhere.
+    """Shows progress: a bar on a terminal, a line every 15 s elsewhere.
 
     Args:
-        stage: Shown in front.
-        total: How many there are.
-        unit: What is counted, in the plural.
+        stage: The stage, shown in front.
+        total: Items in all.
+        unit: The name of the items, in the plural.
     """
 
     def __init__(self, stage: str, total: int, unit: str) -> None:
@@ -60,13 +60,13 @@ class ProgressBar:
     def advance(
         self, count: int, *, rows: int = 0, size: int = 0, note: str = "", statuses: Mapping[str, int] | None = None
     ) -> None:
-        """Count `count` more; the clock of the rate starts with the first of them, after the workers' start.
+        """Count finished items; the clock of the rate starts at the first of them, after the workers have started.
 
         Args:
-            count: Of what the total counts.
-            rows: Rows in them, where these differ.
-            size: Bytes that were stored with them.
-            note: What else to say, such as drops by reason.
+            count: Number of items.
+            rows: Number of rows in them, if that differs.
+            size: Bytes stored with them.
+            note: A note to show, such as drops by reason.
             statuses: Rows by status, for observers.
         """
         self._done += count
@@ -87,14 +87,14 @@ class ProgressBar:
             write_line(line)
 
     def expect(self, count: int) -> None:
-        """Raise the total by what has come."""
+        """Raise the total by `count`."""
         self._total += count
         if self._bar is not None:
             self._bar.total = self._total
             self._bar.refresh()
 
     def say(self, line: str | None) -> None:
-        """Show a line beside the bar, if there is one."""
+        """Show a line above the bar, if there is one."""
         if line is None:
             return
         if self._bar is not None:
@@ -129,9 +129,9 @@ class ProgressBar:
 
 
 def quiet_ray_data() -> None:
-    """Let `ProgressBar` speak instead of Ray Data, and keep the class of errors that its workers raise.
+    """Silence Ray Data's progress in favour of `ProgressBar`, and keep the class of errors that its workers raise.
 
-    For the executions that this process starts afterwards. Ray Data's own log file still gets everything.
+    Applies to executions that this process starts afterwards. Ray Data's own log file still gets everything.
     """
     from ray.data import DataContext
 

@@ -8,21 +8,21 @@ from typing import Any, Literal
 from pipelines.dataset.config import Device
 
 RayOptions = dict[str, Any]
-"""Keyword arguments of `ray.remote` and `map_batches` that say what a worker asks Ray for."""
+"""Keyword arguments of `ray.remote` and `map_batches` for the resources of a worker."""
 
 
 def total_of(resource: str, needed: Mapping[str, float]) -> float:
-    """Return the CPUs or GPUs of all living nodes that have every custom resource in `needed`."""
+    """Return the CPUs or GPUs of all live nodes that have every custom resource in `needed`."""
     return float(sum(node.get(resource, 0) for node in nodes() if all(name in node for name in needed)))
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one worker asks Ray for.
+    """The resources that one worker requests from Ray.
 
     Args:
-        resource: What it computes on; it asks for one.
-        also: What the same node must have as well: custom resources, `CPU`, or `memory` in bytes.
+        resource: The resource it computes on (CPU or GPU); it requests one.
+        also: Further resources on the same node: custom ones, `CPU`, or `memory` in bytes.
     """
 
     resource: Literal["CPU", "GPU"]
@@ -33,15 +33,15 @@ class Demand:
 
     @property
     def needed(self) -> dict[str, float]:
-        """All of it by Ray's names."""
+        """All resources by Ray's names."""
         return {self.resource: 1.0, **self.also}
 
     def has_node(self) -> bool:
-        """Return whether a living node has all of it, used or not."""
+        """Return whether a live node has all the resources, free or not."""
         return self.places(nodes()) > 0
 
     def is_free(self) -> bool:
-        """Return whether a living node has all of it free now, as far as the driver knows."""
+        """Return whether a live node has all the resources free now, as far as the driver knows."""
         from ray._private.state import available_resources_per_node
 
         return self.places(available_resources_per_node().values()) > 0
@@ -53,7 +53,7 @@ class Demand:
         )
 
     def options(self) -> RayOptions:
-        """Return the same as options of `ray.remote`."""
+        """Return the demand as options of `ray.remote`."""
         names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
         found: RayOptions = {"num_cpus": 0, "num_gpus": 0}
         found |= {names[name]: amount for name, amount in self.needed.items() if name in names}
@@ -61,12 +61,12 @@ class Demand:
 
 
 def nodes() -> list[dict[str, float]]:
-    """Return the total resources of each living node."""
+    """Return the total resources of each live node."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def uses_gpu(device: Device) -> bool:
-    """Return whether workers ask for a GPU; `auto` looks at what the cluster has now."""
+    """Return whether workers request a GPU; `auto` depends on what the cluster has now."""
     return device == "gpu" or (device == "auto" and total_of("GPU", {}) >= 1)

@@ -27,38 +27,38 @@ class LoraConfig(Config):
     rank: int = Field(ge=1)
     """Rank of each adapter."""
     alpha: float | None = Field(None, gt=0)
-    """Scale of an adapter is alpha / rank; the rank by default, so that the scale is 1."""
+    """Adapters are scaled by alpha / rank; by default alpha is the rank, so that the scale is 1."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the linear layers that get an adapter; the attention projections by default, as the released code."""
+    """Names of the linear layers that get an adapter; by default the attention projections, as in the released code."""
 
 
 class EmaConfig(Config):
-    """Exponential moving average of the weights, in float32, each rank its own part."""
+    """Exponential moving average of the weights, in float32; each rank keeps its own part."""
 
     decay: float = Field(0.9999, gt=0.0, lt=1.0)
-    """Largest share of the average that stays at an optimizer step."""
+    """Largest share of the old average that an optimizer step keeps."""
     warmup: bool = True
-    """Let the share rise as (1 + s) / (10 + s) with the finished steps s, up to `decay`: without it a short training
-    exports mostly its base."""
+    """Let that share rise as (1 + s) / (10 + s) with the number of finished steps s, up to `decay`; without the
+    warm-up, a short training exports mostly its base."""
 
 
 class TroubleConfig(Config):
-    """What a run does when its numbers go wrong."""
+    """How training reacts when its numbers go wrong."""
 
     not_finite: Literal["stop"] = Field("stop", json_schema_extra={"hidden": True})
-    """No setting: accepted for older configurations, and ignored."""
+    """No longer a setting: accepted in older configurations, and ignored."""
     error_explosion: Action = "stop"
-    """The chosen error has grown to `max_error_ratio` times what it was at the start."""
+    """Reaction when the chosen error has grown to `max_error_ratio` times its value at the start."""
     max_error_ratio: float = Field(5.0, gt=1.0)
-    """Mean of the newest window of steps against the mean of the first one."""
+    """Limit for the mean error of the newest window of steps, as a multiple of the first window's."""
     no_preference: Action = "warn"
-    """The implicit accuracy has stayed at 0.5, within what chance allows, for `patience` steps."""
+    """Reaction when the implicit accuracy has stayed at 0.5, within what chance allows, for `patience` steps."""
     skipped_steps: Action = "stop"
-    """fp16 found no loss scale at which gradients are finite, for `window` steps in a row."""
+    """Reaction when fp16 has found no loss scale with finite gradients for `window` steps in a row."""
     window: int = Field(20, ge=1)
-    """Steps of a window."""
+    """Length of a window, in steps."""
     patience: int = Field(500, ge=1)
-    """Steps after which a run that has learnt no preference is in trouble."""
+    """Steps that a run may go without learning a preference."""
 
 
 def _default_learning_rate(given: Mapping[str, Any]) -> float:
@@ -71,25 +71,25 @@ class TrainConfig(Config):
     method: str = "mapo_paper"
     """The loss, by its name in [Losses](#losses)."""
     loss: dict[str, float] = Field(default_factory=dict)
-    """The method's own parameters; what is left out has the method's default."""
+    """The method's own parameters; those left out take the method's defaults."""
     labels: Literal["soft", "hard"] = "soft"
-    """A vote share of 0.7 weighs the two orders 0.7 and 0.3, a kept tie half and half (soft); or the preferred image
-    is chosen outright and kept ties are left out (hard)."""
+    """soft: weigh the two orders of a pair by its votes, a share of 0.7 as 0.7 and 0.3, a kept tie half and half.
+    hard: take the preferred image outright and leave kept ties out."""
     num_workers: WorkerCount = 1
-    """Ray Train workers, one GPU each (or a CPU): a number, or 2..8 for as many of that as there is room for."""
+    """Ray Train workers, one GPU (or CPU) each: a number, or a range such as 2..8 for as many of these as fit."""
     device: Device = "auto"
-    """What workers run on: `auto` is GPUs if the cluster has some now; `gpu` waits for an autoscaler's."""
+    """What workers run on: `auto` takes GPUs if the cluster has any now; `gpu` waits for an autoscaler to add them."""
     global_batch_size: int = Field(2048, ge=1)
-    """Pairs of one optimizer step over all workers; gradient accumulation follows from it."""
+    """Pairs in one optimizer step, over all workers; gradient accumulation follows from this."""
     micro_batch_size: int = Field(8, ge=1)
-    """Pairs of one forward pass."""
+    """Pairs in one forward pass."""
     max_steps: int = Field(2000, ge=1)
     """Optimizer steps."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
     learning_rate: float = Field(default_factory=_default_learning_rate, gt=0, allow_inf_nan=False)
-    """The highest learning rate of the schedule; left out or null, the published one of the method for all weights or
-    for adapters, which the plan names with its source."""
+    """Peak learning rate of the schedule. Left out or null: the rate published for the method, for all weights or for
+    adapters; the plan shows it with its source."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
@@ -109,69 +109,69 @@ class TrainConfig(Config):
     offload_path: str | None = None
     """A folder on a fast local disk of each node, for `offload: nvme`."""
     gradient_checkpointing: bool | Literal["resnets", "transformers"] = True
-    """Recompute activations in the backward pass: of all blocks (true; a quarter more arithmetic), of the convolutional
-    ones alone (5 % more), of the transformers alone (20 % more), or of none."""
+    """Recompute activations in the backward pass: in all blocks (true; 25 % more arithmetic), only in the
+    convolutional blocks (resnets; 5 % more), only in the transformer blocks (transformers; 20 % more), or in none."""
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
-    """Back end of scaled dot product attention; auto lets torch choose."""
+    """Backend of scaled dot product attention; auto lets torch choose."""
     channels_last: bool = True
-    """Lay activations out as convolutions on GPUs like them."""
+    """Use the channels-last memory layout, which makes convolutions faster on GPUs."""
     compile: bool = False
     """Compile the repeated transformer blocks with torch.compile; each shape compiles once, at its first batch."""
     prompt_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of pairs whose prompt becomes the null conditioning, the same for both images."""
+    """Share of pairs whose prompt is replaced by the null conditioning, for both images alike."""
     null_prompt: NullPrompt = "auto"
-    """What a dropped prompt becomes: what the base's pipeline takes for guidance (auto: zeros for SDXL, the embedding
-    of "" for SD 1.x and 2.x), zeros, or the embedding of "" (empty), as Diffusion-DPO's script trains."""
+    """What replaces a dropped prompt. auto: what the base's pipeline uses for guidance (zeros for SDXL, the embedding
+    of "" for SD 1.x and 2.x); zeros; or empty: the embedding of "", as in Diffusion-DPO's script."""
     flips: Flips = "none"
     """Mirror half of the pairs, both images alike (pair), or half of all images (image); needs `encode.flips`."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the base predicts, where its scheduler file is known to be wrong; by default what that file says."""
+    """What the base predicts; set this only if the base's scheduler file is wrong. By default what that file says."""
     ema: EmaConfig | None = None
     """Keep an exponential moving average of the weights, such as {decay: 0.9999}."""
     checkpoint_every: int = Field(500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The newest checkpoints that are kept."""
+    """How many of the newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the checkpoint with the least validation loss too."""
+    """Also keep the checkpoint with the lowest validation loss."""
     rounds: Literal["restart", "continue"] = "restart"
-    """On a new snapshot train the base model anew, or continue from the model that the run exported last."""
+    """On a new snapshot, start again from the base model or continue from the model that the run exported last."""
     keep_rounds: int = Field(2, ge=1)
-    """The newest finished rounds whose checkpoints are kept; of older ones the records alone."""
+    """How many of the newest finished rounds keep their checkpoints; older rounds keep only their records."""
     validate_every: int = Field(100, ge=1)
     """Steps between validations on the held-out pairs."""
     max_validation_pairs: int = Field(256, ge=1)
-    """Held-out pairs a validation uses: if there are more, those of the first buckets, by key within a bucket."""
+    """Held-out pairs in a validation; if there are more, those of the first buckets, by key within a bucket."""
     sample_every: int | None = Field(None, ge=1)
     """Steps between grids of samples from held-out prompts; none by default."""
     num_samples: int = Field(4, ge=1)
-    """Samples of a grid."""
+    """Samples in a grid."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where curves go beside the report; wandb and mlflow are configured by their own environment variables."""
+    """Where curves go in addition to the report; wandb and mlflow are configured by their own environment variables."""
     trouble: TroubleConfig = TroubleConfig()
-    """What a run does when its numbers go wrong."""
+    """How training reacts when its numbers go wrong."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the workers, each from the last checkpoint, before the stage fails."""
+    """How often workers may be restarted, each time from the last checkpoint, before the stage fails."""
     read_ahead: int = Field(8, ge=1)
-    """Micro-batches that are read ahead of the step."""
+    """Micro-batches to read ahead of the current step."""
     cache_dir: str | None = None
-    """A folder on each node that keeps the shards it has read; none by default."""
+    """A folder on each node that caches shards; no cache by default."""
     max_cache_bytes: int = Field(107_374_182_400, ge=1)
-    """The least recently used shards leave `cache_dir` above this size."""
+    """Size limit of `cache_dir`; above it the least recently used shards are removed."""
     start_timeout_s: int = Field(1800, ge=1)
-    """Seconds to wait for the GPUs of `device: gpu`, where nodes may still come; left out, 60 for the first workers of
-    a cluster without an autoscaler."""
+    """Seconds to wait for GPUs with `device: gpu`, while nodes may still join. If this is left out, a cluster without
+    an autoscaler waits only 60 for the first workers."""
     collective_timeout_s: int = Field(1800, ge=1)
-    """A collective that lasts longer fails the workers, which start again from the last checkpoint."""
+    """A collective that takes longer fails the workers, which restart from the last checkpoint."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the workers, such as NCCL_SOCKET_IFNAME or NCCL_IB_HCA; no secrets."""
+    """Environment variables for the workers, such as NCCL_SOCKET_IFNAME or NCCL_IB_HCA; no secrets."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak of one device for the model's FLOPs utilization; by default known for A100, H100, H200, B200 and L40S."""
+    """Peak of one device, for computing model FLOPs utilization; known by default for A100, H100, H200, B200, L40S."""
 
     @model_validator(mode="before")
     @classmethod
     def no_rate_is_the_methods_own(cls, given: Any) -> Any:
-        """Take `learning_rate: null` for one that is left out."""
+        """Treat `learning_rate: null` as left out."""
         if isinstance(given, dict) and given.get("learning_rate", 0) is None:
             return {name: value for name, value in given.items() if name != "learning_rate"}
         return given
@@ -187,11 +187,11 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def reference_is_where_the_round_starts(self) -> Self:
-        """Refuse adapters where the reference is the model that a round continues: switched off, they give the base."""
+        """Reject adapters if the reference is the model that a round continues: switched off, they give the base."""
         if self.rounds == "continue" and self.lora is not None and self.method in NEEDS_REFERENCE:
             raise ValueError(
-                f"rounds: continue with method {self.method} and lora: the reference of a round is the model that it "
-                "starts from, and adapters switched off give the base\n"
+                f"`rounds: continue` does not work with method {self.method} and lora: the reference must be the model "
+                "that the round starts from, but adapters switched off give the base\n"
                 "hint: use `rounds: restart`, train the whole UNet (`lora: null`), or a method without a reference"
             )
         return self
@@ -208,13 +208,13 @@ class TrainConfig(Config):
             of = f"{self.micro_batch_size} x {most} = {share}" if is_fixed else f"{share}"
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of {by} = {of}\n"
-                f"hint: the nearest that fit are {', '.join(str(n) for n in (below, below + share) if n)}"
+                f"hint: the nearest multiples are {', '.join(str(n) for n in (below, below + share) if n)}"
             )
         if most > self.global_batch_size // self.micro_batch_size:
             raise ValueError(
                 f"num_workers {self.num_workers}: a global batch of {self.global_batch_size} has "
                 f"{self.global_batch_size // self.micro_batch_size} micro-batches of {self.micro_batch_size}, "
-                f"and each worker needs one\nhint: lower num_workers or micro_batch_size"
+                f"and each worker needs at least one\nhint: lower num_workers or micro_batch_size"
             )
         return self
 
@@ -223,20 +223,20 @@ class TrainConfig(Config):
         """Require a folder and ZeRO-3 for NVMe, and no offload for 8-bit states."""
         if self.offload == "nvme" and (self.offload_path is None or self.zero_stage != 3):
             raise ValueError(
-                f"offload nvme needs zero_stage 3 and offload_path; they are {self.zero_stage} and {self.offload_path}"
+                f"offload nvme needs zero_stage 3 and offload_path; given: {self.zero_stage}, {self.offload_path}"
                 "\nhint: `offload: cpu` works with every stage"
             )
         if self.offload != "nvme" and self.offload_path is not None:
             raise ValueError("offload_path is set, but offload is not nvme\nhint: leave `train.offload_path` out")
         if self.offload != "none" and self.optimizer == "adamw_8bit":
             raise ValueError(
-                f"offload {self.offload} and optimizer adamw_8bit exclude each other\nhint: use `optimizer: adamw`"
+                f"offload {self.offload} does not work with optimizer adamw_8bit\nhint: use `optimizer: adamw`"
             )
         return self
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """The least and the most workers."""
+        """The smallest and the largest number of workers."""
         return worker_range(self.num_workers)
 
     @property
@@ -249,33 +249,33 @@ LATER_KEYS: Mapping[str, Any] = MappingProxyType(
     {name: TrainConfig.model_fields[name].default for name in ("null_prompt", "flips", "prediction_type")}
     | {"ema.warmup": EmaConfig.model_fields["warmup"].default}
 )
-"""Keys of `train` that came after there were trainings, with their defaults: at those they tell no training from an
-older one."""
+"""Keys of `train` that later versions added, with their defaults: at its default a key changes no training's identity,
+so that older trainings are still found."""
 
 
 class ExportConfig(Config):
-    """A checkpoint becomes a diffusers model."""
+    """Export of a checkpoint as a diffusers model."""
 
     checkpoint: Literal["last", "best"] = "last"
-    """The newest checkpoint, or the one with the least validation loss."""
+    """The newest checkpoint, or the one with the lowest validation loss."""
     weights: Literal["auto", "ema", "raw"] = "auto"
-    """The moving average, or the weights themselves; auto takes the average if there is one."""
+    """The moving average (ema) or the weights themselves (raw); auto takes the average if there is one."""
     parts: Literal["pipeline", "unet"] = "pipeline"
-    """The whole pipeline, or the UNet alone. LoRA adapters are written beside either."""
+    """The whole pipeline, or the UNet alone. LoRA adapters are written next to either."""
     push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
-    """A hub repository, such as me/sdxl-aligned, that the model is also pushed to, privately; needs HF_TOKEN."""
+    """Also push the model to this Hugging Face repository, such as me/sdxl-aligned, as private; needs HF_TOKEN."""
 
 
 class EvaluateConfig(Config):
     """Samples of the base and of the aligned model: same prompts, same seeds."""
 
     num_samples: int = Field(64, ge=1)
-    """Samples of each model, over the held-out prompts in turn."""
+    """Samples of each model, cycling through the held-out prompts."""
     num_inference_steps: int = Field(30, ge=1)
-    """Steps of the pipeline's own scheduler."""
+    """Denoising steps of a sample, with the pipeline's own scheduler."""
     guidance_scale: float = Field(5.0, ge=0.0)
-    """Classifier-free guidance; 1 or less is none."""
+    """Classifier-free guidance; 1 or less turns it off."""
     batch_size: int = Field(16, ge=1)
-    """Samples of one pipeline call."""
+    """Samples in one pipeline call."""
     scorers: tuple[str, ...] = ()
     """`module:Class` names of scorers (see training/evaluate.py); each sample of both models gets their scores."""

@@ -1,6 +1,6 @@
-"""What ends or interrupts training early: the driver's request to stop, and a node that is about to be taken away.
+"""Early ends of training: the driver's request to stop, and notice of a node that is about to be preempted.
 
-An actor beside the driver holds the request, rank 0 asks for it, and all ranks agree. Of nodes Ray Train tells.
+An actor on the driver's node holds the request, rank 0 polls it, and all ranks agree. Ray Train reports preemptions.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ CHECK_EVERY_S = 2.0  # for nodes: asking is a barrier over the ranks
 
 
 class _Flag:
-    """What the actor holds."""
+    """The actor that holds the request."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -29,7 +29,7 @@ class _Flag:
 
 
 def new_flag() -> Any:
-    """Start an actor on the driver's node that is set once; needs no CPU."""
+    """Start the actor for the stop request on the driver's node; it takes no CPU."""
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     return ray.remote(num_cpus=0, label_selector=here)(_Flag).remote()
 
@@ -39,20 +39,20 @@ class StopRequest:
 
     Args:
         flag: From `new_flag`.
-        rank: Rank 0 asks in the background; the others hear of it with the step's sums.
+        rank: This rank. Rank 0 polls in the background; the others learn of it from the step's sums.
     """
 
     def __init__(self, flag: Any, rank: int) -> None:
         self._flag, self._rank = flag, rank
         self._ended = threading.Event()
         self.seen = 0.0
-        """1 on rank 0 once the flag was seen set: an addend to the sums of a step."""
+        """1 on rank 0 once the flag was seen set; added to the sums of a step."""
         self.is_agreed = False
         """Whether the ranks have agreed to stop, on all of them after the same step."""
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Ask every second, on rank 0."""
+        """Poll the flag every second, on rank 0."""
         thread = threading.Thread(target=self._ask, name="stop-request", daemon=True)
         if self._rank == 0:
             thread.start()
@@ -68,9 +68,9 @@ class StopRequest:
 
 
 class Notice:
-    """Whether a node of this run is about to be taken away; every rank must ask at the same steps.
+    """Notice that a node of this run is about to be preempted; every rank must ask at the same steps.
 
-    Time is taken from the steps' length over all ranks, which is the same number everywhere.
+    Time is counted from the steps' duration over all ranks, which is the same number everywhere.
     """
 
     def __init__(self) -> None:
@@ -78,10 +78,10 @@ class Notice:
         self._known: frozenset[str] = frozenset()
 
     def has_come(self, step_s: float) -> bool:
-        """Ask, now and then; true once for each set of nodes. Collective.
+        """Ask Ray Train every few seconds; return true once for each set of nodes. Collective.
 
         Args:
-            step_s: How long the step took, the same on all ranks.
+            step_s: Duration of the step, the same on all ranks.
         """
         self._since_s += step_s
         if self._since_s < CHECK_EVERY_S:

@@ -1,4 +1,4 @@
-"""accelerate and DeepSpeed set-up inside a Ray Train worker. See docs/concepts/training.md for each choice."""
+"""Setup of accelerate and DeepSpeed inside a Ray Train worker. docs/concepts/training.md explains each choice."""
 
 import importlib.util
 import logging
@@ -31,37 +31,37 @@ class Engine:
 
     @property
     def rank(self) -> int:
-        """This worker's number."""
+        """This worker's rank."""
         return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        """How many workers there are."""
+        """The number of workers."""
         return int(self.accelerator.num_processes)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks for all."""
+        """Whether this is rank 0, which speaks for all."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device that this rank computes on."""
         device: torch.device = self.accelerator.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in; autocast is off under DeepSpeed, so the caller casts."""
+        """The type that the UNet computes in; autocast is off under DeepSpeed, so the caller casts."""
         return dtype_of(self.config)
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of this rank in an optimizer step."""
+        """Micro-batches that this rank adds up in an optimizer step."""
         return int(self.unet.gradient_accumulation_steps())
 
     def set_learning_rate(self, rate: float) -> None:
-        """Set the rate of this step: a scheduler of accelerate's would step once for each process."""
+        """Set the learning rate of this step: an accelerate scheduler would step once per process."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -72,7 +72,7 @@ class Engine:
         return summed.cpu()
 
     def identity(self) -> WorkerIdentity:
-        """Describe this worker as the engine itself reports it; for the log and the report."""
+        """Describe this worker, as the engine reports it, for the log and the report."""
         from ray.util import get_node_ip_address  # here, so that an engine can be had without Ray
 
         return WorkerIdentity(
@@ -131,15 +131,15 @@ def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bo
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Refuse by name what this machine cannot do, before a model is loaded.
+    """Reject settings that this machine cannot run, before a model is loaded.
 
     Raises:
-        ConfigError: fp16 without a GPU that has it, 8-bit states without bitsandbytes, NVMe without libaio.
+        ConfigError: fp16 without a GPU that supports it, 8-bit states without bitsandbytes, or NVMe without libaio.
     """
     from deepspeed.accelerator import get_accelerator
 
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
-        raise ConfigError("train.precision fp16: this machine's processors have no fp16", "use bf16, or GPUs")
+        raise ConfigError("train.precision fp16: the CPUs of this machine do not support fp16", "use bf16, or GPUs")
     if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "train.optimizer adamw_8bit needs bitsandbytes, which is not installed", "pip install 'mapo[gpu]'"
@@ -154,7 +154,7 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
-    """Build AdamW over the weights that learn; ZeRO gives it this rank's part of them in float32."""
+    """Build AdamW over the trainable weights; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw_8bit":
@@ -166,7 +166,7 @@ def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
 
 
 def set_gradient_checkpointing(unet: Any, wanted: bool | str) -> None:
-    """Recompute in the backward pass: everything, the convolutional blocks alone, or the transformers alone."""
+    """Recompute in the backward pass: all blocks, only the convolutional ones, or only the transformer ones."""
     if not wanted:
         return
     unet.enable_gradient_checkpointing()
@@ -179,9 +179,9 @@ def set_gradient_checkpointing(unet: Any, wanted: bool | str) -> None:
 
 
 def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_gpu: bool) -> Engine:
-    """Wrap a float32 UNet into DeepSpeed ZeRO; collective.
+    """Wrap a float32 UNet in DeepSpeed ZeRO; collective.
 
-    The back end is named to accelerate: without it every CPU rank believes that it is rank 0.
+    accelerate is given the backend explicitly: without it every CPU rank believes that it is rank 0.
     """
     quiet_libraries()
     leave_out_ops()
@@ -201,7 +201,7 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries log below errors."""
+    """Silence library logs below the level of errors."""
     for name in ("DeepSpeed", "deepspeed", "accelerate", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logger = logging.getLogger("DeepSpeed")

@@ -1,6 +1,6 @@
-"""Samples of the base and of the aligned model, same prompts and same seeds, and their scores.
+"""Samples of the base and of the aligned model, with the same prompts and seeds, and their scores.
 
-A scorer is any class of this shape; name it as `module:Class` in `evaluate.scorers`.
+A scorer is any class with the methods of `Scorer`; name it as `module:Class` in `evaluate.scorers`.
 """
 
 import importlib
@@ -28,9 +28,9 @@ MAX_REFERENCES = 512  # pairs that scorers learn from
 
 
 class Scorer(Protocol):
-    """Gives every sample one value, higher is better.
+    """Scorer of samples: one value each, higher is better.
 
-    `fit` sees held-out pairs of the run's own data set before the first `score`.
+    `fit` is given held-out pairs of the run's own data set before the first `score`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Scorer(Protocol):
         ...
 
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        """Return one value a sample, 0..1."""
+        """Return one value per sample, 0..1."""
         ...
 
 
@@ -56,7 +56,7 @@ class References:
 
 
 def load_scorers(names: Sequence[str]) -> list[Scorer]:
-    """Load the scorers that `module:Class` names stand for.
+    """Load scorers by their `module:Class` names.
 
     Raises:
         ConfigError: A name cannot be imported.
@@ -74,10 +74,10 @@ def load_scorers(names: Sequence[str]) -> list[Scorer]:
 
 
 def load_references(storage: Storage, version: int) -> References:
-    """Load up to MAX_REFERENCES kept pairs of a snapshot, in key order: of training if none is held out.
+    """Load up to MAX_REFERENCES held-out pairs of a snapshot, in key order; training pairs if none is held out.
 
     Raises:
-        SnapshotError: No pair is kept.
+        SnapshotError: The snapshot has no kept pair.
     """
     for split in (VALIDATION, TRAIN):
         where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
@@ -92,7 +92,7 @@ def load_references(storage: Storage, version: int) -> References:
                 [pair[side] for pair, side in zip(images, chosen, strict=True)],
                 [pair[1 - side] for pair, side in zip(images, chosen, strict=True)],
             )
-    raise SnapshotError(f"{storage.url} has no kept pair to evaluate with", "`mapo data show` says why")
+    raise SnapshotError(f"{storage.url} has no kept pairs to evaluate with", "`mapo data show` says why")
 
 
 def _stored_image(storage: Storage, row: JsonObject, side: int) -> Image.Image:
@@ -102,22 +102,22 @@ def _stored_image(storage: Storage, row: JsonObject, side: int) -> Image.Image:
 
 
 def sample_prompts(references: References, num_samples: int) -> list[str]:
-    """Return the distinct prompts of the references in turn, `num_samples` in all."""
+    """Cycle through the distinct prompts of the references; return `num_samples` of them."""
     distinct = sorted(set(references.prompts))
     return [distinct[i % len(distinct)] for i in range(num_samples)]
 
 
 class Sampler:
-    """Draws samples from one pipeline; a sample's noise follows from its own seed, whatever the batch.
+    """Sampler of one pipeline; a sample's noise follows from its own seed, whatever the batch.
 
     Args:
-        model: Folder of a diffusers pipeline; its `model_index.json` says of which class.
-        vae: Folder of another VAE than its own, or None.
-        config: How to sample.
+        model: Folder of a diffusers pipeline; its `model_index.json` names the class.
+        vae: Folder of a VAE that replaces the pipeline's own, or None.
+        config: The section `evaluate`.
         resolution: Side of the square samples, in pixels.
-        variant: Which of the pipeline's weights; the plain ones by default.
-        unet: Folder of a UNet that takes the place of the pipeline's own, or None.
-        prediction_type: What the UNet predicts, where the pipeline's scheduler file is wrong.
+        variant: Variant of the pipeline's weights, such as fp16; the plain ones by default.
+        unet: Folder of a UNet that replaces the pipeline's own, or None.
+        prediction_type: What the UNet predicts, if the pipeline's scheduler file is wrong.
     """
 
     def __init__(
@@ -180,10 +180,10 @@ def score_samples(
     """Return each scorer's mean and 95 % bootstrap interval for each model.
 
     Args:
-        scorers: Unfitted.
-        references: What they learn from.
+        scorers: The scorers, not yet fitted.
+        references: The pairs that they are fitted on.
         samples: PNG bytes by model name (`base`, `aligned`), in the order of `prompts`.
-        prompts: One for each sample.
+        prompts: One prompt per sample.
     """
     results = []
     for scorer in scorers:

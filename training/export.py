@@ -1,7 +1,7 @@
-"""A checkpoint becomes a diffusers model: a whole pipeline, or its UNet alone, with LoRA adapters beside it.
+"""Export of a checkpoint as a diffusers model: a whole pipeline or its UNet alone, with LoRA adapters next to it.
 
-`model/` is what `from_pretrained` loads: adapters are merged into the UNet. `model/lora/` has them by themselves, for
-`load_lora_weights` on top of the base.
+`model/` is what `from_pretrained` loads: adapters are merged into the UNet. `model/lora/` contains the adapters alone,
+for `load_lora_weights` on top of the base.
 """
 
 import json
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 Weights = dict[str, "np.ndarray[Any, np.dtype[np.float32]]"]
-"""Trained parameters by name, whole."""
+"""Trained parameters by name, each one whole."""
 UNET, VAE, LORA = "unet", "vae", "lora"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 STEM = "diffusion_pytorch_model"
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-LOST_HINT = "remove stages/train.json of the run and run `mapo train`: it resumes from the newest whole checkpoint"
+LOST_HINT = "remove the run's stages/train.json and run `mapo train`, which resumes from the newest complete checkpoint"
 
 
 def marker(config: ExportConfig) -> str:
-    """Return the file that is written last: with it the exported folder is complete."""
+    """Return the file that is written last: an exported folder that contains it is complete."""
     return MODEL_INDEX if config.parts == "pipeline" else f"{UNET}/config.json"
 
 
@@ -51,24 +51,24 @@ def export_model(
 ) -> None:
     """Write the base pipeline with the trained UNet to the folder `target` of the storage.
 
-    Everything but the UNet is the base's own files, byte for byte; weights of a variant have plain names here, and a
-    separate VAE takes the place of the pipeline's own. The folder is complete once its `marker` is there: it is
-    written last, and removed first when an older export is replaced. Of the older export nothing stays.
+    Everything except the UNet is copied from the base byte for byte; weights of a variant get plain names here, and a
+    separate VAE replaces the pipeline's own. The folder is complete once it contains its `marker`, which is written
+    last, and removed first when an older export is replaced. Nothing of the older export stays.
 
     Args:
-        storage: Where checkpoint and target lie.
+        storage: The storage of checkpoint and target.
         checkpoint: A training checkpoint's folder.
         source: The base pipeline, as the section `encode` names it.
-        target: Where to write.
-        card: The model card, Markdown.
-        config: What to write; the whole pipeline, of the average if there is one, by default.
-        lora: The adapters that were trained; None if it was the whole UNet.
-        extra_files: More files of the folder, by name.
-        prediction_type: What the UNet predicts, where the base's scheduler file is wrong: that one key is corrected.
+        target: The folder to write.
+        card: The model card, in Markdown.
+        config: The section `export`; by default the whole pipeline, with the average if there is one.
+        lora: The adapters that were trained; None if the whole UNet was.
+        extra_files: More files for the folder, by name.
+        prediction_type: What the UNet predicts, if the base's scheduler file is wrong: that one key is corrected.
 
     Raises:
-        ModelError: The checkpoint is not there, lacks what is asked for, or is of another UNet; or the hub refused.
-        ShardCorrupt: It is damaged.
+        ModelError: The checkpoint is missing, has no average, or is of another UNet; or the hub refused the upload.
+        ShardCorrupt: The checkpoint is damaged.
         TrainingError: A weight is not finite.
     """
     config = config or ExportConfig()
@@ -89,11 +89,11 @@ def export_model(
 
 
 def _replace(storage: Storage, target: str, exported: Path, *, last: str) -> None:
-    """Let a folder of the storage hold the exported files and no others.
+    """Replace the contents of a folder on the storage with the exported files.
 
     Args:
-        storage: Where the target lies.
-        target: The folder.
+        storage: The storage.
+        target: The folder on it.
         exported: The files, locally.
         last: The file that is written last and removed first.
     """
@@ -114,13 +114,13 @@ def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> Wei
     """Read the trained parameters of a checkpoint: whole float32 numpy arrays by name.
 
     Args:
-        storage: Where it is.
-        checkpoint: Its folder.
+        storage: The storage of the checkpoint.
+        checkpoint: The checkpoint's folder.
         wanted: `ema`, `raw`, or `auto`: the average if there is one.
 
     Raises:
         ModelError: There is no such checkpoint, or it has no average.
-        ShardCorrupt: It is damaged.
+        ShardCorrupt: The checkpoint is damaged.
         TrainingError: A weight is not finite.
     """
     import numpy as np
@@ -128,7 +128,7 @@ def read_weights(storage: Storage, checkpoint: str, wanted: str = "auto") -> Wei
     parent = checkpoint.rpartition("/")[0]
     manifest = next((each for each in list_checkpoints(storage, parent) if each.folder == checkpoint), None)
     if manifest is None:
-        raise ModelError(f"there is no whole checkpoint {storage.uri(checkpoint)}", LOST_HINT)
+        raise ModelError(f"there is no complete checkpoint {storage.uri(checkpoint)}", LOST_HINT)
     try:
         reader = Reader(storage, manifest)
         has_average = EMA in reader.kinds()
@@ -151,7 +151,7 @@ def _check_finite(broken: list[str], total: int, where: str = "") -> None:
 
 
 def _copy_pipeline(source: ModelSource, exported: Path) -> None:
-    """Copy all of the base but its UNet; of weights only those that are read."""
+    """Copy all of the base except its UNet, and only those weights that are loaded."""
     base = source.folder()
     unread = shutil.ignore_patterns(".*", "README.md", "*.safetensors*", *IGNORED, *PICKLES)
     files = {file.name for file in base.iterdir() if file.is_file()}
@@ -169,7 +169,7 @@ def _copy_pipeline(source: ModelSource, exported: Path) -> None:
 
 
 def correct_schedule(file: Path, prediction_type: str | None) -> None:
-    """Let a scheduler file say what the UNet was trained to predict; one that says so already stays byte for byte."""
+    """Make a scheduler file say what the UNet was trained to predict; a correct file stays byte for byte."""
     config = read_config(file)
     if prediction_type in (None, config.get("prediction_type") or "epsilon"):  # where it is left out it is epsilon
         return
@@ -178,7 +178,7 @@ def correct_schedule(file: Path, prediction_type: str | None) -> None:
 
 
 def _copy_part(part: Path, target: Path, variant: str | None) -> None:
-    """Copy a part with its weights under plain names; pickles stay where there is nothing else."""
+    """Copy a part with its weights under plain names; copy pickles only if there is nothing else."""
     is_safe = any(part.glob("*.safetensors"))
     shutil.copytree(part, target, ignore=shutil.ignore_patterns(".*", *IGNORED, *(PICKLES if is_safe else ())))
     if is_safe:
@@ -189,7 +189,7 @@ def _copy_part(part: Path, target: Path, variant: str | None) -> None:
 
 
 def _give_plain_names(part: Path, stem: str, variant: str | None) -> None:
-    """Let the weights of a variant be the only ones of a part, under the names that are read without a variant."""
+    """Keep only the weights of a variant in a part, under the names that are loaded without a variant."""
     kept = {file.name for file in weight_files(part, stem, variant)}
     for file in [*part.glob("*.safetensors"), *part.glob("*.safetensors.index*.json")]:
         if file.name not in kept:
@@ -208,8 +208,8 @@ def _save_unet(source: ModelSource, weights: Weights, lora: LoraConfig | None, e
 
     Args:
         source: The base pipeline.
-        weights: From `read_weights`; emptied, for memory's sake.
-        lora: The adapters that they are of.
+        weights: From `read_weights`; emptied on the way to save memory.
+        lora: The section `train.lora`, if the weights are adapters.
         exported: The folder of the exported model.
     """
     import torch
@@ -227,8 +227,8 @@ def _save_unet(source: ModelSource, weights: Weights, lora: LoraConfig | None, e
     found = {name: weight.shape for name, weight in weights.items()}
     if others := sorted({name for name, _ in trained.items() ^ found.items()}):
         raise ModelError(
-            f"the checkpoint is not of the UNet of {source.model}: {len(others)} weights differ, {others[0]} first",
-            "export with the `encode.model` and the `train.lora` that it was trained with",
+            f"the checkpoint does not fit the UNet of {source.model}: {len(others)} weights differ, {others[0]} first",
+            "export with the same `encode.model` and `train.lora` as in training",
         )
     tensors = {name: torch.from_numpy(weights.pop(name)).to(dtype) for name in trained}
     unet.load_state_dict(tensors, strict=False, assign=True)
@@ -272,7 +272,7 @@ def push(folder: Path, repository: str) -> None:
     """Upload an exported folder to the hub, as a private repository if it is new; other weights there are removed.
 
     Raises:
-        ModelError: The hub cannot be reached, or refused it.
+        ModelError: The hub cannot be reached, or refused the upload.
     """
     from huggingface_hub import HfApi
 
@@ -289,5 +289,5 @@ def push(folder: Path, repository: str) -> None:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"cannot push to {repository}: {cause[0]}",
-            "the model is exported; check HF_TOKEN and the network, and run `mapo export` again",
+            "the model itself is exported; check HF_TOKEN and the network, then run `mapo export` again",
         ) from error

@@ -1,6 +1,6 @@
-"""How much arithmetic training is, counted and not estimated, and how much a device could do.
+"""FLOPs of training, counted rather than estimated, and the peak FLOPs of a device.
 
-The UNet is built without memory (torch's meta device) and run as training runs it under torch's FlopCounterMode: only
+The UNet is built without memory (torch's meta device) and run as in training under torch's FlopCounterMode: only
 shapes are computed. FLOP = 2 x multiply-add, of matrix products, convolutions and attention; the rest is below 1 %.
 """
 
@@ -36,9 +36,9 @@ PEAK_TFLOPS: Mapping[str, tuple[float, float]] = {
     "A10": (125, 62.5),
     "L4": (121, 60.5),
 }
-"""Words of a device's name -> dense tensor-core peak in bf16 or fp16, and in TF32; the first that fits counts.
+"""Words of a device's name -> dense tensor-core peak in bf16 or fp16, and in TF32; the first match counts.
 
-Source: NVIDIA's data sheet of each product; where it gives the peak "with sparsity" alone, half of that.
+Source: NVIDIA's data sheet of each product; half of the peak "with sparsity" where it gives no other.
 """
 
 
@@ -47,8 +47,8 @@ class Flops:
     """Floating-point operations.
 
     Args:
-        model: What the mathematics asks for: forward and backward, and a reference's forward.
-        hardware: What is computed: with what gradient checkpointing computes again.
+        model: What the mathematics needs: forward and backward, and the forward pass of a reference.
+        hardware: What is actually computed: `model` plus the recomputation of gradient checkpointing.
     """
 
     model: float
@@ -70,14 +70,14 @@ def pair_flops(
     gradient_checkpointing: bool | str,
     lora: LoraConfig | None,
 ) -> Flops:
-    """Count the arithmetic of training on one pair, forward and backward of both images; once for each shape.
+    """Count the FLOPs of training on one pair, forward and backward of both images; once for each shape.
 
-    Takes seconds the first time for SDXL, and neither memory nor the GPU.
+    The first count takes seconds for SDXL, but neither memory nor the GPU.
 
     Args:
-        unet_config: As `unet.config` has it.
-        height: Of the latents.
-        width: Of the latents.
+        unet_config: The UNet's `config`.
+        height: Height of the latents.
+        width: Width of the latents.
         tokens: Length of a prompt's embedding.
         method_needs_reference: Whether a frozen reference predicts both images too.
         gradient_checkpointing: `train.gradient_checkpointing`.
@@ -145,11 +145,11 @@ def _count(unet: Any, height: int, width: int, tokens: int, *, backward: bool) -
 
 
 def peak_flops(device_name: str, precision: str, override_tflops: float | None) -> float | None:
-    """Return the peak operations a second of one device; None if unknown, as of a CPU or a part of a GPU.
+    """Return the peak FLOPs per second of one device; None if unknown, as for a CPU or a part of a GPU.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` gives it.
-        precision: `train.precision`. For fp32 it is TF32's: torch's convolutions use it unless told otherwise.
+        device_name: From `torch.cuda.get_device_name`.
+        precision: `train.precision`. fp32 counts as TF32, which torch's convolutions use by default.
         override_tflops: `train.peak_tflops`.
     """
     if override_tflops is not None:
@@ -164,12 +164,12 @@ def peak_flops(device_name: str, precision: str, override_tflops: float | None) 
 
 
 def utilization(flops: Flops, *, seconds: float, num_devices: int, peak: float | None) -> dict[str, float]:
-    """`mfu` and `hfu`: the share of the devices' peak that a step's arithmetic is; empty if the peak is not known.
+    """Return `mfu` and `hfu`, the shares of the devices' peak that a step reached; empty if the peak is not known.
 
     Args:
-        flops: Of all pairs of the step, over all devices.
-        seconds: The step's.
-        num_devices: That worked on it.
+        flops: FLOPs of all pairs of the step, over all devices.
+        seconds: Duration of the step.
+        num_devices: Devices that worked on it.
         peak: From `peak_flops`.
     """
     if peak is None:

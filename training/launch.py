@@ -1,4 +1,4 @@
-"""The driver's side of training: Ray Train workers, restarts, and the record of what came out."""
+"""The driver's side of training: Ray Train workers, restarts, and the result."""
 
 import json
 import logging
@@ -30,16 +30,16 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training left behind.
+    """The result of training.
 
     Args:
         checkpoint: Folder of the last checkpoint, relative to the storage.
-        best_checkpoint: The one with the least validation loss; the last one if nothing is held out.
-        best_average_checkpoint: The same of the average of the weights.
+        best_checkpoint: The one with the lowest validation loss; the last one if nothing is held out.
+        best_average_checkpoint: The one with the lowest validation loss of the average of the weights.
         steps: Finished optimizer steps.
-        history: Numbers by step and by validation.
-        workers: What each rank was and consumed.
-        digest: Of all pairs in the order of steps and slots; the same on any number of workers.
+        history: Metrics by step and by validation.
+        workers: Identity of each rank and the pairs it consumed.
+        digest: Digest of all pairs in the order of steps and slots; the same on any number of workers.
         starts: How often workers were started; more than 1 after a failure.
     """
 
@@ -61,18 +61,18 @@ def train(
 ) -> TrainingResult:
     """Train on `num_workers` Ray Train workers until `max_steps`; needs a running Ray.
 
-    An interrupted run resumes from its last checkpoint; so do workers that die, up to `max_failures` times.
+    An interrupted run resumes from its last checkpoint; so do workers after a crash, up to `max_failures` times.
 
     Args:
         spec: The run.
         watch: Called about once a second with the run's progress.
-        wait_for_gpus: Called about once a second while workers on GPUs train, or are to, with whether they have begun.
-            Raises ClusterError where the GPUs of `device: gpu` do not come; by default they are waited for without end.
+        wait_for_gpus: Called about once a second before and while GPU workers train, with whether they have started.
+            Raises ClusterError if the GPUs for `device: gpu` never arrive; by default the wait has no limit.
 
     Raises:
         TrainingError: The cluster is too small, or the workers failed too often.
-        ClusterError: As `wait_for_gpus` raises it.
-        KeyboardInterrupt: As it was raised in this thread, after the workers have written a checkpoint and ended.
+        ClusterError: Raised by `wait_for_gpus`.
+        KeyboardInterrupt: Raised in this thread; raised again after the workers wrote a checkpoint and ended.
     """
     quiet_ray_train(spec)
     flag = new_flag()
@@ -101,12 +101,14 @@ def train(
         raise TrainingError(*json.loads(spec.storage.read(spec.stop_file)))
     manifests = list_checkpoints(spec.storage, spec.checkpoints)
     if not manifests or manifests[-1].step < spec.config.max_steps:
-        raise TrainingError(f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run it again")
+        raise TrainingError(
+            f"{spec.storage.uri(spec.checkpoints)} has no checkpoint of the last step", "run `mapo train` again"
+        )
     return read_checkpoint(spec.storage, manifests)
 
 
 def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
-    """Build Ray Train's side: as many workers as configured, or as there is room for within a range."""
+    """Build the Ray Train trainer with the configured number of workers, or as many of a range as fit."""
     least, most = spec.config.worker_range
     storage_path, filesystem = _ray_storage(spec)
     return _Trainer(
@@ -125,14 +127,14 @@ def _trainer(spec: TrainSpec, flag: Any, *, use_gpu: bool) -> TorchTrainer:
 
 
 def _work(work: dict[str, Any]) -> None:
-    """Train on a worker. What trains is imported here: driver and controller need neither diffusers nor DeepSpeed."""
+    """Train on a worker; imports here, because driver and controller need neither diffusers nor DeepSpeed."""
     from training.worker import train_worker
 
     train_worker(work)
 
 
 def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> TrainingResult:
-    """Read what the newest of a run's checkpoints says about it."""
+    """Read the result of a training from its newest checkpoint."""
     reader, best = Reader(storage, manifests[-1]), best_of(manifests)
     best_average = best_of(manifests, of_average=True) or best
     return TrainingResult(
@@ -148,9 +150,9 @@ def read_checkpoint(storage: Storage, manifests: list[Manifest]) -> TrainingResu
 
 
 def check_cluster(spec: TrainSpec) -> bool:
-    """Return whether to use GPUs; a cluster that can never hold the workers is an error now, not an endless wait.
+    """Return whether to use GPUs; raise now if the cluster can never hold the workers, instead of waiting forever.
 
-    With `device: gpu` nodes may still come: see `train`.
+    With `device: gpu`, nodes may still join; see `train`.
     """
     resources, (wanted, _) = ray.cluster_resources(), spec.config.worker_range
     if spec.config.device == "gpu":
@@ -173,13 +175,13 @@ def check_cluster(spec: TrainSpec) -> bool:
 
 
 def quiet_ray_train(spec: TrainSpec) -> None:
-    """Send Ray Train's own lines to its log files; ours say what matters."""
+    """Send Ray Train's own output to its log files; mapo prints what matters."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.config.start_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 
 def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
-    """Return where Ray Train keeps its own notes: through our own file system unless it is a plain folder."""
+    """Return where Ray Train keeps its own state: through mapo's file system unless the storage is a plain folder."""
     storage = spec.storage
     parent = f"{spec.folder}/ray_train"
     if storage.is_local:
@@ -188,7 +190,7 @@ def _ray_storage(spec: TrainSpec) -> tuple[str, Any]:
 
 
 def _own_error(error: Exception, spec: TrainSpec) -> MapoError:
-    """Return our own error out of a worker if there is one, else what failed in one line."""
+    """Return the MapoError that a worker raised, if any; otherwise a TrainingError with the failure in one line."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for failure in failures.values():
         if (ours := unwrap(failure)) is not None:
@@ -205,10 +207,10 @@ def _own_error(error: Exception, spec: TrainSpec) -> MapoError:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray ships no types
-    """Ray Train's trainer, without its cleaner of placement groups on a Ray that has no dashboard.
+    """Ray Train's trainer, without its placement group cleaner if Ray has no dashboard.
 
-    The cleaner asks the dashboard whether the driver's controller still lives. Without one it never learns it, and
-    every training of less than 40 s waits another 12 s for its question at the end.
+    The cleaner asks the dashboard whether the driver's controller is still alive. Without a dashboard it gets no
+    answer, and every training shorter than 40 s waits another 12 s for it at the end.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -219,7 +221,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray ships no types
 
 
 class _Fit:
-    """Ray Train's run in a thread of its own, so that signals reach this one: in the main thread it takes SIGINT."""
+    """Ray Train's run in a separate thread, so that this one gets the signals: in the main thread it takes SIGINT."""
 
     def __init__(self, trainer: TorchTrainer) -> None:
         self._trainer = trainer
@@ -237,16 +239,16 @@ class _Fit:
             self._over.set()
 
     def is_over(self, wait_s: float) -> bool:
-        """Return whether it has ended, after so many seconds at most."""
+        """Return whether the run has ended, after waiting at most `wait_s` seconds."""
         return self._over.wait(wait_s)
 
     def wait(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the run has ended."""
         self._over.wait()
 
 
 class _ProgressFile:
-    """What the workers write of the run's progress, once it is of this run of them."""
+    """The progress file of the workers, ignored until this run of them has written it."""
 
     def __init__(self, spec: TrainSpec, watch: Callable[[RunProgress], None]) -> None:
         self._spec, self._watch = spec, watch
@@ -265,7 +267,7 @@ class _ProgressFile:
         return progress if progress.key == self._spec.key else None
 
     def look(self) -> None:
-        """Hand on the newest progress, if there is any of this run."""
+        """Pass on the newest progress, if this run has written any."""
         progress = self._read()
         if progress is not None and progress.started_at != self._old:
             self.has_begun = True

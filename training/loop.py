@@ -1,4 +1,4 @@
-"""The training loop of one rank. Read it in one sitting: step, measure, validate, checkpoint."""
+"""The training loop of one rank, to read in one sitting: step, measure, validate, checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +35,7 @@ Turns = Iterator[tuple[Turn, Batch]]
 
 @dataclass(frozen=True)
 class Draws:
-    """What noise, timesteps and dropped prompts are drawn with: functions of (seed, step, slot) alone."""
+    """Random draws of noise, timesteps and dropped prompts: functions of (seed, step, slot) alone."""
 
     seed: int
     reader: PairReader
@@ -46,7 +46,7 @@ class Draws:
     def draw(self, batch: Batch, *, step: int, slot: int) -> tuple[Tensor, Tensor, Batch]:
         """Draw for one micro-batch; see `draw_with`.
 
-        The global generators are seeded too, so that whatever else draws (dropout in an adapter) is as exact.
+        The global generators are seeded too, so that other draws (dropout in an adapter) are reproducible as well.
         """
         seed = noise_seed(self.seed, step, slot)
         torch.manual_seed(seed)
@@ -56,7 +56,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Learner:
-    """What changes weights in a step."""
+    """The parts that change weights in a step."""
 
     engine: Engine
     denoiser: Denoiser
@@ -67,7 +67,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Saver:
-    """What a checkpoint is written with, beside the history and the account of consumed pairs."""
+    """The parts of a checkpoint besides the history and the account of consumed pairs."""
 
     spec: TrainSpec
     engine: Engine
@@ -79,7 +79,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class Loop:
-    """All that a rank trains with; see training/worker.py for how it is made. Only `run` sees the whole of it."""
+    """Everything a rank trains with, built in training/worker.py. Only `run` sees the whole of it."""
 
     spec: TrainSpec
     learner: Learner
@@ -97,7 +97,7 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
     """Train from `first_step` finished steps to `max_steps`.
 
     Returns:
-        What went wrong, on every rank alike, if that ended the run; None if all went well, or the driver asked to stop.
+        The error that ended the run, the same on every rank; None if all went well or the driver asked to stop.
     """
     config, history, learner, step = loop.spec.config, loop.history, loop.learner, first_step
     batches, notice = iter(loop.loader), Notice()
@@ -138,7 +138,7 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
 
 
 def is_due(step: int, every: int | None, max_steps: int) -> bool:
-    """Return whether what is done every so many steps and after the last one is due; never if `every` is 0 or None."""
+    """Return whether something done every `every` steps and after the last is due; never if `every` is 0 or None."""
     return every is not None and every > 0 and (step % every == 0 or step == max_steps)
 
 
@@ -192,7 +192,7 @@ def draw_with(
 
 
 def dropped_prompt(batch: Batch, reader: PairReader, null_prompt: NullPrompt) -> tuple[Tensor, Tensor | None]:
-    """Return what a dropped prompt becomes: embeddings (S, D) and pooled (P,), if the base has them."""
+    """Return the replacement of a dropped prompt: embeddings (S, D) and pooled (P,), if the base has them."""
     if null_prompt == "zeros":
         pooled = batch.pooled_BP
         return torch.zeros_like(batch.prompt_embeds_BSD[0]), None if pooled is None else torch.zeros_like(pooled[0])
@@ -202,15 +202,15 @@ def dropped_prompt(batch: Batch, reader: PairReader, null_prompt: NullPrompt) ->
 def step_metrics(
     engine: Engine, sums: Tensor, times: Tensor, stop_request: StopRequest, speed: Speed, *, step: int
 ) -> dict[str, float]:
-    """Return the numbers of a finished step over the whole global batch, the same on every rank; collective.
+    """Return the metrics of a finished step over the whole global batch, the same on every rank; collective.
 
     Args:
-        engine: Which adds up over the ranks.
+        engine: Sums over the ranks.
         sums: From `optimizer_step`.
         times: From `speed.stop`.
         stop_request: Learns whether the ranks agree to stop.
         speed: Reads the sum of `times`.
-        step: Finished steps.
+        step: Number of finished steps.
     """
     asked = sums.new_tensor([stop_request.seen])
     total = engine.sum(torch.cat([sums, times.to(sums.device), asked]))
@@ -232,13 +232,13 @@ def validate(validation: Validation, loss_of: PairLoss, history: History, step: 
 
 
 def sample(samples: SampleGrid | None, progress: ProgressReporter, step: int) -> None:
-    """Draw samples from held-out prompts, if that is wanted; collective."""
+    """Draw samples from held-out prompts, if configured; collective."""
     if samples is not None and (grid := samples.draw(step)) is not None:
         progress.picture("samples", grid, step=step)
 
 
 def checkpoint(saver: Saver, history: History, consumed: ConsumedPairs, step: int) -> None:
-    """Start to write a checkpoint of `step` finished steps."""
+    """Start writing a checkpoint after `step` finished steps."""
     spec = saver.spec
     newest = history.validations[-1] if history.validations else {}
     state = {

@@ -1,7 +1,7 @@
-"""MaPO and its baselines as pure tensors: one value a pair in, one value a pair out.
+"""MaPO and its baselines as pure tensor functions: one value per pair in, one value per pair out.
 
 Inputs and results are float32; the arithmetic between is float64, which costs nothing at one value
-a pair. In float32 the margin T * (phi(a) - phi(b)) would be off by about 1e-4 at T = 1000.
+per pair. In float32 the margin T * (phi(a) - phi(b)) would be off by about 1e-4 at T = 1000.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,20 +19,20 @@ Number = float | int  # the tests' run-time checks (beartype) do not take 8 for 
 
 @dataclass(frozen=True)
 class PairErrors:
-    """The denoising errors of a batch of pairs: float32, one value a pair each.
+    """The denoising errors of a batch of pairs: float32, one value per pair each.
 
     Raises:
         ValueError: The shapes differ or are not 1-D, or a tensor is not float32.
     """
 
     chosen: Tensor
-    """Of the preferred image, mean over C, H, W."""
+    """Error on the preferred image, mean over C, H, W."""
     rejected: Tensor
-    """Of the other image, with the same noise and timestep."""
+    """Error on the other image, with the same noise and timestep."""
     ref_chosen: Tensor | None = None
-    """The frozen reference's on the preferred image; None for methods without one."""
+    """The frozen reference's error on the preferred image; None for methods without a reference."""
     ref_rejected: Tensor | None = None
-    """The same for the other image."""
+    """The frozen reference's error on the other image."""
 
     def __post_init__(self) -> None:
         _check_pairs(**{name: error for name, error in vars(self).items() if error is not None})
@@ -56,7 +56,7 @@ class PairErrors:
 
 
 PairLoss = Callable[[PairErrors, Tensor], Tensor]
-"""(errors, preference) -> loss, one value a pair. preference: probability that `chosen` is preferred, float32
+"""(errors, preference) -> loss, one value per pair. preference: probability that `chosen` is preferred, float32
 in [0.5, 1]."""
 
 
@@ -94,7 +94,7 @@ def mapo_loss(
 def mapo_paper_loss(
     mse_chosen: Float[Tensor, " pair"], mse_rejected: Float[Tensor, " pair"], *, beta: Number
 ) -> Float[Tensor, " pair"]:
-    """Compute the per-pair MaPO loss as in the paper; not a reparametrisation of `mapo_loss`.
+    """Compute the per-pair MaPO loss as in the paper; this is not a reparametrisation of `mapo_loss`.
 
     loss = mse_chosen - (1 / beta) * logsigmoid(phi(mse_chosen)^beta - phi(mse_rejected)^beta)
     phi(x)^beta is computed as e^(beta * log phi(x)), so that beta 1024 neither overflows nor loses digits.
@@ -124,7 +124,7 @@ def mapo_paper_linear_loss(
 
     loss = mse_chosen - (1 / beta) * logsigmoid(beta * (phi(mse_chosen) - phi(mse_rejected)))
     The paper writes phi with a subscript beta; that it is an exponent, as in `mapo_paper_loss`, follows from "bounded
-    in (0, 1)" alone. Read so, equal errors have the same gradient for every beta.
+    in (0, 1)" alone. Read this way, equal errors have the same gradient for every beta.
 
     Args:
         mse_chosen: Denoising error of the preferred image, mean over C, H, W; float32, >= 0.
@@ -293,7 +293,7 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
 def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timesteps: int) -> PairLoss:
     """Return the loss a run asks for, with soft labels: both orders of a pair, weighed by their probability.
 
-    loss = p * L(errors) + (1 - p) * L(errors.swapped());  p = 1 gives exactly L(errors), whatever the other is.
+    loss = p * L(errors) + (1 - p) * L(errors.swapped());  p = 1 gives exactly L(errors), whatever the other term is.
 
     Args:
         method: `train.method`, a key of METHODS.
@@ -302,8 +302,8 @@ def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timest
 
     Returns:
         (errors, preference) -> loss. `preference` may be on the CPU while the errors are on a GPU: its range is
-        checked where it is, and there without waiting for the device. The function raises ValueError if a method
-        of NEEDS_REFERENCE gets no reference errors, or if preference is not one float32 in [0.5, 1] a pair.
+        then checked on the CPU, without waiting for the GPU. The function raises ValueError if a method of
+        NEEDS_REFERENCE gets no reference errors, or if preference is not one float32 in [0.5, 1] per pair.
 
     Raises:
         ConfigError: The method or a parameter is unknown, or a value is out of range.
@@ -352,14 +352,14 @@ def _check_pairs(**errors: Tensor) -> None:
             )
         if error.ndim != 1:
             raise ValueError(
-                f"{name} has shape {tuple(error.shape)}, not one value a pair. Take the mean over "
+                f"{name} has shape {tuple(error.shape)}, not one value per pair. Take the mean over "
                 "C, H, W only: `.mean(dim=(1, 2, 3))`."
             )
     shapes = {name: error.shape[0] for name, error in errors.items()}
     if len(set(shapes.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in shapes.items())
         raise ValueError(
-            f"The number of pairs differs: {counts}. Give both images of each pair; "
+            f"The number of pairs differs: {counts}. Pass the errors of both images of each pair; "
             "`chunk(2)` splits a batch of chosen then rejected images."
         )
 
@@ -371,7 +371,7 @@ def _check_reference(method: str, errors: PairErrors) -> None:
         others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
         raise ValueError(
             f"{method} compares with a frozen reference model, but {' and '.join(absent)} of the errors is None. "
-            f"Give its errors with the same noise and timesteps, or use a method that needs none: {others}."
+            f"Pass its errors with the same noise and timesteps, or use a method without a reference: {others}."
         )
 
 
@@ -380,12 +380,12 @@ def _check_preference(preference: Tensor, shape: torch.Size) -> None:
     if preference.dtype != torch.float32 or preference.shape != shape:
         raise ValueError(
             f"preference is {preference.dtype} of shape {tuple(preference.shape)}, not torch.float32 of shape "
-            f"{tuple(shape)}. Give the probability of each pair's label; `torch.ones_like(errors.chosen)` if certain."
+            f"{tuple(shape)}. Pass the probability of each pair's label; `torch.ones_like(errors.chosen)` if certain."
         )
     is_wrong = ~((preference >= 0.5) & (preference <= 1))  # NaN is wrong too
     if is_wrong.any():
         index = int(is_wrong.nonzero()[0])
         raise ValueError(
             f"preference of pair {index} is {preference[index].item():g}, not in [0.5, 1]: it is the probability that "
-            "`chosen` is preferred. Call the image that is preferred with less than 0.5 `rejected`."
+            "`chosen` is preferred. Swap the images: the one preferred with less than 0.5 is `rejected`."
         )

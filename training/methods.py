@@ -14,7 +14,7 @@ from pipelines.dataset.errors import ConfigError
 
 @dataclass(frozen=True)
 class Rate:
-    """A learning rate, and who published it for what."""
+    """A learning rate, with its source."""
 
     value: float
     source: str
@@ -25,9 +25,9 @@ class Parameter:
     """A key of `train.loss`.
 
     Args:
-        default: Its value where it is left out.
-        is_positive: Whether 0 is refused, because the loss divides by it or has no gradient without it.
-        note: For whom or what the default is, shown in the docs.
+        default: The value if the key is left out.
+        is_positive: Whether 0 is rejected, because the loss divides by it or has no gradient without it.
+        note: What the default is meant for, shown in the docs.
     """
 
     default: float
@@ -37,7 +37,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A loss that `train.method` can name. `docs/guides/recipes.md` has what papers and scripts used beside it.
+    """A loss that `train.method` can name. `docs/guides/recipes.md` has the other settings of papers and scripts.
 
     Args:
         summary: One line for the docs.
@@ -45,12 +45,12 @@ class Method:
         rate: The default learning rate of all weights.
         adapter_rate: The default learning rate of LoRA adapters.
         parameters: Keys of `train.loss`, in the order in which the docs list them.
-        paper: Its number on arXiv; None if it has no paper of its own.
-        needs_reference: Whether it compares with a frozen reference: one more forward pass a step, and its weights in
-            memory.
+        paper: The paper's number on arXiv; None if the method has no paper of its own.
+        needs_reference: Whether it compares with a frozen reference, which costs one more forward pass per step and
+            memory for the weights.
         learns_preference: Whether it looks at the rejected image at all.
-        recipe: The method whose recipe reproduces its paper (orchestration/recipes/methods, docs/guides/recipes); None
-            while there is none.
+        recipe: The method whose recipe reproduces the paper (orchestration/recipes/methods, docs/guides/recipes); None
+            if there is no recipe.
     """
 
     summary: str
@@ -161,16 +161,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
     }
 )
-"""`train.method` -> all that is known of it before it computes: the only place where this is written."""
+"""`train.method` -> the facts about it; the only list of methods."""
 
 NEEDS_REFERENCE: frozenset[str] = frozenset(name for name, method in METHODS.items() if method.needs_reference)
 """Methods that compare with a frozen reference model."""
 
 
 def default_rate(method: str, *, with_adapters: bool) -> Rate:
-    """Return the learning rate that a training has where `train.learning_rate` is left out, with its source.
+    """Return the learning rate used when `train.learning_rate` is left out, with its source.
 
-    A method that does not exist is `check_parameters`'s to report; it gets some rate here.
+    An unknown method gets some rate here; `check_parameters` reports it.
     """
     found = METHODS.get(method, METHODS["mapo_paper"])
     return found.adapter_rate if with_adapters else found.rate
@@ -184,8 +184,8 @@ def check_parameters(method: str, parameters: Mapping[str, float]) -> dict[str, 
         parameters: `train.loss`, any subset of the method's parameters.
 
     Raises:
-        ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0, or > 0 where the
-            registry says `is_positive`.
+        ConfigError: The method or a parameter is unknown, or a value is not a finite number >= 0 (> 0 where the
+            registry says `is_positive`).
     """
     if method not in METHODS:
         raise ConfigError(

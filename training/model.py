@@ -1,4 +1,4 @@
-"""The UNet that learns, the reference that it may need, and the denoising errors that losses are made of.
+"""The trained UNet, the reference that it may need, and the denoising errors that losses are computed from.
 
 Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
 """
@@ -34,24 +34,24 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Base:
-    """The base model's parts that training needs: the UNet, its noise schedule, the latents' scale."""
+    """The parts of the base model that training needs: the UNet, its noise schedule, the latents' scale."""
 
     unet: Any
     scheduler: Any
     scaling_factor: float
     latents_mean: tuple[float, ...] | None = None
-    """For each channel, of VAEs that have such statistics; None for most."""
+    """One value per channel, for VAEs that have such statistics; None for most."""
     latents_std: tuple[float, ...] | None = None
 
     def scaled(self, latents_BCHW: Tensor) -> Tensor:
-        """Scale latents of the VAE to those of the UNet, as diffusers' SDXL pipelines do."""
+        """Scale latents from the VAE for the UNet, as diffusers' SDXL pipelines do."""
         if self.latents_mean is None:
             return latents_BCHW * self.scaling_factor
         mean_C11, std_C11 = self._statistics(latents_BCHW)
         return (latents_BCHW - mean_C11) * self.scaling_factor / std_C11
 
     def unscaled(self, latents_BCHW: Tensor) -> Tensor:
-        """Scale latents of the UNet back to those that the VAE decodes."""
+        """Scale latents from the UNet back for the VAE to decode."""
         if self.latents_mean is None:
             return latents_BCHW / self.scaling_factor
         mean_C11, std_C11 = self._statistics(latents_BCHW)
@@ -63,7 +63,7 @@ class Base:
 
     @property
     def has_time_ids(self) -> bool:
-        """Whether the UNet is conditioned on sizes and pooled embeddings, as SDXL's is and SD 1.5's is not."""
+        """Whether the UNet is conditioned on sizes and pooled embeddings, as in SDXL but not in SD 1.5."""
         return str(self.unet.config.addition_embed_type) == "text_time"
 
     @property
@@ -77,11 +77,11 @@ def load_base(source: ModelSource, *, dtype: torch.dtype = torch.float32, predic
 
     Args:
         source: The pipeline.
-        dtype: What the UNet's weights become; each rank holds them all once, 5.1 GB of SDXL's in 16 bits.
+        dtype: Type of the loaded weights; each rank holds all of them once, 5.1 GB for SDXL in 16 bits.
         prediction_type: `train.prediction_type`, which overrides the scheduler file.
 
     Raises:
-        ModelError: A part is missing, or of a kind that training does not know.
+        ModelError: A part is missing, or of a kind that training does not support.
     """
     folder = source.folder()
     facts = check_denoiser(source, prediction_type=prediction_type)
@@ -96,32 +96,32 @@ def load_base(source: ModelSource, *, dtype: torch.dtype = torch.float32, predic
         )
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", prediction_type=facts.prediction_type)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a whole pipeline?") from error
+        raise ModelError(f"cannot load the UNet of {source.model}: {error}", "is it a complete pipeline?") from error
     _check_complete(info, source)
     space: LatentSpace = facts.latents
     return Base(unet, scheduler, space.scaling_factor, space.mean, space.std)
 
 
 def _check_complete(loading_info: dict[str, Any], source: ModelSource) -> None:
-    """Refuse weights that the configuration does not describe: diffusers would make some up, or drop some, silently."""
+    """Reject weights that the configuration does not describe: diffusers would invent or drop some silently."""
     lacking = [*loading_info.get("missing_keys", ()), *loading_info.get("mismatched_keys", ())]
     if not lacking and (unused := sorted(loading_info.get("unexpected_keys", ()))):
         raise ModelError(
-            f"the weights of the unet of {source.model} hold {len(unused)} tensors that its config.json has no place "
-            f"for, such as {unused[0]}",
+            f"the weights of the unet of {source.model} contain {len(unused)} tensors that the model of its "
+            f"config.json does not have, such as {unused[0]}",
             OTHER_CONFIG,
         )
     if lacking:
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in lacking)
         raise ModelError(
-            f"the weights of the unet of {source.model} lack {len(names)} tensors, or have them in another shape, such "
-            f"as {names[0]}",
-            "unet/config.json and the weights are of different models; fetch the model again",
+            f"{len(names)} tensors are missing from the weights of the unet of {source.model} or have another shape, "
+            f"such as {names[0]}",
+            "unet/config.json and the weights belong to different models; fetch the model again",
         )
 
 
 def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
-    """Freeze the UNet and give it trainable adapters that change nothing yet; the same ones on every rank.
+    """Freeze the UNet and add trainable adapters that change nothing yet; the same ones on every rank.
 
     Raises:
         ConfigError: No layer has one of the targets' names.
@@ -167,16 +167,16 @@ class Reference:
 
     @staticmethod
     def copy_of(unet: Any, device: torch.device, dtype: torch.dtype) -> "Reference":
-        """Copy the weights as they are now; call it before the UNet is wrapped."""
+        """Copy the current weights; call this before the UNet is wrapped."""
         copied = copy.deepcopy(unet).requires_grad_(False).eval()
         copied.disable_gradient_checkpointing()
         return Reference(copied.to(device, dtype), contextlib.nullcontext)
 
 
 def set_attention(name: str) -> None:
-    """Let scaled dot product attention use one back end in this process; `auto` leaves the choice to torch.
+    """Restrict scaled dot product attention to one backend in this process; `auto` leaves the choice to torch.
 
-    A context around the forward pass would not do: gradient checkpointing attends again in the backward pass.
+    A context around the forward pass is not enough: gradient checkpointing runs attention again in the backward pass.
     """
     for backend, switch in ATTENTION.items():
         switch(name in ("auto", backend))
@@ -187,11 +187,11 @@ class Denoiser:
 
     Args:
         unet: The engine around the UNet.
-        reference: For methods that need one.
+        reference: The reference, for methods that need one.
         base: Noise schedule and latents' scale.
-        config: Attention back end and memory layout.
-        device: Where the UNet is.
-        dtype: What it computes in; autocast is off under DeepSpeed.
+        config: Attention backend and memory layout.
+        device: The UNet's device.
+        dtype: The type that the UNet computes in; autocast is off under DeepSpeed.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Denoiser:
             timesteps_B: int64 in [0, T); shared by the two images of a pair.
 
         Returns:
-            Mean over C, H, W of (prediction - target)^2; float32, one value a pair.
+            Mean over C, H, W of (prediction - target)^2; float32, one value per pair.
         """
         device, dtype, scheduler = self._device, self._dtype, self.base.scheduler
         latents = torch.cat([batch.chosen_BCHW, batch.rejected_BCHW]).to(device, torch.float32, non_blocking=True)

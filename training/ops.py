@@ -1,4 +1,4 @@
-"""What DeepSpeed would compile and import at its start: nothing that training here does not use."""
+"""Keeps DeepSpeed from compiling and importing parts that training does not use when it starts."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ INFERENCE_OP = "deepspeed_shm_comm"  # an all-reduce between the CPU ranks of a 
 
 
 def leave_out_ops() -> None:
-    """Call before DeepSpeed starts its process group.
+    """Skip unused ops and imports; call this before DeepSpeed starts its process group.
 
-    On a machine without GPUs `TorchBackend` compiles, a minute at the first start, an op that only DeepSpeed's
-    inference calls. What is asked for (`train.offload: nvme`) is still compiled: ninja lies beside this interpreter and
-    need not be on PATH.
+    On a machine without GPUs, the first start of `TorchBackend` spends a minute compiling an op that only DeepSpeed's
+    inference calls. Ops that the configuration needs (`train.offload: nvme`) are still compiled: ninja is found next to
+    this interpreter and need not be on PATH.
     """
     with _without_mlflow():
         import deepspeed.ops
@@ -25,7 +25,7 @@ def leave_out_ops() -> None:
 
 @contextlib.contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner imports it where it is installed: two seconds of the start of every worker."""
+    """Hide mlflow: DeepSpeed's autotuner imports it if installed, which costs every worker's start two seconds."""
     if "mlflow" in sys.modules:
         yield
         return

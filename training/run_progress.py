@@ -1,4 +1,4 @@
-"""Where a training is, as its workers write it to `progress.json`: the one place that makes and reads that JSON."""
+"""The progress of a training, which its workers write to `progress.json`; the only code that writes or reads it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """What a worker is, as its engine reports it."""
+    """The identity of a worker, as its engine reports it."""
 
     rank: int
     world_size: int
@@ -21,18 +21,18 @@ class WorkerIdentity:
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A training's place.
+    """Progress of a training.
 
     Args:
-        key: Of the training.
+        key: The training's key.
         step: Finished optimizer steps.
-        max_steps: Of so many.
+        max_steps: Optimizer steps in all.
         starts: How often workers were started.
-        started_at: When the present ones were, in seconds since 1970.
-        start_up_s: How long each part of that start took.
-        workers: Who works, by rank.
-        notes: What the run wants to be read.
-        last: The newest numbers, those of validations with a prefix.
+        started_at: When the current workers were started, in seconds since 1970.
+        start_up_s: Duration of each part of that start, in seconds.
+        workers: The workers, by rank.
+        notes: Notes for the user.
+        last: The newest metrics, those of validations with a prefix.
     """
 
     key: str
@@ -51,14 +51,14 @@ class RunProgress:
 
     @staticmethod
     def parse(data: bytes) -> "RunProgress":
-        """Read what `to_json` gave.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: It is something else, such as the progress of another version.
+            ValueError: The data is something else, such as the progress file of another version.
         """
         fields = json.loads(data)
         try:
             workers = [WorkerIdentity(**worker) for worker in fields.pop("workers")]
             return RunProgress(workers=workers, **fields)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"no progress of this version: {error}") from error
+            raise ValueError(f"not a progress file of this version: {error}") from error

@@ -1,10 +1,10 @@
-"""A grid of samples now and then while training: the same prompts and noise each time, so grids differ by the weights.
+"""Sample grids during training: the same prompts and noise each time, so that grids differ by the weights alone.
 
-Prompts are held-out ones in their stored embeddings; no text encoder is loaded. The weights are the average of those
-that train, if the training keeps one: it is what is exported by default. What a grid costs, with n samples on r ranks:
+Prompts are held-out ones with their stored embeddings; no text encoder is loaded. The weights are the moving average
+if the training keeps one, because that is exported by default. The cost of a grid, with n samples on r ranks:
 ceil(n / r) times NUM_STEPS forward passes of two images on every rank (each of which gathers all weights under ZeRO-3),
-then a VAE in float32 is read from disk and decodes one image after another. At 1024 x 1024 that takes 3 GiB of the
-device, less than a backward pass, and gives it back.
+then a VAE in float32 is read from disk and decodes one image after another. At 1024 x 1024 that takes 3 GiB of device
+memory, less than a backward pass, and frees it again.
 
 Letters: B images, C channels, H and W of latents, S tokens, P embedding size.
 """
@@ -41,13 +41,13 @@ GAP = 8
 VAE_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # `train.attention` may allow none that has float32
 PAPER = (128, 128, 128)  # between samples: grey, so that neither dark nor light ones lose their edge
 NOTHING_HELD_OUT = (
-    "train.sample_every: no pair is held out, so there is no prompt to sample; `ingest.validation_ratio` holds some out"
+    "train.sample_every: no pairs are held out, so there are no prompts to sample; raise `ingest.validation_ratio`"
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What one sample shows: the prompt of a held-out pair, in the shape of that pair's bucket (pixels)."""
+    """The subject of one sample: the prompt of a held-out pair, in the shape of that pair's bucket (pixels)."""
 
     record: PairRecord
     height: int
@@ -55,15 +55,15 @@ class Subject:
 
 
 class SampleGrid:
-    """Draws the same few held-out prompts as often as one likes.
+    """Draws samples of the same few held-out prompts, any number of times.
 
     Args:
-        held_out: Pairs of the validation split; none gives no samples, and `note` says so.
-        reader: Reads them.
+        held_out: Pairs of the validation split; if there are none, nothing is drawn and `note` says so.
+        reader: Reads the pairs.
         spec: The run; its seed fixes the noise.
-        engine: The weights that are looked at.
+        engine: The engine that is sampled.
         base: Noise schedule and latents' scale.
-        ema: The average of the weights, which draws in their place; None if the training keeps none.
+        ema: The average of the weights, which is sampled instead; None if the training keeps none.
 
     Raises:
         ModelError: The VAE's weights are missing or damaged.
@@ -91,7 +91,7 @@ class SampleGrid:
     def draw(self, step: int) -> Image.Image | None:
         """Draw the grid after `step` steps and keep it on the storage as `sample_file`; collective.
 
-        Changes nothing for training: the noise has generators of its own, and the global ones are put back.
+        Training is not affected: the noise has its own generators, and the global ones are restored.
 
         Returns:
             The grid on rank 0; None on other ranks, and where nothing is held out.
@@ -111,8 +111,8 @@ class SampleGrid:
     def _latents(self) -> list[Tensor]:
         """Denoise this rank's share of the subjects.
 
-        Every rank runs as many forward passes: the list is filled up to a multiple of the ranks, and what a rank drew
-        only to keep step is dropped.
+        Every rank runs the same number of forward passes: the list is padded to a multiple of the ranks, and the
+        padding is dropped.
         """
         engine, count = self._engine, len(self._subjects)
         turns = [*self._subjects, *self._subjects[-1:] * (-count % engine.world_size)]
@@ -126,7 +126,7 @@ class SampleGrid:
         return drawn[: len(range(engine.rank, count, engine.world_size))]
 
     def _denoised(self, subject: Subject) -> Tensor:
-        """Denoise one subject; return latents (1, C, H, W), float32, scaled as the UNet has them."""
+        """Denoise one subject; return latents (1, C, H, W), float32, in the UNet's scale."""
         engine = self._engine
         batch = self._reader.read([subject.record])
         conditioning = self._conditioning(subject, batch.prompt_embeds_BSD, batch.pooled_BP)
@@ -147,7 +147,7 @@ class SampleGrid:
         return latents
 
     def _conditioning(self, subject: Subject, embeds_BSD: Tensor, pooled_BP: Tensor | None) -> dict[str, Any]:
-        """Return the null conditioning, then the prompt's, both for an image of full size without a crop."""
+        """Return the null conditioning, then the prompt's, both for an uncropped image of full size."""
         device, dtype = self._engine.device, self._engine.dtype
         null_SD, null_P = self._reader.null_conditioning
         inputs: dict[str, Any] = {"encoder_hidden_states": torch.cat([null_SD[None], embeds_BSD]).to(device, dtype)}
@@ -206,7 +206,7 @@ def subjects_of(held_out: PairIndex, num_samples: int) -> list[Subject]:
 
 
 def _image(pixels_BCHW: Tensor) -> Image.Image:
-    """Return one image of -1..1, made smaller if it is larger than MAX_SIDE; NaN is black."""
+    """Return an image from pixels of -1..1, shrunk if it is larger than MAX_SIDE; NaN is black."""
     pixels = (pixels_BCHW[0].float() / 2 + 0.5).nan_to_num(0.0).clamp(0, 1).permute(1, 2, 0)
     image = Image.fromarray((255 * pixels).round().to(torch.uint8).cpu().numpy())
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -214,7 +214,7 @@ def _image(pixels_BCHW: Tensor) -> Image.Image:
 
 
 def grid_of(images: Sequence[Image.Image]) -> Image.Image:
-    """Arrange images row by row, each in the middle of its cell; about as many columns as rows, wider if in doubt."""
+    """Arrange images row by row, each centred in its cell; about as many columns as rows, wider if in doubt."""
     columns = math.ceil(math.sqrt(len(images)))
     width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
     rows = math.ceil(len(images) / columns)
@@ -233,5 +233,5 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def sample_file(spec: TrainSpec, step: int) -> str:
-    """Return where the grid of a step lies: by the key of the training, like its checkpoints."""
+    """Return the file of a step's grid, named by the training's key like its checkpoints."""
     return f"{spec.folder}/samples/{spec.key}/step-{step:08d}.jpg"

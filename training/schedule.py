@@ -1,6 +1,6 @@
-"""What follows from the step alone: the learning rate, and how much of the past a moving average keeps.
+"""Functions of the step alone: the learning rate, and the decay of the moving average.
 
-Imports no torch: the plan and the model card ask too.
+Imports no torch: the plan and the model card use them too.
 """
 
 import math
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from training.config import EmaConfig, TrainConfig
 
 AVERAGE = "average_"
-"""Before the name of a held-out number: it is of the moving average of the weights, not of the weights themselves."""
+"""Prefix of a validation metric that was measured on the moving average of the weights, not on the weights."""
 MIN_SHARE = 0.5
-"""Below this share of the training, an average is more the base than what was trained."""
+"""Below this share, an average contains more of the base than of the training."""
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -27,7 +27,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def decay_at(step: int, ema: EmaConfig) -> float:
-    """Return the share of the average that stays at an optimizer step, counted from 0.
+    """Return the share of the old average that an optimizer step keeps; steps are counted from 0.
 
     min(decay, (1 + step) / (10 + step)), and 0 at the first step. Source: diffusers, training_utils.py
     (EMAModel.get_decay with its defaults).
@@ -38,12 +38,12 @@ def decay_at(step: int, ema: EmaConfig) -> float:
 
 
 def average_share(config: TrainConfig, num_steps: int | None = None) -> float:
-    """Return how much of a steady training the average holds at its end, from 0 (its start) to 1 (its end).
+    """Return how far the average has followed a steady training, from 0 (its start) to 1 (its end).
 
     Steady: each step moves the weights in one direction by its learning rate, as AdamW roughly does.
 
     Args:
-        config: With a section `ema`; without one the weights themselves are exported, which hold all.
+        config: The section `train`; 1 without `ema`, where the weights themselves are exported.
         num_steps: Finished steps; `max_steps` by default.
     """
     if config.ema is None:
@@ -57,9 +57,9 @@ def average_share(config: TrainConfig, num_steps: int | None = None) -> float:
 
 
 def of_average(validations: Sequence[Mapping[str, float]]) -> list[dict[str, float]] | None:
-    """Return the held-out numbers of the average under their plain names; None where it was not measured.
+    """Return the validation metrics of the average under their plain names; None if it was not measured.
 
-    A training that an earlier version began has none of its first validations.
+    A training that an earlier version began has no such metrics of its first validations.
     """
     measured = [each for each in validations if f"{AVERAGE}loss" in each]
     return [

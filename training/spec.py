@@ -1,4 +1,4 @@
-"""What a training run is made of, pinned: passed whole from the driver to every worker."""
+"""The pinned inputs of a training run, passed as a whole from the driver to every worker."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ KEYS_NOT_IN_DIGEST = (
     "num_workers", "device", "zero_stage", "offload", "offload_path", "gradient_checkpointing", "attention",
     "channels_last", "compile",
 )  # fmt: skip
-"""Keys of `train` that do not tell one training from another."""
+"""Keys of `train` that do not change a training's identity."""
 RATE_BEFORE = 1e-7
-"""What `learning_rate` was by default, whatever the method, before each had its own."""
+"""The default `learning_rate` of every method, before each had its own."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Parent:
     """The finished round that a training starts from, and which of its weights.
 
     Args:
-        round: Its number.
-        key: Of its training.
+        round: The round's number.
+        key: The key of its training.
         checkpoint: The folder of the checkpoint, relative to the storage.
-        manifest: sha256 of the checkpoint's manifest, and so of all that it holds.
+        manifest: sha256 of the checkpoint's manifest, and so of all its contents.
         weights: `raw`, the float32 weights themselves, or `ema`, their average.
-        base_digest: What it was trained from in the first place.
-        lora: Its section `train.lora`; None if it is a whole UNet.
+        base_digest: Digest of the base that the first round was trained from.
+        lora: The section `train.lora`; None if the whole UNet was trained.
     """
 
     round: int
@@ -60,7 +60,7 @@ class Parent:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes it another parent."""
+        """The values that identify the parent."""
         return {name: getattr(self, name) for name in ("key", "checkpoint", "manifest", "weights")}
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Parent:
 
 
 def base_digest(base: ModelSource) -> str:
-    """Return 16 hex digits of what training starts from: the UNet's weights and configuration, and the noise schedule.
+    """Return 16 hex digits for what training starts from: the UNet's weights and configuration, and the noise schedule.
 
     Raises:
         ModelError: The model is missing, incomplete or damaged.
@@ -82,7 +82,7 @@ def base_digest(base: ModelSource) -> str:
 
 
 def stated_prediction(base: ModelSource) -> str:
-    """Return what the base's scheduler file says that the UNet predicts; `epsilon` where it does not say.
+    """Return what the UNet predicts according to the base's scheduler file; `epsilon` if the file does not say.
 
     Raises:
         ModelError: The file is missing or damaged.
@@ -104,12 +104,12 @@ class TrainSpec:
         snapshot: Pinned tables.
         round: The number of this round, from 1.
         parent: The round whose weights it starts from; None if it starts from the base.
-        float32_digest: Digest of the base's float32 weights, where they lie beside those of `encode.variant` and
+        float32_digest: Digest of the base's float32 weights, if they lie next to those of `encode.variant` and
             training starts from them; from `training.state.float32_base`.
         is_prediction_type_stated: Whether the scheduler file says the same as `train.prediction_type`, which then
-            changes nothing: it is what lets a base train that looks distilled.
+            changes nothing except that a base which looks distilled is accepted.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
-            ones, or at those rounded to 16 bits, as versions before December 2026 did.
+            weights, or at those rounded to 16 bits, as in versions before December 2026.
     """
 
     storage_url: str
@@ -127,7 +127,7 @@ class TrainSpec:
 
     @property
     def storage(self) -> Storage:
-        """The storage, opened where it is used."""
+        """The storage, opened in the process that uses it."""
         return Storage(self.storage_url)
 
     @property
@@ -137,7 +137,7 @@ class TrainSpec:
 
     @property
     def key(self) -> str:
-        """16 hex digits of all that shapes the trained weights: checkpoints of another key are never resumed."""
+        """16 hex digits for all that shapes the trained weights; checkpoints of another key are never resumed."""
         shaping = {
             "config": _shaping_config(self.config, ("prediction_type",) if self.is_prediction_type_stated else ()),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
@@ -153,12 +153,12 @@ class TrainSpec:
 
     @property
     def starts_from_float32(self) -> bool:
-        """Whether the float32 weights are given the base's own: of a 16-bit model the engine would round them first."""
+        """Whether to load the base's own float32 weights: from a 16-bit model the engine would get rounded ones."""
         return self.is_whole_in_16_bits and self.masters == "float32"
 
     @property
     def unet_source(self) -> ModelSource:
-        """Where the UNet is read from: the base as it is configured, or its float32 weights beside those."""
+        """Where the UNet is read from: the base as configured, or the float32 weights next to it."""
         if self.float32_digest is None or not self.starts_from_float32:
             return self.base
         return ModelSource(str(self.base.folder()), self.base.vae)
@@ -169,10 +169,10 @@ class TrainSpec:
         return self.config.precision != "fp32" and self.config.lora is None and self.parent is None
 
     def as_legacy(self) -> "TrainSpec":
-        """Return this training as versions before December 2026 did it, under the key that it had there.
+        """Return this training as in versions before December 2026, under the key that it had there.
 
         Their 16-bit trainings started from rounded weights, an average had no warm-up, and `learning_rate` was 1e-7
-        where it was left out.
+        by default.
         """
         changes: JsonObject = {}
         if "learning_rate" not in self.config.model_fields_set:
@@ -188,12 +188,12 @@ class TrainSpec:
 
     @property
     def stop_file(self) -> str:
-        """Where the workers say why they stopped a run that went wrong."""
+        """The file in which workers note why they stopped a failing run."""
         return f"{self.checkpoints}/stopped.json"
 
 
 def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> JsonObject:
-    """Return the section `train` as far as it shapes weights: without later keys at their default, or others."""
+    """Return the keys of `train` that shape weights: without later keys at their default, and without `others`."""
     shaping = config.model_dump(mode="json", exclude={*KEYS_NOT_IN_DIGEST, *others})
     for name in LATER_KEYS.keys() - {*others, "ema.warmup"}:
         if shaping[name] == LATER_KEYS[name]:

@@ -1,4 +1,4 @@
-"""Held-out validation with fixed noise and timesteps: two validations differ by the weights alone."""
+"""Validation on held-out pairs with fixed noise and timesteps: two validations differ by the weights alone."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +23,11 @@ Groups = list[tuple[float, list[PairRecord]]]
 
 
 class Validation:
-    """The held-out pairs of a run, measured as often as one likes.
+    """The held-out pairs of a run, which can be measured any number of times.
 
     Args:
-        held_out: Pairs of the validation split; none gives no metrics.
-        reader: Reads them.
+        held_out: Pairs of the validation split; without any there are no metrics.
+        reader: Reads the pairs.
         spec: The run; its seed fixes noise and timesteps.
         engine: The weights that are measured.
         denoiser: Computes their errors.
@@ -54,8 +54,8 @@ class Validation:
         """Return mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
 
         Implicit accuracy is the share of (pair, timestep) draws whose chosen error is the smaller one; `num_pairs`
-        counts each pair once. Numbers of the average of the weights have the prefix AVERAGE; those without it are of
-        the weights that train.
+        counts each pair once. Metrics with the prefix AVERAGE are of the moving average of the weights; those without
+        are of the weights themselves.
         """
         if not self._groups:
             return {}
@@ -101,7 +101,7 @@ def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, w
 
 
 def _draws(records: list[PairRecord], shape: Any, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """NUM_TIMESTEPS times the noise (B, C, H, W) and timesteps (B,) of a micro-batch, each pair's own."""
+    """Yield NUM_TIMESTEPS draws of noise (B, C, H, W) and timesteps (B,) for a micro-batch, each pair's own."""
     generators = [torch.Generator().manual_seed(validation_seed(seed, record.pair_key)) for record in records]
     for quarter in range(NUM_TIMESTEPS):
         noise = torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])

@@ -1,4 +1,4 @@
-"""One worker, from the pinned snapshot to a loop that is ready to step; Ray Train runs it on every rank."""
+"""One training worker, from the pinned snapshot to a loop that is ready to step; Ray Train runs it on every rank."""
 
 import contextlib
 import json
@@ -116,7 +116,7 @@ def load_model(spec: TrainSpec, plan: Plan, start_up: StartUp) -> tuple[Base, En
 def restore_or_begin(
     spec: TrainSpec, engine: Engine, state: ZeroState, ema: ShardedEma | None, start_up: StartUp, notes: list[str]
 ) -> Reader | None:
-    """Restore the newest whole checkpoint; without one, begin at the parent's weights or at the base's; collective.
+    """Restore the newest complete checkpoint; without one, start from the parent's or the base's weights; collective.
 
     Returns:
         The reader of the checkpoint that was restored; None if there was none.
@@ -135,7 +135,7 @@ def restore_or_begin(
 
 @contextlib.contextmanager
 def opened_reader(spec: TrainSpec) -> Iterator[PairReader]:
-    """Open the reader of pairs, with the node's shard cache if there is to be one."""
+    """Open the reader of pairs, with the node's shard cache if one is configured."""
     config = spec.config
     cache = make_cache(spec)
     texts = load_texts(spec.storage, spec.snapshot, include_empty_prompt=config.null_prompt == "empty")
@@ -155,7 +155,7 @@ def open_samples(
     ema: ShardedEma | None,
     notes: list[str],
 ) -> SampleGrid | None:
-    """Prepare the grid of samples, if one is wanted; why it stays empty goes to `notes`."""
+    """Prepare the sample grid, if one is configured; append to `notes` why it stays empty."""
     if not spec.config.sample_every:
         return None
     samples = SampleGrid(held_out, reader, spec, engine, base, ema)
@@ -166,7 +166,7 @@ def open_samples(
 def make_learner(
     spec: TrainSpec, engine: Engine, denoiser: Denoiser, reader: PairReader, ema: ShardedEma | None
 ) -> Learner:
-    """Put together what changes weights in a step."""
+    """Build the parts that change weights in a step."""
     config, length = spec.config, denoiser.base.num_train_timesteps
     draws = Draws(spec.seed, reader, length, config.prompt_dropout, config.null_prompt)
     return Learner(engine, denoiser, pair_loss(config.method, config.loss, num_train_timesteps=length), draws, ema)
@@ -188,7 +188,7 @@ def make_checkpointer(spec: TrainSpec, engine: Engine, start: "Start") -> Checkp
 
 
 def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool) -> tuple[Engine, Denoiser]:
-    """Build the engine around the UNet, and what computes errors with it; collective."""
+    """Build the engine around the UNet, and the denoiser that computes errors with it; collective."""
     config, reference = spec.config, None
     needs_reference = config.method in NEEDS_REFERENCE
     if config.lora is not None:
@@ -208,10 +208,10 @@ def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool)
 
 
 def make_plan(index: PairIndex, spec: TrainSpec) -> Plan:
-    """Return the order of the pairs; an empty snapshot is an error with a way out."""
+    """Return the order of the pairs; an empty snapshot is an error with a hint."""
     if not len(index):
         raise SnapshotError(
-            f"{spec.storage_url} has no pair to train on", "`mapo data show` says what was kept and what was not"
+            f"{spec.storage_url} has no pairs to train on", "`mapo data show` says what was kept and what was not"
         )
     config = spec.config
     return Plan(index.bucket_sizes, config.micro_batch_size, config.global_batch_size, spec.seed)
@@ -229,7 +229,7 @@ def turns(plan: Plan, index: PairIndex, engine: Engine, *, first_step: int) -> I
 
 
 def make_cache(spec: TrainSpec) -> ShardCache | None:
-    """Open the node's shard cache, if there is to be one."""
+    """Open the node's shard cache, if one is configured."""
     if spec.config.cache_dir is None:
         return None
     return ShardCache(spec.storage, spec.config.cache_dir, max_bytes=spec.config.max_cache_bytes)
@@ -237,7 +237,7 @@ def make_cache(spec: TrainSpec) -> ShardCache | None:
 
 @dataclass(frozen=True)
 class Start:
-    """One start of all workers: its number from 1, and a name that no other has and that sorts by number."""
+    """One start of all workers: its number from 1, and a unique name that sorts by number."""
 
     number: int
     name: str

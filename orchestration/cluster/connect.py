@@ -26,7 +26,7 @@ SPARE_CPUS = 2  # for tasks of Ray Data and of the driver, beside the workers th
 
 @contextlib.contextmanager
 def connected(config: RunConfig, on_lost: Callable[[ClusterError], None]) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS (a Ray job has it set), or start a local one and stop it at the end.
+    """Connect to the cluster of RAY_ADDRESS (set in a Ray job), or start a local one and stop it at the end.
 
     Args:
         config: The run's configuration.
@@ -79,7 +79,7 @@ def ours(stage: str) -> Iterator[None]:
         stage: The stage that runs in the block, for the message.
 
     Raises:
-        ClusterError: Something that the stage needs is lost.
+        ClusterError: A worker, node or object of the stage is lost.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def ours(stage: str) -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    """Return an error of Ray in one line; of a long traceback, the beginning (where) and the end (what)."""
+    """Return an error of Ray in one line; for a long traceback, its beginning (where) and its end (what)."""
     text = " ".join(str(error).split())
     half = MAX_MESSAGE // 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
@@ -143,9 +143,9 @@ def _init(config: RunConfig) -> None:
 
 
 def _for_workers() -> dict[str, object]:
-    """Return the runtime environment of a cluster's workers, less what the job has from its submitter.
+    """Return the runtime environment of a cluster's workers, without what the job has from its submitter.
 
-    It holds what they must know of this process's environment, and the hook by which mapo's packages are theirs too.
+    It contains the variables they need from this process's environment, and the hook that makes mapo's packages theirs.
     """
     of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
     names = set(INHERITED) - set(of_job.get("env_vars", {}))
@@ -172,7 +172,7 @@ def _names_preloaded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Keep the chatter of Ray's C++ core off the terminal; it has its own log files, and errors are raised."""
+    """Keep the output of Ray's C++ core off the terminal; it has its own log files, and errors are raised."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:

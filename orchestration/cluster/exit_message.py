@@ -20,7 +20,7 @@ WAITER = r"""while IFS= read -r line; do last=$line; done; [ -z "$last" ] || pri
 class ExitMessage:
     """A context manager: a shell of a few hundred kilobytes waits for the end of this process.
 
-    It then writes the message to what was standard error at the beginning; none after a normal exit.
+    It then writes the message to the original standard error; nothing after a normal exit.
     """
 
     def set(self, text: str) -> None:

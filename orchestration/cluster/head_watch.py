@@ -1,4 +1,4 @@
-"""Watch the cluster's head: a minute after it is gone, Ray ends a driver without an error."""
+"""Watch the cluster's head: a minute after losing it, Ray ends a driver without an error."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to stop; finished work is on the storage, and the same command resumes it.
+    """The run was asked to stop; finished work is on the storage, and the same command resumes it.
 
     Args:
         reason: Why, in a few words.
@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """Turns signals into `Stopped` while it is armed, and lets other threads do the same with a reason of their own."""
+    """Turns signals into `Stopped` while it is armed, and lets other threads do the same with their own reason."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -42,7 +42,7 @@ class Interruption:
         self._is_armed = self._takes_signals = False
 
     def ask(self, reason: str) -> None:
-        """Stop the thread that works, from any thread; nothing happens if it is being stopped already."""
+        """Stop the working thread, from any thread; nothing happens if it is already being stopped."""
         if self._reason is not None or not self._is_armed or self._thread.ident is None:
             return
         self._reason = reason
@@ -54,7 +54,7 @@ class Interruption:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stopped))
 
     def fail(self, error: Exception) -> None:
-        """End the main thread's work with an error, from any thread: there is nothing to end cleanly."""
+        """End the main thread's work with an error, from any thread, when there is nothing to end cleanly."""
         self._error = error
         self.ask(str(error))
 
@@ -66,9 +66,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
-        """Raise what a signal meant, where a library's C code has made something else of it.
+        """Raise `Stopped` for a signal that a library's C code turned into another exception.
 
-        Ray's core makes a plain `KeyboardInterrupt` of it, Python a `SystemError` where C code went on without looking.
+        Ray's core raises a plain `KeyboardInterrupt`; Python raises a `SystemError` if C code ignored the signal.
         """
         try:
             yield
@@ -80,11 +80,11 @@ class Interruption:
 
     @contextlib.contextmanager
     def armed(self, *, takes_signals: bool = True) -> Iterator[Interruption]:
-        """Stop the work of the block in this thread whenever one of the ways to stop it is taken.
+        """Stop the block's work in this thread when any of the ways to stop a run is used.
 
         Args:
-            takes_signals: Whether SIGINT and SIGTERM are among them, in the main thread. Without, their handlers stay
-                as they are, as a notebook needs it: there an interrupt is a plain `KeyboardInterrupt`.
+            takes_signals: Whether they include SIGINT and SIGTERM, in the main thread. Otherwise the handlers are left
+                alone, as a notebook needs: there an interrupt is a plain `KeyboardInterrupt`.
         """
         self._thread = threading.current_thread()
         self._takes_signals = takes_signals and self._thread is threading.main_thread()
@@ -108,10 +108,10 @@ class Interruption:
 
 @contextlib.contextmanager
 def keeping_handlers() -> Iterator[None]:
-    """Put the signal handlers back that a library replaces in the block: `ray.init` takes SIGTERM for itself.
+    """Restore the signal handlers that a library replaces in the block: `ray.init` takes SIGTERM for itself.
 
     Raises:
-        Stopped: The signal came in the block, while an `Interruption` was armed; Ray's handler leaves the process.
+        Stopped: A signal came in the block while an `Interruption` was armed; Ray's handler would exit the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -14,7 +14,7 @@ SHORTEST_GRACE = timedelta(hours=1)
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[bool]:
-    """Yield whether there is a cluster to work on, connected: the one of RAY_ADDRESS. None is started."""
+    """Connect to the cluster of RAY_ADDRESS, and yield whether there is one; start none."""
     if not os.environ.get("RAY_ADDRESS"):
         yield False
         return
@@ -100,7 +100,7 @@ def grace_period(text: str, force: bool = False) -> timedelta:
     """Parse `--grace`.
 
     Raises:
-        ConfigError: It is not a length of time, or too short for writers that are at work.
+        ConfigError: It is not a duration, or too short for running writers.
     """
     from pipelines.dataset.errors import ConfigError
 

@@ -29,7 +29,7 @@ def run_every(text: str, load: Callable[[], RunConfig], say: Say) -> None:
     Raises:
         ConfigError: The time or the configuration is wrong.
         ClusterError: The cluster's head is lost, and Ray with it.
-        Stopped: It was told to stop.
+        Stopped: The run was asked to stop.
     """
     every = parse_duration(text, "--every")
     if every < SHORTEST:

@@ -69,7 +69,7 @@ def _source_line(source: dict[str, Any]) -> str:
 
 def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
     if not pairs:
-        return ["no such pair in any snapshot of this model, nor in the current data set"]
+        return ["no such pair in any snapshot of this model or in the current data set"]
     lines = []
     for pair in pairs:
         trained = [str(each["round"]) for each in pair["rounds"] if each["trained_on"]]
@@ -81,8 +81,8 @@ def _pair_lines(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 def _line_of_round(found: dict[str, Any]) -> str:
-    """Tell what one round had to do with a pair."""
-    what = "in the snapshot, not reached" if found["in_snapshot"] else "not in the snapshot to train on"
+    """Describe whether one round trained on a pair."""
+    what = "in the snapshot, not reached" if found["in_snapshot"] else "not among the snapshot's training pairs"
     if found["trained_on"]:
         what = "trained on"
     row = ", ".join(str(found[name]) for name in ("status", "reason", "split") if found[name] is not None)
@@ -96,15 +96,17 @@ COMMANDS = (
         _lineage,
         (
             Option("MODEL", "folder of an exported model, path or fsspec URL", type=place),
-            Option("--storage", "where the data set is, if it is not where the model says", metavar="URL", type=place),
+            Option("--storage", "URL of the data set, if it has moved since the training", metavar="URL", type=place),
             JSON,
             Option(
                 "--rows",
-                "write one row per pair it was trained on: new parquet file, path or URL",
+                "write one row per pair that the model was trained on: new parquet file, path or URL",
                 metavar="FILE",
                 type=place,
             ),
-            Option("--pair", "was it trained on this pair? a pair_key, or a source row as URI#ROW", metavar="KEY"),
+            Option(
+                "--pair", "tell whether the model was trained on it: a pair_key, or a row as URI#ROW", metavar="KEY"
+            ),
         ),
     ),
 )

@@ -34,7 +34,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def connect(address: str | None) -> "Jobs":
-    """Connect to the dashboard of this address, or of the environment's."""
+    """Connect to the dashboard at this address, or at the environment's."""
     from orchestration.jobs.api import Jobs
     from orchestration.jobs.client import resolve_address
 
@@ -42,7 +42,7 @@ def connect(address: str | None) -> "Jobs":
 
 
 def same_run(options: argparse.Namespace, address: str) -> str:
-    """Return the arguments by which other commands find the run of this one on the cluster."""
+    """Return the arguments with which other commands find the same run on the cluster."""
     overrides = [part for value in options.overrides for part in ("-o", value)]
     return shlex.join([options.config, *overrides, "--address", address])
 
@@ -51,9 +51,9 @@ def show_log(jobs: "Jobs", job_id: str, same: str) -> None:
     """Show a job's log until the job ends; Ctrl-C leaves the job alone.
 
     Args:
-        jobs: The cluster's.
-        job_id: Which one.
-        same: As `same_run` returns it.
+        jobs: The cluster's jobs.
+        job_id: The submission id of the job.
+        same: From `same_run`.
     """
     from orchestration.jobs.logs import check_success, follow
 

@@ -1,4 +1,4 @@
-"""What commands share: how each is described, exit codes, output without secrets, lengths of time."""
+"""Shared by the commands: their description, exit codes, output without secrets, durations."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-"""2, for a wrong command or configuration, comes from argparse and `ConfigError`."""
+"""Exit code 2, for a wrong command or configuration, comes from argparse and `ConfigError`."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -45,15 +45,15 @@ class Option:
     """An argument of a command, for argparse and for the reference.
 
     Args:
-        name: What is typed, such as `--address`; the name of a positional argument is in capitals.
-        help: What it is for, in one phrase.
-        metavar: Stands for its value; without one, an option is a switch.
-        default: Its value where it is left out, shown in the help; a positional argument with one is optional.
-        type: Makes a value of the text.
-        dest: The attribute that holds it, if not its name.
-        is_required: An option that has to be given.
-        is_repeated: It may be given several times.
-        choices: The values that it can have.
+        name: The name as typed, such as `--address`; positional arguments are in capitals.
+        help: Its purpose, in one phrase.
+        metavar: Placeholder for its value; an option without one is a switch.
+        default: The value if it is left out, shown in the help; makes a positional argument optional.
+        type: Converts the text to a value.
+        dest: The attribute for the value, if not the name.
+        is_required: Whether an option must be given.
+        is_repeated: Whether it may be given several times.
+        choices: The allowed values.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Option:
 
     @property
     def is_positional(self) -> bool:
-        """Whether it is positional."""
+        """Whether the argument is positional."""
         return not self.name.startswith("-")
 
     @property
@@ -78,18 +78,18 @@ class Option:
 
     @property
     def usage(self) -> str:
-        """Its part of a usage line."""
+        """The argument in a usage line."""
         if self.is_required or (self.is_positional and self.default is None):
             return f"{self.shown} [{self.shown} ...]" if self.is_repeated else self.shown
         return f"[{self.shown} ...]" if self.is_repeated else f"[{self.shown}]"
 
     @property
     def meaning(self) -> str:
-        """The help with the default."""
+        """The help, with the default."""
         return self.help if self.default is None else f"{self.help} (default: {self.default})"
 
     def add_to(self, command: argparse.ArgumentParser) -> None:
-        """Add it to argparse's description of a command."""
+        """Add the argument to argparse's description of a command."""
         text = self.meaning.replace("%", "%%")
         if self.is_positional:
             nargs = None if self.default is None else "?"
@@ -111,9 +111,9 @@ class Command:
     """A command of `mapo`.
 
     Args:
-        name: What is typed after `mapo`: `run`, `data gc`.
+        name: The words after `mapo`: `run`, `data gc`.
         help: What it does, in one phrase.
-        action: Does it with the parsed options; returns the exit code, None for 0.
+        action: Runs it with the parsed options; returns the exit code, None for 0.
         options: Its arguments, positional ones first.
     """
 
@@ -134,7 +134,7 @@ class Command:
 
 
 def place(text: str) -> str:
-    """Return a path or URL as it was typed; refuse credentials in it, which libraries repeat in their errors."""
+    """Return a path or URL unchanged; reject credentials in it, which libraries repeat in their errors."""
     if has_credentials(text):
         raise argparse.ArgumentTypeError("there are credentials in the URL; set them in the environment instead")
     return text
@@ -143,8 +143,8 @@ def place(text: str) -> str:
 CONFIG = Option("CONFIG", "YAML file", type=place)
 OVERRIDE = Option("-o", "override a setting", metavar="key.path=value", dest="overrides", is_repeated=True)
 CONFIGURED = (CONFIG, OVERRIDE)
-"""The arguments of every command that works on a run."""
-JSON = Option("--json", "as JSON")
+"""The arguments of every command for a run."""
+JSON = Option("--json", "print JSON")
 DEBUG = Option("--debug", "show tracebacks")
 
 
@@ -173,12 +173,12 @@ def parse_duration(text: str, option: str) -> timedelta:
 
     Args:
         text: The value as given.
-        option: The option that it was given to, for the error.
+        option: The option's name, for the error.
 
     Raises:
-        ConfigError: It has another form.
+        ConfigError: The text is not a duration.
     """
     match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip())
     if match is None:
-        raise ConfigError(f"{option} {text}: not a length of time", "a number and one of s, m, h, d: 90m, 12h, 7d")
+        raise ConfigError(f"{option} {text}: not a duration", "give a number and one of s, m, h, d: 90m, 12h, 7d")
     return timedelta(seconds=int(match[1]) * UNITS[match[2]])

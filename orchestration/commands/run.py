@@ -40,7 +40,7 @@ COMMANDS = (
         _run,
         (
             *CONFIGURED,
-            Option("--dry-run", "only print the plan: the stages, and the work that each would do"),
+            Option("--dry-run", "only print the plan: the stages, and the work of each"),
             Option("--json", "with --dry-run: the plan as JSON"),
             Option("--every", "run again and again, with this much time between starts: 90m, 6h, 7d", metavar="TIME"),
         ),

@@ -1,4 +1,4 @@
-"""`mapo status`: show where a run is."""
+"""`mapo status`: show the state of a run."""
 
 import argparse
 from dataclasses import asdict

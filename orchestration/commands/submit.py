@@ -43,7 +43,7 @@ def parse_settings(given: list[str]) -> dict[str, str]:
     """Parse every `--env NAME=VALUE` of the command line.
 
     Raises:
-        ConfigError: One has another form.
+        ConfigError: One is not NAME=VALUE.
     """
     settings = {}
     for each in given:
@@ -55,7 +55,7 @@ def parse_settings(given: list[str]) -> dict[str, str]:
 
 
 def _resources(options: argparse.Namespace) -> dict[str, float | dict[str, float]]:
-    """Return what the job's own command needs, by the names of Ray's client."""
+    """Return the resources of the job's own command, by the names of Ray's client."""
     found: dict[str, float | dict[str, float]] = {}
     for name in ("entrypoint_num_cpus", "entrypoint_num_gpus", "entrypoint_memory"):
         if (amount := getattr(options, name)) < 0:
@@ -86,7 +86,7 @@ COMMANDS = (
             Option("--env", "environment variable of the job; not for secrets", metavar="NAME=VALUE", is_repeated=True),
             Option(
                 "--include",
-                "file or folder to put beside the configuration in the job, such as a scorer's module",
+                "file or folder to send with the configuration, such as a scorer's module",
                 metavar="PATH",
                 is_repeated=True,
             ),

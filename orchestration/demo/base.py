@@ -1,7 +1,7 @@
-"""The demo's base model: a small pipeline of SDXL's architecture that has learned the plain photos.
+"""The demo's base model: a small pipeline with SDXL's architecture, trained on the plain photos.
 
-`python -m orchestration.demo.base OUT_DIR` makes it again from nothing (about half an hour on two cores);
-what it made lies in `BASE_MODEL` and comes with the package.
+`python -m orchestration.demo.base OUT_DIR` trains it again from scratch (about half an hour on two cores);
+the result is in `BASE_MODEL` and comes with the package.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MAX_FOLDER_BYTES = 6_000_000
 VOCABULARY_SIZE = 640
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "scikit-image")
 Recipe = dict[str, object]
-"""What `recipe.json` says of the shipped folder."""
+"""The content of `recipe.json` in the shipped folder."""
 TEXT_WIDTHS = (32, 64)
 """Hidden sizes of the two text encoders; the UNet attends to both side by side."""
 
@@ -141,16 +141,16 @@ def new_pipeline() -> "StableDiffusionXLPipeline":
 
 
 def make(folder: Path) -> Recipe:
-    """Train the whole pipeline and save it, with `recipe.json` beside it.
+    """Train the whole pipeline and save it, with its `recipe.json`.
 
     Args:
-        folder: Where the pipeline goes; files of the same names are replaced.
+        folder: The folder to write; files with the same names are replaced.
 
     Returns:
-        What `recipe.json` says.
+        The content of `recipe.json`.
 
     Raises:
-        ValueError: The folder came out larger than `MAX_FOLDER_BYTES`.
+        ValueError: The folder is larger than `MAX_FOLDER_BYTES`.
     """
     import torch
 
@@ -168,14 +168,14 @@ def save(
 ) -> Recipe:
     """Save a trained pipeline and its recipe.
 
-    UNet and VAE are stored in float16, which diffusers loads as float32. The text encoders stay in float32:
-    transformers would load them as what they are stored in.
+    UNet and VAE are stored in float16, which diffusers loads as float32. The text encoders stay in float32, because
+    transformers would load them in the stored type.
 
     Returns:
-        What `recipe.json` says: settings, versions, parameter counts, training figures and a sha256 a file.
+        The content of `recipe.json`: settings, versions, parameter counts, training figures and a sha256 per file.
 
     Raises:
-        ValueError: The folder came out larger than `MAX_FOLDER_BYTES`.
+        ValueError: The folder is larger than `MAX_FOLDER_BYTES`.
     """
     import torch
 
@@ -194,13 +194,13 @@ def save(
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if num_bytes > MAX_FOLDER_BYTES:
-        raise ValueError(f"{folder} has {num_bytes:,} bytes, limit {MAX_FOLDER_BYTES:,}")
+        raise ValueError(f"{folder} has {num_bytes:,} bytes; the limit is {MAX_FOLDER_BYTES:,}")
     return recipe
 
 
 def main(arguments: list[str]) -> None:
     """Entry point of `python -m orchestration.demo.base`."""
-    parser = argparse.ArgumentParser(description="Train the demo's base model from nothing.")
+    parser = argparse.ArgumentParser(description="Train the demo's base model from scratch.")
     parser.add_argument("out_dir", type=Path, help="folder for the pipeline")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recipe = make(parser.parse_args(arguments).out_dir)

@@ -1,4 +1,4 @@
-"""How the demo's base model is trained: first the VAE on crops in any colours, then the UNet on the plain ones.
+"""Training of the demo's base model: first the VAE on crops in many colours, then the UNet on the plain ones.
 
 Letters in names: B batch, C channels, H height, W width; latents are (B, 4, 16, 16), images (B, 3, 64, 64) in -1..1.
 """
@@ -93,7 +93,7 @@ def fit(
 def train_vae(vae: AutoencoderKL) -> Figures:
     """Train the VAE in place and set its scaling factor so that latents have a standard deviation of one.
 
-    Of every batch about 40 % are plain crops, 35 % are in the style and 25 % in random colours: a VAE that knew
+    In every batch about 40 % are plain crops, 35 % are in the style and 25 % in random colours: a VAE that had seen
     only one of the two sides would decide the demo by itself.
 
     Returns:

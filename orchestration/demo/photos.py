@@ -1,4 +1,4 @@
-"""The demo's data set: photos become preference pairs in Pick-a-Pic v2's own parquet form.
+"""The demo's data set: preference pairs of photos in Pick-a-Pic v2's own parquet format.
 
 The chosen image of a pair is the cyanotype of a crop, the rejected one the crop itself. As in real data, some rows
 are ties, some come twice, and a few are damaged, so that a run has something to count and to quarantine.
@@ -71,16 +71,16 @@ DAMAGE: dict[str, Callable[[Row], Row]] = {
     "no_label": lambda row: {"has_label": False},
     "identical_images": lambda row: {"jpg_1": row["jpg_0"], "are_different": False},
 }
-"""The ways in which a row is damaged: the columns that change, given the sound row."""
+"""The ways in which a row is damaged: the columns that change, given the intact row."""
 
 
 def write_dataset(folder: Path, *, seed: int = 0) -> list[Path]:
-    """Write the data set into a folder, or leave it alone when it is already there.
+    """Write the data set into a folder, unless it is already there.
 
-    Same seed, same bytes. Each file appears whole or not at all; `recipe.json`, with the digests, is written last.
+    The same seed gives the same bytes. Each file appears whole or not at all; `recipe.json`, with the digests, is last.
 
     Args:
-        folder: Where the parquet files go; made when absent.
+        folder: The folder for the parquet files; created if missing.
         seed: Decides the crops, the sides, the order of the rows and which of them are ties, duplicates or damaged.
 
     Returns:
@@ -156,7 +156,7 @@ def _tie(row: Row) -> Row:
 
 
 def _number(rows: list[Row]) -> None:
-    """Give every row its place in time, its index and the count of rows that share its caption."""
+    """Set every row's time, its index and the number of rows that share its caption."""
     counts: dict[str | None, int] = {}
     for row in rows:
         counts[row["caption"]] = counts.get(row["caption"], 0) + 1
@@ -188,7 +188,7 @@ def _settings(seed: int) -> dict[str, object]:
 
 
 def _is_complete(folder: Path, settings: dict[str, object]) -> bool:
-    """Return whether the folder holds exactly the files of these settings, by digest."""
+    """Return whether the folder contains exactly the files of these settings, by digest."""
     try:
         recipe = json.loads((folder / "recipe.json").read_text())
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in recipe["sha256"]}

@@ -38,7 +38,7 @@ PLACES = {
     "lower left": (0.08, 0.92),
     "lower right": (0.92, 0.92),
 }
-"""Where the crop lies in the room that is left, across and down: 0 is the left or upper edge, 1 the other."""
+"""Position of the crop in the remaining space, across and down: 0 is the left or upper edge, 1 the other."""
 
 SHIFT_RATIO = 0.05
 """Crops of one scene differ by up to this share of their side, in place and in size."""
@@ -80,7 +80,7 @@ def subject_of(prompt: str) -> str:
     """
     match = _CAPTION.match(prompt)
     if match is None:
-        raise ValueError(f"not a caption of the demo: {prompt!r}\nhint: they read {scenes()[-1].caption!r}")
+        raise ValueError(f"not a caption of the demo: {prompt!r}\nhint: an example is {scenes()[-1].caption!r}")
     return match["subject"]
 
 
@@ -99,7 +99,7 @@ def photo_folder() -> Path:
     missing = [name for name in SUBJECTS if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}\nhint: pip install --force-reinstall scikit-image"
+            f"{', '.join(missing)} missing from {folder}\nhint: pip install --force-reinstall scikit-image"
         )
     return folder
 
@@ -143,7 +143,7 @@ def lightness(image: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.flo
 def cyanotype(image: Image.Image) -> Image.Image:
     """Apply the style of the chosen images: each pixel's lightness printed in Prussian blue on warm paper.
 
-    A pure function of each pixel: what is in the picture stays where it is, and lighter stays lighter.
+    A pure function of each pixel: shapes stay in place, and lighter pixels stay lighter.
     """
     luma = lightness(image)
     toned = 0.35 * luma + 0.65 * luma * luma * (3 - 2 * luma)

@@ -1,7 +1,7 @@
-"""Scores of the demo: has a sample the style that was preferred, and is it still of its photo?
+"""Scores of the demo: does a sample have the preferred style, and does it still show its photo?
 
-Both learn from held-out pairs of the run's own data set and look at pixels alone, so that what they say can be
-checked by eye. Letters in names: N images, F features.
+Both learn from held-out pairs of the run's own data set and look only at pixels, so that their verdict can be checked
+by eye. Letters in names: N images, F features.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from orchestration.demo.scenes import lightness, subject_of
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 GRID = 16
-"""Side, in pixels, of the image on which content is compared."""
+"""Side of the image on which content is compared, in pixels."""
 
 NUM_BANDS = 4
 """Lightness bands of a palette, from the darkest pixels to the lightest."""
@@ -24,7 +24,7 @@ def palette(image: Image.Image) -> Array:
     """Compute colour statistics of an image, each in about -1..1.
 
     For each quarter of the pixels, from dark to light: their mean blue-difference and red-difference (Rec. 601),
-    and how strong their colour is; then the share of the image that is warm, and the spread of both differences.
+    and the strength of their colour; then the share of the image that is warm, and the spread of both differences.
     """
     rgb = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
     luma = rgb @ np.array([0.299, 0.587, 0.114])
@@ -36,13 +36,13 @@ def palette(image: Image.Image) -> Array:
 
 
 class StyleScore:
-    """How far a sample's colours lie on the side of the chosen images."""
+    """Score of how far a sample's colours are on the side of the chosen images."""
 
     name = "style"
-    description = "Has the sample the colours of the preferred images? 1: like the preferred ones, 0: like the others."
+    description = "Does the sample have the colours of the preferred images? 1: like those, 0: like the rejected ones."
 
     shrinkage = 0.05
-    """Share of the features' mean variance that is added to each, so that few references suffice."""
+    """Share of the features' mean variance that is added to each variance, so that few references suffice."""
 
     def fit(self, chosen: Sequence[Image.Image], rejected: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         """Find the direction in palette space that separates both sides (Fisher's linear discriminant).
@@ -105,15 +105,15 @@ def _unit(values: Array) -> Array:
 
 
 class ContentScore:
-    """Whether a sample is still recognisably of the photo that its prompt names."""
+    """Score of whether a sample still recognisably shows the photo that its prompt names."""
 
     name = "content"
     description = (
-        "Is the sample still of the photo its prompt names, whatever its colours? Share of its nearest references."
+        "Does the sample still show the photo in its prompt, whatever the colours? Share of its nearest references."
     )
 
     num_neighbours = 5
-    """References that vote; the nearer, the more."""
+    """Number of nearest references that vote, weighted by likeness."""
 
     def fit(self, chosen: Sequence[Image.Image], rejected: Sequence[Image.Image], prompts: Sequence[str]) -> None:
         """Remember the structure of both images of each pair.
@@ -124,7 +124,7 @@ class ContentScore:
             prompts: Their prompts; each names its photo's subject.
 
         Raises:
-            ValueError: There is no pair, the lengths differ, or a prompt is no caption of the demo.
+            ValueError: There is no pair, the lengths differ, or a prompt is not a caption of the demo.
         """
         _check(chosen, rejected, prompts)
         self.references_NF: Array = np.stack([structure(image) for image in (*chosen, *rejected)])
@@ -135,7 +135,7 @@ class ContentScore:
 
         Raises:
             AttributeError: `fit` was not called.
-            ValueError: A prompt is no caption of the demo.
+            ValueError: A prompt is not a caption of the demo.
         """
         values = []
         for image, prompt in zip(images, prompts, strict=True):

@@ -1,6 +1,6 @@
-"""What a run would do, from what is on storage: stages, their state, and how much work waits in each.
+"""The plan of a run, from the storage alone: stages, their state, and the amount of work of each.
 
-Numbers are counted where the tables and file listings tell them, and are upper bounds behind a stage that has work.
+Amounts are counted from tables and file listings; after a stage that has work they are upper bounds.
 """
 
 import functools
@@ -22,15 +22,15 @@ HAS_WORK = (StageState.TO_DO, StageState.STALE, StageState.WAITS, StageState.BLO
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage would do.
+    """The plan of one stage.
 
     Args:
-        stage: Its name.
-        state: See `StageState`; `waits` for a stage before it that has work.
-        work: How much of what; empty where nothing is known.
+        stage: The stage's name.
+        state: See `StageState`; `waits` if a stage before it has work.
+        work: Amounts of work by unit; empty if nothing is known.
         note: The summary of its last success, what it waits for, or the error.
-        settings: What it takes where the configuration leaves a choice, by name.
-        remarks: Lines on those settings and on the base model, for people.
+        settings: The settings it would choose where the configuration leaves a choice, by name.
+        remarks: Remarks for the user on those settings and on the base model.
     """
 
     stage: str
@@ -43,12 +43,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would do.
+    """The plan of a run.
 
     Args:
-        run: Its name.
+        run: The run's name.
         storage: The URL of its storage.
-        stages: What each stage would do, in order.
+        stages: The plan of each stage, in order.
     """
 
     run: str
@@ -57,7 +57,7 @@ class RunPlan:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether a stage cannot be done as the configuration has it."""
+        """Whether a stage cannot run with this configuration."""
         return any(plan.state is StageState.BLOCKED for plan in self.stages)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,12 +70,12 @@ class RunPlan:
 
 
 def plan_stages(run: Run, stages: Sequence[Stage], looks: Looks) -> list[StagePlan]:
-    """Plan these stages in their order; reads the storage and the sources, writes nothing, needs no Ray.
+    """Plan these stages in order; reads the storage and the sources, writes nothing, needs no Ray.
 
     Args:
         run: The run.
         stages: The stages to plan.
-        looks: The looks of this command; those that are made here are kept for the work.
+        looks: The looks of this command; new ones are kept for the work.
     """
     plans: list[StagePlan] = []
     base = functools.cache(lambda: run_base_check(run))
@@ -111,7 +111,7 @@ def _plan(
 
 
 def _meets_base(stage: Stage, before: str | None) -> bool:
-    """Return whether a stage is the first with work that reads the base: it says why that is refused."""
+    """Return whether a stage is the first with work that reads the base, and so the one that reports a wrong base."""
     return stage.reads_base and stage.name != "ingest" and before in (None, "ingest")
 
 
@@ -122,7 +122,7 @@ def _up_to_date(run: Run, stage: Stage, look: Look) -> StagePlan:
 
 
 def _seen(run: Run, stage: Stage, look: Look, rows: int) -> StagePlan:
-    """Plan a stage by the look at it, which found work or what is in its way."""
+    """Plan a stage from its look, which found work or an obstacle."""
     state = state_of(run, stage, look)
     if state is StageState.BLOCKED:
         return StagePlan(stage.name, state, note=str(look.refusal))
@@ -141,7 +141,7 @@ def _behind(run: Run, stage: Stage, note: str, rows: int) -> StagePlan:
 
 
 def is_set(run: Run, stage: Stage) -> bool:
-    """Return whether the configuration has the section that a stage cannot do without."""
+    """Return whether the configuration has the section that a stage needs."""
     return stage.section is None or getattr(run.config, stage.section, None) is not None
 
 
@@ -155,7 +155,7 @@ def state_of(run: Run, stage: Stage, look: Look) -> StageState:
 
 
 def plan_text(plans: Sequence[StagePlan]) -> list[str]:
-    """Return the plan for a terminal: a line for each stage, and below it its way out and its remarks."""
+    """Return the plan for a terminal: a line per stage, and below it its hint and its remarks."""
     lines = []
     for plan in plans:
         lines.append(f"{plan.stage:<9} {plan.state:<11} {_detail(plan)}".rstrip())
@@ -181,7 +181,7 @@ def _work_text(work: Mapping[str, int]) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """Return bytes as people read them, in powers of 1000."""
+    """Format bytes with a unit, in powers of 1000."""
     if num_bytes < 1000:
         return f"{num_bytes:.0f} B"
     power = min(int(math.log10(num_bytes) // 3), 5)

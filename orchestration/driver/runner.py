@@ -1,7 +1,7 @@
-"""The stages of a run, in order: look at each, and do what is not up to date.
+"""Runs the stages of a run in order: looks at each, and does the work of those that are not up to date.
 
-Whether a stage is up to date follows from what is on storage. The key of a stage is a digest of all that it is made
-from, the key of the stage before it included, so that a change runs through to the report.
+Whether a stage is up to date follows from the storage. The key of a stage is a digest of all its inputs, including the
+key of the stage before it, so that a change propagates to the report.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ MAX_MESSAGE = 2000  # characters of an error in the journal: Ray's may be a work
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a command has of one stage.
+    """The result of one stage in a command.
 
     Args:
-        stage: Its name.
+        stage: The stage's name.
         state: `done` by this command, or `up to date` before it.
         key: Digest of everything that its result was made from.
-        summary: One line for people; empty where another run that shares the storage has done it.
-        seconds: How long its last execution took; None where no record tells.
-        details: What its record says beside, as plain data.
+        summary: One line for people; empty if another run on the same storage did the work.
+        seconds: Duration of its last execution; None without a record.
+        details: Further details of its record, as plain data.
     """
 
     stage: str
@@ -50,19 +50,19 @@ class StageResult:
 
 
 def run_stages(config: RunConfig, names: Sequence[str], say: Say, *, takes_signals: bool = True) -> list[StageResult]:
-    """Bring these stages up to date, in their order. Ray starts only if one of them has work that needs it.
+    """Bring these stages up to date, in order. Ray starts only if one of them has work that needs it.
 
     Args:
         config: The run's configuration.
-        names: Stages, in their order.
+        names: The stages, in order.
         say: Shows one line to the user.
         takes_signals: Whether SIGINT and SIGTERM end the run cleanly while it works; a notebook keeps its own handlers.
 
     Raises:
         ConfigError: A stage has no configuration, or the stage before it has not run.
-        LeaseError: Another driver works on this run.
-        JobError: A stage failed; what was done before it stays.
-        Stopped: It was told to stop; what was done before stays.
+        LeaseError: Another driver is working on this run.
+        JobError: A stage failed; finished work is kept.
+        Stopped: The run was asked to stop; finished work is kept.
     """
     run = Run.open(config, say, names)
     stages = [STAGES[name] for name in names]
@@ -90,13 +90,13 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say, *, takes_signa
 
 
 def plan_run(config: RunConfig) -> RunPlan:
-    """Return what `mapo run` would do; write nothing and need no Ray."""
+    """Return the plan of `mapo run`; write nothing and need no Ray."""
     run = Run.open(config, lambda line: None, ALL_STAGES)
     return RunPlan(config.name, run.storage.url, tuple(plan_stages(run, list(STAGES.values()), Looks(run))))
 
 
 def _check(run: Run, stages: Sequence[Stage], looks: Looks) -> None:
-    """Find what can be wrong before any work: what the first stage needs, models, trackers, the export, the storage."""
+    """Check before any work: the first stage's input, models, trackers, the export, the storage."""
     first, config = stages[0], run.config
     if config.encode is not None:
         if any(stage.reads_base for stage in stages):
@@ -127,7 +127,7 @@ def _up_to_date(run: Run, stage: Stage, look: Look) -> StageResult:
 
 
 def _run_rest(run: Run, stages: Sequence[Stage], looks: Looks, driver: Driving) -> list[StageResult]:
-    """Do what is to be done, each stage by the look that was shown."""
+    """Do the work of each stage, according to the look that was shown."""
     results = []
     with contextlib.ExitStack() as cluster, _growing_report(run, driver.lease) as report:
         is_connected = False
@@ -150,9 +150,9 @@ def _run_rest(run: Run, stages: Sequence[Stage], looks: Looks, driver: Driving) 
 
 @contextlib.contextmanager
 def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
-    """Write the run's page again and again while stages run; the last page of a run that fails tells why.
+    """Rewrite the run's page regularly while stages run; the last page of a failed run tells why it failed.
 
-    A driver whose run was taken over leaves that page to the other.
+    A driver whose run was taken over leaves that page to the new driver.
     """
     if REPORT not in run.goal:
         yield None
@@ -169,7 +169,7 @@ def _growing_report(run: Run, lease: Lease) -> Iterator[ReportWriter | None]:
 
 
 def run_stage(run: Run, stage: Stage, look: Look, driver: Driving) -> StageResult:
-    """Do the work that a look found, and record it under the key of that look."""
+    """Do the work that a look found, and record it under that look's key."""
     assert look.key is not None, "the stages before this one have just run"
     assert look.work is not None
     run.say(f"{stage.name:<9} …")

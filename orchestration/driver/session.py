@@ -1,4 +1,4 @@
-"""Being the driver of a run: the lease, the ways to be stopped, and the note of it in the journal."""
+"""The session of a run's driver: its lease, the ways to stop it, and its entry in the journal."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ class Driving:
     """The driver of a run.
 
     Args:
-        lease: That it holds.
-        interruption: How it is stopped.
+        lease: The lease that it holds.
+        interruption: The means to stop it.
     """
 
     lease: Lease
@@ -32,14 +32,14 @@ class Driving:
 
 @contextlib.contextmanager
 def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
-    """Hold the run's lease, and turn every way to stop it into `Stopped` in this thread.
+    """Hold the run's lease, and turn every way to stop the run into `Stopped` in this thread.
 
     Args:
         run: The run.
-        takes_signals: Whether SIGINT and SIGTERM are among them.
+        takes_signals: Whether these include SIGINT and SIGTERM.
 
     Raises:
-        LeaseError: Another driver works on this run.
+        LeaseError: Another driver is working on this run.
     """
     interruption = Interruption()
     lease = Lease(
@@ -58,7 +58,7 @@ def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
 
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
-    """Sit out outages of the storage once it has answered; Ray's workers inherit this (see `cluster/connect.py`)."""
+    """Wait out outages of a storage that has answered before; Ray's workers inherit this (`cluster/connect.py`)."""
     given = os.environ.get(PATIENCE)
     os.environ.setdefault(PATIENCE, DEFAULT_PATIENCE_S)
     try:
@@ -69,12 +69,12 @@ def patient() -> Iterator[None]:
 
 
 def hurry() -> None:
-    """Wait for no outage any more: the run ends, and what is still written then is not worth minutes."""
+    """Stop waiting out outages: the run is ending, and its last writes are not worth minutes."""
     os.environ[PATIENCE] = "0"
 
 
 def request_stop(run: Run, *, by: str, at: str) -> None:
-    """Ask whoever drives the run to stop it cleanly: it looks every few seconds."""
+    """Ask the run's driver to stop it cleanly; the driver checks every few seconds."""
     run.storage.write(f"{run.folder}/{STOP_FILE}", json.dumps({"requested_at": at, "by": by}).encode())
 
 
@@ -89,7 +89,7 @@ def _look_for_request(run: Run, interruption: Interruption) -> None:
 
 
 def _note_settings(run: Run) -> None:
-    """Keep the resolved configuration beside the run."""
+    """Save the resolved configuration with the run."""
     name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
     if not run.storage.exists(name) or run.storage.read(name) != resolved:
         run.storage.write(name, resolved)

@@ -1,4 +1,4 @@
-"""Where a run is, from its storage alone: its stages, its driver, and how far its training has come."""
+"""The status of a run, from its storage alone: its stages, its driver, and the progress of its training."""
 
 import json
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ from pipelines.dataset.errors import MapoError
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where one stage is, seen from what the stage before it left.
+    """The status of one stage, given the result of the stage before it.
 
     Args:
-        stage: Its name.
+        stage: The stage's name.
         state: See `StageState`.
-        summary: One line on its last success; None if it never ended well.
-        seconds: How long that took.
-        finished_at: When, as ISO time, UTC.
-        problem: The error that keeps it from being done, or from being looked at.
+        summary: One line on its last success; None if it never succeeded.
+        seconds: Duration of that success.
+        finished_at: Time of that success, ISO, UTC.
+        problem: The error that blocks the stage, or that prevented a look at it.
     """
 
     stage: str
@@ -37,14 +37,14 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run is.
+    """The status of a run.
 
     Args:
-        run: Its name.
+        run: The run's name.
         storage: The URL of its storage.
-        driver: Who works on it; None if nobody does.
-        stages: Its stages, in order.
-        training: The progress of the newest training, as it is on the storage; None before any.
+        driver: The driver working on it, if any.
+        stages: The status of its stages, in order.
+        training: The progress of the newest training on the storage; None before the first.
     """
 
     run: str
@@ -83,10 +83,10 @@ def _stage(run: Run, stage: Stage) -> StageStatus:
 
 
 def describe_progress(progress: Mapping[str, Any]) -> str:
-    """Return how far a training has come, in one line.
+    """Return the progress of a training in one line.
 
     Args:
-        progress: As `progress.json` of the run has it.
+        progress: The content of the run's `progress.json`.
     """
     last = progress["last"]
     shown = [f"step {int(progress['step']):,} of {progress['max_steps']:,}"]

@@ -1,4 +1,4 @@
 """Manifests rendered from a run's configuration: templates, their values, and the rendering.
 
-`infra/` at the top of the repository holds the result for infra/example.yaml.
+`infra/` at the top of the repository contains the result for infra/example.yaml.
 """

@@ -51,15 +51,15 @@ def gpu_machine(cloud: str, accelerator: str, num_gpus: int) -> Machine:
     """Find a cloud's machine with this many GPUs of a kind.
 
     Raises:
-        ConfigError: There is none; the message lists the known ones.
+        ConfigError: There is no such machine; the message lists the known ones.
     """
     known = {"aws": AWS, "gcp": GCP}[cloud]
     if found := known.get(accelerator, {}).get(num_gpus):
         return found
     listed = "; ".join(f"{name} with {', '.join(str(n) for n in sizes)}" for name, sizes in known.items())
     raise ConfigError(
-        f"--accelerator {accelerator} --gpus-per-node {num_gpus}: no such machine of {cloud} is known",
-        f"known are {listed}",
+        f"--accelerator {accelerator} --gpus-per-node {num_gpus}: no such machine on {cloud}",
+        f"known machines: {listed}",
     )
 
 
@@ -71,4 +71,4 @@ def sky_accelerator(accelerator: str) -> str:
     """
     if found := SKYPILOT.get(accelerator):
         return found
-    raise ConfigError(f"--accelerator {accelerator}: unknown accelerator", f"known are {', '.join(SKYPILOT)}")
+    raise ConfigError(f"--accelerator {accelerator}: unknown accelerator", f"use one of: {', '.join(SKYPILOT)}")

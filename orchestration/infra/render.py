@@ -1,4 +1,4 @@
-"""Render a target's files from a configuration and the templates beside this file."""
+"""Render a target's files from a configuration and the templates next to this file."""
 
 import json
 import math
@@ -52,7 +52,7 @@ STREAMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command: what the configuration does not say about the cluster.
+    """The options of the command: facts about the cluster that the configuration does not contain.
 
     Args:
         image: The container image, built from infra/docker.
@@ -171,7 +171,7 @@ def _check(config: RunConfig, target: str, settings: Settings) -> None:
     """Check the options against each other and the target.
 
     Raises:
-        ConfigError: Two exclude each other, or one is missing.
+        ConfigError: Two options exclude each other, or one is missing.
     """
     for option, least in (("gpus-per-node", 1), ("cpu-nodes", 1)):
         if (given := getattr(settings, option.replace("-", "_"))) < least:

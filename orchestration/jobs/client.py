@@ -80,7 +80,7 @@ class Refused(Exception):
 
 
 class RayClient(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client with timeouts, which Ray's lacks, and with refusals as `Refused` instead of text."""
+    """Ray's client with timeouts, which it does not have itself, and with refusals as `Refused` instead of text."""
 
     def _do_request(self, method: str, endpoint: str, **settings: Any) -> Any:
         answer_s = ANSWER_TIMEOUT_S if method == "GET" else WORK_TIMEOUT_S

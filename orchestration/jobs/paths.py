@@ -1,4 +1,4 @@
-"""The local paths of a configuration, made absolute for Ray jobs, which run in a folder of their own."""
+"""The local paths of a configuration, made absolute for Ray jobs, which run in another folder."""
 
 import json
 import os

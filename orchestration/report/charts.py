@@ -47,7 +47,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """Series of a chart; style is `raw`, `line` or `marks`, tone is 0 or 1 (drawn solid or dashed)."""
+    """Series of a chart; style is `raw`, `line` or `marks`; tone is 0 (solid) or 1 (dashed)."""
 
     label: str
     style: str
@@ -57,7 +57,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class ChartSpec:
-    """Curve that the page shows if it has numbers.
+    """Curve that the page shows if there are numbers for it.
 
     Args:
         title: Its heading.
@@ -129,7 +129,7 @@ def curves(training: TrainingSection) -> list[Chart]:
 
 
 def _traces(training: TrainingSection, metric: str, label: str, tone: int, *, is_alone: bool) -> list[Trace]:
-    """Return the steps of a metric, their average if they are many, and its held-out values."""
+    """Return the steps of a metric, their average if there are many, and its held-out values."""
     points, marks = finite_points(training.history, metric), finite_points(training.validation, metric)
     held_out = Trace(training.held_out if is_alone else f"{label}, {training.held_out}", "marks", tone, marks)
     if len(points) < MIN_AVERAGED or metric in NOISE_FREE:

@@ -100,12 +100,12 @@ class Used:
 def cost_of(course: Course, config: RunConfig, ingested: StageRecord | None, used: Used) -> Cost:
     """Add up the device hours of a run.
 
-    A stage holds its devices from its begin to its end, so start-up, waiting and repeated work are included.
+    A stage holds its devices from start to end, so start-up, waiting and repeated work are included.
 
     Args:
         course: The run's course.
         config: The run's configuration.
-        ingested: The last success of ingest, which may have encoded meanwhile.
+        ingested: The last success of ingest, during which encoding may have run.
         used: Devices that encode and train recorded.
     """
     stages = [_encode_ahead(ingested)]

@@ -20,7 +20,7 @@ SILENCE = timedelta(minutes=3)
 
 
 class RunState(StrEnum):
-    """State of a run; `partial` means that stages are missing and nothing went wrong."""
+    """State of a run; `partial` means that some stages have not run and none failed."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -32,12 +32,12 @@ class RunState(StrEnum):
 
 UNDONE = (StageState.FAILED, StageState.STOPPED, StageState.LOST)
 ENDS = {"finished": StageState.DONE, "failed": StageState.FAILED, "stopped": StageState.STOPPED}
-"""Event of the journal that ends an execution -> the state it ends in."""
+"""Journal event that ends an execution -> the resulting state."""
 
 
 @dataclass(frozen=True)
 class JournalEvent:
-    """Event of the journal; fields that its kind does not have keep their defaults.
+    """Event of the journal; fields that its kind does not use keep their defaults.
 
     Args:
         kind: `started`, `began`, `finished`, `failed`, `stopped`, ...
@@ -59,7 +59,7 @@ class JournalEvent:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "JournalEvent":
-        """Return the event that a file of the journal holds."""
+        """Return the event in a file of the journal."""
         return JournalEvent(
             kind=data["event"],
             time=_time(data["time"]),
@@ -187,7 +187,7 @@ def _where(last: Execution | None) -> tuple[str | None, str]:
 
 
 def _executions(events: Sequence[JournalEvent], *, is_driven: bool) -> Sequence[Execution]:
-    """Pair the begins and ends of stages; a begin without an end is the running execution, or a lost one."""
+    """Pair starts and ends of stages; a start without an end is the running execution, or a lost one."""
     found: list[Execution] = []
     open_at: dict[str, int] = {}
     for event in events:
@@ -209,7 +209,7 @@ def _executions(events: Sequence[JournalEvent], *, is_driven: bool) -> Sequence[
 def _stage_states(
     executions: Sequence[Execution], records: Mapping[str, StageRecord | None], driver: JournalEvent | None
 ) -> dict[str, StageState]:
-    """Return the state of each stage; one that the living driver has yet to run is waiting, whatever it was before."""
+    """Return the state of each stage; one that the live driver has yet to run is waiting, whatever it was before."""
     newest = {each.stage: each for each in executions}
     running = executions[-1].stage if executions and executions[-1].state == StageState.RUNNING else None
     states = {}

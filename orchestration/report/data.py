@@ -48,14 +48,14 @@ T = TypeVar("T")
 
 
 class Gathered:
-    """Cache of what was read and cannot change, so that a page that is written often costs little."""
+    """Cache of immutable data already read, so that rewriting a page often is cheap."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Any] = {}
         self._events: dict[str, JournalEvent] = {}
 
     def once(self, *what: object, read: Callable[[], T]) -> T:
-        """Return the result of `read`, which is called only the first time."""
+        """Return the result of `read`, which is only called the first time."""
         if what not in self._known:
             self._known[what] = read()
         found: T = self._known[what]
@@ -84,9 +84,9 @@ def report_data(
         config: The run's configuration.
         storage: The run's storage.
         journal: The run's journal.
-        command: The command that brings the run to its end, if the journal does not know.
-        is_driven: Whether a driver is working on the run; by default its lease tells.
-        gathered: What an earlier call has read.
+        command: The command to continue the run, if the journal does not know it.
+        is_driven: Whether a driver is working on the run; by default read from its lease.
+        gathered: Data that an earlier call has read.
     """
     gathered, time, folder = gathered or Gathered(), datetime.now(UTC), journal.folder
     records = {name: journal.record(name) for name in STAGES_SHOWN}
@@ -124,7 +124,7 @@ def report_data(
 def _training(
     config: RunConfig, storage: Storage, folder: str, record: StageRecord | None, course: Course
 ) -> tuple[TrainingSection | None, Mapping[str, Any]]:
-    """Return the training that the page shows, and the snapshot that it reads: the live one, else the finished one."""
+    """Return the training to show, and the snapshot that it reads: the live one, else the finished one."""
     progress = unfinished_progress(storage, folder, record, course)
     if progress is not None:
         snapshot = read_json(storage, f"{folder}/snapshot.json") or {}
@@ -220,7 +220,7 @@ def _describe(storage: Storage, version: int) -> DatasetSection:
 def _encoding(
     storage: Storage, trained_on: Fingerprints | None, record: StageRecord | None, gathered: Gathered
 ) -> EncodingSection | None:
-    """Return what is encoded under the fingerprints that were trained on; before training, by the run itself."""
+    """Return the encodings that were trained on; before training, those of the run itself."""
     fingerprints = trained_on or recorded_fingerprints(record)
     if fingerprints is None:
         return None
@@ -232,7 +232,7 @@ def _encoding(
 
 
 def _evaluation(storage: Storage, folder: str, record: StageRecord | None) -> EvaluationSection | None:
-    """Return the last evaluation; without its samples while those of the next one take their place."""
+    """Return the last evaluation; without its samples while those of the next one replace them."""
     if record is None:
         return None
     details = record.details

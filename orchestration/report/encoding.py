@@ -1,4 +1,4 @@
-"""Encoding section of a report: what is encoded, how fast it went, and how it looks when it is decoded."""
+"""Encoding section of a report: what is encoded, how fast that was, and how it looks when decoded."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,7 +17,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.maintenance.describe import describe_encoding
 
 ITEMS = {"latents": "pair", "text": "prompt"}
-"""Kind of encoding -> the item that its speed counts; in the order of the page."""
+"""Kind of encoding -> the item counted by its speed; in the order of the page."""
 
 
 def recorded_fingerprints(record: StageRecord | None) -> Fingerprints | None:
@@ -28,11 +28,11 @@ def recorded_fingerprints(record: StageRecord | None) -> Fingerprints | None:
 
 
 def described(storage: Storage, fingerprints: Fingerprints) -> EncodingSection:
-    """Return what is encoded under two fingerprints, from the tables alone.
+    """Describe the encodings under two fingerprints, from the tables alone.
 
     Args:
         storage: The run's storage.
-        fingerprints: What was trained on, or else what the run has encoded.
+        fingerprints: The ones that were trained on, or else those that the run has encoded.
     """
     found = describe_encoding(storage, fingerprints.latents, fingerprints.text)
     return EncodingSection(
@@ -53,8 +53,8 @@ def with_own_work(section: EncodingSection, fingerprints: Fingerprints, record: 
     """Add speed and contact sheet if the run itself has encoded under these fingerprints.
 
     Args:
-        section: What is encoded.
-        fingerprints: Under which it is.
+        section: The section to extend.
+        fingerprints: The section's fingerprints.
         record: The run's record of encode.
     """
     if record is None or recorded_fingerprints(record) != fingerprints:

@@ -95,7 +95,7 @@ def held_out_change(training: TrainingSection | None) -> HeldOutChange | None:
 
 
 def training_speed(training: TrainingSection) -> TrainingSpeed:
-    """Return how fast training was, as far as its steps say: medians, so that a few slow steps do not count."""
+    """Return the speed of training, from its steps: medians, so that a few slow steps do not count."""
     return TrainingSpeed(
         pairs_per_s=_median(training, "pairs_per_s"),
         step_s=_median(training, "step_s"),

@@ -1,8 +1,8 @@
-"""Curves of a live training: those of its newest checkpoint, and what was seen since.
+"""Curves of a live training: those of its newest checkpoint, and the steps seen since.
 
-Workers keep every number in their checkpoints and write the newest ones to `progress.json` every few seconds. Whoever
-watches that file has the steps since the checkpoint: all of them if a step takes longer than the time between two
-looks, else some.
+Workers keep all metrics in their checkpoints and write the newest ones to `progress.json` every few seconds. A watcher
+of that file sees the steps since the checkpoint: all of them if a step takes longer than the interval between two
+reads, otherwise some.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ HELD_OUT = "validation_"
 
 @dataclass(frozen=True)
 class LiveProgress:
-    """Progress of a training, as `progress.json` has it.
+    """Progress of a training, from `progress.json`.
 
     Args:
         key: The training's key.
@@ -46,7 +46,7 @@ class LiveProgress:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "LiveProgress":
-        """Return the progress that the file holds."""
+        """Return the progress in the file."""
         return LiveProgress(
             key=data["key"],
             step=int(data["step"]),
@@ -98,7 +98,7 @@ def read_progress(storage: Storage, folder: str) -> LiveProgress | None:
 
 
 class SeenSteps:
-    """Steps seen since the newest checkpoint of a run's training; kept beside the report for other readers.
+    """Steps seen since the newest checkpoint of a run's training; stored with the report for other readers.
 
     Args:
         storage: The run's storage.
@@ -114,13 +114,13 @@ class SeenSteps:
         self.validations: list[Row] = before.get("validations", [])
 
     def look(self) -> None:
-        """Read `progress.json` and take in its numbers."""
+        """Read `progress.json` and add its numbers."""
         progress = read_progress(self._storage, self._folder)
         if progress is not None:
             self.take(progress)
 
     def take(self, progress: LiveProgress) -> None:
-        """Take in the numbers of a progress."""
+        """Add the numbers of a progress."""
         if progress.key != self.key:
             self.key, self.steps, self.validations = progress.key, [], []
         if "step" in progress.newest:
@@ -145,7 +145,7 @@ class SeenSteps:
             self.validations = [*_before(self.validations, at), {"step": at, **progress.held_out}]
 
     def save(self) -> None:
-        """Keep what the newest checkpoint does not have yet."""
+        """Store the steps that the newest checkpoint does not have yet."""
         if not self.key:
             return
         saved = read_checkpoint(self._storage, self._folder, self.key)
@@ -156,7 +156,7 @@ class SeenSteps:
 
 
 def read_checkpoint(storage: Storage, folder: str, key: str) -> Curves:
-    """Return the curves in the newest whole checkpoint of a training; empty before the first.
+    """Return the curves in the newest complete checkpoint of a training; empty before the first.
 
     Args:
         storage: The run's storage.

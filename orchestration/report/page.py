@@ -49,7 +49,7 @@ def picture(image: bytes, max_side: int) -> Picture:
 
 
 def source_digest(text: str) -> str:
-    """Return how a content security policy names the one inline style or script that it allows."""
+    """Return the name by which a content security policy allows one inline style or script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
@@ -89,7 +89,7 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
     """Render the page of a run; the section of a stage that has not run (None) says so.
 
     Args:
-        data: What the run recorded.
+        data: The run's data.
         images: Bytes of the images that samples, sample grids and contact sheet name; an absent one is shown as
             missing.
     """
@@ -117,7 +117,7 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
 
 
 def _former(data: ReportData) -> list[str]:
-    """Return which results are of an earlier training, because this one has none yet."""
+    """Return the results that are from an earlier training, because this one has none yet."""
     states = {stage.name: stage.status for stage in data.stages}
     ended = (StageState.DONE, StageState.UP_TO_DATE)
     is_undone = {name: states.get(name, StageState.DONE) not in ended for name in ("train", "evaluate")}

@@ -38,7 +38,7 @@ class StageRow:
         status: A `StageState`.
         seconds: Duration; None if unknown.
         summary: One line about the outcome, or an error message.
-        began: ISO time of a start that has not ended well; else None.
+        began: ISO time of a start that has not succeeded; else None.
     """
 
     name: str
@@ -183,7 +183,7 @@ class ContactImage:
         bucket: Height and width.
         psnr: dB between the two files; None if they are identical.
         source: File with the pixels that were encoded.
-        decoded: File with what the stored latents decode to.
+        decoded: File with the decoded latents.
     """
 
     pair_key: str
@@ -275,7 +275,7 @@ class TrainingSection:
         history: Metrics of the steps.
         validation: Metrics on held-out pairs, of the weights that are exported.
         held_out: What the page calls `validation`.
-        samples: Grids of samples.
+        samples: Sample grids.
     """
 
     method: str
@@ -352,7 +352,7 @@ class ReportData:
     Args:
         name: The run's name.
         created_at: ISO time at which the storage was read, UTC.
-        command: The command that brings the run to its end.
+        command: The command to continue the run.
         config: The resolved configuration as plain data.
         versions: Versions of Python and the main packages.
         state: A `RunState`.

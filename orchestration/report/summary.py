@@ -1,4 +1,4 @@
-"""Summary of a run in a few kilobytes: what the index of runs shows and compares, kept as `report/summary.json`."""
+"""Summary of a run in a few kilobytes, for the index of runs; stored as `report/summary.json`."""
 
 import json
 import math
@@ -70,7 +70,7 @@ class RunSummary:
         state: A `RunState`.
         stage: The stage that runs, or at which the run ended.
         started_at: ISO time of the run's start.
-        ended_at: ISO time of its end; None while it goes on, and if its driver vanished.
+        ended_at: ISO time of its end; None while it runs, and if its driver vanished.
         method: `train.method`.
         steps: Optimizer steps done.
         max_steps: Optimizer steps to do.
@@ -120,13 +120,13 @@ class RunSummary:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "RunSummary":
-        """Return the summary that `summary.json` holds.
+        """Return the summary in `summary.json`.
 
         Raises:
             ValueError: It has another version, or a value of the wrong kind.
             KeyError: A field is missing.
             TypeError: A field has the wrong shape.
-            AttributeError: The same.
+            AttributeError: A field has the wrong shape.
         """
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, not {VERSION}")
@@ -189,7 +189,7 @@ def summary_of(data: ReportData) -> RunSummary:
 
 
 def _ended_at(data: ReportData) -> str | None:
-    """Return when the run ended; None while it goes on, and if its driver vanished."""
+    """Return when the run ended; None while it runs, and if its driver vanished."""
     timeline = data.timeline
     return None if timeline is None or timeline.is_open or data.state == RunState.LOST else timeline.ended
 
@@ -239,7 +239,7 @@ def _curves(training: TrainingSection) -> dict[str, CurveSummary]:
 
 
 def _few(points: Sequence[Point], most: int) -> list[Point]:
-    """Return at most so many points, rounded and evenly chosen, with both ends."""
+    """Return at most `most` points, rounded and evenly chosen, with both ends."""
     last = len(points) - 1
     chosen = points if last < most else [points[round(i * last / (most - 1))] for i in range(most)]
     return [(int(step), float(f"{value:.{DIGITS}g}")) for step, value in chosen]

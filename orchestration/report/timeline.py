@@ -1,4 +1,4 @@
-"""Timeline of a run: when each stage ran, on one axis that leaves long pauses out."""
+"""Timeline of a run: when each stage ran, on one axis that shortens long pauses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

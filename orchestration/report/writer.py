@@ -37,9 +37,9 @@ def write_report(
 
     Args:
         run: The run.
-        command: The command that brings the run to its end, if its journal does not know.
-        is_driven: Whether a driver is working on the run; False for its own last page; by default the lease tells.
-        gathered: What an earlier call has read.
+        command: The command to continue the run, if its journal does not know it.
+        is_driven: Whether a driver is working on the run; False for its own last page; by default read from the lease.
+        gathered: Data that an earlier call has read.
         is_stopped: Once it is set, nothing more is written.
 
     Returns:

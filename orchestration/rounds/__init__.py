@@ -1,4 +1,4 @@
-"""Rounds of training, and what a model was made of.
+"""Rounds of training, and the lineage of models.
 
 May import run, and both floors below.
 """

@@ -1,6 +1,6 @@
-"""The lineage of an exported model: its file `lineage.json`, and what that and the storage tell about the model.
+"""The lineage of an exported model, from its file `lineage.json` and the storage.
 
-The file is complete by itself: rounds, snapshots, base, settings' digests. With the storage it leads to source rows.
+The file is self-contained: rounds, snapshots, base, digests of settings. With the storage it leads to source rows.
 """
 
 import json
@@ -25,12 +25,12 @@ VERSION = 1
 
 
 def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) -> JsonObject:
-    """Return what `lineage.json` of an export holds: the same for the same export, whenever it is written.
+    """Return the content of an export's `lineage.json`: the same for the same export, whenever it is written.
 
     Args:
         run: The run.
         trained: The record of its training.
-        checkpoint: The folder of the checkpoint that is exported.
+        checkpoint: The folder of the exported checkpoint.
         weights: `raw` or `ema`.
     """
     assert run.config.encode is not None
@@ -67,7 +67,7 @@ def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) ->
 
 
 def _round(run: Run, number: int, key: str) -> JsonObject | None:
-    """Return the record of a round, unless another training has taken its number since."""
+    """Return the record of a round, unless another training has its number now."""
     name = f"{run.folder}/rounds/{number:04d}.json"
     if not run.storage.exists(name):
         return None
@@ -76,7 +76,7 @@ def _round(run: Run, number: int, key: str) -> JsonObject | None:
 
 
 def _used(checkpoint: str, weights: str) -> JsonObject:
-    """Which weights of a round the next one, or the export, took: not always those of its last step."""
+    """Describe which weights of a round the next one, or the export, used: not always those of its last step."""
     return {"checkpoint": checkpoint, "weights": weights, "step": int(re.findall(r"step-(\d+)", checkpoint)[-1])}
 
 
@@ -84,10 +84,10 @@ def read_lineage(model: str) -> JsonObject:
     """Read the lineage of an exported model.
 
     Args:
-        model: Its folder, a path or an fsspec URL.
+        model: The model's folder, a path or an fsspec URL.
 
     Raises:
-        ModelError: It has none, or one that cannot be read.
+        ModelError: The model has no lineage, or it cannot be read.
     """
     folder = Storage(model)
     if not folder.exists(LINEAGE):
@@ -108,21 +108,21 @@ def read_lineage(model: str) -> JsonObject:
 def describe_lineage(
     model: str, *, storage: str | None = None, rows: str | None = None, pair: str | None = None
 ) -> JsonObject:
-    """Return the lineage of an exported model, and what the tables say of it.
+    """Return the lineage of an exported model, completed from the tables.
 
     Args:
-        model: Its folder, a path or an fsspec URL; a copy elsewhere will do.
-        storage: Where the data set is, if it is no longer where the file says.
-        rows: A new parquet file, a path or an fsspec URL, for one row of every pair that was trained on.
+        model: The model's folder, a path or an fsspec URL; a copy works too.
+        storage: The data set's storage, if it has moved since the training.
+        rows: A new parquet file, a path or an fsspec URL, for one row per pair that the model was trained on.
         pair: A `pair_key` or `URI#ROW` to look for.
 
     Returns:
-        `lineage` (the file), `trained_on` and `sources` (None where the tables cannot be read), `pairs` (with `pair`)
+        `lineage` (the file), `trained_on` and `sources` (None if the tables cannot be read), `pairs` (with `pair`)
         and `notes`.
 
     Raises:
         ModelError: The model has no lineage.
-        MapoError: Rows or a pair are asked for and the tables cannot be read.
+        MapoError: Rows or a pair were requested, but the tables cannot be read.
     """
     lineage = read_lineage(model)
     place = Storage(storage or lineage["storage"])
@@ -131,7 +131,7 @@ def describe_lineage(
     rounds = _known_rounds(lineage, told["notes"])
     try:
         if pairs_table(place).version is None:
-            raise SnapshotError(f"there is no data set at {place.url}", "give its place with `--storage`")
+            raise SnapshotError(f"there is no data set at {place.url}", "give its URL with `--storage`")
         if pair is not None:
             told["pairs"] = find_pair(place, rounds, pair)
         else:
@@ -150,10 +150,10 @@ def describe_lineage(
 
 
 def _known_rounds(lineage: JsonObject, notes: list[str]) -> list[Trained]:
-    """Return the rounds whose records tell what they read; note the others."""
+    """Return the rounds whose records say what they read; add notes about the others."""
     known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
     if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
-        notes.append(f"the record of round {', '.join(lost)} is missing: its pairs are not counted")
+        notes.append(f"the record of round {', '.join(lost)} is missing, so its pairs are not counted")
     return [Trained.of_record(each) for each in known]
 
 

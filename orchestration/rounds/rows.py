@@ -1,4 +1,4 @@
-"""From the rounds of a model to the pairs and source rows that it was trained on; rows come as a stream."""
+"""From the rounds of a model to the pairs and source rows that it was trained on, as a stream of rows."""
 
 import tempfile
 from collections import Counter
@@ -37,17 +37,17 @@ ROWS_SCHEMA = pa.schema(
         ("removed", pa.bool_()),  # since, by `mapo data remove`
     ]
 )
-"""One row for every pair that a model was trained on."""
+"""One row per pair that a model was trained on."""
 
 
 @dataclass
 class Survey:
-    """What a model was trained on, over all of its rounds.
+    """Counts of what a model was trained on, over all its rounds.
 
     Args:
-        rounds: By number: pairs of the snapshot, pairs trained on, and those for the first time.
-        sources: By format and URI: rows by split and status as the last round's snapshot has them; `trained_on` and
-            `removed` count pairs that were trained on, and those of them that were removed since.
+        rounds: By number: pairs in the snapshot, pairs trained on, and pairs trained on for the first time.
+        sources: By format and URI: rows by split and status in the last round's snapshot; `trained_on` and `removed`
+            count pairs that were trained on, and those of them that were removed since.
     """
 
     rounds: dict[int, dict[str, int]] = field(default_factory=dict)
@@ -59,17 +59,17 @@ class Survey:
 
 
 def survey(storage: Storage, rounds: Sequence[Trained], rows: str | None = None) -> Survey:
-    """Count what the rounds were trained on, and write it row by row.
+    """Count the pairs that the rounds were trained on, and optionally write a row for each.
 
     Args:
-        storage: Of the data set.
-        rounds: From the first on.
-        rows: Also write a row for each pair to this new parquet file; a path or an fsspec URL.
+        storage: The data set's storage.
+        rounds: The rounds, from the first on.
+        rows: Also write a row per pair to this new parquet file; a path or an fsspec URL.
 
     Raises:
-        ConfigError: The file is there already, or is no parquet by its name.
-        SnapshotError: A version that was read is no more.
-        StorageError: The tables cannot be read, or the file not be written.
+        ConfigError: The file already exists, or its name does not end with .parquet.
+        SnapshotError: A version that a round read no longer exists.
+        StorageError: The tables cannot be read, or the file cannot be written.
     """
     found, first = Survey(), KeyMap()
     for each in rounds:
@@ -113,7 +113,7 @@ def _target(rows: str | None) -> tuple[Storage | None, str]:
 
 
 def _removed(storage: Storage) -> KeyMap:
-    """Return the keys of pairs that the newest version has as removed."""
+    """Return the keys of pairs that are removed in the newest version."""
     gone = KeyMap()
     for batch in pairs_table(storage).batches(["pair_key"], REMOVED & pc.field("pair_key").is_valid()):
         keys = keys_of(batch["pair_key"])
@@ -122,7 +122,7 @@ def _removed(storage: Storage) -> KeyMap:
 
 
 def _trained_rows(storage: Storage, rounds: Sequence[Trained], first: KeyMap, gone: KeyMap) -> Iterator[pa.Table]:
-    """Yield a row for each pair, from the snapshot of the round that trained on it first."""
+    """Yield a row per pair, from the snapshot of the round that trained on it first."""
     names = [name for name in ROWS_SCHEMA.names if name not in ("first_round", "removed")]
     for each in rounds:
         for batch in pairs_table(storage, each.snapshot.pairs_version).batches(names, each.pairs):
@@ -136,7 +136,7 @@ def _trained_rows(storage: Storage, rounds: Sequence[Trained], first: KeyMap, go
 
 
 def _count_rows(storage: Storage, snapshot: Snapshot, found: Survey) -> None:
-    """Rows read, by source, split and status."""
+    """Count the rows read, by source, split and status."""
     names = ["source", "source_uri", "split", "status"]
     counted: Counter[tuple[str, str, str, str]] = Counter()
     for batch in pairs_table(storage, snapshot.pairs_version).batches(names):
@@ -148,20 +148,20 @@ def _count_rows(storage: Storage, snapshot: Snapshot, found: Survey) -> None:
 
 
 def find_pair(storage: Storage, rounds: Sequence[Trained], asked: str) -> list[JsonObject]:
-    """Tell what the rounds had to do with a pair, or with the pairs of a source row.
+    """Describe what the rounds did with a pair, or with the pairs of a source row.
 
     Args:
-        storage: Of the data set.
-        rounds: From the first on.
-        asked: A `pair_key`, or `URI#ROW` as the table has them.
+        storage: The data set's storage.
+        rounds: The rounds, from the first on.
+        asked: A `pair_key`, or `URI#ROW` with the table's values.
 
     Returns:
         For each pair its key, whether it was removed since, its rows in the newest version, and for each round
-        `in_snapshot` (it was there to be trained on), `trained_on`, and the status, split and label of its row there.
+        `in_snapshot` (whether it could be trained on), `trained_on`, and the status, split and label of its row there.
 
     Raises:
-        ConfigError: It is neither a key nor a row.
-        SnapshotError: A version that was read is no more.
+        ConfigError: `asked` is neither a key nor a row.
+        SnapshotError: A version that a round read no longer exists.
     """
     where = _condition(asked)
     versions = {each.snapshot.pairs_version for each in rounds}

@@ -1,6 +1,6 @@
-"""Which pairs of a snapshot a training saw: those of its first so many steps, by `training/data/order.py`.
+"""The pairs of a snapshot that a training saw: those of its first steps in the order of `training/data/order.py`.
 
-In memory are the keys of the pairs, about 60 bytes each at the most, and nothing else of them.
+Only the keys of the pairs are in memory, at most about 60 bytes each.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ KEPT = pc.field("status") == str(Status.KEPT)
 
 @dataclass(frozen=True)
 class Trained:
-    """What says which pairs a round trained on.
+    """The facts that determine which pairs a round trained on.
 
     Args:
-        number: Of the round.
-        snapshot: What it read.
-        seed: Of its order.
-        micro_batch_size: Pairs of a group.
-        global_batch_size: Pairs of a step.
+        number: The round's number.
+        snapshot: The snapshot that it read.
+        seed: The seed of its order.
+        micro_batch_size: Pairs per group.
+        global_batch_size: Pairs per step.
         labels: `hard` leaves kept ties out.
-        steps: That lead to the weights in question; fewer than were done if those are of an earlier checkpoint.
+        steps: Steps up to the weights in question; fewer than were done if these are of an earlier checkpoint.
     """
 
     number: int
@@ -54,7 +54,7 @@ class Trained:
 
     @property
     def pairs(self) -> Any:
-        """The condition of the rows that it could train on."""
+        """The condition for rows that the round could train on."""
         usable = KEPT & (pc.field("split") == TRAIN)
         return usable & (pc.field("label_0") != PREFERRED) if self.labels == "hard" else usable
 
@@ -67,17 +67,17 @@ class Seen:
     is_seen: NDArray[np.bool_]
 
     def has(self, pair_key: str) -> bool | None:
-        """Whether a pair was trained on; None if it was not there to be trained on."""
+        """Return whether a pair was trained on; None if it was not among the training pairs."""
         wanted = keys_of(pa.array([pair_key]))[0]
         found = np.flatnonzero((self.keys == wanted).all(axis=1))
         return bool(self.is_seen[found[0]]) if len(found) else None
 
 
 def seen_pairs(storage: Storage, trained: Trained) -> Seen:
-    """Return the pairs that a round could train on, and which of them it did, by `training.data.index` and the plan.
+    """Return the pairs that a round could train on, and which of them it saw, from `training.data.index` and the plan.
 
     Raises:
-        SnapshotError: A version that it read is no more.
+        SnapshotError: A version that it read no longer exists.
         StorageError: The tables cannot be read.
     """
     snapshot = trained.snapshot
@@ -104,7 +104,7 @@ def seen_pairs(storage: Storage, trained: Trained) -> Seen:
 
 
 def _buckets(storage: Storage, snapshot: Snapshot) -> tuple[KeyMap, NDArray[np.int64]]:
-    """Return the number of each encoded pair's bucket, and the place of that bucket by height and width."""
+    """Return the number of each encoded pair's bucket, and the rank of that bucket by height and width."""
     buckets, numbers = KeyMap(), dict[tuple[int, int], int]()
     table = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version)
     for batch in filter(len, table.batches(["pair_key", "bucket_height", "bucket_width"], KEPT)):
@@ -114,7 +114,7 @@ def _buckets(storage: Storage, snapshot: Snapshot) -> tuple[KeyMap, NDArray[np.i
 
 
 def _numbered(batch: pa.RecordBatch, numbers: dict[tuple[int, int], int]) -> NDArray[np.float32]:
-    """Return the number of each row's bucket; a shape that is not in `numbers` yet gets the next one there."""
+    """Return the number of each row's bucket; a new shape gets the next number in `numbers`."""
     sides = np.stack([batch[name].to_numpy() for name in ("bucket_height", "bucket_width")], axis=1)
     shapes, inverse = np.unique(sides, axis=0, return_inverse=True)
     of_shape = [numbers.setdefault((int(height), int(width)), len(numbers)) for height, width in shapes]
@@ -122,7 +122,7 @@ def _numbered(batch: pa.RecordBatch, numbers: dict[tuple[int, int], int]) -> NDA
 
 
 def count_pairs(spec: TrainSpec, steps: int) -> tuple[int, int]:
-    """How many pairs a training could train on, and how many of them it saw in so many steps."""
+    """Return how many pairs a training could train on, and how many of them it saw in this number of steps."""
     config = spec.config
     sizes = config.micro_batch_size, config.global_batch_size
     seen = seen_pairs(spec.storage, Trained(spec.round, spec.snapshot, spec.seed, *sizes, config.labels, steps))

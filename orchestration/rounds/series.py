@@ -1,7 +1,7 @@
 """Rounds: a run's trainings on one snapshot after another, each from the base or from the model of the one before.
 
-Which round is next, and what it starts from, follows from what is on storage: the record of the last finished round
-(`stages/train.json`), what was exported of it, and the versions of the tables.
+Which round is next, and what it starts from, follows from the storage: the record of the last finished round
+(`stages/train.json`), its export, and the versions of the tables.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from training.launch import TrainingResult
 
 REWRITES = ("compact", "optimize")
-"""Versions that changed where rows and bytes lie, and nothing that training reads."""
+"""Operations that move rows and bytes without changing anything that training reads."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """A round that is next, or is to be done again.
+    """A round to train: the next one, or an earlier one again.
 
     Args:
-        number: From 1.
-        snapshot: What it reads.
+        number: The round's number, from 1.
+        snapshot: The snapshot that it reads.
         parent: The model it starts from; None for the base.
     """
 
@@ -49,15 +49,15 @@ class Round:
 def next_round(run: Run, newest: Snapshot) -> Round:
     """Return the round that brings the run up to date.
 
-    On the snapshot of the last finished round it is that round again, from the parent that it had: with the same
-    settings it is up to date, with others it is done anew. On another snapshot it is the next one.
+    On the snapshot of the last finished round it is that round again, from the same parent: with the same settings it
+    is up to date, with other settings it is repeated. On another snapshot it is the next round.
 
     Args:
-        run: With a section `train`.
+        run: The run, with a section `train`.
         newest: The newest versions of the tables.
 
     Raises:
-        ModelError: The checkpoint to start from is gone.
+        ModelError: The checkpoint to start from is missing.
     """
     assert run.config.train is not None
     record = run.journal.record("train")
@@ -76,15 +76,15 @@ def next_round(run: Run, newest: Snapshot) -> Round:
 
 
 def _begun(run: Run) -> Snapshot | None:
-    """Return what the newest training reads, finished or not."""
+    """Return the snapshot of the newest training, finished or not."""
     name = f"{run.folder}/snapshot.json"
     return Snapshot(**json.loads(run.storage.read(name))) if run.storage.exists(name) else None
 
 
 def reads_the_same(storage: Storage, old: Snapshot, new: Snapshot) -> bool:
-    """Whether training would read the same pairs, labels and tensors from both; told by the log of the table alone.
+    """Return whether training would read the same pairs, labels and tensors from both, judging by the table's log.
 
-    It would if, since the older one, shards and files were only packed anew, or rows came of which none is kept.
+    It would if, since the older one, shards and files were only repacked, or no kept rows were added.
     """
     prints = [(each.latents_fingerprint, each.text_fingerprint) for each in (old, new)]
     if prints[0] != prints[1] or new.pairs_version < old.pairs_version:
@@ -94,7 +94,7 @@ def reads_the_same(storage: Storage, old: Snapshot, new: Snapshot) -> bool:
 
 
 def _brings(storage: Storage, version: Version) -> bool:
-    """Whether a version may have changed what training reads."""
+    """Return whether a version may have changed what training reads."""
     if version.operation in REWRITES:
         return False
     if version.dropped:
@@ -111,10 +111,10 @@ def _brings(storage: Storage, version: Version) -> bool:
 
 
 def parent_of(run: Run, record: StageRecord) -> Parent:
-    """Return the last aligned model: what `export` wrote of the last finished round, or would write if it ran.
+    """Return the last aligned model: the one that `export` wrote, or would write, for the last finished round.
 
     Raises:
-        ModelError: Its checkpoint is gone.
+        ModelError: Its checkpoint is missing.
     """
     details, exported = record.details, run.journal.record("export")
     checkpoint, weights = exported_of(run, record)
@@ -128,10 +128,10 @@ def parent_of(run: Run, record: StageRecord) -> Parent:
 
 
 def exported_of(run: Run, record: StageRecord) -> tuple[str | None, str]:
-    """Return what `export` makes a model of, as it is configured now: a checkpoint's folder, and `raw` or `ema`.
+    """Return what `export` would export with the current configuration: a checkpoint's folder, and `raw` or `ema`.
 
-    The best checkpoint is the one whose exported weights were the best; a record of before December 2026 knows only
-    which was the best of the raw ones. The folder is None if the record, a still older one, knows of none.
+    The best checkpoint is the one whose exported weights were the best; a record from before December 2026 only has
+    the best one of the raw weights. The folder is None if the record, an even older one, has none.
     """
     export, details = run.config.export, record.details
     has_average = bool(details.get("config", {}).get("ema"))
@@ -146,8 +146,8 @@ def _manifest_digest(storage: Storage, checkpoint: str) -> str:
     name = f"{checkpoint}/{MANIFEST}"
     if not storage.exists(name):
         raise ModelError(
-            f"there is no whole checkpoint {storage.uri(checkpoint)} to start from",
-            "put it back from a copy, or train from the base model with `train.rounds: restart`",
+            f"there is no complete checkpoint {storage.uri(checkpoint)} to start from",
+            "restore it from a copy, or train from the base model with `train.rounds: restart`",
         )
     return hashlib.sha256(storage.read(name)).hexdigest()
 
@@ -156,7 +156,7 @@ def check_parent(spec: TrainSpec) -> None:
     """Check that a round can start from its parent.
 
     Raises:
-        ConfigError: The parent was trained from another base, or other weights of it were.
+        ConfigError: The parent was trained from another base, or with other adapters.
     """
     if spec.parent is not None:
         lora = None if spec.config.lora is None else spec.config.lora.model_dump(mode="json")
@@ -183,13 +183,13 @@ def check_next_round(run: Run) -> None:
 def _check(number: int, parent: str, bases: tuple[str, str], loras: tuple[Any, Any]) -> None:
     differences = []
     if bases[0] != bases[1]:
-        differences.append(f"the base model has the digest {bases[1]}, it was trained from {bases[0]}")
+        differences.append(f"the base model has the digest {bases[1]}, but it was trained from {bases[0]}")
     if loras[0] != loras[1]:
-        differences.append(f"train.lora is {loras[1]}, it was trained with {loras[0]}")
+        differences.append(f"train.lora is {loras[1]}, but it was trained with {loras[0]}")
     if differences:
         raise ConfigError(
             f"round {number} cannot start from {parent}: {'; '.join(differences)}",
-            "set them back, start from the base with `train.rounds: restart`, or choose another `name`",
+            "restore these settings, start from the base with `train.rounds: restart`, or choose another `name`",
         )
 
 
@@ -197,22 +197,22 @@ def rounds_of(storage: Storage, folder: str) -> Iterator[JsonObject]:
     """Yield the records of a run's finished rounds, by number.
 
     Args:
-        storage: Where the run is.
-        folder: Of the run.
+        storage: The run's storage.
+        folder: The run's folder.
     """
     for name in storage.names(f"{folder}/rounds"):
         yield json.loads(storage.read(name))
 
 
 def finish_round(run: Run, spec: TrainSpec, trained: "TrainingResult", *, num_pairs: int, num_seen: int) -> JsonObject:
-    """Write the record of a finished round, once; gives what the record of the stage says of it.
+    """Write the record of a finished round, once; return its details for the stage's record.
 
     Args:
         run: The run.
-        spec: What was trained.
-        trained: What came of it.
-        num_pairs: Pairs that the snapshot has for training.
-        num_seen: Those of them that were trained on.
+        spec: The training.
+        trained: The training's result.
+        num_pairs: Training pairs in the snapshot.
+        num_seen: Pairs of them that were trained on.
     """
     storage, name = run.storage, f"{run.folder}/rounds/{spec.round:04d}.json"
     parent = None if spec.parent is None else asdict(spec.parent)
@@ -233,7 +233,7 @@ def finish_round(run: Run, spec: TrainSpec, trained: "TrainingResult", *, num_pa
 
 
 def made_from(spec: TrainSpec) -> JsonObject:
-    """Return what the record of a training says that it was made from."""
+    """Return the inputs of a training for its record."""
     return {
         "snapshot": asdict(spec.snapshot),
         "base_digest": spec.base_digest,
@@ -269,8 +269,8 @@ def describe_round(*, number: int, key: str, details: JsonObject, finished_at: s
 def forget_old_rounds(run: Run) -> None:
     """Delete the checkpoints of all but the newest `train.keep_rounds` finished rounds; their records stay.
 
-    Counted from the round that the record of the stage `train` tells of: what the next one starts from, and what an
-    export is made of, is of that round and stays.
+    They are counted back from the round in the record of the stage `train`: the next round and an export start from
+    that round, so it always stays.
     """
     record = run.journal.record("train")
     if record is None or run.config.train is None or "round" not in record.details:

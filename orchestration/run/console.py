@@ -1,4 +1,4 @@
-"""What commands show the user, with every secret masked."""
+"""Output of the commands to the user, with every secret masked."""
 
 import sys
 from typing import TextIO
@@ -12,7 +12,7 @@ def say(line: str) -> None:
 
 
 def note(line: str) -> None:
-    """Show the user a line beside a command's output, on stderr."""
+    """Show the user a line on stderr, apart from the command's output."""
     write_line(line)
 
 
@@ -20,8 +20,8 @@ def write(text: str, stream: TextIO | None = None) -> None:
     """Write text with every secret masked; the only place in which commands write to stdout or stderr.
 
     Args:
-        text: Line ends included.
-        stream: By default stdout.
+        text: The text, line ends included.
+        stream: The stream; by default stdout.
     """
     out = stream or sys.stdout
     out.write(redact(text))

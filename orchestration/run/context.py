@@ -1,4 +1,4 @@
-"""A run as its stages see it: configuration, storage, journal, output."""
+"""The context of a run for its stages: configuration, storage, journal, output."""
 
 import shlex
 import sys
@@ -78,7 +78,7 @@ class Run:
 
 
 def command_line() -> str:
-    """Return what this process was called with, as a user would type it."""
+    """Return the command line of this process, as a user would type it."""
     return shlex.join(["mapo", *sys.argv[1:]])
 
 

@@ -20,10 +20,10 @@ MAX_STOP_S = 20.0  # longer than a unit takes
 
 
 class EncodeAhead:
-    """A thread of the driver that encodes the latents of what ingest has committed.
+    """A thread of the driver that encodes the latents of committed pairs.
 
     The stage `ingest` starts it; the stage `encode`, or `stop`, ends it. An error does not end the ingest: the stage
-    `encode` meets it again.
+    `encode` will run into it again.
 
     Args:
         storage: The storage of the data set.
@@ -36,7 +36,7 @@ class EncodeAhead:
         self._thread: RayThread | None = None
 
     def begin(self, ingest: IngestConfig, encode: EncodeConfig) -> None:
-        """Start, if encode has GPUs, or nodes of its own by `encode.resources`; else both would compete for CPUs."""
+        """Start, if encode has GPUs or its own nodes (`encode.resources`); else both would compete for CPUs."""
         from pipelines.encode.ahead import LatentsAhead
         from pipelines.units.pool import demand_of
 

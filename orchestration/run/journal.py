@@ -1,7 +1,7 @@
-"""The durable record of a run: what each stage did, always on the storage.
+"""The durable record of a run on the storage: what each stage did.
 
-`stages/<stage>.json` is the last success of a stage, with the key of its inputs; `journal/` has one small object for
-every event, in order. A run that does nothing writes nothing.
+`stages/<stage>.json` is the last success of a stage, with the key of its inputs; `journal/` has one small object per
+event, in order. A run without work writes nothing.
 """
 
 import json
@@ -21,12 +21,12 @@ class StageRecord:
     """The last success of a stage.
 
     Args:
-        stage: Its name.
+        stage: The stage's name.
         key: Digest of all its inputs.
         summary: One line for people.
-        seconds: How long it took.
+        seconds: Duration in seconds.
         finished_at: ISO time, UTC.
-        details: What later stages and the report need.
+        details: Details for later stages and the report.
     """
 
     stage: str
@@ -63,7 +63,7 @@ class Journal:
 
     @property
     def num_events(self) -> int:
-        """How many events there are."""
+        """Return the number of events."""
         return len(self._storage.names(f"{self.folder}/journal"))
 
     def events(self) -> list[dict[str, Any]]:

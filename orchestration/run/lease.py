@@ -36,7 +36,7 @@ TERM = re.compile(r"(\d{6})\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that drives a run: for messages, and to see on the same machine whether it is alive."""
+    """The process that drives a run: for messages, and to check on the same machine whether it is alive."""
 
     id: str
     host: str
@@ -44,11 +44,11 @@ class Holder:
     started_at: str
     command: str
     job: str | None
-    """The submission id, if it runs as a Ray job."""
+    """The submission id, if the process runs as a Ray job."""
     machine: str
-    """Boot id and process namespace: the pid means something only where both are the same."""
+    """Boot id and process namespace: the pid is only meaningful where both are the same."""
     born: float
-    """When the process was created, by the machine's own clock: pids are reused."""
+    """Creation time of the process by the machine's own clock, because pids are reused."""
 
     @staticmethod
     def here(command: str) -> Holder:
@@ -65,7 +65,7 @@ class Holder:
         )
 
     def is_dead(self) -> bool:
-        """Return whether its process is known to be gone; False also where this cannot be known."""
+        """Return whether its process is known to be gone; also False if this cannot be known."""
         if not self.machine or self.machine != _machine():
             return False
         try:
@@ -84,8 +84,8 @@ class Beat:
     """A sign of life from the holder of a term.
 
     Args:
-        beats: How many there were, this one included.
-        at: When it was written, by the holder's clock.
+        beats: Number of beats so far, including this one.
+        at: Time of writing by the holder's clock.
         released: Whether the holder gave the term back.
     """
 

@@ -40,7 +40,7 @@ OF_A_STEP = {
     "mapo_mfu": "mfu",
     "mapo_data_wait_ratio": "data_wait_ratio",
 }
-"""Gauge -> the name of the number in the training's history."""
+"""Gauge -> the name of the metric in the training's history."""
 
 
 class _Outlet:
@@ -118,7 +118,7 @@ def training(run: str, seen: Mapping[str, Any]) -> None:
 
     Args:
         run: The run's name.
-        seen: What rank 0 writes as `progress.json`.
+        seen: The content of rank 0's `progress.json`.
     """
     record("mapo_train_step", seen["step"], run=run)
     record("mapo_train_max_steps", seen["max_steps"], run=run)

@@ -1,4 +1,4 @@
-"""Whether training understands a run's base model, asked before any work and for a plan."""
+"""Checks before any work, and for a plan, whether training supports a run's base model."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,25 @@ from orchestration.run.context import Run
 from pipelines.dataset.base_model import check_base
 from pipelines.dataset.errors import MapoError
 
-NOT_FETCHED = "the base model is not on this machine yet; it is checked once it is fetched, before any work"
+NOT_FETCHED = "the base model is not on this machine yet; it will be fetched and checked before any work"
 
 
 @dataclass(frozen=True)
 class BaseCheck:
-    """What is to be said of a base model: why it is refused, or remarks on it."""
+    """The result of checking a base model: why it is rejected, or remarks on it."""
 
     refusal: MapoError | None = None
     remarks: tuple[str, ...] = ()
 
 
 def check_base_model(config: RunConfig) -> list[str]:
-    """Find a base model that training does not understand before hours of ingest, and not after.
+    """Check that training supports the base model, before hours of ingest rather than after.
 
     Returns:
-        What a user should know of it, a line each.
+        Remarks for the user, one line each.
 
     Raises:
-        ModelError: It is refused.
+        ModelError: The base model is not supported.
         ConfigError: The section `encode` does not fit it.
     """
     from pipelines.encode.plan import check_settings
@@ -39,7 +39,7 @@ def check_base_model(config: RunConfig) -> list[str]:
 
 
 def check_model(config: RunConfig) -> None:
-    """Find a wrong base model, or settings that it cannot be run with, before hours of ingest and not after."""
+    """Check the base model and the settings for it, before hours of ingest rather than after."""
     from pipelines.encode.plan import check_settings
 
     assert config.encode is not None
@@ -47,7 +47,7 @@ def check_model(config: RunConfig) -> None:
 
 
 def check_training(run: Run) -> None:
-    """Find what training could not be tracked with, or its next round could not start from, before anything starts."""
+    """Check before anything starts that the trackers are installed and the next round can start."""
     from orchestration.rounds.series import check_next_round
     from training.tracking.trackers import check_trackers
 

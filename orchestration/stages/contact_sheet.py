@@ -1,6 +1,6 @@
-"""The contact sheet of encoding: some source images beside their decoded latents, so that a person sees it is right.
+"""The contact sheet of encoding: some source images next to their decoded latents, for a check by eye.
 
-A wrong VAE, a wrong type or a damaged file shows in a look; the peak signal-to-noise ratio puts a number to it.
+A wrong VAE, a wrong type or a damaged file is visible at once; the peak signal-to-noise ratio puts a number on it.
 Letters: B images, C channels, H rows, W columns, h and w of latents.
 """
 
@@ -32,7 +32,7 @@ MAX_PIXELS_ON_CPU = 512 * 512  # of larger ones one pair: 1024 x 1024 takes a CP
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image of a pair as it went into the encoder, and as it comes back."""
+    """One image of a pair before encoding and after decoding."""
 
     pair_key: str
     prompt: str
@@ -42,15 +42,15 @@ class Decoded:
 
 
 def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> list[dict[str, Any]]:
-    """Decode some pairs on the cluster, write them below `encode/` of the run; needs a running Ray.
+    """Decode some pairs on the cluster and write them below the run's `encode/`; needs a running Ray.
 
     Args:
-        config: What the latents were made with.
-        storage: Where they are.
+        config: The section `encode` of the latents.
+        storage: The data set's storage.
         folder: The run's folder.
 
     Returns:
-        For each image its pair, side, prompt, bucket, PSNR in dB (None: no pixel differs) and the names of both PNGs.
+        For each image its pair, side, prompt, bucket, PSNR in dB (None if no pixel differs) and the names of both PNGs.
     """
     import ray
 
@@ -74,7 +74,7 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
 
 
 def choose_pairs(storage: Storage, fingerprint: str) -> list[dict[str, Any]]:
-    """Pairs from as many buckets as can be, the most frequent first; the same ones every time."""
+    """Choose pairs from as many buckets as possible, the most frequent first; the same ones every time."""
     columns = ["pair_key", "shard", "offset", "length", "sha256", "bucket_height", "bucket_width"]
     table = latents_table(storage, fingerprint)
     rows = table.read(columns, pc.field("status") == str(Status.KEPT)).sort_by("pair_key")
@@ -92,7 +92,7 @@ def choose_pairs(storage: Storage, fingerprint: str) -> list[dict[str, Any]]:
 
 
 def _decode(config: EncodeConfig, storage: Storage, chosen: list[dict[str, Any]]) -> list[Decoded]:
-    """On the cluster: the images of these pairs, as far as there is memory for them."""
+    """Decode the images of these pairs on the cluster, as far as memory allows."""
     import torch
 
     from pipelines.encode.encoders import load_vae, usable_device

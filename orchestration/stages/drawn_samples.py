@@ -1,4 +1,4 @@
-"""The samples of one model on the storage: what is drawn is kept, and counts only for what it was drawn from."""
+"""The samples of one model on the storage: drawn samples are kept, and reused only for the same inputs."""
 
 import hashlib
 import json
@@ -10,21 +10,21 @@ from pipelines.dataset.storage import Storage
 
 
 def digest_of(plain: Any) -> str:
-    """32 hex digits of plain data."""
+    """Return 32 hex digits of plain data."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class DrawnSamples:
     """The images `<model>-NNN.png` of a folder, and their record `<model>.json`, which is written after them.
 
-    An image without an entry in the record, with other bytes than the entry's, or drawn from anything else than what is
-    asked for now, is no sample of this model: `remove_others` deletes it.
+    An image without an entry in the record, with bytes that differ from the entry's, or drawn from other inputs than
+    requested now, is not a sample of this model: `remove_others` deletes it.
 
     Args:
-        storage: Of the run.
-        folder: Where they lie.
+        storage: The run's storage.
+        folder: The folder of the samples.
         model: `base` or `aligned`.
-        made_from: For each sample a digest of all that shapes it.
+        made_from: For each sample a digest of everything that shapes it.
     """
 
     def __init__(self, storage: Storage, folder: str, model: str, made_from: Sequence[str]) -> None:
@@ -45,19 +45,19 @@ class DrawnSamples:
 
     @property
     def missing(self) -> list[int]:
-        """The places of the samples that are still to be drawn."""
+        """Return the places of the samples that are still to be drawn."""
         return [place for place in range(len(self._made_from)) if place not in self._images]
 
     @property
     def images(self) -> list[bytes]:
-        """All samples as PNG, in order."""
+        """Return all samples as PNG, in order."""
         return [self._images[place] for place in range(len(self._made_from))]
 
     def remove_others(self, dtype: str | None = None) -> None:
-        """Delete every image of this model that is none of these samples.
+        """Delete every image of this model that is not one of these samples.
 
         Args:
-            dtype: What the pipeline computes in on this machine: samples of another type are others, too.
+            dtype: The type that the pipeline computes in on this machine; samples of other types are deleted too.
         """
         if dtype is not None:
             self._images = {
@@ -79,12 +79,12 @@ class DrawnSamples:
                 self._storage.delete(path)
 
     def add(self, places: Sequence[int], images: Sequence[bytes], dtype: str) -> None:
-        """Keep samples: first the images, then the record that makes them count.
+        """Store samples: first the images, then the record that makes them count.
 
         Args:
-            places: Where they belong.
-            images: As PNG.
-            dtype: What they were computed in.
+            places: The places of the samples.
+            images: The samples as PNG.
+            dtype: The type that they were computed in.
         """
         for place, image in zip(places, images, strict=True):
             self._storage.write(self._path(place), image)

@@ -1,4 +1,4 @@
-"""The stage `encode`: pair shards to latents and text embeddings. The tables say what they have under a fingerprint."""
+"""The stage `encode`: from pair shards to latents and text embeddings; the tables record what is encoded."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def fingerprints(run: Run) -> tuple[str, str]:
 
 
 def is_done(run: Run, version: int, prints: tuple[str, str]) -> bool:
-    """Return whether no kept pair and no prompt is missing.
+    """Return whether all kept pairs and their prompts are encoded.
 
-    The tables are asked only if one has changed since a run found it so.
+    The tables are read only if one has changed since a run last found everything encoded.
 
     Args:
         run: The run.
-        version: Of the table of pairs.
+        version: Version of the table of pairs.
         prints: See `fingerprints`.
     """
     from pipelines.encode.plan import is_encoded
@@ -69,10 +69,10 @@ def versions(run: Run, version: int, prints: tuple[str, str]) -> list[Any]:
 
 
 def _encode(run: Run, version: int, prints: tuple[str, str]) -> Outcome:
-    """Encode what is missing, and draw a contact sheet that shows whether it is right.
+    """Encode what is missing, and write a contact sheet to check the result.
 
-    What goes on beside ingest comes first: it holds devices. What others commit meanwhile may not be encoded, so the
-    record names the version that was looked at.
+    Encoding alongside ingest is finished first, because it holds devices. Pairs that others commit meanwhile may not be
+    encoded, so the record names the version that was looked at.
     """
     from orchestration.stages.contact_sheet import write_contact_sheet
     from pipelines.encode.execution import encode
@@ -88,7 +88,7 @@ def _encode(run: Run, version: int, prints: tuple[str, str]) -> Outcome:
     contact = write_contact_sheet(config, run.storage, run.folder)
     summary = f"{facts.pairs:,} pairs, {facts.prompts:,} prompts"
     if facts.truncated_prompts:
-        summary += f", {facts.truncated_prompts:,} of them cut at {MAX_TOKENS} tokens"
+        summary += f", {facts.truncated_prompts:,} of them truncated to {MAX_TOKENS} tokens"
     details = {"latents": latents, "text": text, "speed": speed, "contact": contact}
     details["versions"] = versions(run, version, prints)
     return Outcome(summary, details)

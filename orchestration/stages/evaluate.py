@@ -33,7 +33,7 @@ def _evaluate(run: Run, trained: StageRecord | None, exported: StageRecord) -> O
     version = trained.details["snapshot"]["pairs_version"]
     results = evaluate(run.config, run.storage, folder=run.folder, version=version, weights=weights)
     parts = [f"{s['name']} {s['base']['mean']:.2f} → {s['aligned']['mean']:.2f}" for s in results["scores"]]
-    held_out = "" if results["split"] == VALIDATION else " of training prompts, for none is held out"
+    held_out = "" if results["split"] == VALIDATION else " of training prompts (none are held out)"
     return Outcome(", ".join([f"{results['num_samples']} samples each{held_out}", *parts]), results)
 
 

@@ -1,4 +1,4 @@
-"""The stage `export`: a checkpoint of the last finished training becomes a diffusers model."""
+"""The stage `export`: a checkpoint of the last finished training, exported as a diffusers model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LINEAGE_VERSION = 1
 
 
 def look(run: Run) -> Look:
-    """Compare the trained weights, and what is to be done with them, with the last export."""
+    """Compare the trained weights and the export settings with the last export."""
     from orchestration.rounds.series import exported_of
     from training.export import marker
 
     if run.config.encode is None:
-        raise ConfigError("export needs the section `encode`, which names the base model", "add `encode`")
+        raise ConfigError("export needs the section `encode`, which names the base model", "add the section `encode`")
     trained = run.journal.record("train")
     checkpoint, kind = (None, "") if trained is None else exported_of(run, trained)
     if trained is None or checkpoint is None:
@@ -40,8 +40,8 @@ def _export(run: Run, trained: StageRecord, checkpoint: str, kind: str, weights:
         run: The run.
         trained: The record of the training.
         checkpoint: The folder of the checkpoint.
-        kind: Which weights of it, `raw` or `ema`.
-        weights: Digest of the weights as they are written.
+        kind: Which of its weights, `raw` or `ema`.
+        weights: Digest of the exported weights.
     """
     from orchestration.rounds.record import LINEAGE, lineage_of
     from orchestration.rounds.series import forget_old_rounds
@@ -56,7 +56,7 @@ def _export(run: Run, trained: StageRecord, checkpoint: str, kind: str, weights:
     if trained.details.get("base_digest", digest_now := base_digest(source)) != digest_now:
         raise ConfigError(
             f"{source.model} is not the base that the weights were trained from",
-            "export with the `encode` section that they were trained with, or train again with `mapo run`",
+            "export with the same `encode` section as in training, or train again with `mapo run`",
         )
     lineage = lineage_of(run, trained, checkpoint, kind)
     latents = noted_parts(run.storage, LATENTS, trained.details["snapshot"]["latents_fingerprint"])

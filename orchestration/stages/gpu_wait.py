@@ -1,4 +1,4 @@
-"""The wait for the GPUs of a training's workers: says what the cluster lacks, and ends where it cannot come."""
+"""The wait for the GPUs of a training's workers: says what is missing, and fails if it cannot arrive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAY_OUT = (
 
 
 class GpuWait:
-    """A wait for as many GPUs as the workers need at least: Ray Train asks for them without end.
+    """A wait for the minimum number of GPUs that the workers need; Ray Train itself would request them forever.
 
     Args:
         spec: The training.
@@ -30,13 +30,13 @@ class GpuWait:
         self._later = self._wait(None, timeout_s)  # workers that have lost nodes, which may come back
 
     def look(self, has_begun: bool) -> None:
-        """Speak if it is time for it; called about once a second while workers train, or are to.
+        """Report if it is time to; called about once a second before and while workers train.
 
         Args:
-            has_begun: Whether workers of this training have been there.
+            has_begun: Whether workers of this training have started before.
 
         Raises:
-            ClusterError: The GPUs did not come for as long as is allowed.
+            ClusterError: The GPUs did not arrive within the time limit.
         """
         (self._later if has_begun else self._first).look()
 
@@ -51,7 +51,7 @@ class GpuWait:
         there = int(total_of("GPU", {}))
         if there >= self._wanted:
             return None
-        found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, and training asks for {self._wanted}"
+        found = f"the cluster has {there} GPU{'' if there == 1 else 's'}, but training needs {self._wanted}"
         return Shortage(f"{found}; waiting for {self._wanted - there} more", found)
 
 

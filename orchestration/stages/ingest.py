@@ -1,4 +1,4 @@
-"""The stage `ingest`: preference sources to pair shards. The table itself says which units it has."""
+"""The stage `ingest`: from preference sources to pair shards; the table records which units are done."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def look(run: Run) -> Look:
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:
-    """Count what the sources have and the table has not."""
+    """Count what is in the sources but not in the table."""
     return _amount(run)
 
 
 def is_done(run: Run, key: str) -> bool:
-    """Return whether every unit is in the table, each row as the policy has it, and no more dropped than is allowed.
+    """Return whether every unit is in the table, each row follows the policy, and drops are within the limit.
 
-    The table is asked only if it has changed since an ingest of this run found it so.
+    The table is read only if it has changed since an ingest of this run last found it so.
     """
     from pipelines.ingest.execution import check_drop_budget, is_up_to_date
 
@@ -48,7 +48,7 @@ def is_done(run: Run, key: str) -> bool:
 
 
 def what_was_checked(run: Run, key: str) -> list[Any]:
-    """Return what a record of the ingest says was checked: what is asked, and of which version of the table."""
+    """Return what a record of the ingest has checked: the key, and the version of the table."""
     assert run.config.ingest
     return [key, run.config.ingest.max_drop_ratio, pairs_table(run.storage).version]
 
@@ -77,7 +77,7 @@ def _amount(run: Run) -> Mapping[str, int]:
 
 
 def _bytes_of(units: Sequence[SourceUnit], planned: Sequence[SourceUnit]) -> int:
-    """Return the bytes of source files behind units: each file's, by the unit's share of its rows."""
+    """Return the bytes of source files behind units: each file's size times the unit's share of its rows."""
     parts: dict[str, int] = defaultdict(int)
     for unit in planned:
         parts[unit.file.uri] += _weight(unit)

@@ -1,4 +1,4 @@
-"""The licence of a base model, as its own model card states it, for the card of what is trained from it."""
+"""The licence of a base model, from its own model card, for the card of models trained from it."""
 
 import re
 from typing import Any
@@ -16,14 +16,14 @@ STATED_ON_THE_HUB = {
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
 }
-"""Licences of the bases that most start from, where the card was not fetched with the weights."""
+"""Licences of the most common bases, for when the card was not fetched with the weights."""
 
 
 def licence_of(source: ModelSource) -> dict[str, str]:
-    """Return what the hub's metadata says of a base's licence: some of KEYS; empty if nothing is known.
+    """Return the licence of a base as the hub's metadata: some of KEYS; empty if nothing is known.
 
-    Read from the card in the base's folder. `license: other` counts only with its name, without which the hub refuses
-    the metadata.
+    It is read from the card in the base's folder. `license: other` counts only together with its name, without which
+    the hub rejects the metadata.
 
     Args:
         source: The base pipeline, as the section `encode` names it.

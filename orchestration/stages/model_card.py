@@ -29,15 +29,15 @@ def model_card(
     weights: str | None = None,
     latents: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return Markdown with the front matter that the hub knows: data, settings, numbers, and where each comes from.
+    """Return the card as Markdown with the hub's front matter: data, settings, numbers, and their origin.
 
     Args:
-        config: The run's; what it says of training counts only where the record does not.
-        trained: The record of its training.
-        checkpoint: The one that is exported.
-        rounds: From the first one on, as `lineage.json` has them.
-        weights: `raw` or `ema`, which of the checkpoint's weights are exported; as configured by default.
-        latents: What the fingerprint of the latents was made of; as the section `encode` is now by default.
+        config: The run's configuration; its `train` is used only where the record has no settings.
+        trained: The record of the training.
+        checkpoint: The exported checkpoint.
+        rounds: The rounds from `lineage.json`, from the first on.
+        weights: Which of the checkpoint's weights are exported, `raw` or `ema`; as configured by default.
+        latents: The parts of the latents' fingerprint; by default the current section `encode`.
     """
     assert config.encode is not None
     train = trained_with(config, trained)
@@ -91,7 +91,7 @@ def _front_matter(config: RunConfig, train: TrainConfig, licence: Mapping[str, s
 
 
 def trained_with(config: RunConfig, trained: StageRecord) -> TrainConfig:
-    """Return the section `train` as it was when the weights were trained; that of today if the record does not say."""
+    """Return the section `train` that the weights were trained with; today's if the record does not say."""
     if "config" in trained.details:
         section = dict(trained.details["config"])
         if section.get("ema"):  # a record of before December 2026 says nothing of a warm-up: there was none
@@ -102,9 +102,9 @@ def trained_with(config: RunConfig, trained: StageRecord) -> TrainConfig:
 
 
 def _validations(validations: list[dict[str, float]], step: int, train: TrainConfig, *, is_average: bool) -> str:
-    """Held-out numbers before, in the middle, at the exported step and at the end, of the weights that are exported."""
+    """Return the validation metrics before, in the middle, at the exported step and at the end of training."""
     if not validations:
-        return "No pair was held out, so nothing was measured.\n"
+        return "No pairs were held out, so nothing was measured.\n"
     average = of_average(validations) if is_average else None
     is_of_this_model = is_average == (average is not None)
     validations = average or validations
@@ -116,24 +116,24 @@ def _validations(validations: list[dict[str, float]], step: int, train: TrainCon
         numbers = (each["loss"], each["mse_chosen"], each["margin"], each["implicit_accuracy"])
         shown = f"{int(each['step']):,}" + (" (this model)" if i == measured and is_of_this_model else "")
         lines.append(f"| {shown} | {' | '.join(f'{number:.4g}' for number in numbers)} |")
-    of = "the trained weights" if average is None else "the moving average, which this model is"
+    of = "the trained weights" if average is None else "the moving average of the weights, which is this model"
     if not is_of_this_model:
-        of += " themselves; their moving average, which this model is, was not measured"
+        of += " themselves; their moving average, which is this model, was not measured"
     return "\n".join(lines) + f"\n\nOver {validations[-1]['num_pairs']:,.0f} held-out pairs. Measured on {of}.\n"
 
 
 def _weights(train: TrainConfig, step: int, *, is_average: bool) -> str:
-    """Which weights the model has, and of an average how much of the training it holds."""
+    """Describe the model's weights, and for an average how much of the training it contains."""
     if not is_average or train.ema is None:
         return "as trained"
     share = average_share(train, step)
-    text = f"the moving average of the trained ones, decay {train.ema.decay}"
-    text += f"{', with warm-up' if train.ema.warmup else ''}: it holds about {share:.0%} of the training"
+    text = f"the moving average of the trained weights, decay {train.ema.decay}"
+    text += f"{', with warm-up' if train.ema.warmup else ''}: it contains about {share:.0%} of the training"
     return text if share >= MIN_SHARE else f"{text}. **The model is mostly its base**"
 
 
 def _data(config: RunConfig, train: TrainConfig, latents: Mapping[str, Any], licence: Mapping[str, str]) -> str:
-    """Tell what the training saw of images, labels and ties, and which licence it inherits."""
+    """Describe the images, labels and ties of the training, and the licence that it inherits."""
     encode, ingest = config.encode, config.ingest
     assert encode is not None
     buckets = latents.get("buckets") or [list(each) for each in bucket_list(encode.resolution, encode.buckets)]
@@ -141,9 +141,9 @@ def _data(config: RunConfig, train: TrainConfig, latents: Mapping[str, Any], lic
     rows = {
         "resolution": f"{latents.get('resolution', encode.resolution)} pixels",
         "buckets": f"{len(buckets)}: {sides}{', ...' if len(buckets) > MAX_BUCKETS else ''} (height x width)",
-        "latents": f"{latents.get('dtype', encode.dtype)}, by a VAE in {latents.get('vae_dtype', encode.vae_dtype)}",
+        "latents": f"{latents.get('dtype', encode.dtype)}, from a VAE in {latents.get('vae_dtype', encode.vae_dtype)}",
         "precision": f"{train.precision}, with float32 weights in the optimizer",
-        "labels": f"{train.labels}, ties {ingest.ties if ingest else 'as the data set has them'}",
+        "labels": f"{train.labels}, ties {ingest.ties if ingest else 'as in the data set'}",
         "licence of the base": licence.get("license_name") or licence.get("license") or "not stated in its files",
     }
     return "".join(f"| {name} | {value} |\n" for name, value in _escaped(rows).items())
@@ -152,12 +152,12 @@ def _data(config: RunConfig, train: TrainConfig, latents: Mapping[str, Any], lic
 def _lineage(
     config: RunConfig, train: TrainConfig, trained: StageRecord, checkpoint: str, step: int, *, is_average: bool
 ) -> str:
-    """From the weights back to the sources."""
+    """Trace the weights back to the sources."""
     details, snapshot = trained.details, trained.details["snapshot"]
     rows: dict[str, Any] = {
         "checkpoint": f"`{checkpoint}`: step {step:,} of {details['steps']:,}, {train.global_batch_size:,} pairs each",
         "weights": _weights(train, step, is_average=is_average),
-        "pairs that were trained on": f"digest `{details['digest']}` of their keys, step by step to the last",
+        "pairs trained on": f"digest `{details['digest']}` of their keys, over all steps",
         "data set": f"`{config.storage}`, version {snapshot['pairs_version']} of the table of pairs",
         "latents": f"fingerprint `{snapshot['latents_fingerprint']}`, version {snapshot['latents_version']}",
         "text": f"fingerprint `{snapshot['text_fingerprint']}`, version {snapshot['text_version']}",
@@ -202,7 +202,7 @@ def _usage(config: RunConfig, train: TrainConfig) -> str:
         lines = [f"from diffusers import {name}\n", f'pipeline = {name}.from_pretrained("this folder")']
     if train.lora:
         lines += [
-            "\n# the adapters are merged; to put them on the base instead:",
+            "\n# the adapters are merged into this model; to load them on top of the base instead:",
             f"from diffusers import {name}\n",
             f'pipeline = {name}.from_pretrained("{config.encode.model}")',
             'pipeline.load_lora_weights("this folder/lora")',

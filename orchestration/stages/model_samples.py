@@ -26,14 +26,14 @@ def evaluate(config: RunConfig, storage: Storage, *, folder: str, version: int, 
     """Sample the base and the exported model, score both, keep images and numbers below `evaluation/`.
 
     Args:
-        config: The run's.
-        storage: Its storage.
+        config: The run's configuration.
+        storage: The run's storage.
         folder: The run's folder.
         version: The pinned version of the table of pairs.
-        weights: Plain data that tells the weights of the exported model from any others.
+        weights: Plain data that identifies the weights of the exported model.
 
     Returns:
-        What the report shows: settings, scores, and the samples with their images' names.
+        The results for the report: settings, scores, and the samples with the names of their images.
     """
     from training.evaluate import load_references, load_scorers, sample_prompts, score_samples
 
@@ -60,15 +60,15 @@ def evaluate(config: RunConfig, storage: Storage, *, folder: str, version: int, 
 def draw_samples(
     config: RunConfig, storage: Storage, folder: str, weights: Any, prompts: list[str], seeds: list[int]
 ) -> dict[str, DrawnSamples]:
-    """Draw what is missing of the samples of both models; what an earlier try has drawn of the same is kept.
+    """Draw the missing samples of both models; those that an earlier attempt has drawn are kept.
 
     Args:
-        config: The run's.
-        storage: Its storage; the exported model lies beside `folder`.
-        folder: Where the samples lie.
+        config: The run's configuration.
+        storage: The run's storage; the exported model lies next to `folder`.
+        folder: The folder of the samples.
         weights: See `evaluate`.
-        prompts: One for each sample.
-        seeds: One for each sample.
+        prompts: One prompt per sample.
+        seeds: One seed per sample.
 
     Returns:
         The samples of `base` and of `aligned`, all drawn.
@@ -108,7 +108,7 @@ def base_identity(config: EncodeConfig) -> str:
 
 
 def _made_from(config: RunConfig, model: Any, prompts: list[str], seeds: list[int]) -> list[str]:
-    """For each sample of a model the digest of all that shapes it."""
+    """Return for each sample of a model a digest of everything that shapes it."""
     assert config.encode is not None
     shaping = {
         "model": model,
@@ -125,9 +125,9 @@ class SampleModel:
     """A Ray actor that samples one model. An exported model is read from its storage, never from a cache.
 
     Args:
-        config: The run's.
-        where: The exported model; None is the base model of the configuration.
-        sharers: How many of them may share a node's cores.
+        config: The run's configuration.
+        where: The storage of the exported model; None for the base model.
+        sharers: How many of these actors may share a node's cores.
     """
 
     def __init__(self, config: RunConfig, where: Storage | None, sharers: int = 1) -> None:
@@ -135,16 +135,16 @@ class SampleModel:
         self._sampler: Any = None
 
     def dtype(self) -> str:
-        """Return what the pipeline computes in on this machine."""
+        """Return the type that the pipeline computes in on this machine."""
         import torch
 
         return "float16" if torch.cuda.is_available() else "float32"
 
     def sample(self, prompts: list[str], seeds: list[int]) -> list[bytes] | None:
-        """PNG bytes of one sample for each prompt and its seed; None if there was no memory for so many at once.
+        """Draw one sample for each prompt and its seed, as PNG; None if there was not enough memory for that many.
 
         Raises:
-            EncodingError: There is no memory for the model, or for a single sample of it.
+            EncodingError: There is not enough memory for the model, or for a single sample of it.
         """
         from pipelines.units.actor import BatchSize
 
@@ -158,7 +158,7 @@ class SampleModel:
         )  # fmt: skip
 
     def _load(self) -> Any:
-        """Load the pipeline; with the first batch, where Ray keeps the class of an error."""
+        """Load the pipeline; called with the first batch, when Ray keeps the class of an error."""
         from pipelines.units.actor import is_out_of_memory
         from training.engine import set_threads
         from training.evaluate import Sampler

@@ -1,6 +1,6 @@
 """The stages of a run, in order: the only list of them.
 
-A stage is one file of this folder and one line here. Names, order, commands and help of every part of the house are
+A stage is one file in this folder and one line here. Names, order, commands and help everywhere in the package are
 derived from this list. Imports no stage, so that every room may read it.
 """
 
@@ -22,12 +22,12 @@ class Stage:
     """One stage; its work is in the file of its name.
 
     Args:
-        name: Of the stage, its command and its file.
+        name: Name of the stage, its command and its file.
         help: What it does, for the help of its command.
-        section: The configuration section that it cannot do without; None if it needs none.
+        section: The configuration section that it requires; None if it requires none.
         needs_ray: Whether its work runs on a cluster.
-        reads_base: Whether its work would be lost on a base model that training does not understand.
-        shares_data: Whether its result belongs to the data set, which other runs of the storage share.
+        reads_base: Whether its work would be lost on a base model that training does not support.
+        shares_data: Whether its result belongs to the data set, which other runs on the storage share.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Stage:
         return found
 
     def notes(self, run: Run) -> Notes:
-        """Tell what a plan says of the stage: see `StageModule.notes`."""
+        """Return the stage's notes for a plan: see `StageModule.notes`."""
         found: Notes = self._function("notes", lambda run: Notes())(run)
         return found
 
     def check(self, run: Run) -> None:
-        """Find what would fail later: see `StageModule.check`."""
+        """Check for errors that would occur later: see `StageModule.check`."""
         self._function("check", lambda run: None)(run)
 
     def _module(self) -> Any:
@@ -71,7 +71,7 @@ STAGES: Mapping[str, Stage] = {
             reads_base=True, shares_data=True,
         ),
         Stage(
-            "encode", "write the latents and text embeddings that are missing", section="encode", needs_ray=True,
+            "encode", "write the missing latents and text embeddings", section="encode", needs_ray=True,
             reads_base=True, shares_data=True,
         ),
         Stage(
@@ -85,4 +85,4 @@ STAGES: Mapping[str, Stage] = {
 }  # fmt: skip
 ALL_STAGES = tuple(STAGES)
 REPORT = ALL_STAGES[-1]
-"""The stage that tells of all others; it comes last."""
+"""The stage that reports on all others; it comes last."""

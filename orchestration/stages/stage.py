@@ -1,6 +1,6 @@
-"""What a stage is to the driver: one look at the storage, and the work that this look found.
+"""The driver's view of a stage: one look at the storage, and the work that this look found.
 
-Light to import: neither ray, torch nor the configuration.
+Light to import: needs neither ray, torch nor the configuration.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ class StageState(StrEnum):
     """The state of a stage, in the plan, the status, the report and every `--json` alike."""
 
     UP_TO_DATE = "up to date"
-    """The storage holds its result for the configuration and inputs of now."""
+    """The storage has its result for the current configuration and inputs."""
     TO_DO = "to do"
-    """It can be done now."""
+    """The stage can run now."""
     STALE = "stale"
-    """It was done for other inputs or another configuration, and can be done now."""
+    """The stage was done for other inputs or another configuration, and can run now."""
     WAITS = "waits"
     """A stage before it has work."""
     NOT_SET = "not set"
-    """The configuration lacks its section."""
+    """The configuration does not have its section."""
     BLOCKED = "blocked"
-    """An error is in its way; the note says which."""
+    """An error blocks the stage; the note says which."""
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"
     LOST = "lost"
-    """Its driver ended without noting an end."""
+    """Its driver vanished without recording an end."""
     NOT_RUN = "not run"
-    """It was never asked for."""
+    """The stage was never requested."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a stage found; what is then executed and recorded is this very look.
+    """The result of one look at a stage; exactly this work is then executed and recorded.
 
     Args:
-        key: Digest of everything that the stage would be made from now; None while it cannot be made.
-        is_done: Whether the storage holds its result for this key.
-        work: Makes the result; None where there is no key.
-        waits_for: The stage that has to run first, where there is no key for that reason.
-        refusal: Why there is no key, where the stage knows more than that an earlier one has not run.
-        amount: Counts the work that waits, by unit; called for a plan only.
-        notes: Tells which settings the work takes, and what is to be said of them; called for a plan only.
+        key: Digest of all current inputs of the stage; None while it cannot run.
+        is_done: Whether the storage has its result for this key.
+        work: Produces the result; None without a key.
+        waits_for: The stage that has to run first, if that is why there is no key.
+        refusal: The error because of which there is no key, if it is more than an earlier stage not having run.
+        amount: Counts the remaining work by unit; called only for a plan.
+        notes: Returns settings and remarks for a plan; called only for a plan.
     """
 
     key: str | None = None
@@ -67,10 +67,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a plan says of a stage beyond its amount of work.
+    """The notes of a plan on a stage, in addition to its amount of work.
 
     Args:
-        settings: What it takes where the configuration leaves a choice, by name; plain data.
+        settings: The settings chosen where the configuration leaves a choice, by name; plain data.
         remarks: Lines for people.
     """
 
@@ -88,10 +88,10 @@ class StageModule(Protocol):
         """Bound the amount of work from above while an earlier stage has work: `rows` is what ingest would add."""
 
     def notes(self, run: Run) -> Notes:
-        """Tell what a plan says of the stage while an earlier one has work."""
+        """Return the notes of a plan on the stage while an earlier one has work."""
 
     def check(self, run: Run) -> None:
-        """Find what would fail later, before anything starts."""
+        """Check, before anything starts, for errors that would occur later."""
 
 
 def digest(*parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""The stage `train`: MaPO on DeepSpeed ZeRO, on a pinned snapshot of what is encoded."""
+"""The stage `train`: MaPO on DeepSpeed ZeRO, on a pinned snapshot of the encoded data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def look(run: Run) -> Look:
-    """Pin the run's next round to the newest snapshot; what is trained and recorded is this very training."""
+    """Pin the run's next round to the newest snapshot; exactly this training is then run and recorded."""
     spec = train_spec(run)
     if spec is None:
         from pipelines.encode.stale import refusal
@@ -102,7 +102,7 @@ def _newest_snapshot(run: Run) -> Snapshot | None:
 
 
 def _has_empty_prompt(storage: Storage, snapshot: Snapshot) -> bool:
-    """Return whether a snapshot's text embeddings have that of ""."""
+    """Return whether a snapshot's text embeddings include that of ""."""
     import pyarrow.compute as pc
 
     table = text_table(storage, snapshot.text_fingerprint, snapshot.text_version)
@@ -110,9 +110,9 @@ def _has_empty_prompt(storage: Storage, snapshot: Snapshot) -> bool:
 
 
 def as_begun(run: Run, spec: TrainSpec) -> TrainSpec:
-    """Return a training as this run has it on storage: one that an earlier version began stays what it is.
+    """Return a training as it is on the storage: one that an earlier version began keeps its identity.
 
-    It is up to date where it has finished, and resumes where it has not, with the arithmetic that it began with.
+    If it has finished it is up to date; otherwise it resumes with the arithmetic that it began with.
     """
     from training.state.checkpoint_format import list_checkpoints
 
@@ -171,10 +171,10 @@ def describe_change(validations: Sequence[Mapping[str, float]], *, of_average: b
 
 
 def check(run: Run) -> None:
-    """Find what the training could not be exported as before anything is trained.
+    """Check before training that the result can be exported as configured.
 
     Raises:
-        ConfigError: The training will not have what `export` asks for, or the hub will not take it.
+        ConfigError: The training will not have what `export` needs, or the hub would not accept the model.
     """
     train, export = run.config.train, run.config.export
     if train is not None and export.weights == "ema" and train.ema is None:
@@ -187,12 +187,12 @@ def check(run: Run) -> None:
         if constants.HF_HUB_OFFLINE or not get_token():
             raise ConfigError(
                 f"export.push_to_hub is {export.push_to_hub}, which needs HF_TOKEN and no HF_HUB_OFFLINE",
-                "set HF_TOKEN and unset HF_HUB_OFFLINE; or leave it out, and `mapo export` with it later",
+                "set HF_TOKEN and unset HF_HUB_OFFLINE; or leave it out, and run `mapo export` with it later",
             )
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:
-    """Count the steps of a whole training: what it will be trained on is not known yet."""
+    """Count the steps of a whole training, whose data is not known yet."""
     return _amount(run, None)
 
 
@@ -208,7 +208,7 @@ def _amount(run: Run, spec: TrainSpec | None) -> Mapping[str, int]:
 
 
 def notes(run: Run) -> Notes:
-    """Tell which settings a training will take that is not pinned yet."""
+    """Return the settings of a training that is not pinned yet."""
     return _notes(run, None, is_done=False)
 
 

@@ -1,4 +1,4 @@
-"""What the plan says of a training beyond its amount of work: which settings were taken, why, and what is unwise."""
+"""The plan's notes on a training, in addition to its amount of work: chosen settings, reasons, and warnings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from training.spec import TrainSpec
 
 LEAST_RATE_OF_ADAPTERS = 1e-6
-"""Below this adapters learn next to nothing in a few thousand steps: they start from zero, not from the base."""
+"""Below this rate, adapters learn next to nothing in a few thousand steps, because they start from zero."""
 
 
 def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> list[str]:
-    """Return the plan's lines on a training, each a sentence of its own.
+    """Return the plan's lines on a training, each one self-contained.
 
     Args:
         config: The section `train`.
-        begun: The settings that a training on storage continues with, if there is one.
+        begun: The settings that an existing training continues with, if there is one.
     """
     rate = learning_rate(config, begun)
     notes = [f"learning rate {rate['value']:.4g} ({rate['source']})"]
@@ -35,12 +35,12 @@ def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> lis
 
 
 def average_notes(config: TrainConfig, begun: TrainConfig | None = None) -> list[str]:
-    """Return how much of the training a moving average will hold, and a warning where it is mostly the base."""
+    """Return how much of the training a moving average will contain, and a warning if it is mostly the base."""
     ema = (begun or config).ema
     if ema is None or config.ema is None:
         return []
     share = average_share(begun or config)
-    notes = [f"the moving average will hold about {share:.0%} of the training"]
+    notes = [f"the moving average will contain about {share:.0%} of the training"]
     if share < MIN_SHARE:
         others = "" if config.ema.warmup else "`train.ema.warmup: true` or a smaller `decay`, or "
         notes.append(
@@ -51,16 +51,16 @@ def average_notes(config: TrainConfig, begun: TrainConfig | None = None) -> list
 
 
 def version_notes(spec: TrainSpec) -> list[str]:
-    """Return what is different in a training that an earlier version began, and what it costs to do it anew.
+    """Return how a training that an earlier version began differs, and what training again would cost.
 
     Args:
-        spec: Of the training as it goes on, or as it is up to date.
+        spec: The training, unfinished or up to date.
     """
     if spec.masters != "rounded":
         return []
     config, differences = spec.config, []
     if spec.is_whole_in_16_bits:
-        differences.append(f"its float32 weights started at the base's rounded to {config.precision}")
+        differences.append(f"its float32 weights started from the base's weights rounded to {config.precision}")
     if config.ema is not None and not config.ema.warmup:
         differences.append("its moving average has no warm-up")
     published = default_rate(config.method, with_adapters=config.lora is not None).value
@@ -76,7 +76,7 @@ def version_notes(spec: TrainSpec) -> list[str]:
 
 
 def training_settings(config: TrainConfig, begun: TrainConfig | None = None) -> dict[str, Any]:
-    """Return the same as plain data."""
+    """Return the notes as plain data."""
     settings: dict[str, Any] = {"learning_rate": learning_rate(config, begun)}
     if config.ema is not None:
         settings["average_share"] = round(average_share(begun or config), 4)

@@ -1,4 +1,4 @@
-"""Training on a terminal: who works, and a bar (or a line now and then in a log)."""
+"""Training on a terminal: its workers, and a bar (or an occasional line in a log)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TrainingView:
-    """Turns what workers write of themselves into lines; one per worker at each start, then the bar."""
+    """Shows the workers' progress: one line per worker at each start, then the bar."""
 
     def __init__(self, spec: TrainSpec, say: Say) -> None:
         self._say, self._run = say, spec.run

@@ -1,4 +1,4 @@
-"""Models that draw samples: side by side where the cluster has room for all, else one after the other."""
+"""Runs the models that draw samples: in parallel if all fit on the cluster, else one after the other."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +23,14 @@ WAY_OUT = "add such a node, or set `encode.device: cpu`; `encode.start_timeout_s
 
 @dataclass(frozen=True)
 class Room:
-    """What a sampler asks for, and how many may draw at the same time."""
+    """The demand of a sampler, and how many may draw at the same time."""
 
     demand: Demand
     at_once: int
 
 
 def find_room(config: RunConfig, num_models: int) -> Room:
-    """Return room for as many samplers as there are GPUs, or as nodes have cores and memory for; at least for one."""
+    """Return room for as many samplers as there are GPUs, or as fit on the nodes' cores and memory; at least one."""
     assert config.encode is not None
     if uses_gpu(config.encode.device):
         demand = Demand("GPU", {"CPU": 1})
@@ -45,7 +45,7 @@ def find_room(config: RunConfig, num_models: int) -> Room:
 
 
 def pipeline_bytes(source: ModelSource) -> int:
-    """Return the bytes that a process holds once it has loaded the pipeline in float32."""
+    """Return the memory of a process that has loaded the pipeline in float32, in bytes."""
     folder = source.folder()
     parts = [(folder / "unet", "diffusion_pytorch_model", source.variant)]
     parts.append((source.vae_folder(), "diffusion_pytorch_model", source.vae_variant))
@@ -61,7 +61,7 @@ def pipeline_bytes(source: ModelSource) -> int:
 
 
 class _Sampler:
-    """An actor that draws what is missing of one model, batch after batch; it ends with `close`."""
+    """An actor that draws the missing samples of one model, batch after batch; ended with `close`."""
 
     def __init__(self, actor: Any, drawn: DrawnSamples, prompts: list[str], seeds: list[int], size: int) -> None:
         self._actor, self._drawn, self._prompts, self._seeds, self._size = actor, drawn, prompts, seeds, size
@@ -71,7 +71,7 @@ class _Sampler:
         self.pending = actor.dtype.remote()
 
     def advance(self, progress: ProgressBar) -> bool:
-        """Take what is done and ask for the next batch; False if there is none."""
+        """Collect finished samples and request the next batch; return False if there is none."""
         import ray
 
         result = ray.get(self.pending)
@@ -106,7 +106,7 @@ class _Sampler:
         return True
 
     def is_placed(self) -> bool:
-        """Whether it has a node; False also while Ray starts it again on another one."""
+        """Return whether it has a node; also False while Ray restarts it on another one."""
         from ray._private.state import actors
 
         return bool(actors(self._actor._actor_id.hex()).get("State") == "ALIVE")
@@ -123,18 +123,18 @@ def draw_missing(
     config: RunConfig, drawn: Mapping[str, DrawnSamples], new_actor: Callable[[str, Room], Any],
     prompts: list[str], seeds: list[int],
 ) -> None:  # fmt: skip
-    """Draw what is missing of each model and keep it, batch by batch.
+    """Draw the missing samples of each model and store them, batch by batch.
 
     Args:
-        config: The run's.
+        config: The run's configuration.
         drawn: The samples of each model.
-        new_actor: Gives the actor of a model.
-        prompts: One for each sample.
-        seeds: One for each sample.
+        new_actor: Creates the actor of a model.
+        prompts: One prompt per sample.
+        seeds: One seed per sample.
 
     Raises:
-        ClusterError: No node has what a sampler asks for, and none came.
-        EncodingError: There is no memory for the model, or for a single sample of it.
+        ClusterError: No node has the resources of a sampler, and none joined in time.
+        EncodingError: There is not enough memory for the model, or for a single sample of it.
     """
     import ray
 
@@ -162,7 +162,7 @@ def draw_missing(
 
 
 def _advance(running: list[_Sampler], wait: Wait, progress: ProgressBar) -> None:
-    """Keep the batches that are drawn within LOOK_S, ask for the next ones, and end the samplers that have none."""
+    """Store the batches drawn within LOOK_S, request the next ones, and end the samplers that have none left."""
     import ray
 
     done, _ = ray.wait([each.pending for each in running], timeout=LOOK_S)
@@ -177,12 +177,12 @@ def _advance(running: list[_Sampler], wait: Wait, progress: ProgressBar) -> None
 
 
 def _next_model(waiting: list[str], room: Room, running: Sequence[_Sampler]) -> str | None:
-    """Take the next model that waits, if there is room for it."""
+    """Take the next waiting model, if there is room for it."""
     return waiting.pop(0) if waiting and _has_room(room, running) else None
 
 
 def _has_room(room: Room, running: Sequence[_Sampler]) -> bool:
-    """Whether another model may begin: always if none draws; else if those that draw have left room for it."""
+    """Return whether another model may start: always if none is drawing, else if there is room for it."""
     if not running:
         return True
     are_placed = all(each.is_placed() for each in running)

@@ -1,4 +1,4 @@
-"""What the checks of a base model's parts share: hints, class names, and numbers from a configuration file."""
+"""Shared by the checks of a base model's parts: hints, class names, and numbers from a configuration file."""
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.values import JsonObject

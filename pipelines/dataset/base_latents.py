@@ -15,14 +15,14 @@ SD_SCALING_FACTOR = 0.18215  # diffusers' default, for old VAE configurations th
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What the latents of a VAE are, and how the UNet has them.
+    """The latents of a VAE, and how they are scaled for the UNet.
 
     Args:
         channels: C.
-        factor: Pixels of a side to one of the latents.
+        factor: Pixels per latent along each side.
         scaling_factor: The UNet's latents are the VAE's times this.
-        mean: For each channel, taken off before; None for most VAEs.
-        std: For each channel, divided by after; there if `mean` is.
+        mean: Per channel, subtracted before scaling; None for most VAEs.
+        std: Per channel, a divisor after scaling; set if `mean` is.
     """
 
     channels: int
@@ -36,8 +36,8 @@ def latent_space(source: ModelSource, family: Family) -> LatentSpace:
     """Return the latent space of the pipeline's own VAE, or of another VAE with the same one.
 
     Raises:
-        ModelError: The pipeline would bring such latents to the UNet in another way than training, or the other VAE is
-            of another family.
+        ModelError: The pipeline would scale these latents for the UNet differently from training, or the other VAE
+            belongs to another family.
     """
     config = read_config(source.vae_folder() / "config.json")
     where = source.model if source.vae is None else source.vae
@@ -50,7 +50,7 @@ def latent_space(source: ModelSource, family: Family) -> LatentSpace:
         ours, theirs = getattr(found, key), getattr(expected, key)
         if ours != theirs:
             raise ModelError(
-                f"encode.vae {where} has other latents than the VAE that {source.model} was trained with: {key} is "
+                f"encode.vae {where} has different latents from the VAE that {source.model} was trained with: {key} is "
                 f"{ours}, not {theirs}",
                 "set `encode.vae` to a VAE of the base's own family, or leave it out",
             )
@@ -65,8 +65,8 @@ def _read_latent_space(config: JsonObject, family: Family, where: str) -> Latent
     channels = whole_number(config, "latent_channels", 4, "vae", where)
     if config.get("shift_factor"):
         raise ModelError(
-            f"vae.shift_factor of {where} is {config['shift_factor']}, which {family.pipeline_class} ignores when it "
-            "draws",
+            f"vae.shift_factor of {where} is {config['shift_factor']}, which {family.pipeline_class} ignores when "
+            "sampling",
             CHOOSE_A_BASE,
         )
     scale = config.get("scaling_factor", SD_SCALING_FACTOR)
@@ -78,13 +78,14 @@ def _read_latent_space(config: JsonObject, family: Family, where: str) -> Latent
         return LatentSpace(channels, factor, float(scale))
     if family is not SDXL:
         raise ModelError(
-            f"vae.latents_mean and latents_std of {where} are set, which {family.pipeline_class} ignores when it draws",
-            f"{CHOOSE_A_BASE}; or remove them from vae/config.json, if the UNet was trained without",
+            f"vae.latents_mean and latents_std of {where} are set, but {family.pipeline_class} ignores them when "
+            "sampling",
+            f"{CHOOSE_A_BASE}; or remove them from vae/config.json, if the UNet was trained without them",
         )
     found = {key: _per_channel(values, channels, key, where) for key, values in statistics.items()}
     if channels != 4:
         raise ModelError(
-            f"vae.latents_mean of {where} has {channels} channels, and {family.pipeline_class} draws with 4 of them",
+            f"vae.latents_mean of {where} has {channels} channels, but {family.pipeline_class} samples with 4",
             CHOOSE_A_BASE,
         )
     if min(found["latents_std"]) <= 0:
@@ -105,10 +106,10 @@ def check_vae_weights(source: ModelSource, latents: LatentSpace) -> None:
     shapes = tensor_shapes(weight_files(source.vae_folder(), STEM, source.vae_variant))
     for name, axis, count in (("decoder.conv_in.weight", 1, 1), ("encoder.conv_out.weight", 0, 2)):
         if name not in shapes:
-            raise ModelError(f"the weights of the VAE of {where} lack {name}", WAY_OUT)
+            raise ModelError(f"{name} is missing from the weights of the VAE of {where}", WAY_OUT)
         if shapes[name][axis] != count * latents.channels:
             raise ModelError(
-                f"vae.latent_channels of {where} is {latents.channels}, and {name} has the shape {list(shapes[name])}: "
-                "its config.json is not of these weights",
+                f"vae.latent_channels of {where} is {latents.channels}, but {name} has the shape "
+                f"{list(shapes[name])}: config.json does not belong to these weights",
                 OTHER_CONFIG,
             )

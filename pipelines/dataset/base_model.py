@@ -1,6 +1,6 @@
-"""Checks that training understands a base model: UNet, VAE, noise schedule and text encoders, together.
+"""Checks that training supports a base model: UNet, VAE, noise schedule and text encoders together.
 
-A base of another kind than its class says would train to the end and be spoilt, or end in a shape error after hours of
+A base that is not what its class says would train to the end and be ruined, or fail with a shape error after hours of
 encoding. Reads configuration files and the headers of weights; needs neither ray nor torch.
 """
 
@@ -26,14 +26,14 @@ from pipelines.dataset.model_files import (
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What training has to know of a base, all of it checked.
+    """The checked facts about a base that training needs.
 
     Args:
-        family: Its kind.
+        family: The base's family.
         prediction_type: What the UNet predicts: epsilon or v_prediction.
-        latents: Of its VAE, or of the one that takes its place.
-        native_side: Side of the square images that it was trained on last, in pixels, as far as its files say.
-        notes: What a user should know of it, a line each.
+        latents: The latent space of its VAE, or of the VAE that replaces it.
+        native_side: Side of the square images that the base was last trained on, in pixels, if its files say.
+        notes: Remarks for the user, one line each.
     """
 
     family: Family
@@ -47,8 +47,8 @@ class BaseFacts:
         if self.native_side in (None, resolution):
             return None
         return (
-            f"encode.resolution is {resolution}, and the base is of {self.native_side} x {self.native_side} pixels "
-            "(unet.sample_size times the factor of the VAE)"
+            f"encode.resolution is {resolution}, but the base was trained at {self.native_side} x {self.native_side} "
+            "pixels (unet.sample_size times the factor of the VAE)"
         )
 
 
@@ -60,7 +60,7 @@ def check_base(source: ModelSource, *, prediction_type: str | None = None) -> Ba
         prediction_type: `train.prediction_type`, which overrides its scheduler file.
 
     Raises:
-        ModelError: A part is missing or damaged, does not fit another one, or is of a kind that training does not know.
+        ModelError: A part is missing, damaged or unsupported, or does not fit another part.
     """
     folder = source.folder()
     index = read_model_index(folder)
@@ -75,7 +75,7 @@ def check_base(source: ModelSource, *, prediction_type: str | None = None) -> Ba
 
 
 def check_denoiser(source: ModelSource, *, prediction_type: str | None = None) -> BaseFacts:
-    """Check what training itself reads of a base: the UNet and its weights, the noise schedule, the latents' scale.
+    """Check the parts that training itself reads: the UNet and its weights, the noise schedule, the latents' scale.
 
     Args:
         source: The base.

@@ -10,7 +10,7 @@ from pipelines.dataset.model_files import CHOOSE_A_BASE, SDXL, Family, read_conf
 from pipelines.dataset.safetensors_header import tensor_shapes
 
 DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77, "vocab_size": 49408}
-"""Of transformers' `CLIPTextConfig`, for files that leave a key out."""
+"""Defaults of transformers' `CLIPTextConfig`, for files that leave a key out."""
 TOKENIZER = "CLIPTokenizer"  # and CLIPTokenizerFast
 SHORTEST = 3  # tokens: both end marks and one of the prompt
 SAVE_AGAIN = "the model folder is incomplete or damaged; fetch it again"
@@ -22,17 +22,17 @@ def check_text(
     """Check the parts that embed prompts.
 
     Args:
-        folder: Of the pipeline.
+        folder: The pipeline's folder.
         index: Its `model_index.json`.
-        family: Which parts it must have.
+        family: The family, which says what parts it must have.
         model: The base, for messages.
-        variant: Which weights count.
+        variant: The variant of the weights.
 
     Returns:
         Hidden size and projection of each text encoder, in the family's order.
 
     Raises:
-        ModelError: A part is missing, of another class, or does not fit its weights or its tokenizer.
+        ModelError: A part is missing, has another class, or does not fit its weights or its tokenizer.
     """
     configs = []
     for name, expected in family.text_encoders.items():
@@ -41,7 +41,7 @@ def check_text(
             lacks_first = found is None and family is SDXL and name == "text_encoder"
             raise ModelError(
                 f"the {name} of {model} is {found}, not {expected}"
-                + (": SDXL's refiner has none" if lacks_first else ""),
+                + (": SDXL's refiner does not have it" if lacks_first else ""),
                 CHOOSE_A_BASE,
             )
         configs.append(_encoder(folder / name, f"{name} of {model}", variant))
@@ -86,8 +86,8 @@ def _encoder(part: Path, title: str, variant: str | None) -> dict[str, int]:
         for name, shape in shapes.items():
             if name.endswith(end) and shape[axis] != config[key]:
                 raise ModelError(
-                    f"{key} of the {title} is {config[key]}, and {name} has the shape {list(shape)}: its "
-                    "config.json is not of these weights",
+                    f"{key} of the {title} is {config[key]}, but {name} has the shape {list(shape)}: "
+                    "config.json does not belong to these weights",
                     "put back the config.json that belongs to the weights; or fetch the model again",
                 )
     return config
@@ -99,12 +99,12 @@ def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int
     most = config["max_position_embeddings"]
     if type(found) is not int or not SHORTEST <= found <= most:
         raise ModelError(
-            f"{name}.model_max_length of {model} is {found}, and {encoder}.max_position_embeddings is {most}",
+            f"{name}.model_max_length of {model} is {found}, but {encoder}.max_position_embeddings is {most}",
             f"set `model_max_length` in {name}/tokenizer_config.json to {most}",
         )
     if (size := _vocabulary_size(part)) > config["vocab_size"]:
         raise ModelError(
-            f"{name} of {model} knows {size} tokens, and {encoder}.vocab_size is {config['vocab_size']}: they are of "
+            f"{name} of {model} has {size} tokens, but {encoder}.vocab_size is {config['vocab_size']}: they belong to "
             "different models",
             "fetch the model again; or save tokenizer and text encoder of one model",
         )
@@ -112,10 +112,10 @@ def _tokenizer_length(part: Path, name: str, encoder: str, config: dict[str, int
 
 
 def _vocabulary_size(part: Path) -> int:
-    """Return the size of the vocabulary, from files in today's form or in that of 2022.
+    """Return the size of the vocabulary, from files in today's format or in that of 2022.
 
     Raises:
-        ModelError: There is neither.
+        ModelError: There are no such files.
     """
     try:
         if (file := part / "vocab.json").is_file():

@@ -1,4 +1,4 @@
-"""The base of every configuration section: frozen, typed, and strict about its keys."""
+"""The base class of every configuration section: frozen, typed, and strict about its keys."""
 
 import re
 from typing import Annotated, Literal
@@ -25,18 +25,18 @@ def _workers(value: object) -> object:
 
 
 WorkerCount = Annotated[int | str, BeforeValidator(_workers)]
-"""A number of workers, or `2..8`: as many of that as there is room for."""
+"""A number of workers, or a range such as `2..8` for as many of these as fit."""
 
 
 Device = Literal["auto", "cpu", "gpu"]
-"""What workers run on: `auto` is GPUs if the cluster has some at that moment; `gpu` may wait for an autoscaler."""
+"""What workers run on: `auto` takes GPUs if the cluster has any at that moment; `gpu` may wait for an autoscaler."""
 
 Resources = dict[str, PositiveFloat]
-"""Custom resources of Ray, by name: they keep work to the nodes that have them."""
+"""Custom Ray resources by name: work that requests them runs only on nodes that have them."""
 
 
 def worker_range(workers: int | str) -> tuple[int, int]:
-    """Return the least and the most workers of a `WorkerCount`."""
+    """Return the smallest and the largest number of workers of a `WorkerCount`."""
     if isinstance(workers, int):
         return workers, workers
     low, high = workers.split("..")

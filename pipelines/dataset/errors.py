@@ -7,19 +7,19 @@
         ├── StorageError       the storage cannot be read or written
         ├── ShardCorrupt       stored bytes differ from their digest
         ├── DropBudgetExceeded more rows were quarantined than the limit allows
-        ├── ModelError         the base model is missing or of no kind that we know
+        ├── ModelError         the base model is missing or not supported
         ├── EncodingError      an image or a prompt cannot be encoded on this machine
         ├── ClusterError       a Ray cluster cannot be reached, or refuses
-        ├── LeaseError         another driver works on the run
-        ├── SnapshotError      the data set holds nothing (or not enough) to work on
+        ├── LeaseError         another driver is working on the run
+        ├── SnapshotError      the data set has nothing (or not enough) to work on
         └── TrainingError      training cannot start, or went wrong
 
-A message says numbers and place; `hint` says the way out.
+A message gives numbers and place; `hint` gives the way out.
 """
 
 
 class MapoError(Exception):
-    """Base of all errors with a message for the user; crosses process borders whole."""
+    """Base of all errors with a message for the user; survives pickling between processes."""
 
     exit_code = 1
 
@@ -43,7 +43,7 @@ class JobError(MapoError):
 
 
 class SourceError(JobError):
-    """A preference source is missing, unreadable or lacks columns."""
+    """A preference source is missing, unreadable or without required columns."""
 
 
 class StorageError(JobError):
@@ -59,7 +59,7 @@ class DropBudgetExceeded(JobError):
 
 
 class ModelError(JobError):
-    """The base model is missing, incomplete or of no kind that we know."""
+    """The base model is missing, incomplete or not supported."""
 
 
 class EncodingError(JobError):
@@ -67,20 +67,20 @@ class EncodingError(JobError):
 
 
 class SnapshotError(JobError):
-    """The data set does not hold what a stage needs."""
+    """The data set does not contain what a stage needs."""
 
 
 class ClusterError(JobError):
-    """A Ray cluster does not answer, does not let us in, or refuses."""
+    """A Ray cluster does not answer, denies access, or refuses a request."""
 
     is_transient = False
-    """Return whether the same request may succeed a moment later."""
+    """Whether the same request may succeed a moment later."""
     ends_process = False
-    """Whether Ray takes this process down with the cluster that it was connected to."""
+    """Whether Ray ends this process together with the cluster that it was connected to."""
 
 
 class LeaseError(JobError):
-    """Another driver works on the run, or has taken it over."""
+    """Another driver is working on the run, or has taken it over."""
 
 
 class TrainingError(JobError):
@@ -88,12 +88,12 @@ class TrainingError(JobError):
 
 
 def unwrap(error: BaseException) -> MapoError | None:
-    """Return the MapoError inside another framework's wrapping, as it was raised; None if there is none.
+    """Return the original MapoError from another framework's wrapper; None if there is none.
 
-    Ray raises what a worker raised as a class of its own that also inherits from ours, with the real one in `cause`
-    and a worker's traceback as its text. Ray Data must be told to keep the real one (`quiet_ray_data`), and appends
-    to its `args`; `message` and `hint` stay. An error in an actor's `__init__` comes as text alone: load there nothing
-    that a user can mend.
+    Ray re-raises a worker's error as its own class that also inherits from ours, with the original in `cause` and the
+    worker's traceback as its text. Ray Data must be configured to keep the original (`quiet_ray_data`), and appends to
+    its `args`; `message` and `hint` stay. An error in an actor's `__init__` arrives as text alone: load nothing there
+    that can fail through a user's mistake.
     """
     waiting: list[object] = [error]
     for _ in range(32):  # chains are short; a circular one must end

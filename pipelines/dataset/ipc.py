@@ -12,5 +12,5 @@ def to_ipc(rows: pa.Table) -> bytes:
 
 
 def from_ipc(data: bytes) -> pa.Table:
-    """Read what `to_ipc` wrote."""
+    """Read the output of `to_ipc`."""
     return pa.ipc.open_stream(data).read_all()

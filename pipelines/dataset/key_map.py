@@ -1,4 +1,4 @@
-"""A map from 128-bit keys to numbers for tables of 100 million rows: sorted arrays, 20 bytes a key."""
+"""A map from 128-bit keys to numbers for tables of 100 million rows: sorted arrays, 20 bytes per key."""
 
 import binascii
 
@@ -36,7 +36,7 @@ class KeyMap:
         return sum(len(values) for _, values in self._levels)
 
     def add(self, keys: Keys, values: NDArray[np.float32]) -> None:
-        """Take keys that are not here yet; of equal ones among them the first counts."""
+        """Add the keys that are new; of equal keys the first counts."""
         known = ~np.isnan(self.get(keys))
         keys, values = _sorted(keys[~known], values[~known].astype(np.float32, copy=False))
         if not len(keys):
@@ -48,7 +48,7 @@ class KeyMap:
             self._levels.append(_sorted(*both))
 
     def get(self, keys: Keys) -> NDArray[np.float32]:
-        """Return the value of each key, NaN where there is none."""
+        """Return the value of each key, NaN for unknown keys."""
         found = np.full(len(keys), ABSENT)
         for known, values in self._levels:
             place = np.searchsorted(known[:, 0], keys[:, 0])

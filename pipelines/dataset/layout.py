@@ -1,4 +1,4 @@
-"""Where things lie on a storage, and the tables of latents and texts. See the Contract in docs/reference/storage.md."""
+"""The layout of a storage, and the tables of latents and texts. See the Contract in docs/reference/storage.md."""
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ TEXT = "dataset/text"
 RUNS = "runs"
 
 UNFLIPPED, FLIPPED = ("latents", "time_ids"), ("flipped", "flipped_time_ids")
-"""The tensors and the metadata of an image in its pair's member of latents, each with the side after it."""
+"""Prefixes of an image's tensors and metadata in its pair's member of latents; the side follows."""
 
 LATENTS_SCHEMA = pa.schema(
     [

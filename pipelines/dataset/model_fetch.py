@@ -1,4 +1,4 @@
-"""Fetches the files of a base model that are read: from a URL into the node's cache, from the hub into the hub's."""
+"""Fetches the needed files of a base model: from a URL into the node's cache, from the hub into the hub's cache."""
 
 import fnmatch
 import hashlib
@@ -24,16 +24,16 @@ CACHE_VARIABLE = "MAPO_CACHE"
 PLAIN_FILES = ("*.json", "*.txt")
 WEIGHTS = ("*/*{}.safetensors", "diffusion_pytorch_model*{}.safetensors")
 CARD = "README.md"
-"""A model's card, which states its licence; a folder that is copied from a URL goes without."""
+"""A model's card, which states its licence; not copied from a URL."""
 IGNORED = ("*onnx*", "*openvino*", "*flax*")
 VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
-"""The variants that hub repositories hold beside the plain weights; others are fetched too if they are there."""
+"""Variants that hub repositories have in addition to the plain weights; other variants are fetched too if present."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 READERS = 8
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
-    """Return patterns of the files to fetch, and of those to leave: configuration, and weights of one variant."""
+    """Return patterns of the files to fetch (configuration, and weights of one variant), and of those to skip."""
     if variant is not None:
         return [*PLAIN_FILES, *(pattern.format(f".{variant}*") for pattern in WEIGHTS)], list(IGNORED)
     others = [f"*.{other}{end}" for other in VARIANTS for end in (".safetensors", "-*.safetensors")]
@@ -44,17 +44,17 @@ def is_wanted(name: str, variant: str | None) -> bool:
     """Return whether a file of a model is fetched.
 
     Args:
-        name: Its path below the model's folder.
-        variant: Which weights are wanted; None is the plain ones.
+        name: The file's path below the model's folder.
+        variant: The variant of the weights; None for the plain ones.
     """
     wanted, left = _patterns(variant)
     return any(fnmatch.fnmatch(name, each) for each in wanted) and not any(fnmatch.fnmatch(name, each) for each in left)
 
 
 def fetch_folder(url: str, variant: str | None) -> Path:
-    """Copy a folder from any fsspec file system into the node's cache, once for each state it is in.
+    """Copy a folder from any fsspec file system into the node's cache, once for each of its states.
 
-    The processes of a node wait for the first of them. Every file is held against what the store says of it.
+    The processes of a node wait for the first of them. Every file is checked against what the store reports.
     """
     storage = Storage(url)
     if storage.is_local:
@@ -107,10 +107,10 @@ def is_fetched(model: str, revision: str | None, variant: str | None) -> bool:
 
 
 def fetch_file(storage: Storage, name: str, target: Path) -> None:
-    """Copy one file, and check it against what the store says of it.
+    """Copy one file, and check it against what the store reports.
 
     Raises:
-        ModelError: It cannot be read, or other bytes came.
+        ModelError: The file cannot be read, or the wrong bytes arrived.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
 
@@ -121,13 +121,13 @@ def fetch_file(storage: Storage, name: str, target: Path) -> None:
     try:
         retry(get)
     except WrongBytes as error:
-        raise ModelError(f"fetching {storage.uri(name)} gave other bytes: {error}", "try again") from error
+        raise ModelError(f"fetching {storage.uri(name)} returned the wrong bytes: {error}", "try again") from error
     except Exception as error:  # each fsspec back end has its own exception tree
         raise ModelError(f"cannot fetch {storage.uri(name)}: {error}", "check the URL and the credentials") from error
 
 
 def _mark(info: JsonObject) -> str:
-    """Return a mark that changes when an object is written again."""
+    """Return a value that changes when an object is written again."""
     return str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
 
 
@@ -143,7 +143,7 @@ def fetch_from_hub(identifier: str, revision: str | None, variant: str | None) -
         cause = str(error).strip().splitlines()
         at = "" if revision is None else f" at revision {revision}"
         raise ModelError(
-            f"there is no folder {Path(identifier).absolute()}, and the hub gave no model {identifier}{at}: "
+            f"there is no folder {Path(identifier).absolute()}, and fetching {identifier}{at} from the hub failed: "
             f"{cause[0] if cause else type(error).__name__}",
             "give a local folder, or check the name and the network (HF_HUB_OFFLINE, HF_TOKEN)",
         ) from error

@@ -1,7 +1,7 @@
 """A base model as a folder of files: found, fetched and checked, without loading a tensor.
 
-Both floors read their parts of one diffusers pipeline, of one of the FAMILIES. Only safetensors are accepted: other
-weights are pickles, which run code when they are opened.
+Pipelines and training read their parts of one diffusers pipeline, of one of the FAMILIES. Only safetensors are
+accepted: other weights are pickles, which run code when they are opened.
 """
 
 import json
@@ -19,24 +19,24 @@ from pipelines.dataset.values import JsonObject
 
 MODEL_INDEX = "model_index.json"
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-"""Endings of whole checkpoints in one file, as the original repositories and Civitai give them."""
+"""Suffixes of single-file checkpoints, as published by the original repositories and Civitai."""
 HASHERS = 8
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base model: what the product has to know of it that is not in its files."""
+    """A family of base models: the facts that are not in a model's files."""
 
     pipeline_class: str
-    """Of diffusers; what `model_index.json` says."""
+    """The pipeline's class in diffusers, as in `model_index.json`."""
     title: str
     text_encoders: dict[str, str]
-    """Part -> its class of transformers."""
+    """Part -> its class in transformers."""
     tokenizers: tuple[str, ...]
     not_for_text: tuple[str, ...]
-    """Parts that embedding a prompt does without."""
+    """Parts that are not needed to embed a prompt."""
     has_pooled: bool
-    """Whether a prompt also has one vector as a whole, which the UNet takes together with the time ids."""
+    """Whether a prompt also has a pooled embedding, which the UNet takes together with the time ids."""
 
 
 SDXL = Family(
@@ -61,13 +61,13 @@ CHOOSE_A_BASE = f"choose a base of {' or of '.join(family.title for family in FA
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model by name: where it is, and which of its files count.
+    """A base model by name: where it is, and which of its files are used.
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
-        vae: Another VAE than the pipeline's own: its own folder, URL or hub id, or a local pipeline that has one.
+        vae: A VAE that replaces the pipeline's own: its folder, URL or hub id, or a local pipeline that has one.
         revision: Branch, tag or commit, if `model` is a hub id.
-        variant: Which weights of the pipeline, such as fp16; the plain ones by default. A separate VAE has plain ones.
+        variant: Variant of the pipeline's weights, such as fp16; the plain ones by default, and for a separate VAE.
     """
 
     model: str
@@ -76,7 +76,7 @@ class ModelSource:
     variant: str | None = None
 
     def folder(self) -> Path:
-        """Return the local folder of the pipeline; fetch it first if it is elsewhere.
+        """Return the local folder of the pipeline, which is fetched first if it is remote.
 
         Raises:
             ModelError: There is no such pipeline, or it cannot be fetched.
@@ -108,29 +108,29 @@ class ModelSource:
 
     @property
     def vae_variant(self) -> str | None:
-        """Which of the VAE's weights count."""
+        """The variant of the VAE's weights."""
         return self.variant if self.vae is None else None
 
 
 def resolve_model(
     model: str, marker: str = MODEL_INDEX, *, revision: str | None = None, variant: str | None = None
 ) -> Path:
-    """Return the local folder of a model; fetch it first if it is elsewhere.
+    """Return the local folder of a model, which is fetched first if it is remote.
 
     Args:
         model: A folder, an fsspec URL of one, or a hub id.
-        marker: The file that such a folder must hold.
+        marker: The file that such a folder must contain.
         revision: Branch, tag or commit of a hub id.
-        variant: Which weights to fetch.
+        variant: The variant of the weights to fetch.
 
     Raises:
-        ModelError: There is no such folder, it cannot be fetched, or it lacks `marker`.
+        ModelError: There is no such folder, it cannot be fetched, or it does not contain `marker`.
     """
     is_url, path = "://" in model, Path(model).expanduser()
     is_there = not is_url and path.exists()
     if revision is not None and (is_url or is_there):
         raise ModelError(
-            f"{model} has no revision {revision}: only a model on the hub has revisions",
+            f"{model} has no revision {revision}: only models on the hub have revisions",
             "remove `encode.revision`, or give a hub id as `encode.model`",
         )
     if path.suffix.lower() in SINGLE_FILES and not path.is_dir():
@@ -139,13 +139,13 @@ def resolve_model(
     if not (folder / marker).is_file():
         raise ModelError(
             f"{model} has no {marker}",
-            "a diffusers folder is what `save_pretrained` writes; " + _turn_into_folder("FILE.safetensors", marker),
+            "give a folder written by `save_pretrained`; " + _turn_into_folder("FILE.safetensors", marker),
         )
     return folder
 
 
 def _find_folder(model: str, revision: str | None, variant: str | None) -> Path:
-    """Return the folder of a model: as it is given, or fetched from a URL or the hub."""
+    """Return the folder of a model: a local one, or one fetched from a URL or the hub."""
     path = Path(model).expanduser()
     if "://" in model:
         return fetch_folder(model, variant)
@@ -161,17 +161,17 @@ def _find_folder(model: str, revision: str | None, variant: str | None) -> Path:
 
 def _single_file(model: str, *, is_there: bool) -> str:
     if is_there:
-        return f"{model} is a checkpoint in a single file, not the folder of a pipeline that diffusers saved"
-    return f"there is no file {Path(model).expanduser().absolute()}, nor would a checkpoint in a single file be read"
+        return f"{model} is a single-file checkpoint, not the folder of a pipeline that diffusers saved"
+    return f"there is no file {Path(model).expanduser().absolute()}, and single-file checkpoints cannot be read anyway"
 
 
 def _turn_into_folder(file: str, marker: str) -> str:
-    """Explain how to turn a checkpoint in a single file into a folder."""
+    """Explain how to convert a single-file checkpoint to a folder."""
     kind, key = (SDXL.pipeline_class, "encode.model") if marker == MODEL_INDEX else ("AutoencoderKL", "encode.vae")
     name = Path(file).stem
     other = f" ({STABLE_DIFFUSION.pipeline_class} for Stable Diffusion 1.x and 2.x)" if marker == MODEL_INDEX else ""
     return (
-        "a single-file checkpoint is turned into a folder once, with diffusers: "
+        "convert a single-file checkpoint to a folder once, with diffusers: "
         f'`{kind}.from_single_file("{file}").save_pretrained("{name}")`{other}; then set `{key}: {name}`'
     )
 
@@ -180,7 +180,7 @@ def read_model_index(folder: Path) -> JsonObject:
     """Read the `model_index.json` of a pipeline of one of the families.
 
     Raises:
-        ModelError: It is something else.
+        ModelError: The file is missing, damaged or of another pipeline class.
     """
     index = read_config(folder / MODEL_INDEX)
     if (found := str(index.get("_class_name"))) not in FAMILIES:
@@ -199,7 +199,7 @@ def read_family(folder: Path) -> Family:
     """Return the family of a pipeline.
 
     Raises:
-        ModelError: It is of none of them.
+        ModelError: It belongs to none of the families.
     """
     return FAMILIES[read_model_index(folder)["_class_name"]]
 
@@ -208,14 +208,14 @@ def read_config(file: Path) -> JsonObject:
     """Read a JSON configuration file of a model.
 
     Raises:
-        ModelError: It is missing or is not JSON.
+        ModelError: The file is missing or not valid JSON.
     """
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {file}: {error}", "the model folder is incomplete; fetch it again") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{file} is not a configuration", "the model folder is damaged; fetch it again")
+        raise ModelError(f"{file} is not a JSON object", "the model folder is damaged; fetch it again")
     return found
 
 
@@ -223,12 +223,12 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
     """List the safetensors files of one part, and its index if there are several; check each header.
 
     Args:
-        part: Its folder, such as `<model>/vae`.
+        part: The part's folder, such as `<model>/vae`.
         stem: `model` for transformers, `diffusion_pytorch_model` for diffusers.
-        variant: Such as fp16, in names like `model.fp16.safetensors`.
+        variant: The variant, such as fp16 in names like `model.fp16.safetensors`.
 
     Raises:
-        ModelError: They are missing, of another kind, or cut.
+        ModelError: The files are missing, of another format, or truncated.
     """
     of_variant = "" if variant is None else f".{variant}"
     index = part / f"{stem}.safetensors.index{of_variant}.json"
@@ -239,9 +239,9 @@ def weight_files(part: Path, stem: str, variant: str | None = None) -> list[Path
         if not file.is_file():
             others = sorted(found.name for found in part.glob("*") if found.suffix in (".bin", ".safetensors", ".pth"))
             raise ModelError(
-                f"{file} is missing" + (f"; the folder holds {', '.join(others)}" if others else ""),
-                "only safetensors are read, of the variant `encode.variant` or the plain ones: load the pipeline with "
-                "diffusers and `save_pretrained` it once",
+                f"{file} is missing" + (f"; the folder contains {', '.join(others)}" if others else ""),
+                "mapo reads only safetensors, of the variant `encode.variant` or without one: load the pipeline with "
+                "diffusers once and save it with `save_pretrained`",
             )
         check_safetensors(file)
     return [index, *files] if has_index else files
@@ -251,7 +251,7 @@ def _names_in_index(index: Path) -> list[str]:
     """Return the names of the files that an index of weights lists, sorted.
 
     Raises:
-        ModelError: It does not list any.
+        ModelError: The index lists no files.
     """
     mapped = read_config(index).get("weight_map", {})
     if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
@@ -260,7 +260,7 @@ def _names_in_index(index: Path) -> list[str]:
 
 
 def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """Return the sha256 of every file by its name; a file that has not changed since is not read again."""
+    """Return the sha256 of every file by its name; unchanged files are not read again."""
     with ThreadPoolExecutor(HASHERS) as hashers:
         return dict(zip((file.name for file in files), hashers.map(_digest, files), strict=True))
 

@@ -1,7 +1,7 @@
-"""Object stores: timeouts, which errors are worth another attempt, and uploads that are checked.
+"""Object stores: timeouts, retryable errors, and checked uploads.
 
-Three layers try again: botocore a request, s3fs a part of a transfer, and `Storage` the whole of it once more, because
-it alone knows what must come out. The lower two get few attempts, so that all together end.
+Three layers retry: botocore a request, s3fs a part of a transfer, and `Storage` the whole transfer, because only it
+knows the expected result. The lower two get few attempts, so that all layers together come to an end.
 """
 
 import errno
@@ -47,11 +47,11 @@ TRANSIENT_CODES = frozenset(
 
 
 class WrongBytes(OSError):
-    """Other bytes came, or were stored, than were asked for."""
+    """The wrong bytes arrived, or were stored."""
 
 
 class ShortBytes(WrongBytes):
-    """Fewer bytes came than were asked for; whose fault it is, the object's size says."""
+    """Fewer bytes arrived than requested; the object's size tells whether it is truncated."""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -65,7 +65,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_refusal(answer: BaseException | None) -> bool:
-    """Return whether S3 has understood a request and would refuse it again."""
+    """Return whether S3 understood a request and would refuse it again."""
     response = getattr(answer, "response", None)
     if not isinstance(response, dict):
         return False
@@ -75,7 +75,7 @@ def _is_refusal(answer: BaseException | None) -> bool:
 
 
 def is_taken(error: BaseException | None) -> bool:
-    """Return whether an object could not be created because the name is taken."""
+    """Return whether an object could not be created because its name is taken."""
     if isinstance(error, FileExistsError):
         return True
     for each in (error, error.__cause__ if error else None):
@@ -91,7 +91,7 @@ def is_taken(error: BaseException | None) -> bool:
 def open_file_system(url: str) -> tuple[Any, str]:
     """Open the file system of a URL, with timeouts and few attempts; return it and the path on it.
 
-    fsspec's own configuration (`FSSPEC_S3` in the environment, as JSON) goes before ours.
+    fsspec's own configuration (`FSSPEC_S3` in the environment, as JSON) takes precedence over mapo's.
     """
     options: dict[str, Any] = {"use_listings_cache": False}  # it would hide what other processes wrote since
     if is_s3(url):
@@ -112,20 +112,20 @@ def is_s3(url: str) -> bool:
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be put: bytes, or a local file."""
+    """The content of an upload: bytes, or a local file."""
 
     content: bytes | Path
 
     @property
     def num_bytes(self) -> int:
-        """Its length."""
+        """The content's length."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def put(self, fs: Any, path: str) -> None:
-        """Put it and make sure of it.
+        """Upload the content and check what is stored.
 
         Raises:
-            WrongBytes: The store holds something else now.
+            WrongBytes: The store contains something else now.
         """
         options: dict[str, Any] = {"chunksize": self._part_bytes} if _speaks_s3(fs) else {}
         try:
@@ -143,21 +143,21 @@ class Upload:
         self.check(fs, path)
 
     def check(self, fs: Any, path: str) -> None:
-        """Raise WrongBytes if the store holds something else: by size, and on S3 by digest."""
+        """Raise WrongBytes if the stored object differs: by size, and on S3 by digest."""
         info = fs.info(path)
         if (found := int(info["size"])) != self.num_bytes:
-            raise WrongBytes(f"{found} of {self.num_bytes} bytes are stored")
+            raise WrongBytes(f"{found} bytes are stored instead of {self.num_bytes}")
         if not _speaks_s3(fs) or info.get("ETag", "").strip('"') == self._etag():
             return
         if not _etag_is_a_key(fs, path) and not self._is_stored(fs, path):
-            raise WrongBytes(f"other {found} bytes are stored than were sent")
+            raise WrongBytes(f"the {found} stored bytes differ from those sent")
 
     @property
     def _part_bytes(self) -> int:
         return max(PART_BYTES, math.ceil(self.num_bytes / MAX_PARTS))
 
     def _blocks(self, num_bytes: int) -> Any:
-        """Yield the content in blocks of a size."""
+        """Yield the content in blocks of `num_bytes`."""
         if isinstance(self.content, bytes):
             for start in range(0, len(self.content), num_bytes):
                 yield self.content[start : start + num_bytes]
@@ -167,7 +167,7 @@ class Upload:
                 yield block
 
     def _etag(self) -> str:
-        """Return the ETag that S3 gives: MD5, or for parts the MD5 of their MD5s and their number."""
+        """Return the ETag that S3 computes: MD5, or for parts the MD5 of their MD5s and their number."""
         if self.num_bytes < 2 * self._part_bytes:
             whole = _md5()
             for block in self._blocks(BLOCK_BYTES):
@@ -177,7 +177,7 @@ class Upload:
         return f"{_md5(b''.join(digests)).hexdigest()}-{len(digests)}"
 
     def _is_stored(self, fs: Any, path: str) -> bool:
-        """Read it back and compare."""
+        """Read the object back and compare."""
         start = 0
         for block in self._blocks(BLOCK_BYTES):
             if bytes(fs.cat_file(path, start=start, end=start + len(block))) != block:
@@ -195,7 +195,7 @@ def _speaks_s3(fs: Any) -> bool:
 
 
 def _etag_is_a_key(fs: Any, path: str) -> bool:
-    """Return whether S3 encrypts the object with a key; by S3's documentation its ETag is no digest then."""
+    """Return whether S3 encrypts the object with a key; then, by S3's documentation, its ETag is not a digest."""
     bucket, key, _ = fs.split_path(path)
     head = fs.call_s3("head_object", Bucket=bucket, Key=key)
     return str(head.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in head

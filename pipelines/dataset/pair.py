@@ -1,4 +1,4 @@
-"""What a pair is: its keys, its label, its status, and its row in the table.
+"""The pair: its keys, its label, its status, and its row in the table.
 
 A pair is one prompt and two images in a fixed order (image_0, image_1). `label_0` is the probability that
 image_0 is preferred; chosen and rejected exist only after the label is applied.
@@ -57,7 +57,7 @@ def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
     The order of the two images does not matter, so that a pair listed the other way round is seen as the same.
 
     Args:
-        prompt: Exactly as the source has it; never normalised.
+        prompt: The prompt exactly as in the source; never normalised.
         image_0_sha256: Hex digest of one image's bytes.
         image_1_sha256: Hex digest of the other's.
     """
@@ -76,13 +76,13 @@ def prompt_id(prompt: str) -> str:
 
 
 NULL_PROMPT_ID = "0" * 32
-"""Names the null conditioning (what a dropped prompt becomes), which is not the embedding of any prompt."""
+"""Id of the null conditioning, which replaces dropped prompts and is not the embedding of any prompt."""
 EMPTY_PROMPT_ID = prompt_id("")
-"""Names the embedding of "" itself, which is stored where a training asks for it; no kept pair has that prompt."""
+"""Id of the embedding of "", which is stored if a training needs it; no kept pair has that prompt."""
 
 
 def split_of(prompt_identifier: str, validation_ratio: float) -> str:
-    """Return the split of a prompt, which follows from its hash, so that no prompt is in both.
+    """Return the split of a prompt, which follows from its hash, so that no prompt is in two splits.
 
     Args:
         prompt_identifier: From `prompt_id`.

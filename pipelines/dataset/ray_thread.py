@@ -1,11 +1,11 @@
-"""Threads of the driver that wait inside Ray: Ray must not be shut down under one of them."""
+"""Threads of the driver that wait inside Ray: Ray must not be shut down while one of them runs."""
 
 import threading
 from collections.abc import Callable
 
 
 class RayThread(threading.Thread):
-    """A daemon thread that calls Ray, and may be waiting there when everything else has ended."""
+    """A daemon thread that calls Ray, and may still wait there when everything else has ended."""
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
         super().__init__(target=target, name=name, daemon=True)

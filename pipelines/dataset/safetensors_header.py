@@ -15,7 +15,7 @@ def tensor_shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in safetensors files, from their headers; other files are skipped.
 
     Raises:
-        ModelError: A header is not whole.
+        ModelError: A header is damaged.
     """
     headers = [read_header(file)[0] for file in files if file.suffix == ".safetensors"]
     return {
@@ -30,7 +30,7 @@ def tensor_types(files: Sequence[Path]) -> set[str]:
     """Return the types of all tensors in safetensors files, by the format's names, such as F32.
 
     Raises:
-        ModelError: A header is not whole.
+        ModelError: A header is damaged.
     """
     headers = [read_header(file)[0] for file in files if file.suffix == ".safetensors"]
     return {str(entry.get("dtype")) for header in headers for name, entry in header.items() if name != "__metadata__"}
@@ -38,7 +38,7 @@ def tensor_types(files: Sequence[Path]) -> set[str]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor where it lies: in a file, of a type by the format's name, `num_bytes` from `start` on."""
+    """A tensor on disk: its file, its type by the format's name, and `num_bytes` bytes from `start`."""
 
     file: Path
     dtype: str
@@ -48,10 +48,10 @@ class StoredTensor:
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Return where every tensor of safetensors files lies, by name; other files are passed over.
+    """Return where every tensor of safetensors files lies, by name; other files are skipped.
 
     Raises:
-        ModelError: A header is not whole.
+        ModelError: A header is damaged.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -69,7 +69,7 @@ def read_header(file: Path) -> tuple[JsonObject, int]:
     """Return the header of a safetensors file, and where its last tensor ends.
 
     Raises:
-        ModelError: It is not a safetensors file.
+        ModelError: The file is not a safetensors file.
     """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -87,8 +87,8 @@ def check_safetensors(file: Path) -> None:
     """Check that the header is JSON and the file is as long as the header says.
 
     Raises:
-        ModelError: It is not a safetensors file, or it is cut.
+        ModelError: The file is not a safetensors file, or is truncated.
     """
     size, (_, end) = file.stat().st_size, read_header(file)
     if size != end:
-        raise ModelError(f"{file} is damaged: {size:,} bytes where its header says {end:,}", "fetch the model again")
+        raise ModelError(f"{file} is damaged: {size:,} bytes, but its header says {end:,}", "fetch the model again")

@@ -1,4 +1,4 @@
-"""Masks secrets in everything that is written: values from the environment, and credentials inside URLs."""
+"""Masks secrets in all output: values from the environment, and credentials inside URLs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SECRET_NAME = re.compile(
 PATH_NAME = re.compile(
     r"(?i)_(path|file|dir|home|uri|url|mode|expiration|region|index)$|^google_application_credentials$"
 )
-"""Such names hold where a secret lies, or how it is used."""
+"""Variables with these names say where a secret lies or how it is used, and contain none."""
 MIN_LENGTH = 8  # a shorter value would be found in half of all texts
 USER_INFO = re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+@")
 SIGNED = re.compile(
@@ -23,12 +23,12 @@ MASK = "***"
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a variable of this name is taken to hold a secret."""
+    """Return whether a variable with this name is assumed to contain a secret."""
     return bool(SECRET_NAME.search(name)) and not PATH_NAME.search(name)
 
 
 def has_credentials(url: str) -> bool:
-    """Return whether a URL holds a password or a signature."""
+    """Return whether a URL contains a password or a signature."""
     return bool(USER_INFO.search(url) or SIGNED.search(url))
 
 
@@ -36,8 +36,8 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """Mask every secret in a text: values of the environment's secret variables, also in JSON, and credentials in URLs.
 
     Args:
-        text: What will be written.
-        environment: By default this process's.
+        text: The text to mask.
+        environment: The environment; by default this process's.
     """
     held = os.environ if environment is None else environment
     values = {value for name, value in held.items() if is_secret_name(name) and len(value) >= MIN_LENGTH}

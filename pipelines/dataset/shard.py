@@ -1,8 +1,8 @@
 """WebDataset shards: tars written and read with the offset and digest of every member.
 
-The bytes of a shard are a pure function of what is added, in order: fixed time stamp, owner and mode, USTAR
-headers. A reader goes by offsets from the table and never by the tar's end, for a tar cut at a member's border
-passes silently through every tar iterator.
+The bytes of a shard are a pure function of its members and their order: fixed time stamp, owner and mode, USTAR
+headers. Readers use the offsets in the table and never rely on the tar's end, because every tar iterator silently
+accepts a tar that is truncated between two members.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ BLOCK_BYTES = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """Where the payload of one member lies in its shard."""
+    """The place of one member's payload in its shard."""
 
     name: str
     offset: int
@@ -31,7 +31,7 @@ class Member:
 class ShardWriter:
     """Write members to a binary stream as one tar; the caller names and publishes the result.
 
-    `num_bytes` grows with every `add`; `close` writes the tar's end and gives the digest of the whole.
+    `num_bytes` grows with every `add`; `close` writes the tar's end and returns the digest of the whole.
     """
 
     def __init__(self, out: IO[bytes]) -> None:
@@ -50,7 +50,7 @@ class ShardWriter:
         Args:
             name: `<key>.<part>`, ASCII, at most 100 characters; the parts of a key follow each other.
             data: The payload.
-            sha256: Its digest (hex), if the caller has it already.
+            sha256: The payload's digest (hex), if the caller has it already.
         """
         self._write(_header(name, len(data)))
         offset = self.num_bytes
@@ -59,7 +59,7 @@ class ShardWriter:
         return Member(name, offset, len(data), sha256 or hashlib.sha256(data).hexdigest(), zlib.crc32(data))
 
     def close(self) -> str:
-        """Write the end of the tar; returns the sha256 (hex) of the whole shard."""
+        """Write the end of the tar; return the sha256 (hex) of the whole shard."""
         self._write(b"\0" * (2 * BLOCK_BYTES))
         self._write(b"\0" * (-self.num_bytes % tarfile.RECORDSIZE))
         self._out.flush()
@@ -67,7 +67,7 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """Return what `tarfile` writes before a member, in a third of its time where only name and size differ."""
+    """Return the header that `tarfile` would write, in a third of the time if only name and size differ."""
     encoded = name.encode()
     if len(encoded) >= 100 or size >= 8**11 or not name.isascii():
         return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
@@ -94,7 +94,7 @@ TEMPLATE = _template()
 
 
 def write_shard(file: Path, members: list[tuple[str, bytes]]) -> tuple[list[Member], int, str]:
-    """Write a whole shard to a local file: the members, its bytes, its sha256."""
+    """Write a whole shard to a local file; return its members, its number of bytes and its sha256."""
     with file.open("wb") as out:
         writer = ShardWriter(out)
         written = [writer.add(name, data) for name, data in members]

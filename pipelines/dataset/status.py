@@ -1,10 +1,10 @@
-"""What became of a row: its status, and the reason if it is not kept. Light, so that configuration may import it."""
+"""The status of a row, and the reason if it is not kept. Light, so that configuration may import it."""
 
 from enum import StrEnum
 
 
 class Status(StrEnum):
-    """What became of a source row. Rows read = kept + tie + duplicate + quarantined, always."""
+    """The status of a source row. Rows read = kept + tie + duplicate + quarantined, always."""
 
     KEPT = "kept"
     TIE = "tie"

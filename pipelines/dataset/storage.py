@@ -1,7 +1,7 @@
-"""A storage at one URL, through fsspec: every byte that the product reads or writes goes through here.
+"""A storage at one URL, through fsspec: every byte that mapo reads or writes goes through here.
 
-A write is whole or absent: local files are written beside their name and renamed, objects are put as a whole and the
-store is asked what it holds then. Transient errors are retried; a short read is an error, never short data.
+A write is complete or absent: local files are written under a temporary name and renamed; objects are uploaded as a
+whole, and then checked on the store. Transient errors are retried; a short read is an error, never short data.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ PATIENCE = "MAPO_STORAGE_PATIENCE_S"
 LAST_START_S = 120.0  # no attempt begins later than this after the first
 COPIED_BYTES = 1 << 22
 UNFINISHED = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.tmp")  # what `_put` writes beside a name, left by a killed writer
-PLACE_HINT = "check that the place exists, that you may use it, and that credentials are in the environment"
+PLACE_HINT = "check that the path exists, that you have access to it, and that credentials are in the environment"
 
 
 def retry(action: Callable[[], T], *, patience: float = 0.0) -> T:
-    """Run `action`, again after an error that `is_transient`; the last error is raised as it is.
+    """Run `action`, and retry it after an error that `is_transient`; raise the last error unchanged.
 
-    Waits are drawn between half and all of their length, so that many clients do not come back at once.
+    Waits are drawn between half and all of their length, so that many clients do not retry at the same moment.
 
     Args:
-        action: What to do.
-        patience: Seconds for which an outage is sat out, whatever the number of attempts; wrong bytes are not.
+        action: The function to run.
+        patience: Seconds to wait out an outage, whatever the number of attempts; not for wrong bytes.
     """
     started = time.monotonic()
     for attempt in itertools.count():
@@ -70,9 +70,9 @@ def retry(action: Callable[[], T], *, patience: float = 0.0) -> T:
 
 
 def patience_s() -> float:
-    """Return for how long to wait for an object store that does not answer: `MAPO_STORAGE_PATIENCE_S`, set by a run.
+    """Return how long to wait for an object store that does not answer: `MAPO_STORAGE_PATIENCE_S`, set by a run.
 
-    Outside of a run it is 0: whoever has mistyped an address wants to know it soon.
+    Outside of a run it is 0, so that a mistyped address is reported soon.
     """
     try:
         return float(os.environ.get(PATIENCE, "0"))
@@ -90,10 +90,10 @@ def absolute_url(url: str) -> str:
 class Storage:
     """A folder on any fsspec file system; names are relative to it and use '/'.
 
-    Crosses process borders as its URL alone, so that a file system is opened where it is used.
+    Pickled as its URL alone, so that a file system is opened where it is used.
 
     Raises:
-        StorageError: Every failed read or write, with its path and a hint.
+        StorageError: From every failed read or write, with its path and a hint.
     """
 
     def __init__(self, url: str) -> None:
@@ -131,7 +131,7 @@ class Storage:
         return f"{root.rstrip('/')}/{name}" if name else root
 
     def uri(self, name: str = "") -> str:
-        """Return the URL of `name`, for libraries that open it themselves."""
+        """Return the URL of `name`, for libraries that open objects themselves."""
         return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
     def child(self, name: str) -> "Storage":
@@ -146,7 +146,7 @@ class Storage:
         except Exception as error:  # each fsspec back end has its own exception tree
             text = str(error) or type(error).__name__
             if isinstance(error, FileNotFoundError) and " " not in text:  # often the path alone
-                text = "there is no such object"
+                text = "no such object"
             raise StorageError(f"cannot {what} {self.uri(name)}: {text}", PLACE_HINT) from error
 
     def exists(self, name: str) -> bool:
@@ -154,7 +154,7 @@ class Storage:
         return bool(self._attempt("look up", name, lambda: self.fs.exists(self.path(name))))
 
     def size(self, name: str) -> int:
-        """Return the bytes of an object, as a number."""
+        """Return the size of an object in bytes."""
         return int(self._attempt("look up", name, lambda: self.fs.size(self.path(name))))
 
     def names(self, folder: str = "") -> list[str]:
@@ -205,9 +205,9 @@ class Storage:
             raise
 
     def _is_damaged(self, cause: BaseException | None, name: str, end: int) -> bool:
-        """Return whether a failed read is the object's fault, and not the network's.
+        """Return whether a failed read is the object's fault, not the network's.
 
-        An object store refuses a range past the end as a whole; a short answer about a long object was cut on its way.
+        An object store refuses a range past the end entirely; a short answer for a long object was cut in transit.
         """
         if isinstance(cause, WrongBytes) and not isinstance(cause, ShortBytes):
             return True
@@ -219,14 +219,14 @@ class Storage:
             return False
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole object; readers see the old one or this one, never a part."""
+        """Write a whole object; readers see the old one or this one, never a part."""
         self._attempt("write", name, lambda: self._put(name, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put a whole object that nobody has put before; of several writers at once one succeeds.
+        """Write a whole object unless it exists; of several concurrent writers exactly one succeeds.
 
         Returns:
-            Whether the object is this one now. The same bytes count as this one: the answer may have been lost.
+            Whether the object is now this one. An object with the same bytes counts: the answer may have been lost.
         """
         try:
             self._attempt("create", name, lambda: self._create(name, data))
@@ -254,11 +254,11 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     def upload(self, name: str, local_file: Path) -> None:
-        """Put a local file as a whole object."""
+        """Upload a local file as a whole object."""
         self._attempt("write", name, lambda: self._put(name, local_file))
 
     def upload_folder(self, name: str, local_folder: Path) -> None:
-        """Put every file of a local folder below `name`."""
+        """Upload every file of a local folder below `name`."""
         for file in sorted(found for found in local_folder.rglob("*") if found.is_file()):
             self.upload(f"{name}/{file.relative_to(local_folder).as_posix()}", file)
 
@@ -298,9 +298,9 @@ class Storage:
 
     @contextlib.contextmanager
     def unfinished(self, name: str) -> Iterator[Path]:
-        """Give a local file in which to gather what `upload` will put under this name; remove it afterwards.
+        """Yield a local file to fill before `upload` under this name; remove it afterwards.
 
-        In a local storage it lies beside the name, so that `upload` renames it and copies nothing.
+        In a local storage it lies next to the name, so that `upload` renames it and copies nothing.
         """
         if not self.is_local:
             with tempfile.TemporaryDirectory(prefix="mapo-unfinished-") as folder:
@@ -318,19 +318,19 @@ class Storage:
         self._attempt("delete", name, lambda: self.fs.rm(self.path(name)) if self.fs.exists(self.path(name)) else None)
 
     def check_writable(self) -> None:
-        """Write and remove a small object, so that a wrong place is found before the work."""
+        """Write and remove a small object, so that a wrong path is found before any work."""
         probe = f".write-probe-{uuid.uuid4().hex[:8]}"
         self.write(probe, b"probe")
         self.delete(probe)
 
 
 def _beside(target: Path) -> Path:
-    """Return the temporary name beside a file, under which it is written first."""
+    """Return the temporary name next to a file, under which it is written first."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _pread(path: str, offset: int, length: int) -> bytes:
-    """Read a range of a local file in three system calls: a third of the time of fsspec, and nothing is kept open."""
+    """Read a range of a local file in three system calls: three times as fast as fsspec, and nothing stays open."""
     opened = os.open(path, os.O_RDONLY)
     try:
         return os.pread(opened, length, offset)
@@ -345,10 +345,10 @@ def file_sha256(file: Path) -> str:
 
 
 def is_whole(data: bytes, sha256: str | None, crc32: int | None = None) -> bool:
-    """Return whether bytes match their digest, as far as one is known.
+    """Return whether bytes match their digest, if one is known.
 
-    Of both the CRC-32 is asked: it finds all that disks and networks do, and takes a fifth of the time of sha256 where
-    a processor has no instructions for that (270 and 1,310 us for the latents of a pair of 1024 x 1024).
+    If both are known, the CRC-32 is checked: it finds all errors of disks and networks, in a fifth of the time of
+    sha256 on processors without instructions for that (270 and 1,310 us for the latents of a 1024 x 1024 pair).
     """
     if crc32 is not None:
         return zlib.crc32(data) == crc32

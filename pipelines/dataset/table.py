@@ -1,8 +1,8 @@
 """Delta tables: append a unit once, pin a version, read columns.
 
-A unit of work is a Delta application transaction: `append` writes its rows and marks it in one commit, and
-`is_committed` asks for the mark. Of several writers of one unit exactly one wins. What no committed row
-points to does not exist.
+A unit of work is a Delta application transaction: `append` writes its rows and marks the unit in one commit, and
+`is_committed` looks for the mark. Of several writers of one unit exactly one wins. Objects that no committed
+row points to do not exist for readers.
 """
 
 import os
@@ -36,7 +36,7 @@ CONFIGURATION: dict[str, str | None] = {"delta.logRetentionDuration": "interval 
 
 
 class Commit(Enum):
-    """What became of a commit on top of a given version."""
+    """The outcome of a commit on top of a given version."""
 
     DONE = "done"
     ALREADY_DONE = "already done"  # the unit was committed before
@@ -44,7 +44,7 @@ class Commit(Enum):
 
 
 def storage_options(url: str) -> dict[str, str]:
-    """Return what delta-rs needs beyond the environment that it reads itself."""
+    """Return the options that delta-rs needs in addition to the environment, which it reads itself."""
     options = {}
     if "://" in url and (patience := patience_s()):
         options = {"max_retries": str(MAX_REQUESTS), "retry_timeout": f"{patience:.0f}s"}
@@ -54,13 +54,13 @@ def storage_options(url: str) -> dict[str, str]:
 
 
 class Table:
-    """One Delta table below a storage; opened when first used, brought up to date before each question.
+    """One Delta table below a storage; opened when first used, and updated before each query.
 
     Args:
-        storage: Where the table's folder lies.
+        storage: The storage of the table's folder.
         name: The folder.
         schema: Columns and types of its rows.
-        version: Pin this version: reads see it for ever, appends are refused.
+        version: Pin this version: reads always see it, and appends are refused.
     """
 
     def __init__(self, storage: Storage, name: str, schema: pa.Schema, version: int | None = None) -> None:
@@ -72,7 +72,7 @@ class Table:
 
     @property
     def uri(self) -> str:
-        """Where the table lies, for other readers of Delta tables."""
+        """The table's URL, for other readers of Delta tables."""
         return self._storage.uri(self._name)
 
     def _open(self) -> DeltaTable | None:
@@ -123,7 +123,7 @@ class Table:
         """Commit the rows of a unit, once.
 
         Returns:
-            True if this call committed them; False if the unit was there already.
+            True if this call committed them; False if the unit was already in the table.
 
         Raises:
             StorageError: The commit failed for another reason.
@@ -146,7 +146,7 @@ class Table:
         raise StorageError(f"cannot commit unit {unit} to {self.uri}: {_one_line(refused)}", PLACE_HINT) from refused
 
     def append_on(self, version: int | None, unit: str, rows: pa.Table) -> Commit:
-        """Commit the rows of a unit if `version` is still the newest: they were made with what it holds in mind.
+        """Commit the rows of a unit if `version`, on which they were judged, is still the newest.
 
         Raises:
             StorageError: The commit failed for another reason.
@@ -168,18 +168,18 @@ class Table:
         return Commit.DONE
 
     def rewrite(self, change: Callable[[pa.Table], pa.Table], where: ds.Expression, *, name: str) -> int:
-        """Change rows in one commit: the units that have rows of a condition are written anew; how many rows that is.
+        """Rewrite the units that have rows meeting a condition, in one commit; return the number of rows rewritten.
 
-        Rows go through Arrow. delta-rs's own update and merge leave files of another string type behind, in which
-        Arrow can filter nothing.
+        Rows go through Arrow. delta-rs's own update and merge leave files with another string type behind, which
+        Arrow cannot filter.
 
         Args:
-            change: From all rows of these units to what they shall be; may be called again after another's commit.
+            change: Maps all rows of these units to their new rows; called again after another writer's commit.
             where: Rows that must change; none of them may be left afterwards.
-            name: What the commit is called in the table's history.
+            name: Name of the commit in the table's history.
 
         Raises:
-            StorageError: The commit failed, also after `MAX_REVISIONS` commits of others.
+            StorageError: The commit failed, or lost to others `MAX_REVISIONS` times.
         """
         assert self._pinned is None, "a pinned table is read-only"
         for attempt in range(MAX_REVISIONS):
@@ -206,14 +206,14 @@ class Table:
             else:
                 return int(rows.num_rows)
         raise StorageError(
-            f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last: {_one_line(refused)}",
-            "other writers' commits came first each time: let the ingest end, then run the command again",
+            f"cannot change {self.uri} ({name}): refused {MAX_REVISIONS} times, last with: {_one_line(refused)}",
+            "other writers committed first each time: let the ingest finish, then run the command again",
         ) from refused
 
     def merge_files(self) -> tuple[int, int]:
-        """Rewrite many small files of the table as few; return their number before and after. Rows do not change.
+        """Merge the table's small files into fewer; return their number before and after. Rows do not change.
 
-        Other writers go first: if one of them changes the same files meanwhile, nothing is merged.
+        Other writers have precedence: if one of them changes the same files meanwhile, nothing is merged.
         """
         assert self._pinned is None, "a pinned table is read-only"
         before = len(self.files())
@@ -227,12 +227,12 @@ class Table:
         return before, len(self.files())
 
     def _schema_mode(self) -> Literal["merge"] | None:
-        """Add the columns that an older table lacks; columns that a newer one has are null in our rows."""
+        """Add the columns that an older table does not have; additional columns of a newer one are null in our rows."""
         assert self._table is not None
         return None if set(self.schema.names) == {field.name for field in self._table.schema().fields} else "merge"
 
     def _is_marked(self, mark: str) -> bool:
-        """Return whether one of the newest commits has this mark, whatever its writer was told."""
+        """Return whether one of the newest commits has this mark, whatever answer its writer got."""
         table = self._open()
         try:
             return table is not None and any(commit.get(MARK) == mark for commit in table.history(MARK_DEPTH))
@@ -243,7 +243,7 @@ class Table:
         """Commit on top of the version in which `is_committed` did not find the unit.
 
         delta-rs refuses a transaction only if it landed after the version that the commit starts from. So the table
-        is not opened anew here, and whoever makes it must be the one who does: that commit is not tried again.
+        is not reopened here, and the commit that creates a table is not retried: its writer must be the creator.
         """
         is_new = self._table is None
         write_deltalake(
@@ -294,7 +294,7 @@ class Table:
         table = self._open()
         if table is None:
             raise SnapshotError(
-                f"there is no table at {self.uri}", "`mapo ingest CONFIG` makes one; is the storage right?"
+                f"there is no table at {self.uri}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
             )
         return _dataset(table)
 
@@ -307,7 +307,7 @@ class Table:
         return int(counted or 0) if where is None else int(_dataset(table).count_rows(filter=where))
 
     def may_have_null(self, column: str) -> bool:
-        """Return whether some row may lack a value, as far as the statistics of the table's files tell."""
+        """Return whether some row may have no value, as far as the statistics of the table's files tell."""
         table = self._open()
         if table is None:
             return False
@@ -325,7 +325,7 @@ class Table:
     def batches_of(
         self, files: frozenset[str], columns: list[str], where: ds.Expression | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Read rows of these files alone: what was appended since the version that had the others."""
+        """Read the rows of these files only: those appended since the version that had the others."""
         table = self._open()
         if table is None or not files:
             return

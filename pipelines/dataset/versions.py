@@ -1,4 +1,4 @@
-"""The versions of a table, from its log: when each was made, by what, and which files it is made of."""
+"""The versions of a table, from its log: when and by what each was made, and its files."""
 
 import json
 import re
@@ -22,10 +22,10 @@ class Version:
     """One commit.
 
     Args:
-        number: From 0.
-        time: When it was made, by the clock of who made it; UTC.
-        operation: `append`, `remove`, `compact`, or what delta-rs calls it, in lower case.
-        units: Units of work that came in with it.
+        number: The version's number, from 0.
+        time: Time of the commit by its writer's clock, UTC.
+        operation: `append`, `remove`, `compact`, or delta-rs's own name in lower case.
+        units: Units of work that it committed.
         added: Its new files with the rows in each; None if the log does not say.
         dropped: Files that are no longer part of the table.
     """
@@ -42,29 +42,29 @@ def versions(table: Storage) -> list[Version]:
     """List every version of the table in this folder, oldest first; none if there is no table.
 
     Raises:
-        StorageError: The log has a gap, so that what old versions are made of is unknown.
+        StorageError: The log has a gap, so that the files of old versions are unknown.
     """
     names = sorted(name for name in table.names(LOG) if ENTRY.fullmatch(name))
     with ThreadPoolExecutor(READERS) as readers:
         found = list(readers.map(lambda name: _version(name, table.read(name)), names))
     if [version.number for version in found] != list(range(len(found))):
         raise StorageError(
-            f"the log of {table.url} lacks entries: it has {len(found):,} of "
+            f"entries are missing from the log of {table.url}: it has {len(found):,} of "
             f"{found[-1].number + 1 if found else 0:,} versions",
-            "something other than mapo deleted them; gc and history need the whole log",
+            "something other than mapo deleted them; gc and history need the complete log",
         )
     return found
 
 
 def versions_after(table: Storage, number: int) -> list[Version]:
-    """List the versions that came after one, oldest first; no other entry of the log is read."""
+    """List the versions after `number`, oldest first; no other entry of the log is read."""
     names = sorted(name for name in table.names(LOG) if (entry := ENTRY.fullmatch(name)) and int(entry[1]) > number)
     with ThreadPoolExecutor(READERS) as readers:
         return list(readers.map(lambda name: _version(name, table.read(name)), names))
 
 
 def files_of(history: Sequence[Version], wanted: Collection[int]) -> Iterator[tuple[int, frozenset[str]]]:
-    """Yield the files that each wanted version is made of, oldest first; the whole history is needed."""
+    """Yield the files of each wanted version, oldest first; `history` must be complete."""
     live: set[str] = set()
     for version in history:
         live = (live - version.dropped) | set(version.added)

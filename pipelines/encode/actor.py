@@ -1,4 +1,4 @@
-"""What the actors of text embeddings and of latents share: a configuration, a storage, and the driver's fingerprint."""
+"""Shared by the actors of text embeddings and of latents: configuration, storage, and the driver's fingerprint."""
 
 from typing import Any
 
@@ -8,17 +8,19 @@ from pipelines.units.actor import UnitActor
 
 
 class EncodeActor(UnitActor):
-    """A `UnitActor` of encode; a subclass says what it writes and with what.
+    """A `UnitActor` of encode; a subclass defines what it writes, and with which model.
 
     Args:
-        config: What to write.
-        storage: Where pairs are and shards go.
-        fingerprint: Of the model and the settings, as the driver has it.
-        num_threads: Threads of torch.
+        config: The section `encode`.
+        storage: The storage of pairs and shards.
+        fingerprint: Fingerprint of the model and the settings, from the driver.
+        num_threads: Number of torch threads.
         attempts: From `new_attempts`.
     """
 
-    way_out = "did they run out of memory? lower `encode.batch_size`, or give the nodes more; finished work stays"
+    way_out = (
+        "did they run out of memory? lower `encode.batch_size` or use nodes with more memory; finished work is kept"
+    )
 
     def __init__(
         self, config: EncodeConfig, storage: Storage, fingerprint: str, num_threads: int, attempts: Any

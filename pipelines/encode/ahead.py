@@ -1,7 +1,7 @@
-"""Latents encoded while the ingest is still running, by one execution that lasts until all committed pairs are done.
+"""Encodes latents while the ingest is still running, in one execution that lasts until all committed pairs are done.
 
-Prompts are left to `encode`: which of them share a shard would follow from the moment. Latents do not: a unit is a
-shard, whenever it is encoded.
+Prompts are left to `encode`, because timing would decide which of them share a shard. Latents have no such problem: a
+unit is a pair shard, whenever it is encoded.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ MIN_UNITS = 4  # or one for each encoder: no device is taken for less
 
 
 class LatentsAhead:
-    """`run` belongs to a thread of its own; the other methods are for the thread that ingests.
+    """Encoding alongside ingest: `run` needs its own thread; the other methods are for the thread that ingests.
 
     Args:
-        config: As for `encode`.
-        storage: Where the ingest commits to.
+        config: The section `encode`.
+        storage: The storage that the ingest commits to.
     """
 
     def __init__(self, config: EncodeConfig, storage: Storage) -> None:
@@ -44,7 +44,7 @@ class LatentsAhead:
         self._failed: Exception | None = None
 
     def finish(self) -> None:
-        """Let `run` end when all that the ingest has committed is encoded; called when the ingest is over."""
+        """Let `run` end once everything committed is encoded; called when the ingest is over."""
         self._is_over.set()
 
     def stop(self) -> None:
@@ -53,15 +53,15 @@ class LatentsAhead:
         self._is_over.set()
 
     def take_speed(self) -> Speed | None:
-        """Return what was done since this was last called, and how fast; None if nothing."""
+        """Return what was encoded since the last call, and how fast; None if nothing."""
         return None if self._tally is None else self._tally.take()
 
     def run(self) -> None:
-        """Encode what is committed, until `finish` and the last of it, or until `stop`. Needs a running Ray.
+        """Encode committed pairs until `finish` and the last of them, or until `stop`. Needs a running Ray.
 
         Raises:
-            MapoError: As for `encode`; what is encoded stays. More drops than the limit allows of all that was given
-                out so far end it, so that nobody waits for the last source file to hear of a wrong VAE.
+            MapoError: As for `encode`; finished units are kept. Drops above the limit among the pairs so far also end
+                it, so that a wrong VAE is reported before the last source file is read.
         """
         parts = latents_parts(self._config)
         fingerprint = fingerprint_of(parts)
@@ -82,7 +82,7 @@ class LatentsAhead:
             raise self._failed
 
     def _encode(self, feed: UnitFeed, fingerprint: str, progress: ProgressBar) -> None:
-        """Commit units as they are done, until the feed is closed; do nothing if ingest ends before there is a node."""
+        """Commit finished units until the feed is closed; do nothing if ingest ends before there is a node."""
         pool, table = divide_cluster(self._config), latents_table(self._storage, fingerprint)
         if not wait_until_placed(demand_of(self._config), None, count=pool.first, is_stopped=self._is_over.is_set):
             return  # the stage `encode` waits in its place, and says so
@@ -101,7 +101,7 @@ class LatentsAhead:
                     break
 
     def _is_worth_it(self, fingerprint: str) -> bool:
-        """Wait for enough to do; False if the ingest ends before."""
+        """Wait for enough work; return False if the ingest ends first."""
         enough = min(MIN_UNITS, self._config.worker_range[0])
         return any(len(units) >= enough for units in self._looks(fingerprint)) and not self._is_over.is_set()
 
@@ -121,7 +121,7 @@ class LatentsAhead:
                 yield [unit for unit in found if unit.rows["shard"][0].as_py() not in self._given]
 
     def _feed(self, feed: UnitFeed, fingerprint: str, progress: ProgressBar) -> None:
-        """Give out what is committed, until the ingest is over; in a thread."""
+        """Feed committed units until the ingest is over; runs in a thread."""
         try:
             for units in self._looks(fingerprint):
                 num_rows = sum(unit.rows.num_rows for unit in units)

@@ -1,7 +1,7 @@
-"""The embedding of "", which some trainings need: others on the same storage do not notice that it was added.
+"""The embedding of "", which some trainings need; adding it does not affect other trainings on the same storage.
 
-A training is pinned to versions of the tables, and another version would be another training. So those that do not ask
-for the embedding of "" read the text embeddings as they were before it came, if nothing came after it.
+A training is pinned to versions of the tables, and another version would be another training. So trainings that do not
+need the embedding of "" read the version before it was added, if nothing was added after it.
 """
 
 from pipelines.dataset.layout import TEXT, text_table
@@ -11,14 +11,14 @@ from pipelines.encode.plan import empty_unit_id
 
 
 def text_version_without_empty_prompt(storage: Storage, fingerprint: str) -> int | None:
-    """Return the newest version of a text table, before the commit of the embedding of "" if that is the last.
+    """Return the newest version of a text table, or the one before it if the newest only added the embedding of "".
 
     Args:
-        storage: Of the data set.
-        fingerprint: Names the table.
+        storage: The data set's storage.
+        fingerprint: The table's fingerprint.
 
     Returns:
-        None if there is no table.
+        The version; None if there is no table.
     """
     newest = text_table(storage, fingerprint).version
     if not newest:

@@ -20,23 +20,23 @@ from pipelines.dataset.model_files import ModelSource, read_family, resolve_mode
 
 __all__ = ["Embedded", "LatentEncoder", "TextEncoder", "quiet_diffusers", "resolve_model", "usable_device"]
 
-WAY_OUT = "is it a whole pipeline? load it once with diffusers and `save_pretrained` it again"
+WAY_OUT = "is the pipeline complete? load it with diffusers and save it again with `save_pretrained`"
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """One prompt as `encode_prompt` gives it, on the CPU."""
+    """The embedding of one prompt from `encode_prompt`, on the CPU."""
 
     prompt_embeds: Tensor
     """S, D."""
     pooled_prompt_embeds: Tensor | None
-    """P; None of a family whose UNet takes none."""
+    """P; None for a family whose UNet takes none."""
     num_tokens: int
-    """Of the longer tokenizer, with both end marks, before truncation."""
+    """Number of tokens of the longer tokenizer, with both end marks, before truncation."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by the names under which it is stored."""
+        """The existing tensors, by the names under which they are stored."""
         found = {"prompt_embeds": self.prompt_embeds, "pooled_prompt_embeds": self.pooled_prompt_embeds}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -47,12 +47,12 @@ class Embedded:
 
 
 def usable_device() -> torch.device:
-    """Return the GPU that Ray gave to this process, else the CPU."""
+    """Return the GPU that Ray assigned to this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quiet_diffusers() -> None:
-    """Show only errors of diffusers and transformers, and no progress bars; call it before importing their parts."""
+    """Show only errors of diffusers and transformers, and no progress bars; call this before importing their parts."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -63,7 +63,7 @@ def quiet_diffusers() -> None:
 
 @contextlib.contextmanager
 def _loading(part: str, folder: Path) -> Iterator[None]:
-    """Turn whatever a library raises on a bad part into an error that names the part."""
+    """Turn any error of a library on a bad part into an error that names the part."""
     try:
         yield
     except ModelError:
@@ -74,12 +74,13 @@ def _loading(part: str, folder: Path) -> Iterator[None]:
 
 
 def _check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> None:
-    """Check that the file has all weights: missing ones would be random, without a word."""
+    """Check that the file has all weights: missing ones would silently be random."""
     lacking = sorted(loading_info.get("missing_keys") or ())
     lacking += sorted(str(key) for key in loading_info.get("mismatched_keys") or ())
     if lacking:
         raise ModelError(
-            f"the weights of the {part} of {folder} lack {len(lacking)} tensors, such as {lacking[0]}", WAY_OUT
+            f"{len(lacking)} tensors are missing from the weights of the {part} of {folder}, such as {lacking[0]}",
+            WAY_OUT,
         )
 
 
@@ -87,7 +88,7 @@ def load_vae(source: ModelSource) -> Any:
     """Load the VAE as diffusers' `AutoencoderKL`, in float32, on the CPU.
 
     Raises:
-        ModelError: It cannot be loaded.
+        ModelError: The VAE cannot be loaded.
     """
     quiet_diffusers()
     from diffusers import AutoencoderKL
@@ -103,27 +104,27 @@ def load_vae(source: ModelSource) -> Any:
 
 @dataclass(frozen=True)
 class Launched:
-    """A pass that runs, perhaps still on the GPU."""
+    """A running pass, perhaps still on the GPU."""
 
     _latents: Tensor
     _seconds: Callable[[], float]
 
     def wait(self) -> tuple[Tensor, float]:
-        """Return the latents (B, C, h, w; float32, on the CPU), and the seconds that the device was busy with them."""
+        """Return the latents (B, C, h, w; float32, on the CPU), and the seconds that the device spent on them."""
         seconds = self._seconds()
         return self._latents, seconds
 
 
 class LatentEncoder:
-    """Images to latents: the mean of the posterior, unscaled.
+    """Encoder of images to latents: the mean of the posterior, unscaled.
 
-    In float32 every number is diffusers' own. tf32, bfloat16 and float16 take the layout that tensor cores read
-    (channels last); tf32 means that a GPU rounds the inputs of products to 10 bits, and changes nothing else.
+    In float32 every number equals diffusers'. tf32, bfloat16 and float16 use the channels-last layout of tensor cores;
+    tf32 means that a GPU rounds the inputs of products to 10 bits, and changes nothing else.
 
     Args:
-        source: The pipeline, or another VAE that it names.
-        dtype: What the VAE computes in: float32, tf32, bfloat16 or float16.
-        device: Where it runs; by default the GPU if there is one.
+        source: The pipeline, with its own VAE or the one that replaces it.
+        dtype: Type that the VAE computes in: float32, tf32, bfloat16 or float16.
+        device: The device; by default the GPU if there is one.
 
     Raises:
         ModelError: The VAE cannot be loaded.
@@ -141,10 +142,10 @@ class LatentEncoder:
 
     @torch.no_grad()
     def launch(self, images: NDArray[np.uint8]) -> Launched:
-        """Start a pass over images of one shape; on a GPU it goes on while the caller does something else.
+        """Start a pass over images of one shape; on a GPU it runs while the caller does something else.
 
         Args:
-            images: B, H, W, C; 0..255.
+            images: B, H, W, C; values in 0..255.
         """
         on_gpu = self.device.type == "cuda"
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on_gpu else (None, None)
@@ -178,13 +179,13 @@ class LatentEncoder:
 
 
 class TextEncoder:
-    """Prompts to embeddings, by `encode_prompt` of the pipeline's own class.
+    """Encoder of prompts to embeddings, with `encode_prompt` of the pipeline's own class.
 
-    In float32: all prompts of Pick-a-Pic are minutes of one GPU, whatever the type.
+    In float32: all prompts of Pick-a-Pic take one GPU minutes, whatever the type.
 
     Args:
         source: The pipeline.
-        device: Where it runs; by default the GPU if there is one.
+        device: The device; by default the GPU if there is one.
 
     Raises:
         ModelError: A text encoder or tokenizer cannot be loaded.
@@ -224,7 +225,7 @@ class TextEncoder:
         return [Embedded(*found) for found in zip(embeds_BSD.cpu(), pooled_BP, counts, strict=True)]
 
     def null(self) -> Embedded:
-        """Return what a dropped prompt becomes: the embedding of "", or zeros if the pipeline asks for them."""
+        """Return the replacement of a dropped prompt: the embedding of "", or zeros if the pipeline uses them."""
         (empty,) = self([""])
         if not self._pipeline.config.get("force_zeros_for_empty_prompt", False):
             return empty

@@ -1,6 +1,6 @@
 """The encode stage: missing latents and text embeddings are encoded on Ray Data actors and committed.
 
-Invariants: what has a row under the fingerprint is never encoded again; a shard exists only once a row points to it;
+Invariants: items with a row under the fingerprint are never encoded again; a shard exists only once a row points to it;
 a distinct prompt is embedded once, a distinct image of a shard once; the bytes of a unit are the same every time.
 """
 
@@ -28,27 +28,27 @@ def encode(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool
     """Bring latents and text embeddings up to date with the kept pairs. Needs a running Ray.
 
     Args:
-        config: What to encode with.
-        storage: Of the data set.
-        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
+        config: The section `encode`.
+        storage: The data set's storage.
+        include_empty_prompt: Whether to embed "" in addition to the prompts.
 
     Returns:
-        For `text` and `latents` what was done and how fast; None where nothing was missing.
+        For `text` and `latents`, what was encoded and how fast; None if nothing was missing.
 
     Raises:
-        ModelError: The model is missing, damaged or of no kind that we know.
+        ModelError: The model is missing, damaged or not supported.
         ConfigError: The model cannot be run with these settings.
-        SnapshotError: There is no kept pair.
+        SnapshotError: There are no kept pairs.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
-        EncodingError: There is no memory for even one image, or actors die of a unit again and again.
-        ClusterError: No node has what an encoder asks for, and none came.
+        EncodingError: There is not enough memory for even one image, or a unit repeatedly kills its actor.
+        ClusterError: No node has the resources of an encoder, and none joined in time.
     """
     config = with_absolute_paths(config)
     todo = pending(config, storage, include_empty_prompt=include_empty_prompt)
     if not todo.num_kept:
         raise SnapshotError(
-            f"there is no kept pair in {storage.uri('dataset/pairs')}, so there is nothing to encode",
-            "run `mapo ingest` first; `mapo data show` lists what became of the rows",
+            f"there are no kept pairs in {storage.uri('dataset/pairs')}, so there is nothing to encode",
+            "run `mapo ingest` first; `mapo data show` lists why rows were not kept",
         )
     check_settings(config)
     if not todo.is_empty:
@@ -57,7 +57,7 @@ def encode(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool
 
 
 def _stages(config: EncodeConfig, storage: Storage, todo: Pending) -> Iterator["_Stage"]:
-    """Yield text, then latents: text is short, and a wrong text encoder should show before hours of images."""
+    """Yield text, then latents: text is quick, and a wrong text encoder should show before hours of images."""
     table = text_table(storage, fingerprint_of(todo.text_parts))
     yield _Stage("text", "prompt", todo.texts, table, TEXT, todo.text_parts, config, storage)
     table = latents_table(storage, fingerprint_of(todo.latents_parts))
@@ -78,7 +78,7 @@ class _Stage:
     storage: Storage
 
     def run(self) -> Speed | None:
-        """Encode and commit the units, then hold the result against the limit of quarantined rows."""
+        """Encode and commit the units, then check the result against the limit of quarantined rows."""
         speed = self._encode() if self.units else None
         check_dropped(self.kind, self.item, self.table, self.config)
         return speed

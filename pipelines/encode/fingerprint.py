@@ -1,7 +1,7 @@
 """Fingerprints of everything that shapes encoded numbers: one for latents, one for text embeddings.
 
-Content, never a path: a model copied elsewhere has the same fingerprint, one changed byte of its weights has another.
-The driver asks at every start what is up to date, so neither ray, torch nor diffusers is imported here.
+They depend on content, never on a path: a copied model has the same fingerprint, and one changed byte of its weights
+gives another. The driver needs them at every start, so neither ray, torch nor diffusers is imported here.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def latents_fingerprint(config: EncodeConfig) -> str:
     """Return 32 hex digits that name everything that shapes a latent, except the image.
 
     Raises:
-        ModelError: The VAE is missing, damaged or something else.
+        ModelError: The VAE is missing, damaged or of another class.
     """
     return fingerprint_of(latents_parts(config))
 
@@ -41,7 +41,7 @@ def text_fingerprint(config: EncodeConfig) -> str:
     """Return 32 hex digits that name everything that shapes a text embedding, except the prompt.
 
     Raises:
-        ModelError: A text encoder or tokenizer is missing, damaged or something else.
+        ModelError: A text encoder or tokenizer is missing, damaged or of another class.
     """
     return fingerprint_of(text_parts(config))
 
@@ -52,12 +52,12 @@ def fingerprint_of(parts: JsonObject) -> str:
 
 
 def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
-    """Write what the fingerprint is made of beside its table, for people and for `stale`.
+    """Write the parts of a fingerprint next to its table, for people and for `stale`.
 
     Args:
-        storage: Where it goes.
+        storage: The data set's storage.
         folder: LATENTS or TEXT.
-        parts: Hashed by `fingerprint_of`.
+        parts: The parts that `fingerprint_of` hashes.
     """
     name = f"{folder}/{fingerprint_of(parts)}/{NOTE}"
     if not storage.exists(name):
@@ -65,13 +65,13 @@ def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
 
 
 def noted_parts(storage: Storage, folder: str, fingerprint: str) -> JsonObject:
-    """Read what `note_parts` wrote; return an empty object if nothing was written."""
+    """Read the parts written by `note_parts`; return an empty object if there are none."""
     name = f"{folder}/{fingerprint}/{NOTE}"
     return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
 
 
 def latents_parts(config: EncodeConfig) -> JsonObject:
-    """Return what `latents_fingerprint` is the hash of."""
+    """Return the parts that `latents_fingerprint` hashes."""
     read_model_index(config.source.folder())
     folder = config.source.vae_folder()
     found = read_config(folder / "config.json").get("_class_name")
@@ -93,7 +93,7 @@ def latents_parts(config: EncodeConfig) -> JsonObject:
 
 
 def text_parts(config: EncodeConfig) -> JsonObject:
-    """Return what `text_fingerprint` is the hash of. SDXL's parts name no family: its embeddings came first."""
+    """Return the parts that `text_fingerprint` hashes. For SDXL, the first family, they do not name the family."""
     folder = config.source.folder()
     index = read_model_index(folder)
     family = FAMILIES[index["_class_name"]]

@@ -34,7 +34,7 @@ MAX_AREA_ERROR = 0.125  # of a bucket's area against resolution^2; SDXL's own li
 
 @dataclass(frozen=True)
 class Cover:
-    """How an image covers a bucket: its size once resized, and where the bucket lies in it (pixels)."""
+    """How an image covers a bucket: its resized size, and the bucket's place in it (pixels)."""
 
     height: int
     width: int
@@ -44,7 +44,7 @@ class Cover:
 
 @dataclass(frozen=True)
 class Placed:
-    """An image in its bucket, with the six numbers that SDXL is told about it."""
+    """An image in its bucket, with its six time ids for SDXL."""
 
     pixels: NDArray[np.uint8]
     """H, W, C."""
@@ -53,11 +53,11 @@ class Placed:
 
 
 def bucket_list(resolution: int, buckets: bool | Sequence[Bucket]) -> tuple[Bucket, ...]:
-    """Return the buckets of a resolution: SDXL's own list scaled, the square alone, or the ones that are given.
+    """Return the buckets of a resolution: SDXL's own list scaled, the square alone, or the given ones.
 
     Args:
         resolution: Side of the square bucket; the others have about its area.
-        buckets: False: only the square. A list: these, whatever the resolution is.
+        buckets: True for SDXL's list, False for the square alone, or a list, whatever the resolution is.
     """
     square = (resolution, resolution)
     if not isinstance(buckets, bool):
@@ -84,12 +84,12 @@ def _scaled(side: int, resolution: int, step: int) -> int:
 def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tuple[Bucket, ...]) -> Bucket:
     """Choose the bucket of a pair: nearest, in log aspect, to the geometric mean of both aspects.
 
-    Of buckets with equally near aspects, the one whose area is nearest to the geometric mean of both areas; of these
-    the first.
+    If several are equally near, it is the one whose area is nearest to the geometric mean of both areas; if there are
+    still several, the first.
 
     Args:
         size_0: Height and width of one image.
-        size_1: The same of the other; their order does not matter.
+        size_1: Height and width of the other; the order does not matter.
         buckets: From `bucket_list`.
     """
     aspect = math.log((size_0[1] * size_1[1]) / (size_0[0] * size_1[0])) / 2
@@ -104,10 +104,10 @@ def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tup
 
 
 def cover(height: int, width: int, bucket: Bucket) -> Cover:
-    """Scale an image until it just covers the bucket; the bucket is its centre. Less than a pixel is stretched.
+    """Scale an image until it just covers the bucket, which is then its centre. It is stretched by less than a pixel.
 
-    For a square, sizes and offsets are those of the official training scripts: `torchvision.transforms.Resize`, which
-    cuts fractions of a pixel off, and `CenterCrop`, which rounds halves to even.
+    For a square, sizes and offsets equal those of the official training scripts: `torchvision.transforms.Resize`, which
+    truncates fractions of a pixel, and `CenterCrop`, which rounds halves to even.
     """
     bucket_height, bucket_width = bucket
     if bucket_width * height >= bucket_height * width:  # the image is narrower than the bucket: its width decides
@@ -118,7 +118,7 @@ def cover(height: int, width: int, bucket: Bucket) -> Cover:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image as it is meant to be seen: EXIF orientation applied, alpha on white, RGB.
+    """Open an image as a viewer shows it: EXIF orientation applied, alpha on white, RGB.
 
     Raises:
         OSError, SyntaxError, ValueError, EOFError: The image is damaged.
@@ -139,9 +139,9 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def place(image: Image.Image, bucket: Bucket) -> Placed:
-    """Resize to cover the bucket (bilinear, antialiased: as the official scripts) and crop its centre, in one pass.
+    """Resize to cover the bucket (bilinear, antialiased, as in the official scripts) and crop the centre, in one pass.
 
-    Only the part of the image that lies in the bucket is resampled, so that a very long image costs no memory.
+    Only the part of the image inside the bucket is resampled, so that a very long image takes no extra memory.
     """
     bucket_height, bucket_width = bucket
     height, width = image.height, image.width
@@ -160,7 +160,7 @@ def place(image: Image.Image, bucket: Bucket) -> Placed:
 def mirror(placed: Placed) -> Placed:
     """Mirror an image in its bucket left to right, as if it had been mirrored before it was resized.
 
-    The crop's left edge is that of the mirrored image: where a crop cuts off an odd number of columns, it is one off.
+    The crop's left edge is that of the mirrored image: it differs by one if the crop removes an odd number of columns.
     """
     height, width, top, left, *bucket = placed.time_ids
     cut_off = cover(height, width, (bucket[0], bucket[1])).width - bucket[1]

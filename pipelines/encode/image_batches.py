@@ -1,4 +1,4 @@
-"""The images of one unit on their way to the encoder: what is needed, read and decoded ahead, in batches of one shape.
+"""Prepares the images of one unit for the encoder: planned, read and decoded ahead, in batches of one shape.
 
 A distinct image is read, decoded and encoded once for each bucket it is in. Batches follow from the unit alone, so
 that its bytes are the same every time. Letters: B images, H rows, W columns, C channels, h and w of latents.
@@ -37,7 +37,7 @@ class ImageKey(NamedTuple):
 
 
 class Encoder(Protocol):
-    """What encodes: see `LatentEncoder`."""
+    """The encoder of images: see `LatentEncoder`."""
 
     def launch(self, images: NDArray[np.uint8]) -> Launched:
         """Start a pass over images (B, H, W, C; 0..255)."""
@@ -53,7 +53,7 @@ class Planned:
 
     @property
     def keys(self) -> tuple[ImageKey, ImageKey]:
-        """What its two images are known by."""
+        """The keys of its two images."""
         return ImageKey(self.row["image_0_sha256"], self.bucket), ImageKey(self.row["image_1_sha256"], self.bucket)
 
 
@@ -66,7 +66,7 @@ class Latents:
 
 
 def plan_pairs(pairs: Iterable[Row], buckets: tuple[Bucket, ...]) -> list[Planned]:
-    """Choose buckets by the sizes in the table, and find what is new in each pair."""
+    """Choose buckets by the sizes in the table, and find the new images of each pair."""
     seen: set[ImageKey] = set()
     planned = []
     for pair in pairs:
@@ -112,7 +112,7 @@ def _mirrored(key: ImageKey, image: Placed | Reason) -> tuple[ImageKey, Placed |
 
 
 def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
-    """Read the files of the new sides and check their digests; in one request if both are needed and lie together."""
+    """Read the files of the new sides and check their digests; in one request if both are needed and adjacent."""
     pair = planned.row
     places = {side: (pair[f"offset_{side}"], pair[f"length_{side}"]) for side in planned.new_sides}
     files: dict[int, bytes] = {}
@@ -129,16 +129,16 @@ def _read(planned: Planned, storage: Storage) -> dict[int, bytes]:
 
 
 class Batches:
-    """Gathers the images of a unit by bucket, and encodes whenever a bucket has a batch.
+    """Gathers the images of a unit by bucket, and encodes whenever a bucket has a full batch.
 
-    One pass runs while the next batch is gathered. Mirrored images have batches of their own, so that the others are
-    in the same ones, and have the same bits, with and without them.
+    One pass runs while the next batch is gathered. Mirrored images have separate batches, so that the others are in
+    the same batches, and have the same bits, with and without them.
 
     Args:
         encoder: Runs the passes.
-        batch_size: Images a pass; shared by all units of an actor.
-        dtype: Of what is kept.
-        effort: Where the device's time is counted.
+        batch_size: Images per pass; shared by all units of an actor.
+        dtype: Type of the stored latents.
+        effort: Counts the device's time.
     """
 
     def __init__(self, encoder: Encoder, batch_size: BatchSize, dtype: torch.dtype, effort: Effort) -> None:
@@ -148,7 +148,7 @@ class Batches:
         self._done: dict[ImageKey, Latents | Reason] = {}
 
     def add(self, key: ImageKey, image: Placed | Reason) -> None:
-        """Take an image, or the reason why there is none."""
+        """Add an image, or the reason why it is missing."""
         if isinstance(image, Reason):
             self._done[key] = image
             return
@@ -159,7 +159,7 @@ class Batches:
             self._encode(self._waiting.pop(kind))
 
     def finish(self) -> dict[ImageKey, Latents | Reason]:
-        """Encode what is left; the latents of every image, or why there are none."""
+        """Encode the rest; return the latents of every image, or the reason why it has none."""
         for images in self._waiting.values():
             self._encode(images)
         self._waiting.clear()
@@ -173,13 +173,13 @@ class Batches:
                 images = images[len(batch) :]
 
     def _launch(self, images: list[tuple[ImageKey, Placed]]) -> bool:
-        """Start a pass and take in the one before it; False if there is no memory for so many images."""
+        """Start a pass and collect the one before it; return False if there is not enough memory for so many images."""
         height, width = images[0][0].bucket
         launched = self._batch_size.attempt(
             lambda: self._encoder.launch(np.stack([image.pixels for _, image in images])),
             len(images),
             f"encode even one image of {height} x {width} pixels",
-            "lower `encode.resolution`, set `encode.vae_dtype` to bfloat16, or take larger machines",
+            "lower `encode.resolution`, set `encode.vae_dtype` to bfloat16, or use machines with more memory",
         )
         self._collect()
         if launched is not None:

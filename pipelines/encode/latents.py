@@ -1,4 +1,4 @@
-"""Writes the latents of a unit of pairs as one shard, while the next unit is read and the last one uploaded."""
+"""Writes the latents of a unit of pairs as one shard, while the next unit is read and the previous one uploaded."""
 
 import json
 import time
@@ -30,16 +30,16 @@ Loaded = Prefetch[Planned, list[tuple[ImageKey, Placed | Reason]]]
 class WriteLatents(EncodeActor):
     """Encode the pairs of a unit and write their shard; the only place that writes latents.
 
-    In:       A unit's pairs.        Out: its table rows, in the unit's order, and what it cost.
+    In:       A unit's pairs.        Out: its table rows, in the unit's order, and its cost.
     Runs as:  Ray Data actor, one GPU or CPU, called for several units at once: one is read, one is encoded, one is
               written. The latents of two units in memory (half a GB for a shard of 256 MB; twice that with `flips`).
     Retry:    safe: name and bytes follow from the unit alone.
-    Drops:    nothing: what cannot be encoded is a quarantined row with its reason.
+    Drops:    nothing: a pair that cannot be encoded is a quarantined row with its reason.
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
     """
 
     def describe(self, rows: pa.Table) -> str:
-        """Say what is done with a unit."""
+        """Describe the work on a unit, for an error."""
         return f"encoding the pairs of {rows['shard'][0]}"
 
     def new_writer(self) -> "LatentWriter":
@@ -53,11 +53,11 @@ class LatentWriter:
     """Writes units of one configuration; `write` may be called from several threads at once.
 
     Args:
-        config: What to write.
-        storage: Where pairs are and latents go.
-        fingerprint: Names the folder.
+        config: The section `encode`.
+        storage: The storage of pairs and latents.
+        fingerprint: The fingerprint, which names the folder.
         encoder: The VAE.
-        num_threads: Of torch.
+        num_threads: Number of torch threads.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LatentWriter:
         self._device = Device(num_threads)
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
-        """Write the shard of a unit; returns one row for every pair, in order, and what it cost."""
+        """Write the shard of a unit; return one row per pair, in order, and the unit's cost."""
         effort = Effort(num_slots=(4 if self._flips else 2) * rows.num_rows)
         planned = plan_pairs(rows.to_pylist(), self._buckets)
         loaded: Loaded = prefetch(

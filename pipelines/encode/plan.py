@@ -1,4 +1,4 @@
-"""The plan of encode: units of what is missing under the fingerprints, and whether the settings fit the model.
+"""The plan of encode: the units missing under the fingerprints, and whether the settings fit the model.
 
 Reads tables and the model's files; needs neither Ray nor torch.
 """
@@ -35,7 +35,7 @@ _KEPT = pc.field("status") == str(Status.KEPT)
 
 @dataclass(frozen=True)
 class Pending:
-    """What is not encoded yet under the configuration's fingerprints."""
+    """Pairs and prompts that are not encoded yet under the configuration's fingerprints."""
 
     num_kept: int
     """Kept pairs, encoded or not."""
@@ -54,9 +54,9 @@ def pending(config: EncodeConfig, storage: Storage, *, include_empty_prompt: boo
     """Plan the missing units.
 
     Args:
-        config: What to encode with.
-        storage: Of the data set.
-        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
+        config: The section `encode`.
+        storage: The data set's storage.
+        include_empty_prompt: Whether the embedding of "" is needed in addition to those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -84,9 +84,9 @@ def is_encoded(config: EncodeConfig, storage: Storage, *, include_empty_prompt: 
     """Return whether there are kept pairs, and all of them and their prompts are encoded; takes seconds.
 
     Args:
-        config: What to encode with.
-        storage: Of the data set.
-        include_empty_prompt: Whether the embedding of "" is wanted beside those of the prompts.
+        config: The section `encode`.
+        storage: The data set's storage.
+        include_empty_prompt: Whether the embedding of "" is needed in addition to those of the prompts.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
@@ -119,7 +119,7 @@ def _holds(known: Keys, wanted: Keys) -> bool:
 
 
 def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Unit]:
-    """Plan one unit for every pair shard with pairs that have no latents: those pairs, by shard and place in it."""
+    """Plan one unit per pair shard that has pairs without latents: those pairs, in order."""
     done = latents_table(storage, fingerprint).read(["pair_key"])["pair_key"]
     missing = kept.filter(pc.invert(pc.is_in(kept["pair_key"], pa.array(done.unique()))))
     missing = missing.sort_by([("shard", "ascending"), ("offset_0", "ascending")]).combine_chunks()
@@ -138,7 +138,7 @@ def text_units(
 ) -> list[Unit]:
     """Plan units of the distinct prompts (and the null conditioning) that have no embedding, sorted.
 
-    The embedding of "", where it is wanted, has the last unit alone: those of before are the same with and without it.
+    The embedding of "", if it is needed, is alone in the last unit: the other units are the same with and without it.
     """
     wanted = pa.concat_arrays([pa.array([NULL_PROMPT_ID]), kept_prompt_ids.unique()])
     done = pa.array(text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"].unique())
@@ -178,11 +178,11 @@ def with_absolute_paths(config: EncodeConfig) -> EncodeConfig:
 
 
 def check_settings(config: EncodeConfig) -> None:
-    """Find what cannot be encoded before any work.
+    """Check the settings against the model before any work.
 
     Raises:
         ModelError: The model is missing or of another family.
-        ConfigError: A bucket does not divide by the VAE's factor, or the VAE overflows in `vae_dtype`.
+        ConfigError: A bucket is not a multiple of the VAE's factor, or the VAE overflows in `vae_dtype`.
     """
     family = read_family(config.source.folder())
     vae = read_config(config.source.vae_folder() / "config.json")
@@ -190,12 +190,12 @@ def check_settings(config: EncodeConfig) -> None:
     for height, width in bucket_list(config.resolution, config.buckets):
         if height % factor or width % factor:
             raise ConfigError(
-                f"a bucket of {height} x {width} pixels does not divide by {factor}, the factor of the VAE",
+                f"a bucket of {height} x {width} pixels is not divisible by {factor}, the factor of the VAE",
                 f"set `encode.resolution` (or every side in `encode.buckets`) to a multiple of {max(factor, 64)}",
             )
     if config.vae_dtype == "float16" and vae.get("force_upcast", True):
         other = ", or `encode.vae` to madebyollin/sdxl-vae-fp16-fix" if family is SDXL else ""
         raise ConfigError(
-            f"the VAE of {config.vae or config.model} has `force_upcast`, as by default: it overflows in float16",
+            f"the VAE of {config.vae or config.model} sets `force_upcast` (the default): it overflows in float16",
             f"set `encode.vae_dtype` to float32, tf32 or bfloat16{other}",
         )

@@ -1,4 +1,4 @@
-"""The error of a training whose data is not encoded: what is missing, and how existing encodings differ."""
+"""The error when the data of a training is not encoded: what is missing, and how existing encodings differ."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,26 +18,26 @@ MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12
 MISSING = "nothing"
 UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False}
-"""What a part is where a fingerprint is made without it."""
+"""Values of the parts that a fingerprint may leave out."""
 
 
 def refusal(config: EncodeConfig, storage: Storage, *, include_empty_prompt: bool = False) -> SnapshotError | None:
-    """Return an error that names the fingerprints that lack something, and how they differ from existing ones.
+    """Return an error that names the incomplete fingerprints, and how they differ from existing ones.
 
     Args:
-        config: What training would read.
-        storage: Of the data set.
-        include_empty_prompt: Whether training takes the embedding of "" for dropped prompts.
+        config: The section `encode` of the training.
+        storage: The data set's storage.
+        include_empty_prompt: Whether training replaces dropped prompts with the embedding of "".
 
     Returns:
-        None if nothing is missing.
+        The error; None if nothing is missing.
 
     Raises:
         ModelError: The model is missing, damaged or of another family.
     """
     todo = pending(config, storage, include_empty_prompt=include_empty_prompt)
     if not todo.num_kept:
-        return SnapshotError(f"there is no kept pair in {storage.uri('dataset/pairs')}", "run `mapo ingest` first")
+        return SnapshotError(f"there are no kept pairs in {storage.uri('dataset/pairs')}", "run `mapo ingest` first")
     lines = [
         *_missing("latents", LATENTS, "pairs", todo.latents, todo.latents_parts, storage),
         *_missing("text embeddings", TEXT, "prompts", todo.texts, todo.text_parts, storage),
@@ -46,14 +46,14 @@ def refusal(config: EncodeConfig, storage: Storage, *, include_empty_prompt: boo
         return None
     if _is_only_empty(todo):
         return SnapshotError(
-            'the embedding of "", which `train.null_prompt: empty` gives to dropped prompts, is not stored under the '
+            'the embedding of "", which `train.null_prompt: empty` needs for dropped prompts, is not stored under the '
             f"fingerprint {fingerprint_of(todo.text_parts)}",
             "`mapo encode` with this configuration adds it and leaves the rest alone",
         )
     return SnapshotError(
         "\n".join(lines),
-        "`mapo encode` with this configuration writes what is missing and keeps the others; to train on one of those, "
-        "use the settings and the model that it was made with",
+        "`mapo encode` with this configuration writes what is missing and keeps the others; to train on one of the "
+        "others, use the settings and the model that it was made with",
     )
 
 

@@ -21,16 +21,16 @@ from pipelines.units.stats import Effort
 class WriteTexts(EncodeActor):
     """Embed the prompts of one unit and write their shard; the only place that writes text embeddings.
 
-    In:       A unit's prompts.      Out: its table rows, in the unit's order, and what it cost.
+    In:       A unit's prompts.      Out: its table rows, in the unit's order, and its cost.
     Runs as:  Ray Data actor, one GPU or CPU, called for several units at once: one is embedded while another is
               written. The embeddings of two units in memory (0.3 GB each for SDXL in float16).
     Retry:    safe: name and bytes follow from the unit alone.
-    Drops:    nothing: what is not finite is a quarantined row.
+    Drops:    nothing: an embedding that is not finite is a quarantined row.
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, EncodingError.
     """
 
     def describe(self, rows: pa.Table) -> str:
-        """Say what is done with a unit."""
+        """Describe the work on a unit, for an error."""
         return f"encoding {rows.num_rows:,} prompts"
 
     def new_writer(self) -> "TextWriter":
@@ -44,11 +44,11 @@ class TextWriter:
     """Writes units of one configuration; `write` may be called from several threads at once.
 
     Args:
-        config: What to write.
-        storage: Where embeddings go.
-        fingerprint: Names the folder.
+        config: The section `encode`.
+        storage: The storage of the embeddings.
+        fingerprint: The fingerprint, which names the folder.
         encoder: The text encoders.
-        num_threads: Of torch.
+        num_threads: Number of torch threads.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TextWriter:
         self._device = Device(num_threads)
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
-        """Write the shard of a unit; returns one row for every prompt, in order, and what it cost."""
+        """Write the shard of a unit; return one row per prompt, in order, and the unit's cost."""
         effort = Effort()
         named = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
         embeddings = self._device.run(lambda: self._embed(named, effort), effort)
@@ -72,7 +72,7 @@ class TextWriter:
             return shard.publish(), effort
 
     def _embed(self, named: dict[str, str], effort: Effort) -> dict[str, Embedded]:
-        """Embed every prompt, in order and in the stored type; the null conditioning is no prompt and goes alone."""
+        """Embed every prompt, in order and in the stored type; the null conditioning is made separately."""
         found: dict[str, Embedded] = {}
         with effort.measured("encode"):
             if NULL_PROMPT_ID in named:
@@ -87,9 +87,9 @@ class TextWriter:
         return {identity: found[identity] for identity in named}
 
     def _pass(self, prompts: list[str]) -> list[Embedded] | None:
-        """Run one pass; return None if there is no memory for so many prompts."""
+        """Run one pass; return None if there is not enough memory for so many prompts."""
         return self._batch_size.attempt(
-            lambda: self._encoder(prompts), len(prompts), "embed even one prompt", "give the encoders other machines"
+            lambda: self._encoder(prompts), len(prompts), "embed even one prompt", "use machines with more memory"
         )
 
     def _stored(self, embedded: Embedded) -> Embedded:

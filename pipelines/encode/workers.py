@@ -1,4 +1,4 @@
-"""The encoders of an execution: the wait for their nodes, units through them, and the limit on what they drop."""
+"""The encoders of an execution: waiting for their nodes, running units through them, and the limit on drops."""
 
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -34,9 +34,9 @@ def encode_units(
 
     Args:
         kind: `text` or `latents`.
-        config: What to write.
-        storage: Where pairs are and shards go.
-        fingerprint: Of the model and the settings, as the driver has it.
+        config: The section `encode`.
+        storage: The storage of pairs and shards.
+        fingerprint: Fingerprint of the model and the settings, from the driver.
         pool: The actors.
         dataset: The units, from `units_dataset` or `UnitFeed.dataset`.
     """
@@ -44,7 +44,7 @@ def encode_units(
 
 
 def actor_class(kind: str) -> Callable[[pa.Table], pa.Table]:
-    """Return the class of the actors; torch is loaded late."""
+    """Return the class of the actors, imported here so that torch is loaded late."""
     if kind == "text":
         from pipelines.encode.texts import WriteTexts
 
@@ -55,16 +55,16 @@ def actor_class(kind: str) -> Callable[[pa.Table], pa.Table]:
 
 
 def check_dropped(kind: str, item: str, table: Table, config: EncodeConfig) -> None:
-    """Check the rows of a table against the limit of quarantined ones.
+    """Check the rows of a table against the limit of quarantined rows.
 
     Args:
         kind: `text` or `latents`.
-        item: What a row is: `prompt` or `pair`.
-        table: Of the encoding.
-        config: Has the limit.
+        item: The item of a row: `prompt` or `pair`.
+        table: The table of the encoding.
+        config: The section `encode`, with the limit.
 
     Raises:
-        DropBudgetExceeded: There are more; the message has the numbers and the most common reason.
+        DropBudgetExceeded: More are quarantined; the message has the numbers and the most common reason.
     """
     rows = table.read(["status", "reason"])
     dropped = rows.filter(pc.equal(rows["status"], str(Status.QUARANTINED)))

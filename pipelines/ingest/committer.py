@@ -1,8 +1,8 @@
 """The only place that commits pairs: finds repeats and splits, and commits a unit's rows in one transaction.
 
-Invariants: of equal pairs one is kept; no prompt is in two splits; what a source holds out is never trained on; a pair
-that was removed stays away. They hold across units, runs and writers at once: rows are judged with one version of
-the table in mind and land on top of just that version, or are judged again.
+Invariants: of equal pairs one is kept; no prompt is in two splits; pairs that a source holds out are never trained on;
+a removed pair stays removed. They hold across units, runs and concurrent writers: rows are judged against one version
+of the table and committed on top of exactly that version, or judged again.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ CONTENT_COLUMNS = (
     "prompt", "user_id", "image_0_sha256", "image_1_sha256", "width_0", "height_0", "width_1", "height_1",
     "orientation_0", "orientation_1", "mode_0", "mode_1",
 )  # fmt: skip
-"""What a removed row no longer has."""
+"""Columns that are cleared in a removed row."""
 SPLITS = (TRAIN, VALIDATION, TEST)
 MAX_CONFLICTS = 200  # commits of others that may come first, one after the other
 
@@ -39,14 +39,14 @@ Labels = NDArray[np.float32]
 
 
 class Committer:
-    """Judges and commits units against all that the table holds.
+    """Judges and commits units against all rows of the table.
 
-    Remembers the first label of every pair and the split of every prompt, 20 bytes each, so that a unit costs what it
-    holds and not what the table holds; files that others append are read once.
+    Remembers the first label of every pair and the split of every prompt, 20 bytes each, so that the cost of a unit
+    does not grow with the table; files that others append are read once.
 
     Args:
-        table: Of pairs.
-        policy: Ties and splits.
+        table: The table of pairs.
+        policy: Policy for ties and splits.
     """
 
     def __init__(self, table: Table, policy: Policy | None = None) -> None:
@@ -56,7 +56,7 @@ class Committer:
         self._labels, self._splits = KeyMap(), KeyMap()
 
     def append(self, unit: str, rows: pa.Table) -> pa.Table:
-        """Judge the rows of a unit, commit them, and give them as they were judged.
+        """Judge the rows of a unit, commit them, and return the judged rows.
 
         Raises:
             StorageError: The commit failed.
@@ -71,11 +71,11 @@ class Committer:
                 return judged
         raise StorageError(
             f"cannot commit unit {unit} to {self._table.uri}: {MAX_CONFLICTS} other commits came first",
-            "let one ingest write at a time",
+            "run one ingest at a time",
         )
 
     def _catch_up(self) -> None:
-        """Take in what was committed since, by others and by us."""
+        """Read the rows committed since the last call, by others and by this writer."""
         if (version := self._table.version) == self._version:
             return
         files = self._table.files()
@@ -85,7 +85,7 @@ class Committer:
         self._files, self._version = files, version
 
     def _take_in_own(self, rows: pa.Table) -> None:
-        """Remember what was just committed; if others have committed since, `_catch_up` reads it back."""
+        """Remember the rows just committed; if others have committed since, `_catch_up` reads them back."""
         version = self._table.version
         if version == (0 if self._version is None else self._version + 1):
             self._remember(rows.filter(REMEMBERED).select(COLUMNS).to_batches())
@@ -113,7 +113,7 @@ def _remembered(batch: pa.RecordBatch) -> tuple[Keys, Labels, Keys, Labels]:
 
 
 class _Judgement:
-    """One look at the rows of one unit, with one state of the maps in mind; the maps stay as they are."""
+    """The judgement of one unit's rows against one state of the maps, which it does not change."""
 
     def __init__(self, labels: KeyMap, splits: KeyMap, policy: Policy) -> None:
         self._labels, self._splits, self._policy = labels, splits, policy
@@ -165,6 +165,6 @@ class _Judgement:
 
 
 def canonical_label(row: Row) -> float:
-    """Return the label as seen from the image of smaller digest: the same whichever image is listed first."""
+    """Return the label from the point of view of the image with the smaller digest, whichever is listed first."""
     label = float(row["label_0"])
     return 1.0 - label if row["mirrored"] else label

@@ -1,4 +1,4 @@
-"""The drop budget: how many rows were quarantined, for which reasons, and when that is too many."""
+"""The drop budget: how many rows were quarantined, for which reasons, and whether that is too many."""
 
 from collections import Counter
 
@@ -18,12 +18,12 @@ SHOWN_REASONS = 3
 
 
 class DropBudget:
-    """Counts while an ingest goes on, and says when the limit is passed whatever the rest holds.
+    """Counts drops during an ingest, and tells when the limit is exceeded whatever the remaining rows are.
 
     Args:
-        config: The ingest's.
-        storage: Whose rows count as well.
-        units: What will be read. A unit that does not know its rows is taken to have as many a byte as the others.
+        config: The section `ingest`.
+        storage: The data set's storage, whose rows count as well.
+        units: The units to read. A unit of unknown size is assumed to have as many rows per byte as the others.
     """
 
     def __init__(self, config: IngestConfig, storage: Storage, units: list[SourceUnit]) -> None:
@@ -47,7 +47,7 @@ class DropBudget:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether the drops so far are more than the limit of all rows, read or still to be read."""
+        """Whether the drops so far exceed the limit for all rows, read or still to be read."""
         unknown = 0.0
         if self._unknown_bytes:
             if not self._unknown_read_bytes:
@@ -57,7 +57,7 @@ class DropBudget:
         return self._dropped + self._reasons.total() > self._limit * total
 
     def note(self) -> str:
-        """Say what was dropped in this run, for the progress line."""
+        """Describe the drops of this run, for the progress line."""
         if not self._reasons:
             return ""
         shown = ", ".join(f"{reason} {count:,}" for reason, count in self._reasons.most_common(SHOWN_REASONS))
@@ -73,7 +73,7 @@ def check_drop_budget(config: IngestConfig, storage: Storage) -> None:
     """Fail if more of the table's rows are quarantined than the configuration allows.
 
     Raises:
-        DropBudgetExceeded: They are; the message has the numbers, the place and the most common reason.
+        DropBudgetExceeded: More are; the message has the numbers, the place and the most common reason.
     """
     table = pairs_table(storage)
     num_rows = table.count_rows()
@@ -93,7 +93,7 @@ def check_drop_budget(config: IngestConfig, storage: Storage) -> None:
 
 
 def _still_dropped(dropped: pa.Table, storage: Storage) -> pa.Table:
-    """Return the rows that no later state of their file has in a usable form."""
+    """Return the rows that no later state of their file has fixed."""
     place = ["source_uri", "source_row", "source_pair"]
     files = pc.unique(dropped["source_uri"])
     usable = (pc.field("status") != str(Status.QUARANTINED)) & pc.field("source_uri").isin(files)

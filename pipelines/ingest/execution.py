@@ -36,7 +36,7 @@ __all__ = ["check_drop_budget", "ingest", "is_up_to_date", "pending_of", "plan_u
 
 T = TypeVar("T")
 Write = Callable[[Sequence[SourceUnit], IngestConfig, Storage, Callable[[str], None]], Generator[Row]]
-"""Gives a row of `WriteShards` for each unit, in order; what it waits for it says by the last argument."""
+"""Yields a row of `WriteShards` for each unit, in order; reports what it waits for with the last argument."""
 
 FOOTER_READERS = 16
 CPUS_A_TASK = 0.66  # three on two CPUs: while one waits for disk, network or scheduler, another works
@@ -45,9 +45,9 @@ MAX_TABLE_FILES = 200  # every unit adds one to the table, and every question op
 
 
 def plan_units(config: IngestConfig) -> list[SourceUnit]:
-    """Plan the units of all sources, held-out ones first; only directory listings, parquet footers and JSON are read.
+    """Plan the units of all sources, held-out ones first; reads only directory listings, parquet footers and JSON.
 
-    A prompt that some source holds out is then known before another source's training rows claim it.
+    This way a prompt that one source holds out is known before another source's training rows claim it.
     """
     settings = UnitSettings(config.max_shard_bytes, config.image_check)
     units: list[SourceUnit] = []
@@ -83,14 +83,14 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]
     """Bring the table up to date with the sources and the policy. Needs a running Ray.
 
     Args:
-        config: Of the sources and the policy.
-        storage: Of the data set.
-        planned: What `plan_units` has found already, so that the sources are not listed again.
+        config: The section `ingest`, with sources and policy.
+        storage: The data set's storage.
+        planned: The result of `plan_units`, if it is known, so that the sources are not listed again.
 
     Raises:
         SourceError: A source is missing or unreadable.
         DropBudgetExceeded: More than `max_drop_ratio` of the rows were quarantined.
-        ClusterError: No node has what a reading task asks for, and none came.
+        ClusterError: No node has the resources of a reading task, and none joined in time.
     """
     quiet_ray_data()
     bring_up_to_date(config, storage, planned, _write_on_ray)
@@ -99,7 +99,7 @@ def ingest(config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit]
 def bring_up_to_date(
     config: IngestConfig, storage: Storage, planned: Sequence[SourceUnit] | None, write: Write
 ) -> None:
-    """Ingest what `write` gives, wherever it reads the units; see `ingest`."""
+    """Ingest the output of `write`, wherever it reads the units; see `ingest`."""
     units = _mark_known(pending_of(plan_units(config) if planned is None else planned, storage), storage)
     apply_policy(Policy.of(config), pairs_table(storage))
     if units:
@@ -139,10 +139,11 @@ def _write_on_ray(
 
 
 def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
-    """Group units, in order, into tasks that do them one after the other: many at first, single ones at the end.
+    """Group units, in order, into tasks that process them one after the other: many at first, single ones at the end.
 
-    Ray Data takes 0.1 to 0.2 s to notice that a task has ended. So that this does not cost as much as a unit and the
-    workers still end together, a task takes its half of a fair share of what is left (guided self-scheduling).
+    Ray Data takes 0.1 to 0.2 s to notice that a task has ended, which can be as long as a unit. To save that time and
+    still let the workers end together, a task takes half of a fair share of the remaining units (guided
+    self-scheduling).
     """
     tasks, start = [], 0
     while start < len(units):
@@ -153,7 +154,7 @@ def group_units(units: Sequence[T], at_once: int) -> list[Sequence[T]]:
 
 
 def _mark_known(units: list[SourceUnit], storage: Storage) -> list[SourceUnit]:
-    """Say of each unit whether the table has rows of an earlier state of its file: these are not added again."""
+    """Mark each unit whose file has rows of an earlier state in the table: these are not added again."""
     if not units:
         return units
     known: set[str] = set()

@@ -25,25 +25,25 @@ MAX_WEBP_PIXELS = 16 * 1024 * 1024  # 4096 x 4096: its decoder takes 16 bytes a 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What ingest records of an image: its extension, and its size in pixels as stored (before EXIF)."""
+    """The facts about an image that ingest records: its extension, and its size in pixels as stored (before EXIF)."""
 
     extension: str
     width: int
     height: int
     orientation: int = 1
-    """EXIF, 1..8; 1 is upright."""
+    """EXIF orientation, 1..8; 1 is upright."""
     mode: str = field(default="RGB", compare=False)
-    """Of the pixels as stored, as Pillow calls it: RGB, L, CMYK, P, RGBA, I;16, ..."""
+    """Pillow's name for the mode of the stored pixels: RGB, L, CMYK, P, RGBA, I;16, ..."""
 
 
 def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full") -> ImageInfo | Reason:
-    """Look at one image; `Reason` says what is wrong with it.
+    """Check one image; return its facts, or the `Reason` why it cannot be used.
 
-    The whole file is read, so that a cut is found: a JPEG as `_check_jpeg` says, the others by decoding them.
+    The whole file is read, so that truncation is found: a JPEG with `_check_jpeg`, other formats by decoding them.
 
     Args:
         data: The file.
-        check: `header` reads no more than size and kind.
+        check: `header` reads only size and format.
     """
     if data is None:
         return Reason.MISSING_IMAGE
@@ -74,7 +74,7 @@ def inspect_image(data: bytes | None, check: Literal["full", "header"] = "full")
 
 
 def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
-    """Return what an opened image says of itself before a pixel is decoded, or why it cannot be used."""
+    """Return the facts in an opened image's header before a pixel is decoded, or why it cannot be used."""
     if image.format not in EXTENSIONS:
         return Reason.UNSUPPORTED_FORMAT
     if image.width * image.height > (MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS):
@@ -87,7 +87,7 @@ def _look_at_header(image: Image.Image) -> ImageInfo | Reason:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, or 1: a broken EXIF block says nothing, and Pillow's parser fails in many ways."""
+    """Return the EXIF orientation, or 1 for a broken EXIF block, on which Pillow's parser fails in many ways."""
     if "exif" not in image.info:
         return 1
     try:
@@ -98,10 +98,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Check a JPEG as strictly as a decoder, eight times as fast: of the entropy-coded data only markers are read.
+    """Check a JPEG as strictly as a decoder, eight times as fast: in the entropy-coded data only markers are read.
 
     Raises:
-        OSError: What Pillow raises when it decodes the file.
+        OSError: The error that Pillow raises when it decodes the file.
     """
     if (skeleton := jpeg_skeleton(data)) is not None:
         with contextlib.suppress(Exception):  # the file itself has the last word
@@ -116,7 +116,7 @@ def _load_small(jpeg: bytes) -> None:
 
 
 def _check_png_chunks(data: bytes) -> None:
-    """Check every chunk up to IEND and its checksum: Pillow is content once it has the last pixel.
+    """Check every chunk and its checksum up to IEND: Pillow stops once it has the last pixel.
 
     Raises:
         EOFError: The file ends before IEND.

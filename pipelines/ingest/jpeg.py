@@ -1,8 +1,8 @@
 """Checks that a JPEG is complete, without decoding it.
 
-libjpeg, and so Pillow, fails at a file that ends before its time and at tables that make no sense. It does not fail at
-wrong bits between two markers: these decode to something. So the entropy-coded data need only be read for markers, and
-what is left is decoded without it. tests/pipelines/ingest/test_jpeg.py holds both verdicts against each other.
+libjpeg, and so Pillow, fails on a truncated file and on invalid tables. It does not fail on wrong bits between two
+markers, which decode to some image. So the entropy-coded data need only be scanned for markers, and the rest is decoded
+without it. tests/pipelines/ingest/test_jpeg.py compares both verdicts.
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ STANDALONE = frozenset((0x01, *range(0xD0, 0xD9)))  # without a length: TEM, RST
 def jpeg_skeleton(data: bytes) -> bytes | None:
     """Return the file without the entropy-coded data of its scans; None if a marker, a segment or the end is missing.
 
-    A decoder makes some image of the skeleton, or fails as it would at the file. None is not a verdict: libjpeg
-    forgives some bytes between segments, where no writer should have put them.
+    A decoder decodes the skeleton to some image, or fails as it would on the file. None is not a verdict: libjpeg
+    accepts some bytes between segments, where no writer should have put them.
     """
     if data[:2] != START:
         return None
@@ -46,7 +46,7 @@ def jpeg_skeleton(data: bytes) -> bytes | None:
 
 
 def _markers(data: bytes) -> np.ndarray:
-    """Find where 0xFF begins a marker that ends a scan: not a stuffed data byte, a fill byte or a restart."""
+    """Find where 0xFF starts a marker that ends a scan: not a stuffed data byte, a fill byte or a restart marker."""
     values = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)
     code = values[at + 1]

@@ -1,4 +1,4 @@
-"""Writes the pair shards of a unit of a source: each row is judged by itself, images are stored unchanged."""
+"""Writes the pair shards of a source's unit: each row is judged by itself, and images are stored unchanged."""
 
 import contextlib
 import hashlib
@@ -24,9 +24,9 @@ from pipelines.sources.unit import SourceRow, SourceUnit
 
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
 CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
-"""What makes a source row the same as it was when its file was read before."""
+"""Columns by which a source row counts as unchanged since its file was last read."""
 RECORD = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
-"""What the JSON member of a pair says."""
+"""Columns in the JSON member of a pair."""
 
 Batch = Mapping[str, Sequence[Any]]
 """A Ray Data batch: column -> values."""
@@ -36,11 +36,11 @@ Images = tuple[tuple[ImageInfo, bytes], tuple[ImageInfo, bytes]]
 class WriteShards:
     """Read units one after the other and write their pairs as WebDataset shards; the only place that writes them.
 
-    In:       Units, as many as one task shall do.
-    Out:      For each its table rows, in source order, with shard and offsets, as soon as its shards are there.
+    In:       The units of one task.
+    Out:      For each its table rows, in source order, with shard and offsets, as soon as its shards are uploaded.
     Runs as:  Ray Data batch, 2/3 CPU; a shard grows in a local file and is uploaded while the next unit is read.
     Retry:    safe: names and bytes follow from the unit alone.
-    Drops:    nothing: what cannot be used is a quarantined row with its reason.
+    Drops:    nothing: a row that cannot be used is quarantined with its reason.
     Raises:   SourceError, StorageError.
     """
 
@@ -53,7 +53,7 @@ class WriteShards:
 
 
 def write_unit(unit: SourceUnit, storage: Storage) -> pa.Table:
-    """Write the shards of a unit; returns a table row for every source row that the table does not have as it is."""
+    """Write the shards of a unit; return a table row for every source row that is new or changed."""
     (rows,) = write_units([unit], storage)
     return rows
 
@@ -91,7 +91,7 @@ def _gather(unit: SourceUnit, storage: Storage, uploads: Executor) -> "_Gathered
 
 @dataclass(frozen=True)
 class _Gathered:
-    """The rows of a unit, which nobody may have before its shards are where the rows say."""
+    """The rows of a unit, which are withheld until its shards are uploaded."""
 
     table: pa.Table
     uploads: list[Future[None]]
@@ -104,7 +104,7 @@ class _Gathered:
 
 
 def _rows_of_earlier_states(unit: SourceUnit, storage: Storage) -> dict[tuple[int, int], list[Row]]:
-    """Read what the table has of this file's rows, by row and pair, in the range of the unit."""
+    """Read the table's rows of this file, by row and pair, in the range of the unit."""
     where = (pc.field("source_uri") == unit.file.uri) & (pc.field("unit") != unit.id)
     if unit.num_rows:
         row = pc.field("source_row")
@@ -131,7 +131,7 @@ def _is_known(row: Row, known: dict[tuple[int, int], list[Row]]) -> bool:
 def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
     """Return a source row as a table row, and its two images if they can be used.
 
-    Kept here means usable: ties, splits and repeats are decided where the unit is committed.
+    Kept here means usable: ties, splits and repeats are decided when the unit is committed.
     """
     row: Row = dict.fromkeys(PAIRS_SCHEMA.names)
     row.update(
@@ -167,7 +167,7 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
 
 
 def _problem(prompt: str | Reason, infos: Sequence[ImageInfo | Reason], source: SourceRow) -> str | None:
-    """Return the first thing that is wrong with a row: prompt, image 0, image 1, label, both images alike."""
+    """Return the first problem of a row: prompt, image 0, image 1, label, identical images."""
     for found in (prompt, *infos, source.label_0):
         if isinstance(found, Reason):
             return str(found)
@@ -184,7 +184,7 @@ def _usable(infos: Sequence[ImageInfo | Reason], images: Sequence[bytes | Reason
 
 
 def read_prompt(value: object) -> str | Reason:
-    """Return a prompt exactly as the source has it, or why it cannot be used."""
+    """Return a prompt exactly as in the source, or why it cannot be used."""
     if value is None or isinstance(value, Reason):
         return value or Reason.MISSING_PROMPT
     try:
@@ -218,7 +218,7 @@ class _UnitShards:
         return self
 
     def add(self, row: Row, images: Images) -> None:
-        """Append a pair and note in its row where it lies."""
+        """Append a pair and record its place in its row."""
         row["shard"] = name = f"{SHARDS}/{self._unit.id}-{len(self.finished):05d}.tar"
         if self._writer is None:
             self._name = name

@@ -1,4 +1,4 @@
-"""What the configuration decides about a row: ties and splits. Rows change with it, shards never."""
+"""The configured policy for ties and splits. Rows change with it, shards never do."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -30,22 +30,22 @@ class Policy:
 
     @property
     def tie_width(self) -> float:
-        """A label less than this away from 0.5 is a tie."""
+        """A label closer to 0.5 than this is a tie."""
         return max(EQUAL, self.min_vote_share - 0.5 - EQUAL)
 
     def status_of(self, label_0: float) -> tuple[Status, Reason | None]:
-        """Return kept, or a tie and why."""
+        """Return kept, or a tie and its reason."""
         if self.ties == "keep" or abs(label_0 - 0.5) >= self.tie_width:
             return Status.KEPT, None
         return Status.TIE, Reason.EQUAL_PREFERENCE if abs(label_0 - 0.5) < EQUAL else Reason.WEAK_PREFERENCE
 
     def split_of(self, prompt_id: str) -> str:
-        """Return the split of a prompt that no source has in a split of its own."""
+        """Return the split of a prompt that no source assigns to a split."""
         return split_of(prompt_id, self.validation_ratio)
 
 
 def apply_policy(policy: Policy, table: Table) -> int:
-    """Bring the rows of earlier runs in line with the policy; how many were not.
+    """Bring the rows of earlier runs in line with the policy; return how many changed.
 
     Raises:
         StorageError: The commit failed.
@@ -61,19 +61,19 @@ def apply_policy(policy: Policy, table: Table) -> int:
 
 
 def is_applied(policy: Policy, table: Table) -> bool:
-    """Return whether every row follows the policy; five columns are read."""
+    """Return whether every row follows the policy; reads five columns."""
     return _wrong_rows(policy, table) is None
 
 
 @dataclass(frozen=True)
 class _Wrong:
-    """Rows that are not as the policy has them."""
+    """Rows that do not follow the policy."""
 
     num_rows: int
     units: list[str]
     where: pc.Expression
     claimed: pa.Array
-    """Prompts whose hash says otherwise, but that a source has in a split of its own: they stay."""
+    """Prompts whose split a source decides, against their hash: these stay."""
 
 
 def _wrong_rows(policy: Policy, table: Table) -> _Wrong | None:

@@ -1,7 +1,7 @@
 """Compact: rewrites shards without the members that no row references, and updates the rows in one commit.
 
-A new shard is named by its bytes and put beside the old one; until the commit nobody sees it, and after it nobody
-needs the old one but older versions of the table. `gc` deletes what is left, of a crash as well.
+A new shard is named by its bytes and written next to the old one; nobody sees it before the commit, and after the
+commit only older versions of the table need the old one. `gc` deletes leftovers, including those of a crash.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ REMOVED = pc.field("reason") == str(Reason.REMOVED)
 
 @dataclass(frozen=True)
 class Rewritten:
-    """An old shard and the one that takes its place; without live members there is none."""
+    """An old shard and its replacement, which is None if no members are live."""
 
     old: Occupied
     name: str | None = None
@@ -43,16 +43,16 @@ class Rewritten:
 
 @dataclass(frozen=True)
 class Compacted:
-    """What became of one table and its shards."""
+    """The result for one table and its shards."""
 
     what: str
     num_rewritten: int
     bytes_before: int
-    """Of the shards that were rewritten."""
+    """Bytes of the shards that were rewritten."""
     bytes_after: int
     rows_deleted: int
     files_before: int
-    """Parquet files of the table."""
+    """Number of parquet files of the table."""
     files_after: int
 
 
@@ -60,18 +60,18 @@ def compact(storage: Storage, *, on_cluster: bool = False) -> Iterator[Compacted
     """Compact pairs, then latents and texts of every fingerprint; each is committed before the next begins.
 
     Args:
-        storage: Where the data set lies.
-        on_cluster: Rewrite on the Ray that this process is connected to, not in its own threads.
+        storage: The data set's storage.
+        on_cluster: Rewrite on the Ray cluster that this process is connected to, not in its own threads.
 
     Raises:
         SnapshotError: There is no data set.
-        ShardCorrupt: A shard to rewrite is not as it was committed.
+        ShardCorrupt: A shard to rewrite differs from what was committed.
         StorageError: A read, a write or a commit failed.
     """
     pairs = pairs_table(storage)
     if pairs.version is None:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     storage.check_writable()
     rewritten = _rewrite(storage, pair_shards(pairs), SHARDS, on_cluster)
@@ -103,7 +103,7 @@ def _rewrite(storage: Storage, shards: Iterable[Occupied], folder: str, on_clust
 
 
 def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | None:
-    """Write the shard anew; return None if everything in it is needed."""
+    """Rewrite the shard; return None if everything in it is needed."""
     if not shard.keys:
         return Rewritten(shard)
     if not shard.has_dead_members(storage):
@@ -123,7 +123,7 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
             return None
         if missing := wanted - {member.name.partition(".")[0] for member in members}:
             raise ShardCorrupt(
-                f"{storage.uri(shard.name)} lacks {len(missing):,} of {len(wanted):,} keys that rows point to",
+                f"{len(missing):,} of {len(wanted):,} keys that rows point to are missing in {storage.uri(shard.name)}",
                 "`mapo data verify` lists what is damaged",
             )
         # Always put, even if it is there: a leftover must not look old to a `gc` at the same time.
@@ -133,7 +133,7 @@ def _rewritten(storage: Storage, folder: str, shard: Occupied) -> Rewritten | No
 
 
 def _members(opened: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and payload of every member. `tarfile.open` may take a header that it cannot read for the end."""
+    """Yield name and payload of every member. `tarfile.open` may mistake an unreadable header for the end."""
     while any(header := opened.read(tarfile.BLOCKSIZE)):
         info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         payload = opened.read(info.size)
@@ -151,8 +151,8 @@ def _download(storage: Storage, shard: Occupied, file: Path) -> None:
             out.write(block)
     if digest.hexdigest() != shard.sha256:
         raise ShardCorrupt(
-            f"{storage.uri(shard.name)}: sha256 is {digest.hexdigest()}, {shard.sha256} was committed",
-            "`mapo data verify` lists what is damaged; put the object back from a copy before you compact",
+            f"{storage.uri(shard.name)}: sha256 is {digest.hexdigest()}, but {shard.sha256} was committed",
+            "`mapo data verify` lists what is damaged; restore the object from a copy before you compact",
         )
 
 
@@ -181,7 +181,7 @@ def _places(rewritten: Iterable[Rewritten], offsets: dict[str, str]) -> pa.Table
 
 
 def _commit(table: Table, key: str, rewritten: list[Rewritten], places: pa.Table, gone: frozenset[str]) -> None:
-    """Delete the rows of what is gone and update those of what moved. A pair that was removed meanwhile stays so."""
+    """Delete the rows of dropped keys and update those of moved ones. A pair removed meanwhile stays removed."""
     deleted = pa.array(sorted(gone), pa.string())
     moved_from = pa.array([shard.old.name for shard in rewritten if shard.name], pa.string())
 

@@ -1,4 +1,4 @@
-"""What is in a data set, from its tables alone: for `mapo data show`, stages and the report."""
+"""Describes a data set from its tables alone: for `mapo data show`, stages and the report."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ MAX_TOKENS = 77  # that both of SDXL's text encoders read
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """One shard of pairs, as the table has it."""
+    """One shard of pairs, according to the table."""
 
     path: str
     bytes: int
@@ -28,16 +28,16 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class EncodedFacts:
-    """What is encoded under one fingerprint.
+    """The encodings under one fingerprint.
 
     Args:
-        items: What is counted: `pairs` or `prompts`.
-        fingerprint: Names the table.
-        version: Of the table.
-        kept: Items that are encoded.
-        quarantined: Items that are not, with a reason.
-        shards: Their number.
-        bytes: Of all shards.
+        items: The items counted: `pairs` or `prompts`.
+        fingerprint: The fingerprint, which names the table.
+        version: Version of the table.
+        kept: Number of encoded items.
+        quarantined: Number of items that could not be encoded.
+        shards: Number of shards.
+        bytes: Bytes of all shards.
     """
 
     items: str
@@ -62,18 +62,18 @@ class EncodedFacts:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What is in a data set.
+    """The contents of a data set.
 
     Args:
-        storage: Its URL.
-        version: Of the table of pairs.
-        rows: By status.
+        storage: URL of the storage.
+        version: Version of the table of pairs.
+        rows: Rows by status.
         reasons: Rows that are not kept, by reason.
         splits: Kept pairs by split.
         prompts: Distinct prompts of kept pairs.
         shards: Shards of pairs, by path.
-        latents: What is encoded, by fingerprint.
-        text: The same for prompts.
+        latents: Encoded pairs, by fingerprint.
+        text: Embedded prompts, by fingerprint.
     """
 
     storage: str
@@ -109,12 +109,12 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class MeanBytes:
-    """Mean bytes that one encoded pair takes; None without a pair.
+    """Mean bytes that one encoded pair takes; None without any pairs.
 
     Args:
-        latents: Of its latents.
-        text: Of text embeddings, which pairs of one prompt share.
-        text_per_pair_storage: Of text embeddings, if each pair had its own.
+        latents: Bytes of its latents.
+        text: Bytes of text embeddings, which pairs of one prompt share.
+        text_per_pair_storage: Bytes of text embeddings if each pair had its own.
     """
 
     latents: float | None
@@ -124,17 +124,17 @@ class MeanBytes:
 
 @dataclass(frozen=True)
 class EncodingFacts:
-    """What is encoded under two fingerprints, and what it takes.
+    """The encodings under two fingerprints, and their size.
 
     Args:
-        pairs: Pairs that are encoded.
+        pairs: Number of encoded pairs.
         images: Distinct images of kept pairs.
-        image_slots: Images of kept pairs, so with repeats.
+        image_slots: Images of kept pairs, including repeats.
         prompts: Distinct prompts.
-        truncated_prompts: Of these, prompts of more than `max_tokens`.
-        max_tokens: What the text encoders read of a prompt.
-        bytes_per_pair: On the storage.
-        quarantined: Pairs and prompts that are not encoded, by reason.
+        truncated_prompts: Prompts of more than `max_tokens`.
+        max_tokens: The number of tokens that the text encoders read.
+        bytes_per_pair: Mean bytes per pair on the storage.
+        quarantined: Pairs and prompts that could not be encoded, by reason.
     """
 
     pairs: int
@@ -148,12 +148,12 @@ class EncodingFacts:
 
     @property
     def image_ratio(self) -> float | None:
-        """How often each image is used; None without an image."""
+        """How often each image is used on average; None without any images."""
         return self.image_slots / self.images if self.images else None
 
     @property
     def text_ratio(self) -> float | None:
-        """How many pairs share a prompt; None without a prompt."""
+        """How many pairs share a prompt on average; None without any prompts."""
         return self.pairs / self.prompts if self.prompts else None
 
 
@@ -161,8 +161,8 @@ def describe_dataset(storage: Storage, version: int | None = None) -> DatasetFac
     """Describe the data set.
 
     Args:
-        storage: Where it lies.
-        version: Of the table of pairs; the newest by default.
+        storage: The data set's storage.
+        version: Version of the table of pairs; the newest by default.
 
     Raises:
         SnapshotError: There is no data set.
@@ -170,7 +170,7 @@ def describe_dataset(storage: Storage, version: int | None = None) -> DatasetFac
     table = pairs_table(storage, version)
     if table.version is None:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     rows = table.read(["status", "reason", "split", "prompt_id", "shard", "shard_bytes", "shard_sha256"])
     kept = rows.filter(pc.equal(rows["status"], str(Status.KEPT)))
@@ -189,7 +189,7 @@ def describe_dataset(storage: Storage, version: int | None = None) -> DatasetFac
 
 
 def describe_encoding(storage: Storage, latents: str, text: str) -> EncodingFacts:
-    """Describe what is encoded under two fingerprints, and what it takes."""
+    """Describe the encodings under two fingerprints, and their size."""
     pairs = latents_table(storage, latents).read(["status", "reason", "length"])
     texts = text_table(storage, text).read(["prompt_id", "status", "reason", "length", "num_tokens"])
     kept = pc.equal(pairs["status"], str(Status.KEPT))

@@ -1,4 +1,4 @@
-"""Export: the kept pairs as plain Parquet, with their images if wanted; complete or not at all."""
+"""Export: writes the kept pairs as plain Parquet, optionally with their images; complete or not at all."""
 
 import shutil
 import tempfile
@@ -33,12 +33,12 @@ IMAGE_COLUMNS = pa.schema(
         ("has_label", pa.bool_()),
     ]
 )
-"""What makes a file a Pick-a-Pic source, beside `label_0` and `user_id`."""
+"""Columns that make a file a Pick-a-Pic source, in addition to `label_0` and `user_id`."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     num_pairs: int
     num_files: int
@@ -49,15 +49,15 @@ def export_parquet(storage: Storage, target: str, *, images: bool = False) -> Ex
     """Write the kept pairs of the newest version to `target`.
 
     Args:
-        storage: Where the data set lies.
+        storage: The data set's storage.
         target: Path or fsspec URL: one file if it ends with `.parquet`, else a folder of files of about 512 MB and
-            an empty `_SUCCESS`, put last.
-        images: With the bytes of both images, and the columns of Pick-a-Pic.
+            an empty `_SUCCESS`, written last.
+        images: Include the bytes of both images, and the columns of Pick-a-Pic.
 
     Raises:
-        ConfigError: There is something at `target`.
-        SnapshotError: There is no data set, or it has no kept pair.
-        StorageError: It cannot be read or written.
+        ConfigError: `target` already exists.
+        SnapshotError: There is no data set, or it has no kept pairs.
+        StorageError: The data set cannot be read, or the target not written.
         ShardCorrupt: An image differs from its digest.
     """
     groups = _groups(storage, images)
@@ -67,7 +67,9 @@ def export_parquet(storage: Storage, target: str, *, images: bool = False) -> Ex
         raise ConfigError(f"{place.uri(name)} already exists", "name a new file or folder")
     first = next(groups, None)
     if first is None:
-        raise SnapshotError(f"there is no kept pair in {storage.url}", "`mapo data show` lists what became of the rows")
+        raise SnapshotError(
+            f"there are no kept pairs in {storage.url}", "`mapo data show` lists why rows were not kept"
+        )
     place.check_writable()
     with tempfile.TemporaryDirectory(prefix="mapo-export-") as work:
         if name.endswith(".parquet"):
@@ -76,7 +78,7 @@ def export_parquet(storage: Storage, target: str, *, images: bool = False) -> Ex
 
 
 def _write_folder(groups: Iterator[pa.Table], place: Storage, work: Path, name: str) -> Exported:
-    """Write a folder: locally beside its name, then renamed; elsewhere under its name, and removed after a failure."""
+    """Write a folder: locally under a temporary name, then renamed; elsewhere in place, and removed after a failure."""
     staged = f".{name}.{uuid.uuid4().hex[:8]}.tmp" if place.is_local else name
     try:
         exported = _write_parts(groups, place, work, None, folder=staged)
@@ -96,7 +98,7 @@ def _write_folder(groups: Iterator[pa.Table], place: Storage, work: Path, name: 
 def _write_parts(
     groups: Iterator[pa.Table], place: Storage, work: Path, names: list[str] | None, folder: str = ""
 ) -> Exported:
-    """Write all row groups into the one named file, or into as many numbered ones as it takes."""
+    """Write all row groups into the one named file, or into as many numbered files as needed."""
     num_pairs = num_files = num_bytes = 0
     file = work / "part.parquet"
     group = next(groups, None)
@@ -110,7 +112,7 @@ def _write_parts(
                     is_full = names is None and file.stat().st_size >= PART_BYTES
                     group = next(groups, None)
         except OSError as error:
-            raise StorageError(f"cannot write {file}: {error}", "set TMPDIR to a folder with room") from error
+            raise StorageError(f"cannot write {file}: {error}", "set TMPDIR to a folder with enough space") from error
         place.upload(names[0] if names else f"{folder}/part-{num_files:05d}.parquet", file)
         num_files, num_bytes = num_files + 1, num_bytes + file.stat().st_size
     return Exported(num_pairs, num_files, num_bytes)
@@ -121,7 +123,7 @@ def _groups(storage: Storage, images: bool) -> Iterator[pa.Table]:
     version = pairs_table(storage).version
     if version is None:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     with ThreadPoolExecutor(READERS) as readers:
         for batch in pairs_table(storage, version).batches(PAIRS_SCHEMA.names, KEPT):
@@ -131,7 +133,7 @@ def _groups(storage: Storage, images: bool) -> Iterator[pa.Table]:
 
 
 def _split(rows: pa.Table, images: bool) -> Iterator[pa.Table]:
-    """Yield slices of at most `ROWS_A_GROUP` rows; with images, of about `GROUP_BYTES` of them."""
+    """Yield slices of at most `ROWS_A_GROUP` rows; with images, of about `GROUP_BYTES` bytes."""
     sizes = pc.add(rows["length_0"], rows["length_1"]).to_pylist() if images else [0] * rows.num_rows
     start = total = 0
     for position, size in enumerate(sizes):

@@ -1,9 +1,9 @@
 """Garbage-collect: deletes old objects that no live version of a table references.
 
-Kept are the newest version of each table, every version that was the newest at some moment of the grace period, and
-every version that a run is pinned to. Of versions that are only part of the lineage of a model the rows are kept, so
-that what it was trained on can be told, and not the bytes that they point to. What is younger than the grace period
-stays whatever points to it: an ingest that runs has written shards that it has not committed.
+It keeps the newest version of each table, every version that was the newest at some moment of the grace period, and
+every version that a run is pinned to. Of versions that are only part of a model's lineage it keeps the rows, which tell
+what the model was trained on, but not the bytes that they point to. Objects younger than the grace period stay even if
+nothing references them: a running ingest has written shards that it has not committed yet.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ TRAIN_RECORD = "stages/train.json"
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")  # what fsspec's file systems call it
 
 Pins = dict[str, dict[int, list[str]]]
-"""Table -> version -> who needs it."""
+"""Table -> version -> the runs or rounds that need it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StoredObject:
     name: str
     num_bytes: int
     modified: float
-    """Seconds since 1970, by the storage's clock."""
+    """Modification time in seconds since 1970, by the storage's clock."""
 
 
 def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
@@ -51,7 +51,7 @@ def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
 
     Raises:
         SnapshotError: There is no data set.
-        StorageError: Something that says what is needed cannot be read; then nothing is known to be garbage.
+        StorageError: A record of what is needed cannot be read, so nothing is known to be garbage.
     """
     objects = stored_objects(storage)  # first: what is written from now on is not in it
     newest = time.time() - grace.total_seconds()
@@ -64,7 +64,7 @@ def find_garbage(storage: Storage, grace: timedelta) -> list[StoredObject]:
 
 
 def delete_garbage(storage: Storage, garbage: Iterable[StoredObject]) -> Iterator[StoredObject]:
-    """Delete one after the other; gives what was deleted. An object that was written again meanwhile stays."""
+    """Delete objects one after the other; yield each deleted one. An object that was rewritten meanwhile stays."""
     for each in garbage:
         info = _info(storage, each.name)
         if info is not None and _modified(info) == each.modified:
@@ -80,7 +80,7 @@ def tables(storage: Storage) -> list[str]:
     """
     if not storage.names(f"{PAIRS}/{LOG}"):
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     found = [f"{folder}/{name}/table" for folder in (LATENTS, TEXT) for name in fingerprints(storage, folder)]
     return [PAIRS, *found]
@@ -108,7 +108,7 @@ def pinned_versions(storage: Storage) -> Pins:
 def lineage_versions(storage: Storage) -> Pins:
     """Return for each table the versions in the lineage of models, with the names of rounds, such as `photos round 1`.
 
-    Of a run they are the rounds that its last training goes back to, and those of the exported model.
+    For a run these are the rounds that its last training goes back to, and those of the exported model.
 
     Raises:
         StorageError: A record cannot be read.
@@ -138,7 +138,7 @@ def _rounds(storage: Storage, files: Mapping[str, str]) -> tuple[dict[str, JsonO
         files: Name in the run's folder -> name on the storage.
 
     Returns:
-        Its rounds by key, and the keys of those that its last training and its exported model end with.
+        Its rounds by key, and the keys of the last rounds of its last training and of its exported model.
     """
     rounds: dict[str, JsonObject] = {}
     ends: list[str] = []
@@ -162,7 +162,7 @@ def _readable(storage: Storage, name: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"cannot tell which versions {storage.uri(name)} needs: {error!r}", "delete the run's folder or mend it"
+            f"cannot tell which versions {storage.uri(name)} needs: {error!r}", "repair or delete the run's folder"
         ) from error
 
 
@@ -194,8 +194,8 @@ def _needed(storage: Storage, table: str, pins: Iterable[int], told: Iterable[in
             continue
         if number == current and (missing := found - set(storage.names(table))):
             raise StorageError(
-                f"version {number} of the table {storage.uri(table)} lacks {len(missing):,} of {len(found):,} files, "
-                f"such as {min(missing)}",
+                f"{len(missing):,} of {len(found):,} files of version {number} of the table {storage.uri(table)} are "
+                f"missing, such as {min(missing)}",
                 "restore them from a copy; until then gc deletes nothing",
             )
         needed |= found
@@ -222,7 +222,7 @@ def _shards_in(storage: Storage, files: list[str]) -> set[str]:
 
 
 def _is_ours(name: str) -> bool:
-    """Return whether an object is of a kind that something should reference; others are not ours to delete."""
+    """Return whether an object is of a kind that rows reference; others are not mapo's to delete."""
     folder, _, file = name.rpartition("/")
     if UNFINISHED.fullmatch(file):
         return True
@@ -230,7 +230,7 @@ def _is_ours(name: str) -> bool:
 
 
 def stored_objects(storage: Storage) -> list[StoredObject]:
-    """List every object below the data set's folder, unfinished ones too, by name."""
+    """List every object below the data set's folder, including unfinished ones, by name."""
     prefix = storage.path().rstrip("/") + "/"
     try:
         found: dict[str, JsonObject] = storage.fs.find(storage.path(DATASET), detail=True)

@@ -1,4 +1,4 @@
-"""History: what happened to the table of pairs, one entry for each version."""
+"""History: lists what happened to the table of pairs, one entry per version."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,25 +22,25 @@ class HistoryEntry:
 
     version: int
     time: str
-    """UTC, to the second."""
+    """Time of the commit, UTC, to the second."""
     operation: str
     rows: dict[str, int]
-    """Added, by status; for a version that changed rows instead, none."""
+    """Added rows by status; empty for a version that changed rows instead."""
     num_rows: int | None
-    """Added; known also after the files are gone. None for a version that changed rows."""
+    """Number of added rows, also known after the files are deleted; None for a version that changed rows."""
     units: list[str]
     runs: list[str]
-    """That are pinned to it."""
+    """Runs that are pinned to the version."""
     rounds: list[str]
-    """In the lineage of models, such as `photos round 1`."""
+    """Rounds in the lineage of models that read the version, such as `photos round 1`."""
 
 
 def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
     """List the versions, newest first.
 
     Args:
-        storage: Where the data set lies.
-        limit: So many of the newest; None for all.
+        storage: The data set's storage.
+        limit: The number of newest versions to list; None for all.
 
     Raises:
         SnapshotError: There is no data set.
@@ -48,7 +48,7 @@ def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
     found = versions(storage.child(PAIRS))
     if not found:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     pins, lineage = (found(storage).get(PAIRS, {}) for found in (pinned_versions, lineage_versions))
     chosen = found[::-1][:limit]
@@ -70,7 +70,7 @@ def history(storage: Storage, limit: int | None = None) -> list[HistoryEntry]:
 
 
 def _added(storage: Storage, version: Version) -> dict[str, int]:
-    """Count added rows by status; none if the version rewrote files, or if `gc` has deleted them."""
+    """Count added rows by status; empty if the version rewrote files, or if `gc` has deleted them."""
     counted: Counter[str] = Counter()
     if version.dropped:
         return {}

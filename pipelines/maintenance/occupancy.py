@@ -1,4 +1,4 @@
-"""Finds shards that hold members no row references: from the table's offsets, with one small read per shard."""
+"""Finds shards with members that no row references: from the table's offsets, with one small read per shard."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ PLACED = pc.field("shard").is_valid()
 
 @dataclass(frozen=True)
 class Occupied:
-    """A shard with what rows point to in it.
+    """A shard and the members that rows point to.
 
     Args:
-        name: On the storage.
-        num_bytes: Of the whole shard.
-        sha256: Of the whole shard.
-        keys: Of pairs or prompts, in the order of their members.
-        extents: First byte of the first header and one past the last block, of each key's members.
+        name: The shard's name on the storage.
+        num_bytes: Size of the whole shard.
+        sha256: Digest of the whole shard.
+        keys: Keys of pairs or prompts, in the order of their members.
+        extents: For each key's members, the first byte of the first header and the byte after the last block.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Occupied:
     extents: tuple[tuple[int, int], ...]
 
     def has_dead_members(self, storage: Storage) -> bool:
-        """Return whether it holds members that no row references; if only the end can tell, its first block is read."""
+        """Return whether the shard has members that no row references; reads a block if only its end can tell."""
         position = 0
         for start, end in self.extents:
             if start != position:
@@ -81,7 +81,7 @@ def _by_shard(rows: pa.Table, offset: str) -> Iterator[list[Row]]:
 
 
 def runs(column: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
-    """Yield where each run of equal values starts and ends; `group_by` does not keep the order of groups."""
+    """Yield the start and end of each run of equal values; `group_by` would not keep the order of groups."""
     start = 0
     for end in pc.run_end_encode(column.combine_chunks()).run_ends.to_pylist() if len(column) else ():
         yield start, end

@@ -28,12 +28,12 @@ MAX_ROUNDS = 10  # an ingest may commit a row of the same pair while the others 
 
 @dataclass(frozen=True)
 class Condition:
-    """One `--where`: rows of a key, of a prompt, of a person, or of a source.
+    """One `--where`: selects rows by key, prompt, user or source.
 
     Args:
         name: `key`, `prompt`, `user` or `source`.
-        value: What it must be; for `is_pattern` a regular expression (RE2) that must be found in it.
-        is_pattern: Only of prompts.
+        value: The value to match; with `is_pattern` a regular expression (RE2) to search for.
+        is_pattern: Whether `value` is a pattern; only for prompts.
     """
 
     name: str
@@ -55,11 +55,11 @@ def parse_condition(text: str) -> Condition:
     """Parse a `--where` of the command line.
 
     Raises:
-        ConfigError: It is of no known form, or its pattern is no regular expression.
+        ConfigError: The condition has an unknown form, or its pattern is not a regular expression.
     """
     match = CONDITION.fullmatch(text)
     if match is None or (match[1] not in NAMES) or (match[2] == "~" and match[1] != "prompt"):
-        raise ConfigError(f"--where {text}: unknown condition", f"one of: {FORMS}")
+        raise ConfigError(f"--where {text}: unknown condition", f"use one of: {FORMS}")
     condition = Condition(match[1], match[3], match[2] == "~")
     if condition.name == "key" and not re.fullmatch(r"[0-9a-f]{32}", condition.value):
         raise ConfigError(f"--where {text}: a key is 32 hex digits in lower case", "`pair_key` in the table has them")
@@ -75,22 +75,22 @@ def parse_condition(text: str) -> Condition:
 
 @dataclass(frozen=True)
 class Removed:
-    """What was removed, or would be."""
+    """The rows that were removed, or would be."""
 
     rows: dict[str, int]
-    """By the status that they had."""
+    """Removed rows by their former status."""
     num_pairs: int
 
     @property
     def num_rows(self) -> int:
-        """All rows together."""
+        """Total number of rows."""
         return sum(self.rows.values())
 
 
 def remove(storage: Storage, conditions: Sequence[Condition], *, dry_run: bool = False) -> Removed:
-    """Remove every pair with a row for which all conditions hold, with all its rows, in one commit.
+    """Remove every pair with a row that meets all conditions, with all its rows, in one commit.
 
-    A removed row is `quarantined` with the reason `removed`; prompt, person, digests and place are gone from it.
+    A removed row is `quarantined` with the reason `removed`; its prompt, user, digests and place are cleared.
 
     Raises:
         SnapshotError: There is no data set.
@@ -100,7 +100,7 @@ def remove(storage: Storage, conditions: Sequence[Condition], *, dry_run: bool =
     table = pairs_table(storage)
     if table.version is None:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     rows: Counter[str] = Counter()
     pairs: set[str] = set()
@@ -132,7 +132,7 @@ def _find(table: Table, conditions: Sequence[Condition]) -> tuple[set[str], set[
 
 
 def _identities(rows: pa.RecordBatch | pa.Table) -> pa.Array:
-    """Return what is removed as one: a pair with all its rows, or a row of its own where it has no pair."""
+    """Return the identity by which rows are removed together: that of their pair, or of a row without a pair."""
     parts = [rows["unit"], *(rows[name].cast(pa.string()) for name in ("source_row", "source_pair"))]
     parts[2] = pc.fill_null(parts[2], "0")
     return pc.coalesce(rows["pair_key"], pc.binary_join_element_wise(*parts, "/"))

@@ -22,13 +22,13 @@ COMMITTED = pc.field("shard").is_valid()
 
 @dataclass(frozen=True)
 class CommittedShard:
-    """A shard as the table's rows have it."""
+    """A shard according to the table's rows."""
 
     name: str
     num_bytes: int
     sha256: str
     members: pa.Table
-    """Rows of `what` (for people), `offset`, `length`, `sha256` of the payload, and `crc32` of it where it is known."""
+    """Rows of `what` (for people), `offset`, `length`, and the payload's `sha256` and, if known, `crc32`."""
 
 
 def committed_shards(storage: Storage) -> list[CommittedShard]:
@@ -39,7 +39,7 @@ def committed_shards(storage: Storage) -> list[CommittedShard]:
     """
     if pairs_table(storage).version is None:
         raise SnapshotError(
-            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` makes one; is the storage right?"
+            f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
     found = list(_shards(pa.concat_tables([_images(pairs_table(storage), side) for side in (0, 1)])))
     for fingerprint in fingerprints(storage, LATENTS):
@@ -50,12 +50,12 @@ def committed_shards(storage: Storage) -> list[CommittedShard]:
 
 
 def verify(storage: Storage, shards: Sequence[CommittedShard] | None = None, *, on_cluster: bool = False) -> list[str]:
-    """List what differs from what was committed, one line a difference, in the order of the shards.
+    """List every difference from what was committed, one per line, in the order of the shards.
 
     Args:
-        storage: Where the data set lies.
-        shards: Look at these only.
-        on_cluster: Read them on the Ray that this process is connected to, not in its own threads.
+        storage: The data set's storage.
+        shards: The shards to check; all by default.
+        on_cluster: Read them on the Ray cluster that this process is connected to, not in its own threads.
 
     Raises:
         SnapshotError: There is no data set.
@@ -73,7 +73,7 @@ def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
     place, num_rows = storage.uri(shard.name), shard.members.num_rows
     try:
         if not storage.exists(shard.name):
-            yield f"{place}: missing, with the {num_rows:,} members that rows point to"
+            yield f"{place}: missing, with {num_rows:,} members that rows point to"
             return
         num_bytes = storage.size(shard.name)
         sha256, payloads, checksums = _digests(storage, shard, num_bytes)
@@ -81,15 +81,15 @@ def _differences(storage: Storage, shard: CommittedShard) -> Iterator[str]:
         yield f"{place}: {error.message}"
         return
     if num_bytes != shard.num_bytes:
-        yield f"{place}: {num_bytes:,} bytes, {shard.num_bytes:,} were committed"
+        yield f"{place}: {num_bytes:,} bytes, but {shard.num_bytes:,} were committed"
     elif sha256 != shard.sha256:
-        yield f"{place}: sha256 is {sha256}, {shard.sha256} was committed"
+        yield f"{place}: sha256 is {sha256}, but {shard.sha256} was committed"
     for member, payload, crc32 in zip(shard.members.to_pylist(), payloads, checksums, strict=True):
         where = f"{place}: {member['what']} at {member['offset']:,}"
         if member["offset"] + member["length"] > num_bytes:
             yield f"{where} ends at {member['offset'] + member['length']:,}, past the end at {num_bytes:,}"
         elif payload != member["sha256"]:
-            yield f"{where}: sha256 is {payload}, {member['sha256']} was committed"
+            yield f"{where}: sha256 is {payload}, but {member['sha256']} was committed"
         elif member["crc32"] not in (None, crc32):
             yield f"{where}: the bytes are as committed, but their CRC-32 is {crc32}, not {member['crc32']}"
 

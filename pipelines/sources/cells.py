@@ -1,4 +1,4 @@
-"""The bytes behind an image cell: bytes, an HF struct, a data URI, a path, a member of a tar, or an address."""
+"""Resolves image cells to bytes: bytes, an HF struct, a data URI, a path, a member of a tar, or a URL."""
 
 import base64
 import binascii
@@ -17,22 +17,22 @@ from pipelines.sources.unit import SourceFile
 from pipelines.sources.urls import UrlLimits, fetch_url
 
 REMOTE = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "oss", "memory")
-"""File systems that an address in a cell may name; none that reads this machine's own files."""
+"""File systems that a URL in a cell may use; none of them reads this machine's own files."""
 SIGNATURES = ("/9j/", "iVBORw0KGgo", "UklGR")
-"""How a JPEG, a PNG and a WebP begin in base64."""
+"""The first characters of a JPEG, a PNG and a WebP in base64."""
 MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 MAX_PATH_BYTES = 1024  # of an object's key on S3 and GCS
 
 Place = tuple[SourceFile, int, int]
-"""A tar, and where a member's bytes lie in it."""
+"""A tar, and offset and length of a member's bytes in it."""
 
 
 class Cells:
     """Resolves the image cells of one file.
 
     Args:
-        config: Of the source: where paths lie, and whether addresses are followed.
-        file: That the cells are of.
+        config: The source's configuration: the base of paths, and whether URLs are followed.
+        file: The file of the cells.
     """
 
     def __init__(self, config: SourceConfig, file: SourceFile) -> None:
@@ -45,7 +45,7 @@ class Cells:
         """Read the bytes of a cell; return a reason if there are none, None for an empty cell.
 
         Raises:
-            SourceError: The place where paths lie cannot be read at all.
+            SourceError: The base folder of image paths cannot be read at all.
         """
         if isinstance(cell, Mapping):
             inner = cell.get("bytes")
@@ -95,7 +95,7 @@ class Cells:
             places = _members(self._config.images).get(name, [])
             if len(places) > 1:
                 raise SourceError(
-                    f"{name} is in {places[0][0].uri} and in {places[1][0].uri}", "give one of them as `images:`"
+                    f"{name} is in both {places[0][0].uri} and {places[1][0].uri}", "give only one of them as `images:`"
                 )
             return self._from_tar(places[0]) if places else Reason.MISSING_IMAGE
         return self._from_storage(self._folder, name)
@@ -108,7 +108,7 @@ class Cells:
         try:
             return Storage(folder).read_range(name, offset, length) if length else b""
         except StorageError as error:
-            raise SourceError(error.message, "is the tar still there, and whole?") from error
+            raise SourceError(error.message, "is the tar still there and complete?") from error
 
     def _from_storage(self, folder: Storage, name: str) -> bytes | Reason:
         try:
@@ -118,12 +118,12 @@ class Cells:
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError | NotADirectoryError):
                 return Reason.MISSING_IMAGE
-            raise SourceError(error.message, "check the place of the images (`images:`) and the credentials") from error
+            raise SourceError(error.message, "check the path of the images (`images:`) and the credentials") from error
 
 
 @lru_cache(4)
 def _members(pattern: str) -> dict[str, list[Place]]:
-    """Return every file in the tars of a glob by its name; the headers are read once for each process."""
+    """Return every file in the tars of a glob by name; the headers are read once per process."""
     found: dict[str, list[Place]] = {}
     for file in list_files(pattern, (".tar",)):
         with open_file(file, read_ahead=True) as opened, whole_tar(opened) as tar:

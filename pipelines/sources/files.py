@@ -20,21 +20,21 @@ SPLIT_NAMES = {
     VALIDATION: ("validation", "valid", "val", "dev", "validation_unique"),
     TEST: ("test", "testing", "test_unique"),
 }
-"""How sources name their splits."""
+"""Names that sources use for their splits."""
 NUMBERED_OR_SUFFIX = re.compile(r"-\d+-of-\d+|\.")
 
 
 def split_called(name: object) -> str | None:
-    """Return the split that a source's own name for it means; None for any other text."""
+    """Return the split that a name in a source stands for; None for any other text."""
     text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
     return next((split for split, names in SPLIT_NAMES.items() if text.strip().lower() in names), None)
 
 
 def split_of_file(uri: str) -> str | None:
-    """Return the split that a file's name begins or ends with, or else its folder's.
+    """Return the split that a file's name starts or ends with, or else its folder's.
 
     `test_aes.json`, `hpdv2_test.json`, `validation-00000-of-00003.parquet`, `val/a.parquet`. A name that ends in `dev`
-    says nothing: FLUX.1-dev is a model.
+    does not count: FLUX.1-dev is a model.
     """
     *folders, name = uri.split("/")
     words = re.findall(r"[A-Za-z]+", NUMBERED_OR_SUFFIX.split(name)[0])
@@ -45,12 +45,12 @@ def split_of_file(uri: str) -> str | None:
 
 
 def split_of_row(configured: str, named: object, uri: str) -> str | None:
-    """Return the split that a source gives to a row; None where the prompt's hash decides.
+    """Return the split that a source assigns to a row; None if the prompt's hash decides.
 
     Args:
         configured: `split` of the source's configuration.
-        named: What the row's own `split` column says, if there is one.
-        uri: Of the row's file.
+        named: The row's `split` column, if there is one.
+        uri: URI of the row's file.
     """
     if configured == "hash":
         return None
@@ -63,7 +63,7 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
     """List the files that a path, folder or glob names, sorted by URI.
 
     Raises:
-        SourceError: There are none, or the place cannot be listed.
+        SourceError: There are none, or the path cannot be listed.
     """
     storage, pattern = Storage(path), ""
     try:
@@ -92,15 +92,15 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[SourceFile]:
 
 @contextlib.contextmanager
 def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = False) -> Iterator[IO[bytes]]:
-    """Open a source file to read from; every failure inside names it.
+    """Open a source file for reading; every error inside the block names the file.
 
     Args:
-        file: As `list_files` found it.
-        read_ahead: For small reads one after the other; whoever reads large ranges would fetch bytes twice.
-        by_arrow: Arrow alone reads it: a local file without a copy through Python.
+        file: From `list_files`.
+        read_ahead: Read ahead, for small sequential reads; with large ranges, bytes would be fetched twice.
+        by_arrow: Whether only Arrow reads the file: then a local file is not copied through Python.
 
     Raises:
-        SourceError: It is gone, has changed since `list_files`, or cannot be read.
+        SourceError: The file is gone, has changed since `list_files`, or cannot be read.
     """
     storage = Storage(file.uri)
     fs, path = storage.fs, storage.path()
@@ -108,8 +108,8 @@ def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = Fa
         found = _source_file(fs, path, _behind_link(fs, retry(lambda: fs.info(path))))
         if (found.size, found.change_mark) != (file.size, file.change_mark):
             raise SourceError(
-                f"{file.uri} changed while it was read: it had {file.size:,} bytes at first, it has {found.size:,} now",
-                "run again when nothing writes to it any more",
+                f"{file.uri} changed while it was read: it had {file.size:,} bytes at first and {found.size:,} now",
+                "run again once nothing writes to the file any more",
             )
         if by_arrow and storage.is_local:
             with pa.OSFile(path) as native:
@@ -120,7 +120,7 @@ def open_file(file: SourceFile, *, read_ahead: bool = False, by_arrow: bool = Fa
             yield opened
     except (OSError, ValueError, pa.ArrowException) as error:  # pyarrow raises the last two of damaged files
         text = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"cannot read {file.uri}: {text}", "is the file whole? copy it again") from error
+        raise SourceError(f"cannot read {file.uri}: {text}", "is the file complete? copy it again") from error
 
 
 def _split_glob(path: str) -> tuple[str, str]:
@@ -133,7 +133,7 @@ def _split_glob(path: str) -> tuple[str, str]:
 
 
 def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known of a file, or of what a link points to: a hub's cache is links."""
+    """Return the facts of a file, or of the target of a link: the hub's cache consists of links."""
     return dict(fs.info(str(Path(info["name"]).resolve(strict=True)))) if info.get("islink") else info
 
 

@@ -1,7 +1,7 @@
 """Human Preference Datasets: JSON records that name their images by path.
 
 v2, train: `prompt`, `file_path` and `human_preference`, votes in the order of the paths.
-v2, test: `prompt`, `image_path` and `rank`, places in the order of the paths, 1 the best.
+v2, test: `prompt`, `image_path` and `rank`, ranks in the order of the paths, 1 is best.
 v3: `prompt`, `path1` (preferred), `path2`, and `choice_dist`, votes for both, or null.
 Source: the cards of ymhao/HPDv2 and MizzenAI/HPDv3.
 """
@@ -31,7 +31,7 @@ class HpdSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield one pair of a v3 record or of two images; all pairs of more."""
+        """Yield one pair for a v3 record or two images; all pairs for more images."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("path1") is not None or record.get("path2") is not None:
             label = _from_position(record.get("choice_dist"))
@@ -51,7 +51,7 @@ class HpdSource(SourceKind):
 
 
 def _from_position(votes: Any) -> float | Reason:
-    """Return the label of a first image that is the preferred one; votes, where there are any, say by how much."""
+    """Return the label of a first image that is the preferred one; votes, if there are any, say by how much."""
     if votes is None:
         return 1.0
     if not isinstance(votes, list) or len(votes) != 2:

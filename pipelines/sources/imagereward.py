@@ -1,8 +1,8 @@
-"""ImageRewardDB: several images of one prompt, ranked; every two of them are a pair, equal ranks a tie.
+"""ImageRewardDB: several ranked images per prompt; every two of them make a pair, equal ranks a tie.
 
-One image a record (`image` or `image_path`, `prompt_id`, `prompt`, `rank`), the records of a prompt after each other,
-as in the JSON files and the plain subsets; or one prompt a record with lists, as in the `_group` subsets; or
-`img_better` and `img_worse`, as in the `_pair` subsets. Rank 1 is the best.
+One image per record (`image` or `image_path`, `prompt_id`, `prompt`, `rank`) with the records of a prompt in a row, as
+in the JSON files and the plain subsets; or one prompt per record with lists, as in the `_group` subsets; or
+`img_better` and `img_worse`, as in the `_pair` subsets. Rank 1 is best.
 Source: the card of THUDM/ImageRewardDB.
 """
 

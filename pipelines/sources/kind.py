@@ -1,6 +1,6 @@
-"""What a kind of source is: a table of names, which columns it has, and how one record becomes pairs.
+"""The base class of a kind of source: its columns, their names in files, and how one record becomes pairs.
 
-Light: neither ray, torch nor pyarrow is imported here, nor in the files of the kinds; `reader` reads the files.
+Light: neither this file nor those of the kinds import ray, torch or pyarrow; `reader` reads the source files.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from pipelines.dataset.status import Reason
 
 Record = dict[str, Any]
-"""A record of a source file: column -> value, as it came."""
+"""A record of a source file: column -> raw value."""
 BROKEN = "__broken__"
-"""Stands in a record that could not be read, for the reason why."""
+"""Key for the reason, in a record that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Field:
     """A column of a format.
 
     Args:
-        name: The format's own name, which `columns` maps.
+        name: The format's name of the column, which `columns` maps.
         also: Other names that published files use.
-        required: A file without it is refused.
-        is_image: It holds images, where text is a path or an address.
+        required: Whether a file without it is rejected.
+        is_image: Whether it contains images; text in it is then a path or a URL.
     """
 
     name: str
@@ -38,7 +38,7 @@ SPLIT = Field("split")
 
 @dataclass(frozen=True)
 class Draft:
-    """One pair of a record before its images are fetched: cells as they came."""
+    """One pair of a record before its images are fetched, with raw cells."""
 
     prompt: object
     image_0: object
@@ -48,22 +48,22 @@ class Draft:
 
 
 class SourceKind:
-    """One kind of source; a subclass in a file of its own is entered in `registry`."""
+    """One kind of source; each subclass has its own file and an entry in `registry`."""
 
     format: ClassVar[str]
-    """Its name in the configuration."""
+    """The kind's name in the configuration."""
     fields: ClassVar[tuple[Field, ...]]
-    """Its columns beside `split`."""
+    """Its columns in addition to `split`."""
     label: ClassVar[str]
     """Where the label comes from, for the reference page."""
     forms: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """If there are any: a file has all fields of one of these, or is refused."""
+    """Alternative sets of fields, if any: a file must have all fields of one of them."""
     group_by: ClassVar[str | None] = None
-    """Consecutive records of one image each and of one value of this field are one record of lists."""
+    """If set, consecutive single-image records with the same value of this field form one record of lists."""
     gathered: ClassVar[tuple[str, ...]] = ()
-    """The fields that become lists then, beside the images."""
+    """The fields that then become lists, in addition to the images."""
     suffixes: ClassVar[tuple[str, ...]] = ()
-    """Ends of the names of its files in a folder; all that can be read if there are none here."""
+    """Suffixes of its files in a folder; if empty, all readable files."""
 
     @property
     def all_fields(self) -> tuple[Field, ...]:
@@ -71,5 +71,5 @@ class SourceKind:
         return (*self.fields, SPLIT)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield the pairs of one record, whose keys are the format's own names; at least one."""
+        """Yield the pairs of one record, whose keys are the format's names; at least one."""
         raise NotImplementedError

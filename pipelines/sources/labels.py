@@ -1,6 +1,6 @@
-"""Turns what sources say about a preference into the probability that image 0 is preferred; never a guess.
+"""Converts a source's preference into the probability that image 0 is preferred; never guesses.
 
-Every function takes values as they came (numbers of any type, text, bytes) and gives 0..1 or the `Reason` why not.
+Every function takes raw values (numbers of any type, text, bytes) and returns 0..1, or the `Reason` why it cannot.
 """
 
 import math
@@ -13,7 +13,7 @@ LABEL_TOLERANCE = 1e-6
 
 
 def number(value: object) -> float | None:
-    """Return a number by its value, whatever its type; None if it is not one, or not finite."""
+    """Return a value as a number, whatever its type; None if it is not a number, or not finite."""
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     try:
@@ -24,7 +24,7 @@ def number(value: object) -> float | None:
 
 
 def from_labels(label_0: object, label_1: object) -> float | Reason:
-    """Return the label from those of both images, which must add up to 1."""
+    """Return the label from the labels of both images, which must add up to 1."""
     if label_0 is None or label_1 is None:
         return Reason.MISSING_LABEL
     first, second = number(label_0), number(label_1)
@@ -34,7 +34,7 @@ def from_labels(label_0: object, label_1: object) -> float | Reason:
 
 
 def from_label(label_0: object) -> float | Reason:
-    """Return the label from that of image 0 alone."""
+    """Return the label from image 0's label alone."""
     if label_0 is None:
         return Reason.MISSING_LABEL
     found = number(label_0)
@@ -42,7 +42,7 @@ def from_label(label_0: object) -> float | Reason:
 
 
 def from_votes(votes_0: object, votes_1: object) -> float | Reason:
-    """Return the share of votes (or of weights of votes) for image 0; no votes at all is no label."""
+    """Return the share of votes (or of vote weights) for image 0; without votes there is no label."""
     if votes_0 is None or votes_1 is None:
         return Reason.MISSING_LABEL
     first, second = number(votes_0), number(votes_1)
@@ -55,9 +55,9 @@ def from_ranks(ranks: object, *, count: int, best: str = "smallest") -> Iterator
     """Yield every pair of ranked images, in order, with the label of the first of the two; equal ranks are a tie.
 
     Args:
-        ranks: One for each image.
-        count: How many images there are.
-        best: `smallest` for places, `largest` for scores.
+        ranks: One rank per image.
+        count: The number of images.
+        best: `smallest` for ranks, `largest` for scores.
     """
     found = list(ranks) if isinstance(ranks, Sequence) and not isinstance(ranks, str | bytes) else []
     for i, j in combinations(range(count), 2):
@@ -77,7 +77,7 @@ def _compare(rank_0: object, rank_1: object, *, sign: int) -> float | Reason:
 
 
 def is_false(value: object) -> bool:
-    """Return whether a flag says no; a missing one does not."""
+    """Return whether a flag is false; a missing one is not."""
     text = text_of(value)
     return text is not None and text.strip().lower() in ("false", "0", "0.0", "no", "")
 

@@ -1,7 +1,7 @@
 """Pairs under names of your own: `chosen` and `rejected`, or `image_0`, `image_1` and a label.
 
 Without a column map the names are those of open-image-preferences (`prompt`, `chosen`, `rejected`), and for
-`jsonl` `prompt`, `image_0`, `image_1`, `label_0`. Images are bytes, `{bytes, path}`, paths or addresses.
+`jsonl` `prompt`, `image_0`, `image_1`, `label_0`. Images are bytes, `{bytes, path}`, paths or URLs.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pipelines.sources.labels import from_label, from_labels
 
 
 class PairsSource(SourceKind):
-    """Rows of any table, through a column map."""
+    """Rows of any table, with a column map."""
 
     format = "pairs"
     label = "position: `chosen` is preferred; or by value, as in `pickapic`"
@@ -29,7 +29,7 @@ class PairsSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield one pair a row; the position of chosen and rejected is the label."""
+        """Yield one pair per row; the columns chosen and rejected decide the label."""
         prompt, user = record.get("prompt"), record.get("user_id")
         if record.get("image_0") is not None or record.get("image_1") is not None:
             label_1 = record.get("label_1")
@@ -43,7 +43,7 @@ class PairsSource(SourceKind):
 
 
 class JsonlSource(PairsSource):
-    """The same pairs in JSON lines, an object a line."""
+    """The same pairs in JSON lines, one object per line."""
 
     format = "jsonl"
     suffixes = (".jsonl", ".jsonl.gz")

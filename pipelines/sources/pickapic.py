@@ -27,7 +27,7 @@ class PickapicSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield one pair a row."""
+        """Yield one pair per row."""
         yield Draft(record["caption"], record["jpg_0"], record["jpg_1"], read_label(record), record.get("user_id"))
 
 

@@ -25,6 +25,6 @@ class RapidataSource(SourceKind):
     )
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield one pair a row."""
+        """Yield one pair per row."""
         label = from_votes(record["votes_image1"], record["votes_image2"])
         yield Draft(record["prompt"], record["image1"], record["image2"], label, record.get("user_id"))

@@ -27,7 +27,7 @@ class SourceReader:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Ends of the names of files that are read of a folder."""
+        """Suffixes of the files that are read from a folder."""
         return self._kind.suffixes or tuple(CONTAINERS)
 
     def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[SourceUnit]:
@@ -85,8 +85,8 @@ class SourceReader:
                 found[field.name] = present
             elif field.required or field.name in config.columns:
                 raise SourceError(
-                    f"{file.uri} has no column {wanted[0]}; it has {', '.join(sorted(names))}",
-                    f"is it a `{self._kind.format}` source? `columns:` says which of its columns is which",
+                    f"{file.uri} has no column {wanted[0]}; its columns are {', '.join(sorted(names))}",
+                    f"is it a `{self._kind.format}` source? if so, map its column names with `columns:`",
                 )
         self._check_forms(found, names, file)
         return found
@@ -97,12 +97,12 @@ class SourceReader:
         if forms and not any(set(form) <= found.keys() for form in forms):
             raise SourceError(
                 f"{file.uri} has neither {' nor '.join(_listed(form) for form in forms)}; "
-                f"it has {', '.join(sorted(names))}",
-                "say with `columns:` which of its columns is which",
+                f"its columns are {', '.join(sorted(names))}",
+                "map its column names with `columns:`",
             )
 
     def _named(self, record: Record, columns: Mapping[str, str], config: SourceConfig, is_free: bool) -> Record:
-        """Return a record under the format's own names."""
+        """Return a record with the format's names as keys."""
         if BROKEN in record:
             return record
         if not is_free:
@@ -114,7 +114,7 @@ class SourceReader:
         return found
 
     def _grouped(self, records: Iterator[tuple[int, Record]], unit: SourceUnit) -> Iterator[tuple[int, Record]]:
-        """Gather records of one image each into one record of lists; leave others as they are."""
+        """Gather records of one image each into one record of lists; leave others unchanged."""
         if self._kind.group_by is None:
             yield from records
             return
@@ -137,18 +137,18 @@ class SourceReader:
 
 
 def _names_in_files(field: Field, config: SourceConfig) -> list[str]:
-    """Return the names that a column may have in files: the one that `columns` says, or its own and others."""
+    """Return the names that a column may have in files: the one in `columns`, or its usual names."""
     return [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return the names as English has a list: `a`, `b` and `c`."""
+    """Return the names as a list in English: `a`, `b` and `c`."""
     *most, last = [f"`{name}`" for name in names]
     return f"{', '.join(most)} and {last}" if most else last
 
 
 def _read_once(cells: Cells) -> Callable[[object], bytes | Reason | None]:
-    """Return a reader of the cells of one record, which fetches an image of several pairs once."""
+    """Return a reader of the cells of one record that fetches an image of several pairs only once."""
     found: dict[str, bytes | Reason | None] = {}
 
     def read(cell: object) -> bytes | Reason | None:

@@ -39,11 +39,11 @@ class Container(Protocol):
     """A kind of file."""
 
     def names(self, file: SourceFile) -> list[str] | None:
-        """Return the top-level names of its records, if the file says so itself."""
+        """Return the top-level names of its records, if the file itself states them."""
         ...
 
     def seen(self, file: SourceFile) -> list[str]:
-        """Return names that at least one of its records has; none if only reading them tells."""
+        """Return names that at least one of its records has; empty if only reading them would tell."""
         ...
 
     def plan(
@@ -56,9 +56,9 @@ class Container(Protocol):
         """Yield the records of a unit with their numbers in the file.
 
         Args:
-            unit: Which.
-            names: Of a record, only these need be there.
-            images: Those of them that hold images, where text is a path or an address.
+            unit: The unit to read.
+            names: The names that are needed; others may be left out.
+            images: Those of them that contain images; text in them is a path or a URL.
         """
         ...
 
@@ -77,7 +77,7 @@ class Parquet:
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
     ) -> list[SourceUnit]:
-        """Plan by the footer alone. Grouped records may lie across row groups: then the file is one unit."""
+        """Plan from the footer alone. Grouped records may span row groups: then the file is one unit."""
         metadata = _footer(file)
         wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] in names]
         groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
@@ -95,7 +95,7 @@ class Parquet:
         return units
 
     def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
-        """Yield records with text as bytes: what is not UTF-8 spoils its own row, not the others."""
+        """Yield records with text as bytes, so that invalid UTF-8 affects only its own row."""
         number = unit.first_row
         with open_file(unit.file, by_arrow=True) as opened:
             parquet = pq.ParquetFile(opened, metadata=_footer(unit.file), buffer_size=READ_BYTES, pre_buffer=False)
@@ -118,7 +118,7 @@ def _footer(file: SourceFile) -> pq.FileMetaData:
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """Return the type with bytes for text, inside lists and structs as well."""
+    """Return the type with bytes in place of text, also inside lists and structs."""
     if pa.types.is_dictionary(kind):
         return _as_bytes(kind.value_type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
@@ -131,7 +131,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Return whether a column holds text, or lists of it."""
+    """Return whether a column contains text, or lists of text."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _is_text(kind.value_type)
     return not pa.types.is_struct(kind) and _as_bytes(kind) != kind
@@ -144,7 +144,7 @@ def _as_text(value: Any) -> Any:
 
 
 class Json:
-    """An array of objects, or an object a line (`lines`); parsed once for each process and state of the file."""
+    """An array of objects, or one object per line (`lines`); parsed once for each process and state of the file."""
 
     def __init__(self, *, lines: bool) -> None:
         self._lines = lines
@@ -160,7 +160,7 @@ class Json:
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
     ) -> list[SourceUnit]:
-        """Plan at most `MAX_RECORDS` to a unit, more where a group asks for it."""
+        """Plan at most `MAX_RECORDS` per unit, or more to keep a group together."""
         records = _parsed(file, self._lines)
         runs = [1] * len(records)
         if group_by is not None:
@@ -191,14 +191,14 @@ def _parsed(file: SourceFile, lines: bool) -> list[Record]:
             raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(found, list):
         raise SourceError(
-            f"{file.uri} holds a {type(found).__name__}, not a list of records",
-            "a `.json` source is an array of objects; name a file with one object per line `.jsonl`",
+            f"{file.uri} contains a {type(found).__name__}, not a list of records",
+            "a `.json` source must be an array of objects; rename a file with one object per line to `.jsonl`",
         )
     return [record if isinstance(record, dict) else {BROKEN: "not an object"} for record in found]
 
 
 def _line(line: bytes) -> Any:
-    """Parse a line; a broken one spoils its own row, not the others."""
+    """Parse a line; a broken one affects only its own row."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -206,27 +206,27 @@ def _line(line: bytes) -> Any:
 
 
 class Tar:
-    """WebDataset samples: the members of a key follow each other. A unit is a whole tar; nothing is unpickled."""
+    """WebDataset samples: the members of a key are adjacent. A unit is a whole tar; nothing is unpickled."""
 
     def names(self, file: SourceFile) -> None:
         """Return None: each sample has its own."""
         return
 
     def seen(self, file: SourceFile) -> list[str]:
-        """Return nothing: only reading tells."""
+        """Return nothing: only reading would tell."""
         return []
 
     def plan(
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
     ) -> list[SourceUnit]:
-        """Plan one unit; only reading tells how many samples there are."""
+        """Plan one unit; only reading would tell how many samples there are."""
         return [make_unit((0, 1), 0, 0)]
 
     def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """Yield a sample as a record: each part's bytes by its name without the extension, and a JSON part's keys.
 
         Raises:
-            SourceError: The tar is cut or damaged, or a key comes back.
+            SourceError: The tar is truncated or damaged, or a key repeats.
         """
         with open_file(unit.file, read_ahead=True) as opened, whole_tar(opened) as tar:
             yield from enumerate(_samples(tar, unit.file))
@@ -234,19 +234,19 @@ class Tar:
 
 @contextlib.contextmanager
 def whole_tar(opened: IO[bytes]) -> Iterator[tarfile.TarFile]:
-    """Open a tar to go through to its end, and check that it is the end.
+    """Open a tar for reading to its end, and check that it really is the end.
 
-    `tarfile` takes a cut between two members, and a damaged header after the first one, for the end of the tar.
+    `tarfile` mistakes truncation between two members, or a damaged header after the first, for the end of the tar.
 
     Raises:
-        ValueError: The tar is cut or damaged.
+        ValueError: The tar is truncated or damaged.
     """
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
             yield tar
             opened.seek(tar.offset)
             if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"at byte {tar.offset:,} is neither a member nor the mark that ends a tar")
+                raise tarfile.ReadError(f"neither a member nor the end-of-archive marker at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise ValueError(f"not a complete tar: {error}") from error
 
@@ -264,7 +264,7 @@ def _samples(tar: tarfile.TarFile, file: SourceFile) -> Iterator[Record]:
             key, sample, parts = f"{folder}{slash}{stem}", {}, set()
             if key in done:
                 raise SourceError(
-                    f"{file.uri}: the members of {key} do not follow each other", "pack each sample's files together"
+                    f"{file.uri}: the members of {key} are not adjacent", "store each sample's files next to each other"
                 )
             done.add(key)
         payload = tar.extractfile(member)
@@ -302,18 +302,18 @@ CONTAINERS: dict[str, Callable[[], Container]] = {
     ".json.gz": lambda: Json(lines=False),
     ".tar": Tar,
 }
-"""By the end of a file's name."""
+"""Containers by file suffix."""
 
 
 def container_of(file: SourceFile) -> Container:
     """Return the container of a file.
 
     Raises:
-        SourceError: Its name ends in none of those that can be read.
+        SourceError: Its suffix is not one that mapo can read.
     """
     for suffix, make in CONTAINERS.items():
         if file.uri.endswith(suffix):
             return make()
     raise SourceError(
-        f"{file.uri} is of a type that mapo cannot read", f"the name must end in one of {', '.join(CONTAINERS)}"
+        f"{file.uri} has a type that mapo cannot read", f"the name must end in one of {', '.join(CONTAINERS)}"
     )

@@ -1,7 +1,7 @@
-"""Units of work of a source, and the rows that every kind of source turns into.
+"""Units of work of a source, and the rows that every kind of source yields.
 
-A unit is a part of one file. Its id is a hash of the file's identity (URI, size, change mark), of the part, and of
-what shapes its shards and rows, so a changed file is new units and an unchanged one is none.
+A unit is a part of one file. Its id is a hash of the file's identity (URI, size, change mark), of the part, and of the
+settings that shape its shards and rows, so that a changed file gives new units and an unchanged one none.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ UNIT_VERSION = 2  # raise it when the same source rows would give other shard by
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source, as it was when the run was planned."""
+    """One file of a source, in its state when the run was planned."""
 
     uri: str
     size: int
@@ -26,7 +26,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """What shapes the shards of a unit beside its source; part of its id."""
+    """Settings that shape the shards of a unit, in addition to its source; part of its id."""
 
     max_shard_bytes: int
     image_check: Literal["full", "header"]
@@ -34,7 +34,7 @@ class UnitSettings:
 
 @dataclass(frozen=True)
 class SourceUnit:
-    """A part of one source file: what one worker turns into shards, committed whole."""
+    """A part of one source file, which one worker turns into shards; committed as a whole."""
 
     id: str
     source: SourceConfig
@@ -44,7 +44,7 @@ class SourceUnit:
     num_rows: int  # source rows; 0 where only reading them tells
     settings: UnitSettings
     known: bool = False
-    """Whether the table has rows of this file from an earlier state of it; not part of the id."""
+    """Whether the table has rows from an earlier state of this file; not part of the id."""
 
     def to_json(self) -> str:
         """Return the unit as text, for Ray Data rows."""
@@ -52,7 +52,7 @@ class SourceUnit:
 
     @staticmethod
     def from_json(text: str) -> "SourceUnit":
-        """Read the unit that `to_json` wrote."""
+        """Read the output of `to_json`."""
         fields = json.loads(text)
         fields["source"] = SourceConfig.model_validate(fields["source"])
         fields["file"] = SourceFile(**fields["file"])
@@ -63,10 +63,10 @@ class SourceUnit:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One pair of a source with one meaning, whatever its format. A `Reason` stands where there is no value."""
+    """One pair of a source, the same for all formats. A `Reason` replaces a missing value."""
 
     row: int
-    """Of the file, from 0."""
+    """Row number in the file, from 0."""
     prompt: object
     """Text, or bytes that should be UTF-8; None if there is none."""
     image_0: bytes | Reason | None
@@ -75,9 +75,9 @@ class SourceRow:
     """Probability that image_0 is preferred, 0..1."""
     user_id: str | None = None
     split: str | None = None
-    """The source's own: train, validation or test."""
+    """The source's own split: train, validation or test."""
     pair: int = 0
-    """Which of the row's pairs, where a row ranks several images."""
+    """Number of the pair within the row, if a row ranks several images."""
 
 
 def make_unit(
@@ -89,7 +89,7 @@ def make_unit(
     first_row: int,
     num_rows: int,
 ) -> SourceUnit:
-    """Return a unit with its id: 32 hex digits, a hash of all that shapes its shards and rows."""
+    """Return a unit with its id: 32 hex digits, a hash of everything that shapes its shards and rows."""
     shaping: list[Any] = [UNIT_VERSION, file.uri, file.size, file.change_mark, *part]
     # Without defaults, so that a key that is added to the configuration later leaves the ids as they are.
     shaping += [

@@ -1,7 +1,7 @@
-"""Fetches images from http(s) addresses in a data set: bounded in time and size, never in a private network.
+"""Fetches images from http(s) URLs in a data set: bounded in time and size, never in a private network.
 
-A data set is somebody else's text. An address in it must not reach what only this machine can: each host is resolved
-once, the addresses are checked, and the connection goes to just the address that was checked.
+A data set is untrusted text. A URL in it must not reach services that only this machine can: each host is resolved
+once, its addresses are checked, and the connection goes to exactly the address that was checked.
 """
 
 import ipaddress
@@ -25,7 +25,7 @@ BLOCK_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class UrlLimits:
-    """What a source may fetch."""
+    """Limits on what a source may fetch."""
 
     timeout_s: float
     max_bytes: int
@@ -33,7 +33,7 @@ class UrlLimits:
 
 
 class _Refused(Exception):
-    """An answer that no further attempt will change."""
+    """An answer that a retry will not change."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)
@@ -41,11 +41,11 @@ class _Refused(Exception):
 
 
 def fetch_url(url: str, limits: UrlLimits) -> bytes | Reason:
-    """Fetch the body at an address, or return why there is none.
+    """Fetch the body of a URL, or return the reason why there is none.
 
     Args:
-        url: http or https.
-        limits: `timeout_s` is for the connection and for each wait for bytes; the whole may take four times as long.
+        url: An http or https URL.
+        limits: `timeout_s` applies to connecting and to each wait for bytes; the whole may take four times as long.
     """
     for attempt in range(MAX_ATTEMPTS):
         try:
@@ -70,7 +70,7 @@ def _follow(url: str, limits: UrlLimits) -> bytes:
 
 
 def _get(url: str, limits: UrlLimits) -> bytes | str:
-    """Return the body, or where else to look."""
+    """Return the body, or the URL of a redirect."""
     parts = urlsplit(url)
     host, port = parts.hostname, parts.port
     if parts.scheme not in ("http", "https") or not host:
@@ -117,7 +117,7 @@ def _read(response: urllib3.BaseHTTPResponse, limits: UrlLimits) -> bytes | str:
 
 
 def checked_address(host: str, port: int, allow_private: bool) -> str:
-    """Return the address to connect to; refuse a host with a private one."""
+    """Return the address to connect to; reject a host with a private one."""
     found = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not allow_private and not all(_is_public(address) for address in found):
         raise _Refused(Reason.URL_NOT_ALLOWED)

@@ -1,6 +1,6 @@
 """WebDataset tars of Pick-a-Pic's fields: `jpg_0.jpg`, `jpg_1.jpg`, `label_0.txt`, `label_1.txt`, `caption.txt`.
 
-So they are in the tar mirrors of Pick-a-Pic that diffusers' ORPO example trains on (there the caption is
+These names are used in the tar mirrors of Pick-a-Pic that diffusers' ORPO example trains on (there the caption is
 `original_prompt.txt`), and, as `0.jpg`, `1.jpg` and one JSON part, in this package's own pair shards.
 """
 
@@ -28,7 +28,7 @@ class WebdatasetSource(SourceKind):
     suffixes = (".tar",)
 
     def drafts(self, record: Record) -> Iterator[Draft]:
-        """Yield one pair a sample; a label of image 0 alone is enough."""
+        """Yield one pair per sample; image 0's label alone is enough."""
         label: float | Reason
         if is_false(record["has_label"]):
             label = Reason.MISSING_LABEL

@@ -1,4 +1,4 @@
-"""Shared by all stages that work on units: pools of actors, shards, attempts, waiting, prefetching, statistics.
+"""Shared by all stages that process units: pools of actors, shards, attempts, waiting, prefetching, statistics.
 
 May import `pipelines.resources`, `pipelines.progress` and `pipelines.dataset`; knows no stage and no configuration.
 """

@@ -1,6 +1,6 @@
-"""The actor that writes units: several at once, with one thread for the device and batches that shrink.
+"""The actor that writes units: several at once, with one thread for the device, and batches that shrink if needed.
 
-A stage subclasses `UnitActor` and says what it writes, and with which model; `units.pool` runs it on Ray Data.
+A stage subclasses `UnitActor` to define what it writes, and with which model; `units.pool` runs it on Ray Data.
 """
 
 import os
@@ -25,18 +25,18 @@ class Writer(Protocol):
     """Turns a unit into a shard; called from several threads at once."""
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
-        """Write the shard of a unit; return its table rows, in the order of the unit, and what it cost."""
+        """Write the shard of a unit; return its table rows, in the order of the unit, and its cost."""
 
 
 class UnitActor:
-    """A Ray Data actor that is called for several units at once; a subclass says what it writes and with what.
+    """A Ray Data actor that is called for several units at once; a subclass defines what it writes, and with what.
 
     Args:
         attempts: From `new_attempts`.
     """
 
     way_out: ClassVar[str]
-    """The hint of the error that names a unit on which actors die again and again."""
+    """The hint of the error for a unit that repeatedly kills its actor."""
 
     def __init__(self, attempts: Any) -> None:
         self._attempts = attempts
@@ -44,7 +44,7 @@ class UnitActor:
         self._writer: Writer | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write the one unit of a batch; return its rows and cost as a batch of one row."""
+        """Write the single unit of a batch; return its rows and cost as a batch of one row."""
         (unit,) = batch.to_pylist()
         rows = from_ipc(unit["rows"])
         begin(self._attempts, unit["unit_id"], self.describe(rows), self.way_out)
@@ -55,34 +55,34 @@ class UnitActor:
         return pa.table({"unit_id": [unit["unit_id"]], "rows": [to_ipc(written)], "effort": [effort.to_json()]})
 
     def describe(self, rows: pa.Table) -> str:
-        """Say what is done with a unit, for an error: `encoding 12 prompts`."""
+        """Describe the work on a unit, for an error: `encoding 12 prompts`."""
         raise NotImplementedError
 
     def new_writer(self) -> Writer:
-        """Load the model; called with the first unit, where Ray keeps the class of an error."""
+        """Load the model; called with the first unit, when Ray keeps the class of an error."""
         raise NotImplementedError
 
 
 def check_same_model(planned: str, found: str, model: str) -> None:
-    """Check that this node holds the files that the driver planned with.
+    """Check that this node has the files that the driver planned with.
 
     Raises:
-        ModelError: It has other files under the same name, whose numbers must not be mixed in.
+        ModelError: The node has other files under the same name, whose output must not be mixed in.
     """
     if planned != found:
         raise ModelError(
-            f"this node's {model} has the fingerprint {found}, the driver's has {planned}",
-            "put the same model on every node, or name it by a URL that all of them reach",
+            f"the fingerprint of {model} is {found} on this node, but {planned} on the driver's",
+            "put the same model on every node, or use a URL that all nodes can reach",
         )
 
 
 def use_threads(num_threads: int) -> None:
-    """Set torch's threads in an actor: Ray allows one for each CPU it gave, and may count CPUs that do not exist."""
+    """Set torch's threads in an actor: Ray allows one per assigned CPU, and may count CPUs that do not exist."""
     torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
 
 
 class Device:
-    """The one thread in which an actor computes, unit after unit; measures how long the device was idle."""
+    """The single thread in which an actor computes, unit after unit; measures how long the device was idle."""
 
     def __init__(self, num_threads: int) -> None:
         self._thread = ThreadPoolExecutor(1, "device", initializer=lambda: use_threads(num_threads))
@@ -94,7 +94,7 @@ class Device:
         return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
     def run(self, encode: Callable[[], T], effort: Effort) -> T:
-        """Run `encode` when its turn comes; time that it does not count as encoding is idle time."""
+        """Run `encode` when its turn comes; time not counted as encoding is idle time."""
 
         def timed() -> T:
             started, busy = time.perf_counter(), effort.seconds["encode"]
@@ -116,29 +116,29 @@ NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a pass failed because the device, or on a CPU the machine, had no memory for it."""
+    """Return whether a pass failed because the device, or on a CPU the machine, ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 class BatchSize:
-    """How many things a pass may hold; halved for good when memory runs out."""
+    """How many items a pass may have; halved permanently when memory runs out."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def attempt(self, run: Callable[[], T], count: int, one: str, way_out: str) -> T | None:
-        """Run a pass over `count` things; return None if memory ran out and fewer should be tried.
+        """Run a pass over `count` items; return None if memory ran out and fewer should be tried.
 
         Args:
             run: The pass.
-            count: How many things are in it.
-            one: What the pass does with a single thing, such as `embed even one prompt`, for the error.
+            count: Number of items in it.
+            one: The work on a single item, such as `embed even one prompt`, for the error.
             way_out: The hint of the error.
 
         Raises:
-            EncodingError: There is no memory for a single one.
+            EncodingError: There is not enough memory for a single item.
         """
         try:
             return run()
@@ -146,7 +146,7 @@ class BatchSize:
             if not is_out_of_memory(error):
                 raise
             if count == 1:
-                raise EncodingError(f"there is no memory to {one}: {str(error).splitlines()[0]}", way_out) from error
+                raise EncodingError(f"not enough memory to {one}: {str(error).splitlines()[0]}", way_out) from error
         # Here the failed pass is forgotten, with what it held.
         self.size = max(1, min(self.size, count // 2))
         if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Counts how often each unit was begun, so that one that kills its actor does not do so for ever.
+"""Counts the attempts at each unit, so that a unit that kills its actor does not do so forever.
 
-Ray restarts an actor that died and gives it its units back, without end: right when a node is gone, wrong when the
-unit itself is the cause, such as an image that takes more memory than the machine has.
+Ray restarts a dead actor with the same units, without limit: right after the loss of a node, wrong when the unit itself
+is the cause, such as an image that takes more memory than the machine has.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ class Attempts:
     """Counts of attempts by unit; a Ray actor of the driver's job.
 
     Args:
-        most: How often a unit may be begun.
+        most: How often a unit may be started.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,13 +24,13 @@ class Attempts:
         self._begun: Counter[str] = Counter()
 
     def begin(self, unit: str) -> int | None:
-        """Count an attempt; return None if it may be made, else how many failed."""
+        """Count an attempt; return None if it may start, else the number of failed ones."""
         self._begun[unit] += 1
         return None if self._begun[unit] <= self._most else self._begun[unit] - 1
 
 
 def new_attempts(most: int = MAX_ATTEMPTS) -> Any:
-    """Return a handle to a fresh count. Lost with its node, it begins anew."""
+    """Return a handle to a new count. If its node is lost, it starts again from zero."""
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote(most)
@@ -42,11 +42,11 @@ def begin(attempts: Any, unit: str, doing: str, way_out: str) -> None:
     Args:
         attempts: From `new_attempts`.
         unit: The id of the unit.
-        doing: What is done with it, for the error: `encoding 12 prompts`.
+        doing: The work on it, for the error: `encoding 12 prompts`.
         way_out: The hint of the error.
 
     Raises:
-        EncodingError: Too many actors died of it.
+        EncodingError: The unit killed too many actors.
     """
     import ray
 

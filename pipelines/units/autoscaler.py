@@ -14,9 +14,9 @@ IS_V2_KEY = b"__autoscaler_v2_enabled"
 def has_autoscaler() -> bool | None:
     """Return whether a cluster launcher or KubeRay adds nodes to the cluster; None while that is not known.
 
-    Every head runs a monitor (KubeRay: beside it). Without a configuration of node types the monitor only mirrors the
-    nodes that are there: the older one reports each as a node type of its own, named after the node. The newer one
-    (`ray up`, KubeRay with autoscaler v2) tells its nodes by the instance ids and type names that it gave them.
+    Every head runs a monitor (with KubeRay, in a container next to it). Without configured node types the monitor only
+    mirrors the existing nodes: autoscaler v1 reports each as its own node type, named after the node; v2 (`ray up`,
+    KubeRay with autoscaler v2) recognises its nodes by the instance ids and type names that it assigned.
     """
     try:
         return _read()

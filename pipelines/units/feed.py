@@ -1,7 +1,7 @@
 """Feeds units to an execution that is already running, until the feed is closed.
 
-Ray Data's inputs are known when an execution begins. So its one read task asks an actor for unit after unit, waits
-where there is none yet, and the actors of the pool stay, with the model that they have loaded.
+Ray Data needs its inputs when an execution starts. So its single read task asks an actor for unit after unit and waits
+if there is none yet; meanwhile the actors of the pool stay, with their loaded model.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ ROW_A_BLOCK = 1  # bytes: a block ends with the row that reaches it, so that no 
 
 
 class _Units:
-    """References to units, in order; a Ray actor. The same place is always the same unit: a read may be repeated."""
+    """A Ray actor with references to units, in order. A place always gives the same unit, so a read may be repeated."""
 
     def __init__(self) -> None:
         self._units: list[list[Any]] = []
@@ -36,7 +36,7 @@ class _Units:
             self._changed.notify_all()
 
     async def get(self, place: int) -> list[Any] | None:
-        """Return the reference at this place, once there is one; None if there never will be."""
+        """Return the reference at this place once it is there; None if the feed is closed before."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_closed or place < len(self._units))
             return self._units[place] if place < len(self._units) else None
@@ -52,13 +52,13 @@ class UnitFeed:
         self._units = ray.remote(num_cpus=0, label_selector=here)(_Units).remote()
 
     def add(self, units: list[Unit]) -> None:
-        """Give the execution more to do."""
+        """Add units to the execution."""
         import ray
 
         ray.get(self._units.add.remote([[ray.put(unit_row(unit))] for unit in units]))
 
     def close(self) -> None:
-        """Add no more units: the execution ends when it has done those that it was given."""
+        """Add no more units: the execution ends once all its units are done."""
         import ray
 
         ray.get(self._units.close.remote())

@@ -1,6 +1,6 @@
 """Runs units through a pool of Ray Data actors that each load a model once; yields each unit when it is done.
 
-The caller gives the class of the actors and their arguments; see `UnitActor` for what such a class is.
+The caller passes the class of the actors, a `UnitActor`, and their arguments.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ UNITS_AT_ONCE = 3  # of an actor: one is read, one is computed, one is written
 
 
 class WrittenUnit(NamedTuple):
-    """A unit whose shard is written, for the caller to commit: its id, its table rows, and what it cost."""
+    """A unit whose shard is written, for the caller to commit: its id, its table rows, and its cost."""
 
     id: str
     rows: pa.Table
@@ -32,21 +32,21 @@ class WrittenUnit(NamedTuple):
 
 
 class WorkerSettings(Protocol):
-    """What a stage's configuration says of its workers."""
+    """The settings of a stage's workers."""
 
     @property
     def device(self) -> Device:
-        """What they run on."""
+        """The device they run on."""
         ...
 
     @property
     def resources(self) -> Mapping[str, float]:
-        """Custom resources of Ray that each asks for as well."""
+        """Custom Ray resources that each requests as well."""
         ...
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """The least and the most workers."""
+        """The smallest and the largest number of workers."""
         ...
 
 
@@ -55,12 +55,12 @@ class Pool:
     """The actors of an execution.
 
     Args:
-        least: Actors, at least.
-        most: Actors, at most.
-        first: Actors at the start.
-        options: What each asks Ray for.
-        num_threads: Threads of torch in each.
-        units_at_once: Units that each is called for at once.
+        least: Minimum number of actors.
+        most: Maximum number of actors.
+        first: Number of actors at the start.
+        options: Resources that each requests from Ray.
+        num_threads: Number of torch threads in each.
+        units_at_once: Number of units that each is called for at once.
     """
 
     least: int
@@ -72,13 +72,13 @@ class Pool:
 
 
 def divide_cluster(settings: WorkerSettings, num_units: int | None = None) -> Pool:
-    """Return the actors that the cluster has room for now; up to the most of a range as it grows.
+    """Return the pool that fits on the cluster now; it grows with the cluster, up to the maximum of a range.
 
     The threads of an actor do not depend on the amount of work: sums of floats depend on them.
 
     Args:
         settings: Which devices, and how many.
-        num_units: Enough work for so many actors; None where it is not known yet.
+        num_units: Number of units, which limits the number of actors; None if it is not known yet.
     """
     num_cpus, num_gpus = (int(total_of(kind, settings.resources)) for kind in ("CPU", "GPU"))
     on_gpu, (low, high) = uses_gpu(settings.device), settings.worker_range
@@ -120,8 +120,8 @@ def run_units(
 
     Args:
         actor: A subclass of `UnitActor`.
-        arguments: Of its constructor; a handle from `new_attempts` is added at the end.
-        pool: How many actors, and what each asks Ray for.
+        arguments: Arguments of its constructor; a handle from `new_attempts` is appended.
+        pool: The number of actors, and what each requests from Ray.
         dataset: The units, from `units_dataset` or `UnitFeed.dataset`.
     """
     import ray.data

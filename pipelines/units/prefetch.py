@@ -22,9 +22,9 @@ class Prefetch(Generic[T, R]):
     Args:
         submit: Start the call for an item; return a handle to it.
         result: Wait for a call; return its result.
-        cancel: Withdraw a call that has not begun.
+        cancel: Cancel a call that has not started.
         items: Arguments of the calls.
-        num_ahead: At most so many calls are running, or done, before the consumer takes their result.
+        num_ahead: Maximum number of calls that are running, or done, before the consumer takes their result.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Prefetch(Generic[T, R]):
             yield result
 
     def close(self) -> None:
-        """Start no further call; calls that are running are not waited for."""
+        """Start no further calls; does not wait for running ones."""
         self._items = iter(())
         while self._waiting:
             self._cancel(self._waiting.popleft())
@@ -62,7 +62,7 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T], *, on_cluster: b
     Args:
         function: Must be safe to run again, and picklable if `on_cluster`.
         items: Each becomes one task of 1 CPU, or one call in a thread.
-        on_cluster: Whether to use the Ray that this process is connected to.
+        on_cluster: Whether to use the Ray cluster that this process is connected to.
     """
     return _on_ray(function, items) if on_cluster else _in_threads(function, items)
 

@@ -1,4 +1,4 @@
-"""The one shard that a unit writes, and the table row of each of its members."""
+"""The shard that a unit writes, and the table row of each of its members."""
 
 import contextlib
 
@@ -12,14 +12,14 @@ from pipelines.units.stats import Effort
 
 
 class UnitShard:
-    """The shard of one unit: gathered in a local file, then uploaded; a unit without members has none.
+    """The shard of one unit: written to a local file, then uploaded; a unit without members has no shard.
 
     Args:
-        storage: Where the shard goes.
-        name: Its name there.
-        unit: Noted in every row.
-        schema: Of the table that the rows are for.
-        effort: Where the time of the upload is counted.
+        storage: The storage of the shard.
+        name: The shard's name on it.
+        unit: The unit's id, recorded in every row.
+        schema: Schema of the table for the rows.
+        effort: Counts the time of the upload.
     """
 
     def __init__(self, storage: Storage, name: str, unit: str, schema: pa.Schema, effort: Effort) -> None:
@@ -45,7 +45,7 @@ class UnitShard:
         self._rows.append({**row, **place, "status": str(Status.KEPT), "unit": self._unit, "shard": self._name})
 
     def quarantine(self, row: Row, reason: Reason) -> None:
-        """Add the row of what is not kept, with the reason."""
+        """Add the row of an item that is not kept, with the reason."""
         self._rows.append({**row, "status": str(Status.QUARANTINED), "reason": str(reason), "unit": self._unit})
 
     def publish(self) -> pa.Table:

@@ -1,4 +1,4 @@
-"""What units cost and how fast they are done: seconds by part, idle devices, the speed of an execution.
+"""Cost and speed of units: seconds by part, idle devices, the speed of an execution.
 
 An actor fills an `Effort` for each unit; the driver adds them up in a `Tally` and takes its `Speed` for progress, the
 journal and the report.
@@ -19,7 +19,7 @@ from pipelines.dataset.pair import Status
 from pipelines.dataset.values import JsonObject
 
 PARTS = ("fetch", "decode", "encode", "pack", "upload")
-"""The parts of the work on a unit, in the order of the flow; they run side by side."""
+"""The parts of the work on a unit, in order; they run concurrently."""
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Effort:
     """The cost of one unit, or of several added up. Its methods may be called from any thread.
 
     Args:
-        seconds: By part: of waiting for fetch and upload, of a CPU for decode and pack, of the device for encode.
+        seconds: Seconds by part: waiting for fetch and upload, CPU time for decode and pack, device time for encode.
         idle_s: Seconds in which the device had nothing to do, from an actor's first unit to its last.
         num_images: Distinct images that were encoded.
-        num_slots: Images of pairs, so with repeats.
-        batch_size: Of the last pass; smaller than configured after running out of memory.
+        num_slots: Images of pairs, including repeats.
+        batch_size: Batch size of the last pass; smaller than configured after running out of memory.
         device: `cpu`, or the GPU's name.
     """
 
@@ -46,13 +46,13 @@ class Effort:
         self._lock = threading.Lock()
 
     def add_seconds(self, part: str, seconds: float) -> None:
-        """Count time of a part."""
+        """Add time to a part."""
         with self._lock:
             self.seconds[part] += seconds  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def measured(self, part: str, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
-        """Count the time of a block."""
+        """Add the time of the block to a part."""
         started = clock()
         try:
             yield
@@ -81,26 +81,26 @@ class Effort:
 
     @staticmethod
     def from_json(text: str) -> "Effort":
-        """Read what `to_json` wrote."""
+        """Read the output of `to_json`."""
         fields = json.loads(text)
         return Effort(**fields | {"seconds": Counter(fields["seconds"])})
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an execution has done, and how fast.
+    """The work of an execution, and its speed.
 
     Args:
-        seconds: Of the execution, by the clock on the wall.
+        seconds: Wall-clock time of the execution.
         items: Table rows that were committed.
-        items_per_s: Rows a second.
+        items_per_s: Rows per second.
         images: Distinct images that were encoded.
-        image_slots: Images of pairs, so with repeats.
-        images_per_s: Distinct images a second.
+        image_slots: Images of pairs, including repeats.
+        images_per_s: Distinct images per second.
         busy_ratio: Share of the devices' time in which they encoded, 0..1.
-        num_actors: Actors, at most.
+        num_actors: Maximum number of actors.
         device: `cpu`, or the GPU's name.
-        batch_size: As configured.
+        batch_size: The configured batch size.
         halved_to: The batch size after memory ran out; None if it did not.
         seconds_by_part: Seconds summed over threads and workers, by the names in `PARTS`.
     """
@@ -119,17 +119,17 @@ class Speed:
     seconds_by_part: dict[str, float]
 
     def to_json(self) -> JsonObject:
-        """Return the speed as the journal and the report have it."""
+        """Return the speed as plain data, for the journal and the report."""
         return asdict(self)
 
 
 class Tally:
-    """Counts committed units; its clock starts when it is made. Its methods may be called from any thread.
+    """Counts committed units; its clock starts when it is created. Its methods may be called from any thread.
 
     Args:
-        stage: Shown in front of lines, such as `encode text`.
-        batch_size: As configured.
-        num_actors: At most.
+        stage: The stage, shown in front of lines, such as `encode text`.
+        batch_size: The configured batch size.
+        num_actors: Maximum number of actors.
     """
 
     def __init__(self, stage: str, batch_size: int, num_actors: int) -> None:
@@ -151,12 +151,12 @@ class Tally:
         if not has_less_memory:
             return None
         return (
-            f"{self._stage}: {effort.device} has no memory for batches of {self._batch_size}; "
+            f"{self._stage}: {effort.device} ran out of memory with batches of {self._batch_size}; "
             f"continuing with batches of {effort.batch_size}"
         )
 
     def take(self) -> Speed | None:
-        """Return what was done since this was last called (or the tally was made), and start again; None if nothing."""
+        """Return the work since the last call (or since the tally was created), and start again; None if nothing."""
         with self._counting:
             if not self._num_items:
                 return None
@@ -183,5 +183,5 @@ class Tally:
 
 
 def count_dropped(rows: pa.Table) -> int:
-    """Count the quarantined ones of some table rows."""
+    """Count the quarantined rows."""
     return int(pc.sum(pc.equal(rows["status"], str(Status.QUARANTINED))).as_py() or 0)

@@ -1,4 +1,4 @@
-"""A unit of work: some table rows that one actor turns into one shard, committed whole."""
+"""A unit of work: table rows that one actor turns into one shard, committed as a whole."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Waits for what a stage asks Ray for: says for what and how long, and fails if it can never come."""
+"""Waits for the resources of a stage: says for what and how long, and fails if they cannot arrive."""
 
 import contextlib
 import time
@@ -15,16 +15,16 @@ FIRST_WORD_S = 8.0  # of a wait for what is in use: most are over by then
 KNOWN_AFTER_S = 5.0  # a head that has just begun says within that whether it has an autoscaler
 LONGEST_PAUSE_S = 300.0  # between two lines
 TIMEOUT_S = {False: 60, True: 1800}
-"""How long a node is waited for, without and with an autoscaler: a cloud may take half an hour for a machine."""
+"""How long to wait for a node, without and with an autoscaler: a cloud may take half an hour to start a machine."""
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What no node of the cluster has.
+    """A resource that no node of the cluster has.
 
     Args:
-        line: What is said while it is waited for.
-        error: What is said once it has not come.
+        line: The line to show while waiting.
+        error: The error message once the wait is over.
     """
 
     line: str
@@ -32,16 +32,16 @@ class Shortage:
 
 
 class Wait:
-    """A wait that speaks within seconds, then ever more sparsely, and fails once it can never be over.
+    """A wait that reports within seconds, then less and less often, and fails after a time limit.
 
     Args:
-        stage: Shown in front.
-        find_shortage: What no living node has; None if nodes have it, and others use it.
-        in_use: What is said in that case, for which there is no time limit; nothing if None.
-        timeout_s: How long nodes may lack it; None takes `TIMEOUT_S`.
+        stage: The stage, shown in front.
+        find_shortage: Returns what no live node has; None if nodes have it, but it is in use.
+        in_use: The line to show in the latter case, which has no time limit; None for no line.
+        timeout_s: Time limit while no node has it; None for `TIMEOUT_S`.
         way_out: The hint of the error.
-        say: Where lines go.
-        is_waiting: Whether there is a wait, where the caller cannot tell; asked before `in_use` is said.
+        say: Takes lines for the user.
+        is_waiting: Whether there is a wait at all, if the caller cannot tell; asked before `in_use` is shown.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Wait:
         self.restart()
 
     def restart(self) -> None:
-        """Begin another wait."""
+        """Start another wait."""
         self._since, self._next_word_s = time.monotonic(), FIRST_WORD_S if self._shortage is None else 0.0
 
     def look(self) -> None:
-        """Speak if it is time for it; called about once a second for as long as the wait lasts.
+        """Report if it is time to; called about once a second during the wait.
 
         Raises:
-            ClusterError: No node has had what is asked for, for as long as is allowed.
+            ClusterError: No node has had the resource within the time limit.
         """
         before, self._shortage = self._shortage, self._find_shortage()
         if (self._shortage is None) != (before is None):
@@ -79,7 +79,7 @@ class Wait:
         # An autoscaler is assumed where it is not known: a node that is coming must not be given up.
         limit_s = self._timeout_s if self._timeout_s is not None else TIMEOUT_S[grows is not False]
         if waited_s >= limit_s:
-            why = "and none came" if grows is not False else "and the cluster has no autoscaler that could add one"
+            why = "and none joined" if grows is not False else "and the cluster has no autoscaler that could add one"
             raise ClusterError(f"{self._stage}: {shortage.error}, {why} (waited {clock(limit_s)})", self._way_out)
         is_sure = self._timeout_s is not None or grows is not None or waited_s >= KNOWN_AFTER_S
         if is_sure:
@@ -94,7 +94,7 @@ class Wait:
 def wait_for(
     stage: str, demand: Demand, *, timeout_s: float | None, way_out: str, say: Callable[[str], None] = write_line
 ) -> Wait:
-    """Return the wait for one worker that asks for `demand`."""
+    """Return the wait for one worker that requests `demand`."""
 
     def find_shortage() -> Shortage | None:
         if demand.has_node():
@@ -108,22 +108,22 @@ def wait_for(
 def wait_until_placed(
     demand: Demand, wait: Wait | None, *, count: int = 1, is_stopped: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Wait until Ray can place a worker that asks for `demand`; what waits in Ray meanwhile is seen by an autoscaler.
+    """Wait until Ray can place a worker that requests `demand`; an autoscaler sees the pending request meanwhile.
 
-    For executions of Ray Data, which would wait for ever without a word. A CPU that others use is not waited for: Ray
-    Data takes its turn like everyone.
+    For executions of Ray Data, which would wait silently forever. It does not wait for a CPU that is in use: Ray Data
+    queues for it like everyone else.
 
     Args:
-        demand: Of one worker.
-        wait: Looked at about once a second; None waits silently and without a limit.
-        count: So many workers will be asked for, so that an autoscaler brings the nodes of all.
+        demand: The demand of one worker.
+        wait: Called about once a second; None waits silently and without a limit.
+        count: Number of workers that will be requested, so that an autoscaler adds nodes for all of them.
         is_stopped: Ends the wait early.
 
     Returns:
-        Whether one can be placed; False if the wait was ended.
+        Whether a worker can be placed; False if the wait was ended early.
 
     Raises:
-        ClusterError: No node has it, and none came.
+        ClusterError: No node has the resources, and none joined in time.
     """
     import ray
 
@@ -148,7 +148,7 @@ def wait_until_placed(
 
 
 def _nothing() -> None:
-    """Show that a worker has been placed."""
+    """Do nothing: running at all shows that a worker was placed."""
 
 
 def clock(seconds: float) -> str:

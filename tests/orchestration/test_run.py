@@ -183,8 +183,12 @@ def test_the_resolved_configuration_lies_beside_the_run(finished) -> None:
         ("encode.model={folder}/data", 1, "has no model_index.json"),
         ("encode.model={folder}/none", 1, "there is no model folder"),
         ("storage={folder}/small.yaml/below", 1, "cannot write"),
-        ("storage=s3://id:hunter22@bucket/x", 2, "a secret is in the configuration, at `storage`"),
-        ("train.environment.HF_TOKEN=hunter22", 2, "a secret is in the configuration, at `train.environment.HF_TOKEN`"),
+        ("storage=s3://id:hunter22@bucket/x", 2, "the configuration contains a secret, at `storage`"),
+        (
+            "train.environment.HF_TOKEN=hunter22",
+            2,
+            "the configuration contains a secret, at `train.environment.HF_TOKEN`",
+        ),
     ],
 )
 def test_bad_input_is_one_message_with_a_way_out_and_leaves_nothing(

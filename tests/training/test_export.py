@@ -374,7 +374,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     if case in ("adapters without lora", "other rank"):
         checkpoint = write_checkpoint(storage, FOLDER, 8, adapters_of("sdxl", lora))
     asked = {"other rank": LoraConfig(rank=8), "lora of a whole unet": lora}.get(case)
-    with pytest.raises(ModelError, match="the checkpoint is not of the UNet of") as caught:
+    with pytest.raises(ModelError, match="the checkpoint does not fit the UNet of") as caught:
         export(storage, checkpoint, sd15 if case == "other base" else tiny_pipeline, asked)
     assert "encode.model" in str(caught.value.hint)
     assert not storage.exists(TARGET)

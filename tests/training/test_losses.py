@@ -462,7 +462,7 @@ def test_sft_is_the_chosen_error_itself() -> None:
         (torch.ones(2).double(), torch.ones(2), r"mse_chosen is torch.float64.*\.float\(\)"),
         (torch.ones(2), torch.ones(2).half(), r"mse_rejected is torch.float16"),
         (torch.ones(2, 4), torch.ones(2, 4), r"shape \(2, 4\).*dim=\(1, 2, 3\)"),
-        (torch.tensor(0.1), torch.tensor(0.1), r"shape \(\), not one value a pair"),
+        (torch.tensor(0.1), torch.tensor(0.1), r"shape \(\), not one value per pair"),
     ],
 )
 def test_anything_but_one_float32_a_pair_is_refused(chosen: Tensor, rejected: Tensor, message: str) -> None:
@@ -617,7 +617,7 @@ def test_a_method_with_a_reference_refuses_to_go_without(method: str, absent: se
     columns: dict[str, Any] = vars(make_errors([0.1], [0.2], [0.1], [0.2]))
     errors = PairErrors(**{**columns, **dict.fromkeys(absent)})
     others = ", ".join(name for name in METHODS if name not in NEEDS_REFERENCE)
-    message = f"{method} compares.* but {' and '.join(sorted(absent))} of the.* none: {others}"
+    message = f"{method} compares.* but {' and '.join(sorted(absent))} of the.* a reference: {others}"
     with pytest.raises(ValueError, match=message):
         pair_loss(method, {}, num_train_timesteps=1000)(errors, torch.ones(1))
 

@@ -199,7 +199,7 @@ def test_the_first_distinct_prompts_by_key_are_drawn_whatever_their_bucket(tmp_p
 def test_nothing_held_out_is_said_once_and_draws_nothing(tmp_path) -> None:
     spec = make_spec(tmp_path, tmp_path / "not even a model", num_validation=0)
     nothing = SampleGrid(*opened(spec), spec, lone_engine(None), None)
-    assert "no pair is held out" in nothing.note
+    assert "no pairs are held out" in nothing.note
     assert nothing.draw(0) is None
 
 

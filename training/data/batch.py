@@ -1,4 +1,4 @@
-"""Micro-batches, and micro-batches in the making.
+"""Micro-batches, finished and under construction.
 
 Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding sizes.
 """
@@ -42,9 +42,9 @@ class _Column:
 
 
 class BatchRows:
-    """A micro-batch in the making: threads write its rows in any order, and each byte is copied once.
+    """A micro-batch under construction: threads write its rows in any order, and each byte is copied once.
 
-    Memory is taken when the first row comes, so that a batch which is only planned has none.
+    Memory is allocated when the first row arrives, so a batch that is only planned takes none.
     """
 
     def __init__(self, records: Sequence[PairRecord]) -> None:
@@ -57,11 +57,13 @@ class BatchRows:
         """Copy one tensor out of a safetensors file.
 
         Raises:
-            ValueError: It is not of the kind that other pairs of the micro-batch have.
+            ValueError: Its type or shape differs from that of the other pairs in the micro-batch.
         """
         column = self._columns.get(name) or self._add(name, part)
         if column.kind != (part.dtype, part.shape):
-            raise ValueError(f"{name} is {_kind(part.dtype, part.shape)}, {_kind(*column.kind)} in its micro-batch")
+            raise ValueError(
+                f"{name} is {_kind(part.dtype, part.shape)}, but {_kind(*column.kind)} in the rest of its micro-batch"
+            )
         column.rows[row] = np.frombuffer(data, np.uint8, part.num_bytes, part.start)
         column.is_written[row] = 1
 
@@ -80,8 +82,8 @@ class BatchRows:
         if column is not None and not all(column.is_written):
             pair = self.records[column.is_written.index(0)]
             raise ShardCorrupt(
-                f"pair {pair.pair_key} from {pair.origin} lacks {name}, which others of its micro-batch have",
-                "all text embeddings of a fingerprint have the same parts: `mapo data verify` lists what is damaged",
+                f"pair {pair.pair_key} from {pair.origin} has no {name}, but other pairs in its micro-batch do",
+                "all text embeddings of a fingerprint have the same parts; `mapo data verify` lists what is damaged",
             )
         return None if column is None else column.tensor
 
@@ -89,7 +91,7 @@ class BatchRows:
         """Return the micro-batch, once every row is written.
 
         Raises:
-            ShardCorrupt: A part is there for some pairs and not for others.
+            ShardCorrupt: Some pairs have a part that others do not.
         """
         tensors = {name: self._tensor(name) for name in ("chosen_BCHW", "rejected_BCHW", "prompt_embeds_BSD")}
         chosen, rejected = (torch.tensor(ids, dtype=torch.float32) for ids in zip(*self._time_ids, strict=True))

@@ -1,4 +1,4 @@
-"""The pinned index of a run: which pairs there are, in a fixed order, and where their bytes lie."""
+"""The pinned index of a run: its pairs in a fixed order, and where their bytes lie."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,9 +26,9 @@ NO_CRC32 = -1
 
 @dataclass(frozen=True)
 class Location:
-    """Where one safetensors member lies; what its whole shard is, for who keeps shards (0 and "" if unknown).
+    """Where one safetensors member lies, with size and digest of its shard for the shard cache (0 and "" if unknown).
 
-    Of data sets encoded before there was a CRC-32, that is None.
+    The CRC-32 is None in data sets that were encoded before mapo stored one.
     """
 
     shard: str
@@ -67,11 +67,11 @@ class PairIndex:
     """All usable pairs of one split, grouped by aspect bucket, ordered by key within a bucket.
 
     The order follows from the pairs alone: not from the number of shards, workers or commits. A pair takes about 130
-    bytes and is found in constant time: hex digits are kept as the bytes they stand for, repeated text once.
+    bytes and is found in constant time: hex digits are stored as bytes, repeated text once.
     """
 
     def __init__(self, rows: pa.Table) -> None:
-        """Take the joined rows of pairs and latents."""
+        """Build the index from the joined rows of pairs and latents."""
         keys = _from_hex(rows["pair_key"], KEY_DIGITS)
         high, low = keys.view(">u8").astype(np.uint64).T
         heights, widths = (rows[name].to_numpy() for name in ("bucket_height", "bucket_width"))
@@ -101,7 +101,7 @@ class PairIndex:
         return [int(size) for size in np.diff(self._starts)]
 
     def pair(self, bucket: int, element: int, flipped: tuple[bool, bool] = (False, False)) -> PairRecord:
-        """Return pair number `element` of a bucket, to be read with these of its two images mirrored."""
+        """Return pair number `element` of a bucket; `flipped` says which of its two images are read mirrored."""
         row = self._starts[bucket] + element
         return PairRecord(
             pair_key=self._keys[row].tobytes().hex(),
@@ -122,7 +122,7 @@ class PairIndex:
 
 
 def _from_hex(column: pa.ChunkedArray, digits: int) -> NDArray[np.uint8]:
-    """Turn strings of so many hex digits into a row of bytes each."""
+    """Turn strings of `digits` hex digits into a row of bytes each."""
     parts = [np.empty((0, digits // 2), np.uint8)]
     for chunk in column.chunks:
         fixed = chunk.cast(pa.binary()).cast(pa.binary(digits))
@@ -132,7 +132,7 @@ def _from_hex(column: pa.ChunkedArray, digits: int) -> NDArray[np.uint8]:
 
 
 class _Repeated:
-    """A column in which few strings are many times: each is there once, and shared by all who ask."""
+    """A column of few distinct strings: each is stored once and shared."""
 
     def __init__(self, column: pa.ChunkedArray, order: NDArray[np.int64]) -> None:
         column = column.dictionary_encode().unify_dictionaries()
@@ -145,13 +145,13 @@ class _Repeated:
 
 
 def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labels = "soft") -> PairIndex:
-    """Load the kept pairs of a split whose latents and whose prompt's embedding were kept.
+    """Load the kept pairs of a split whose latents and prompt embedding were kept as well.
 
     Args:
-        storage: Of the data set.
+        storage: The data set's storage.
         snapshot: The pinned versions.
         split: train, validation or test.
-        labels: soft takes labels as they are; hard rounds them to 0 and 1 and leaves kept ties out.
+        labels: soft keeps the stored labels; hard rounds them to 0 and 1 and leaves kept ties out.
 
     Raises:
         SnapshotError: A kept pair, or its prompt, was never encoded under the run's fingerprints.
@@ -199,15 +199,15 @@ def _check_whole(what: str, at: pa.ChunkedArray, fingerprint: str) -> None:
     if at.null_count:
         raise SnapshotError(
             f"{at.null_count:,} of {len(at):,} {what} under the fingerprint {fingerprint}",
-            "run `mapo encode` with this configuration; what another model, VAE, type or geometry gave does not count",
+            "run `mapo encode` with this configuration; output of another model, VAE, type or geometry does not count",
         )
 
 
 def load_texts(storage: Storage, snapshot: Snapshot, *, include_empty_prompt: bool = False) -> dict[str, Location]:
-    """Where each prompt's embeddings lie, by prompt_id; NULL_PROMPT_ID is the null conditioning.
+    """Load where each prompt's embeddings lie, by prompt_id; NULL_PROMPT_ID is the null conditioning.
 
     Args:
-        storage: Of the data set.
+        storage: The data set's storage.
         snapshot: The pinned versions.
         include_empty_prompt: Whether the embedding of "" is needed, as EMPTY_PROMPT_ID.
 
@@ -224,12 +224,12 @@ def load_texts(storage: Storage, snapshot: Snapshot, *, include_empty_prompt: bo
     }
     if NULL_PROMPT_ID not in texts:
         raise SnapshotError(
-            f"the text embeddings under {snapshot.text_fingerprint} lack the null conditioning", "run `mapo encode`"
+            f"the text embeddings under {snapshot.text_fingerprint} have no null conditioning", "run `mapo encode`"
         )
     if include_empty_prompt and EMPTY_PROMPT_ID not in texts:
         raise SnapshotError(
-            f'the text embeddings under {snapshot.text_fingerprint} lack the embedding of "", which '
-            "`train.null_prompt: empty` gives to dropped prompts",
-            "run `mapo encode` with this configuration: it adds what is missing",
+            f'the text embeddings under {snapshot.text_fingerprint} have no embedding of "", which '
+            "`train.null_prompt: empty` needs for dropped prompts",
+            "run `mapo encode` with this configuration to add it",
         )
     return texts

@@ -1,4 +1,4 @@
-"""Micro-batches ahead of the step, in order: threads read pairs by range, and no rank waits for another's data."""
+"""Micro-batches read ahead of the step, in order: threads read pairs by range; no rank waits for another's data."""
 
 import threading
 import time
@@ -20,18 +20,18 @@ Tag = TypeVar("Tag")
 
 
 class PairLoader(Generic[Tag]):
-    """Batches of given groups of pairs, in order, read ahead.
+    """Load the batches of given groups of pairs, in order, ahead of their use.
 
-    Memory is that of `read_ahead` batches, the one that is given out, and what each thread holds.
+    Memory: `read_ahead` batches, the batch in use, and what each thread is reading.
 
     Args:
         reader: Reads one pair.
-        groups: What to load: a tag of the caller's, and the pairs of one shape.
-        read_ahead: Groups that are read ahead of the one that is given out.
+        groups: The groups to load: the caller's tag, and pairs of one shape.
+        read_ahead: Groups to read ahead of the one in use.
     """
 
     waited_s: float
-    """Seconds that the consumer has spent in `next`."""
+    """Seconds that the consumer has waited in `next`."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class PairLoader(Generic[Tag]):
 
 
 class _Group(Generic[Tag]):
-    """A micro-batch in the making, and how many of its pairs are still to come."""
+    """A micro-batch under construction, and how many of its pairs are still missing."""
 
     def __init__(self, tag: Tag, records: Sequence[PairRecord]) -> None:
         self.tag = tag

@@ -1,4 +1,4 @@
-"""Which pair goes where: a pure function of (bucket sizes, seed, step, slot), with nothing to save.
+"""The order of the pairs: a pure function of (bucket sizes, seed, step, slot), with no state to save.
 
 A *group* is `micro_batch_size` pairs of one aspect bucket, so that a micro-batch has one shape. A
 global batch is G = global_batch_size / micro_batch_size groups, one a *slot*; a rank takes every
@@ -39,14 +39,14 @@ class PairGroup:
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of all pairs for all time; memory does not grow with the pairs or the steps.
+    """The order of all pairs, without end; memory does not grow with the number of pairs or steps.
 
-    Promises: a bucket of n pairs has n * E / m groups in E epochs, rounded down, and they hold every
-    pair of it E times, but for the fewer than m visits that wait for the next group.
+    Guarantees: a bucket of n pairs has n * E / m groups in E epochs, rounded down, and they contain each of
+    its pairs E times, except for the fewer than m visits that wait for the next group.
     A group can hold one pair twice only if its bucket is smaller than a group, or if it lies across two
     epochs of its bucket: r pairs of the old and m - r of the new one then meet by chance,
-    r * (m - r) / n of them on average (1.6e-4 for r = 4, m = 8, n = 100,000). That is left as it is:
-    their noise differs, and to undo it would chain each epoch to the one before.
+    r * (m - r) / n of them on average (1.6e-4 for r = 4, m = 8, n = 100,000). This is accepted: their noise
+    differs, and avoiding it would chain each epoch to the one before.
 
     Args:
         bucket_sizes: Pairs in each aspect bucket, in an order that the snapshot fixes; 0 is allowed.
@@ -55,7 +55,7 @@ class Plan:
         seed: The run's seed.
 
     Raises:
-        ConfigError: There are no pairs, or the sizes do not divide.
+        ConfigError: There are no pairs, or global_batch_size is not a multiple of micro_batch_size.
     """
 
     bucket_sizes: Sequence[int]
@@ -70,7 +70,7 @@ class Plan:
             raise ValueError(f"A bucket size is negative: {sizes}.")
         if sum(sizes) == 0:
             raise ConfigError(
-                f"There is no pair to train on: {len(sizes)} buckets, 0 pairs.",
+                f"There are no pairs to train on: {len(sizes)} buckets, 0 pairs.",
                 hint="`mapo data show STORAGE` counts the kept pairs and says why others were left out.",
             )
         m, total = self.micro_batch_size, self.global_batch_size
@@ -80,7 +80,7 @@ class Plan:
             below = max(total // m, 1) * m
             raise ConfigError(
                 f"train.global_batch_size is {total}, not a multiple of train.micro_batch_size, {m}.",
-                hint=f"set train.global_batch_size to {below} or {below + m}, or change the micro batch.",
+                hint=f"set train.global_batch_size to {below} or {below + m}, or change the micro-batch size.",
             )
 
     @property
@@ -108,9 +108,9 @@ class Plan:
     def slots_of(self, rank: int, world_size: int) -> list[tuple[int, float]]:
         """Return the slots a rank takes in each step, in accumulation order, each with the weight of its mean loss.
 
-        Every rank has as many: ZeRO speaks in each backward pass. Where the slots cannot be shared evenly, some ranks
-        have their last slot once more, with weight 0. Weights are such that the mean over the ranks of a rank's mean
-        over its slots is the mean over the global batch; 1 where the slots are shared evenly.
+        Every rank has the same number, because ZeRO communicates in each backward pass. Where the slots cannot be
+        shared evenly, some ranks repeat their last slot with weight 0. With these weights, the mean over the ranks of
+        each rank's mean over its slots is the mean over the global batch; they are 1 where slots are shared evenly.
 
         Raises:
             ConfigError: There are fewer slots than ranks.
@@ -131,15 +131,15 @@ class Plan:
         if not 1 <= world_size <= self.num_slots:
             raise ConfigError(
                 f"A global batch of {self.global_batch_size} pairs is {self.num_slots} micro-batches of "
-                f"{self.micro_batch_size}: too few for {world_size} workers.",
-                hint=f"set train.num_workers to {self.num_slots} at most, or train.micro_batch_size lower.",
+                f"{self.micro_batch_size}, too few for {world_size} workers.",
+                hint=f"set train.num_workers to {self.num_slots} at most, or lower train.micro_batch_size.",
             )
         return -(-self.num_slots // world_size)
 
     def seen(self, num_steps: int) -> list[NDArray[np.bool_]]:
-        """Return for each bucket which of its elements the first `num_steps` steps have; one byte an element.
+        """Return for each bucket which of its elements the first `num_steps` steps contain; one byte an element.
 
-        Of whole epochs nothing is computed but how far they reach: groups of an epoch that is begun lie anywhere in it.
+        Whole epochs need no computation but their end; the groups of a started epoch can lie anywhere in it.
         """
         m, running = self.micro_batch_size, num_steps * self.num_slots
         epoch = self._epoch_of_group(running)
@@ -193,11 +193,11 @@ class Plan:
 
 
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """Apply a pseudo-random bijection of range(size), element by element and in no memory of its own.
+    """Apply a pseudo-random bijection of range(size), element by element and without extra memory.
 
     A Feistel network over the next power of four; results outside range(size) go through it again
-    until they are inside (cycle walking, under 4 times on average). Up to 256 elements it sorts by hash
-    instead, which makes every one of the size! orders equally likely.
+    until they are inside (cycle walking, under 4 times on average). Up to 256 elements are sorted by hash
+    instead, which makes each of the size! orders equally likely.
 
     Args:
         index: Any indices in range(size), in any order.
@@ -227,10 +227,10 @@ def flips_of(seed: int, step: int, slot: int, num_pairs: int, flips: Flips) -> l
     """Draw which images of a slot's pairs are read mirrored, image 0 and image 1 of each, by fair coins.
 
     Args:
-        seed: The run's.
-        step: Optimizer step.
-        slot: Micro-batch of the global batch.
-        num_pairs: Pairs of the micro-batch.
+        seed: The run's seed.
+        step: The optimizer step.
+        slot: The micro-batch within the global batch.
+        num_pairs: Pairs in the micro-batch.
         flips: none, one coin for both images of a pair, or one for each image.
     """
     if flips == "none":

@@ -1,4 +1,4 @@
-"""Pairs by range: every sample is checked against its CRC-32 and knows its origin."""
+"""Range reads of pairs: every sample is checked against its CRC-32 and knows its origin."""
 
 import contextlib
 import functools
@@ -24,13 +24,13 @@ EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
 
 class PairReader:
-    """Reads pairs and prompts by range, from any thread; the last prompts stay in memory.
+    """Reader of pairs and prompts by range, from any thread; keeps the most recent prompts in memory.
 
     Args:
-        storage: Of the data set.
+        storage: The data set's storage.
         texts: Where each prompt's embeddings lie.
-        cache: Whole shards on this node, looked at first.
-        max_text_bytes: Of the prompts in memory.
+        cache: Whole shards on this node, tried first.
+        max_text_bytes: Size limit of the prompts in memory.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class PairReader:
 
     @functools.cached_property
     def null_conditioning(self) -> tuple[Tensor, Tensor | None]:
-        """What the base's pipeline guides away from: embeddings (S, D) and pooled (P,), if the base has them."""
+        """Return the null conditioning of guidance: embeddings (S, D) and pooled (P,), if the base has them."""
         return self._embedded(NULL_PROMPT_ID)
 
     @functools.cached_property
     def empty_conditioning(self) -> tuple[Tensor, Tensor | None]:
-        """The embedding of "" in the same parts.
+        """Return the embedding of "" in the same parts.
 
         Raises:
-            KeyError: It is not stored: see `load_texts`.
+            KeyError: It is not stored; see `load_texts`.
         """
         return self._embedded(EMPTY_PROMPT_ID)
 
@@ -86,7 +86,7 @@ class PairReader:
         """Read one pair of a micro-batch, with its prompt, into its row.
 
         Raises:
-            ShardCorrupt: It cannot be read; named are the pair, its shard and its source row.
+            ShardCorrupt: The pair cannot be read; the message names the pair, its shard and its source row.
         """
         record = rows.records[row]
         try:

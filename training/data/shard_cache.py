@@ -1,7 +1,7 @@
-"""Whole shards on this node's disk, beside range reads; one folder for all processes of the node.
+"""A cache of whole shards on this node's disk, in addition to range reads; one folder for all processes of the node.
 
-A step never waits for a shard: what is not here is read by range, and fetched meanwhile. A file is named by the digest
-of its shard, so that runs and data sets share a folder. Nothing that goes wrong here is an error of the run.
+A step never waits for a shard: a pair whose shard is missing is read by range while the shard is fetched. A file is
+named by the digest of its shard, so that runs and data sets share a folder. No failure here fails the run.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """Keeps shards that pairs were read from; reads from those it has.
+    """Cache of the shards that pairs were read from.
 
-    A cache smaller than the data set keeps what it fetched first as long as that is used: to fetch 256 MiB for each
-    sample that a random order asks for would cost more than it saves.
+    A cache smaller than the data set keeps what it fetched first while that is still used: fetching 256 MiB for each
+    sample of a random order would cost more than it saves.
 
     Args:
-        storage: Where shards come from.
-        folder: On a disk of this node.
-        max_bytes: Of all shards in the folder; the least recently used make room, unless they were used just now.
+        storage: The storage that shards are fetched from.
+        folder: A folder on a disk of this node.
+        max_bytes: Size limit of all shards in the folder; the least recently used are removed, unless just used.
 
     Raises:
         ConfigError: The folder cannot be written to.
@@ -67,7 +67,7 @@ class ShardCache:
             ) from error
 
     def read(self, where: Location) -> bytes | None:
-        """Return a member as it was written; None if its shard is not here, which is then fetched in the background."""
+        """Return a member; None if its shard is not cached, which then starts to be fetched in the background."""
         if not where.shard_sha256 or where.shard_bytes > self._max_bytes:
             return None
         file = self._file(where)
@@ -83,18 +83,18 @@ class ShardCache:
         if is_whole(data, where.sha256, where.crc32):
             self._touch(file)
             return data
-        self._warn(f"{file.name} is damaged; it is fetched again")
+        self._warn(f"{file.name} is damaged; fetching it again")
         with contextlib.suppress(OSError):
             file.unlink()
         self._want(where)
         return None
 
     def fetch(self, where: Location) -> bool:
-        """Bring a whole shard here now; False if there is no room, or another process is at it.
+        """Fetch a whole shard now; return False if there is no room or another process is fetching it.
 
         Raises:
-            StorageError: It cannot be read.
-            ShardCorrupt: It differs from its digest.
+            StorageError: The shard cannot be read.
+            ShardCorrupt: The shard does not match its digest.
             OSError: The disk is full or broken.
         """
         file = self._file(where)
@@ -116,16 +116,16 @@ class ShardCache:
 
     @property
     def is_fetching(self) -> bool:
-        """Whether shards are on their way here."""
+        """Whether shards are being fetched."""
         return self._num_wanted > 0
 
     def wait(self) -> None:
-        """Return once nothing is being fetched."""
+        """Wait until nothing is being fetched."""
         with self._changed:
             self._changed.wait_for(lambda: not self._num_wanted or self._closed)
 
     def close(self) -> None:
-        """Fetch nothing more; what is half here goes away."""
+        """Stop fetching; remove shards that are only partly here."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -234,4 +234,4 @@ class ShardCache:
                 digest.update(piece)
                 out.write(piece)
         if digest.hexdigest() != where.shard_sha256:
-            raise ShardCorrupt(f"{where.shard} differs from its digest {where.shard_sha256[:12]}")
+            raise ShardCorrupt(f"{where.shard} does not match its digest {where.shard_sha256[:12]}")

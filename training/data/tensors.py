@@ -1,4 +1,4 @@
-"""safetensors as places in bytes: a header is parsed once, and no tensor is made before it has its place in a batch.
+"""safetensors files as byte ranges: a header is parsed once, and a tensor is copied straight to its place in a batch.
 
 `safetensors.torch.load` takes 30 us and copies; most samples of a data set share a few headers to the byte.
 """
@@ -20,7 +20,7 @@ LENGTH_BYTES = 8  # little endian, before the header
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor: its kind, and its bytes from `start` on."""
+    """One tensor: its type and shape, and where its bytes start."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -28,14 +28,14 @@ class TensorPlace:
     num_bytes: int
 
     def tensor(self, data: bytes) -> Tensor:
-        """Return a copy of it."""
+        """Return a copy of the tensor."""
         own = bytearray(data[self.start : self.start + self.num_bytes])
         return torch.frombuffer(own, dtype=self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies where in one safetensors file of at least `num_bytes`."""
+    """Where each tensor lies in a safetensors file of at least `num_bytes`."""
 
     parts: Mapping[str, TensorPlace]
     metadata: Mapping[str, str]
@@ -46,7 +46,7 @@ def layout_of(data: bytes) -> Layout:
     """Return where the tensors of a safetensors file lie.
 
     Raises:
-        ValueError: It is not one, or it holds a type that nothing here stores.
+        ValueError: It is not a safetensors file, or contains a type that mapo never stores.
     """
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     layout = _parse(data[LENGTH_BYTES : LENGTH_BYTES + length])
@@ -67,7 +67,7 @@ def _parse(header: bytes) -> Layout:
 def _part(name: str, entry: Mapping[str, Any], start: int) -> TensorPlace:
     kind, (first, end) = entry["dtype"], entry["data_offsets"]
     if kind not in DTYPES:
-        raise ValueError(f"{name} is of type {kind}; known are {', '.join(DTYPES)}")
+        raise ValueError(f"{name} has type {kind}, which is not one of: {', '.join(DTYPES)}")
     part = TensorPlace(DTYPES[kind], tuple(entry["shape"]), start + first, end - first)
     if part.num_bytes != math.prod(part.shape) * part.dtype.itemsize or first < 0:
         raise ValueError(f"{name} of shape {part.shape} and type {kind} lies at {first} to {end}")

@@ -1,7 +1,7 @@
-"""Threads that work off a queue, and end before the interpreter does.
+"""Threads that work off a queue and end before the interpreter does.
 
-A daemon thread that is inside torch or Arrow when Python goes away aborts the process; one that is no daemon keeps a
-failed process alive for ever. These are daemons that are stopped and waited for at exit.
+A daemon thread that is inside torch or Arrow when Python exits aborts the process; a non-daemon thread keeps a failed
+process alive forever. These are daemon threads that are stopped and joined at exit.
 """
 
 import atexit
@@ -18,14 +18,14 @@ Item = TypeVar("Item")
 
 
 class Threads(Generic[Item]):
-    """A number of threads that take what is put, in order.
+    """A number of threads that handle queued items, in order.
 
-    A `SimpleQueue` costs a microsecond an item; a future of an executor thirty.
+    A `SimpleQueue` costs a microsecond per item, an executor's future thirty.
 
     Args:
-        number: Of threads.
-        name: What their names begin with.
-        handle: Is called with each item; raises nothing.
+        number: The number of threads.
+        name: Prefix of the threads' names.
+        handle: Called with each item; must not raise.
     """
 
     def __init__(self, number: int, name: str, handle: Callable[[Item], None]) -> None:
@@ -38,11 +38,11 @@ class Threads(Generic[Item]):
             thread.start()
 
     def put(self, item: Item) -> None:
-        """Have an item handled."""
+        """Queue an item."""
         self._items.put(item)
 
     def stop(self, *, wait_s: float = 0.0) -> None:
-        """Begin nothing more, and wait at most so long for what is being done."""
+        """Start no further items, and wait at most `wait_s` seconds for the running ones."""
         self.is_stopped = True
         for _ in self._threads:
             self._items.put(None)

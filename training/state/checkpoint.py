@@ -1,8 +1,8 @@
-"""Checkpoints while training goes on: every rank writes its part in the background, rank 0 commits when all have.
+"""Checkpoints during training: every rank writes its part in the background, and rank 0 commits when all have.
 
-A save copies the rank's fragments to memory, which is all that a step waits for. What a killed run left without a
-manifest is never read, and removed later; each start of the workers writes to folders of its own, so that two starts
-can never mix their files. See training/state/checkpoint_format.py for the files.
+A save copies the rank's fragments to memory, which is all that a step waits for. Folders that a killed run left without
+a manifest are never read, and removed later; each start of the workers writes to new folders, so that two starts can
+never mix their files. See training/state/checkpoint_format.py for the files.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from training.state.zero import KINDS, Fragment, ZeroState
 
 POLL_S = 0.1
 LOSSES = ("validation_loss", "average_validation_loss")
-"""What of a state tells which checkpoint is the best: of the weights, and of their average."""
+"""Keys of the state that decide the best checkpoint: for the weights, and for their average."""
 Parts = Mapping[tuple[str, Fragment], Tensor]
 
 
@@ -43,14 +43,14 @@ class Checkpointer:
     """One rank's side of a run's checkpoints.
 
     Args:
-        storage: Where they go.
-        folder: Of all checkpoints of this training.
+        storage: The storage to write to.
+        folder: The folder of all checkpoints of this training.
         rank: This rank.
-        world_size: All ranks.
-        zero_stage: As it is noted in the manifest.
-        attempt: Names this start of the workers; the same on all ranks, and never used before.
-        keep: How many of the newest are kept.
-        keep_best: Keep the one with the least validation loss too, and that of the average.
+        world_size: The number of ranks.
+        zero_stage: The ZeRO stage, noted in the manifest.
+        attempt: Name of this start of the workers; the same on all ranks, and never used before.
+        keep: How many of the newest to keep.
+        keep_best: Also keep the one with the lowest validation loss, and the best one of the average.
         timeout_s: How long rank 0 waits for the others' parts.
     """
 
@@ -76,16 +76,16 @@ class Checkpointer:
         self.last_step: int | None = None
 
     def save(self, step: int, parts: Parts, *, account: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint after `step` finished steps; waits for the one before.
+        """Start writing a checkpoint after `step` finished steps; waits for the one before.
 
         Args:
             step: Finished steps; a second save of the same step does nothing.
             parts: This rank's fragments by kind; copied before this returns.
-            account: What this rank is and consumed.
-            state: What all ranks share; rank 0 writes it. Its LOSSES go into the manifest.
+            account: This rank's identity and consumed pairs.
+            state: State that all ranks share; rank 0 writes it. Its LOSSES go into the manifest.
 
         Raises:
-            TrainingError: The checkpoint before could not be written.
+            TrainingError: The previous checkpoint could not be written.
         """
         if step == self.last_step:
             return
@@ -99,10 +99,10 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being written any more.
+        """Wait until no checkpoint is being written.
 
         Raises:
-            TrainingError: It could not be written.
+            TrainingError: The checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -111,12 +111,12 @@ class Checkpointer:
             error, self._error = self._error, None
             raise TrainingError(
                 f"rank {self._rank} could not write the checkpoint of step {self.last_step}: {error}",
-                "the run would resume from the checkpoint before it; check the storage",
+                "the run will resume from the previous checkpoint; check the storage",
             ) from error
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Wait at the end of a run; after an error only see to it that nothing waits for other ranks."""
+        """Wait at the end of a run; after an error, only make sure that nothing waits for other ranks."""
         try:
             yield
             self.wait()
@@ -190,7 +190,7 @@ def write_rank(storage: Storage, folder: str, rank: int, parts: Parts, *, accoun
 
 
 def remove_old(storage: Storage, folder: str, *, keep: int, keep_best: bool, attempt: str) -> None:
-    """Remove all checkpoints but the newest and the best, and what other starts left unfinished; manifests go first."""
+    """Remove all checkpoints except the newest and the best, and unfinished ones of other starts; manifests first."""
     kept = _kept(list_checkpoints(storage, folder), keep=keep, keep_best=keep_best)
     names = storage.names(folder)
     folders = {
@@ -213,14 +213,14 @@ def _kept(found: list[Manifest], *, keep: int, keep_best: bool) -> set[str]:
 
 
 def set_aside(storage: Storage, manifest: Manifest) -> None:
-    """Let a damaged checkpoint be one no more: nothing resumes from it or exports it; the next save removes it."""
+    """Invalidate a damaged checkpoint: nothing resumes from it or exports it, and the next save removes it."""
     name = f"{manifest.folder}/{MANIFEST}"
     storage.write(f"{name}.damaged", storage.read(name))
     storage.delete(name)
 
 
 def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
-    """Return this rank's fragments of all kinds, as they are now."""
+    """Return this rank's current fragments of all kinds."""
     parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
     parts |= {(kind, fragment): scales for kind, fragment, scales in state.scales()}
     if ema is not None:
@@ -231,14 +231,14 @@ def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fr
 def restore(
     storage: Storage, folder: str, state: ZeroState, ema: ShardedEma | None, *, note: Callable[[str], None]
 ) -> Reader | None:
-    """Load the newest checkpoint that is whole; collective.
+    """Load the newest complete checkpoint; collective.
 
     Args:
-        storage: Where they are.
-        folder: Of all checkpoints of this training.
-        state: Of this rank's engine.
-        ema: Its average, if the run keeps one.
-        note: Told of each damaged checkpoint that was passed over, and is set aside.
+        storage: The storage of the checkpoints.
+        folder: The folder of all checkpoints of this training.
+        state: The state of this rank's engine.
+        ema: The average of the weights, if the run keeps one.
+        note: Called for each damaged checkpoint, which is skipped and set aside.
 
     Returns:
         The reader of the checkpoint; None if there is none to resume from.
@@ -263,7 +263,7 @@ def restore(
             return saved
         if not isinstance(error, ShardCorrupt):
             raise error
-        note(f"not resumed from {manifest.name}: {error.message}")
+        note(f"skipped checkpoint {manifest.name}: {error.message}")
         if torch.distributed.get_rank() == 0:
             set_aside(storage, manifest)
     return None
@@ -272,7 +272,7 @@ def restore(
 def _load(
     storage: Storage, manifest: Manifest, state: ZeroState, ema: ShardedEma | None
 ) -> tuple[tuple[dict[str, dict[str, Tensor]], Reader] | None, MapoError | None]:
-    """Read this rank's fragments; return them, or what is wrong with them."""
+    """Read this rank's fragments; return them, or the error."""
     kinds = [*KINDS, *([EMA] if ema is not None else [])]
     wanted = [(kind, fragment) for kind in kinds for fragment in state.fragments]
     if manifest.world_size == torch.distributed.get_world_size() and manifest.zero_stage == state.stage:

@@ -1,13 +1,13 @@
-"""What a checkpoint is on storage, and how it is read.
+"""The files of a checkpoint on the storage, and how they are read.
 
     <run>/checkpoints/<key>/step-00000500-0001-1f3a90c2/   step, number and name of the start of the workers
         rank-00000.safetensors   fragments of weights, moments and average that this rank owns
-        rank-00000.json          where each fragment lies in it, its digest, what the rank consumed
+        rank-00000.json          where each fragment lies in that file, its digest, the pairs that the rank consumed
         state.json               step, history, what the checkpoint belongs to
         manifest.json            digests of all of these; written last: without it there is no checkpoint
 
-Every byte that is read is held against a digest that the manifest leads to. Any number of ranks can read what any
-number wrote, of any ZeRO stage: fragments name the part of the parameter that they are. No pickle anywhere.
+Every byte read is checked against a digest that the manifest leads to. Any number of ranks can read what any number
+wrote, with any ZeRO stage: each fragment names its part of the parameter. There is no pickle anywhere.
 """
 
 import hashlib
@@ -49,14 +49,14 @@ class Manifest:
     """A committed checkpoint.
 
     Args:
-        folder: Where it is, relative to the storage.
+        folder: The checkpoint's folder, relative to the storage.
         step: Finished optimizer steps.
-        world_size: Ranks that wrote it.
+        world_size: Number of ranks that wrote it.
         zero_stage: Their ZeRO stage.
-        validation_loss: The last one before it; None if nothing is held out.
-        sha256: Digest of each file but the tensors', whose digests the index files hold.
+        validation_loss: The last validation loss before it; None if nothing is held out.
+        sha256: Digest of each file except the tensors', whose digests are in the index files.
         sizes: Bytes of each file.
-        average_validation_loss: As `validation_loss`, of the average of the weights; None if there is no average.
+        average_validation_loss: The same for the average of the weights; None if there is no average.
     """
 
     folder: str
@@ -74,7 +74,7 @@ class Manifest:
         return self.folder.rsplit("/", 1)[-1]
 
     def to_json(self) -> bytes:
-        """Return it as JSON with a digest of itself, so that a damaged one is known."""
+        """Return the manifest as JSON with its own digest, so that damage is noticed."""
         body = {"version": VERSION, **{k: v for k, v in asdict(self).items() if k != "folder"}}
         if self.average_validation_loss is None:  # so that versions before it read what they could read
             del body["average_validation_loss"]
@@ -82,15 +82,15 @@ class Manifest:
 
     @staticmethod
     def parse(folder: str, data: bytes) -> "Manifest":
-        """Read what `to_json` gave.
+        """Parse the output of `to_json`.
 
         Raises:
-            ShardCorrupt: It is something else.
+            ShardCorrupt: The manifest is damaged.
         """
         try:
             body = json.loads(data)
             if body.pop("digest") != _digest_of(body) or body.pop("version") != VERSION:
-                raise ValueError("its digest differs")
+                raise ValueError("it does not match its digest")
             return Manifest(folder=folder, **body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardCorrupt(f"{folder}/{MANIFEST} is damaged: {error}", DAMAGED_HINT) from error
@@ -102,7 +102,7 @@ def rank_names(rank: int) -> tuple[str, str]:
 
 
 def list_checkpoints(storage: Storage, folder: str) -> list[Manifest]:
-    """List the checkpoints below a folder that have a whole manifest, oldest first; opens no other file."""
+    """List the checkpoints below a folder that have an intact manifest, oldest first; opens no other file."""
     found = []
     for name in storage.names(folder):
         if name.endswith(f"/{MANIFEST}"):
@@ -114,7 +114,7 @@ def list_checkpoints(storage: Storage, folder: str) -> list[Manifest]:
 
 
 def remove_checkpoints(storage: Storage, folder: str) -> int:
-    """Delete every checkpoint of a training, manifests first so that none is there in part; how many files it was."""
+    """Delete every checkpoint of a training, manifests first so that none is left in part; return how many files."""
     names = [name for name in storage.names(folder) if name.removeprefix(f"{folder}/").startswith("step-")]
     for name in sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")):
         storage.delete(name)
@@ -122,17 +122,17 @@ def remove_checkpoints(storage: Storage, folder: str) -> int:
 
 
 def best_of(manifests: list[Manifest], *, of_average: bool = False) -> Manifest | None:
-    """Return the one with the least validation loss, of the weights or of their average; None if none has one."""
+    """Return the checkpoint with the lowest validation loss, of the weights or their average; None if none has one."""
     name = "average_validation_loss" if of_average else "validation_loss"
     measured = [(getattr(each, name), each.step, each) for each in manifests if getattr(each, name) is not None]
     return min(measured, key=lambda each: each[:2])[2] if measured else None
 
 
 class Reader:
-    """Reads fragments of a committed checkpoint, whoever wrote them.
+    """Reader of the fragments of a committed checkpoint, whichever ranks wrote them.
 
     Raises:
-        ShardCorrupt: A file is missing, cut, or differs from its digest.
+        ShardCorrupt: A file is missing, truncated, or does not match its digest.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
@@ -151,7 +151,7 @@ class Reader:
                 self._entries[entry.kind, entry.name].append((tensors, entry))
 
     def kinds(self) -> set[str]:
-        """Return what is stored of each parameter."""
+        """Return the kinds of values that are stored for each parameter."""
         return {kind for kind, _ in self._entries}
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
@@ -172,7 +172,7 @@ class Reader:
                 part[low - start : high - start] = data[low - entry.start : high - entry.start]
                 filled += high - low
         if filled != numel:
-            raise self._damaged(f"holds {filled} of {numel} elements of {kind} {name} from {start}")
+            raise self._damaged(f"contains only {filled} of {numel} elements of {kind} {name} from {start}")
         return part
 
     def _read(self, file: str, entry: FragmentEntry) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -189,7 +189,7 @@ class Reader:
         except StorageError as error:
             raise self._damaged(f"lacks {name}") if self._is_gone(path) else error from error
         if hashlib.sha256(data).hexdigest() != self.manifest.sha256.get(name):
-            raise self._damaged(f"has another {name} than its manifest says")
+            raise self._damaged(f"contains a {name} that does not match its manifest")
         return data
 
     def _check_size(self, name: str) -> None:
@@ -207,7 +207,7 @@ class Reader:
 
 
 def read_parameters(reader: Reader, kind: str) -> Iterator[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
-    """Yield every parameter of a kind, whole and in its shape, one after another."""
+    """Yield every parameter of a kind, whole and in its own shape, one after another."""
     shapes = reader.shapes(kind)
     parts = reader.read((kind, name, 0, math.prod(shape)) for name, shape in shapes.items())
     for (name, shape), part in zip(shapes.items(), parts, strict=True):

@@ -1,7 +1,7 @@
-"""bitsandbytes' 8-bit AdamW states as float32 and back, so that checkpoints hold one kind of number.
+"""Conversion of bitsandbytes' 8-bit AdamW states to float32 and back, so that checkpoints contain float32 only.
 
 A moment is stored as an 8-bit code times the largest magnitude of its block. As float32 it fits any number of ranks;
-with the magnitudes beside it, the ranks that wrote it get the very codes back.
+with the magnitudes stored next to it, the same number of ranks gets exactly the same codes back.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 States = dict[str, Any]
-"""What the optimizer keeps of one flat partition, by bitsandbytes' names."""
+"""The optimizer's state of one flat partition, by bitsandbytes' names."""
 
 STATES = {"exp_avg": ("state1", "qmap1", "absmax1"), "exp_avg_sq": ("state2", "qmap2", "absmax2")}
 
@@ -50,10 +50,10 @@ def pack(state: States, kind: str, moment: Tensor, scales: Tensor | None) -> Non
     """Store a float32 moment.
 
     Args:
-        state: Of `create`.
+        state: From `create`.
         kind: A key of STATES.
-        moment: What `unpack` gave.
-        scales: What `magnitudes` gave beside it; taken from the moment itself if other ranks wrote it.
+        moment: From `unpack`.
+        scales: From `magnitudes`; None if another number of ranks wrote them: then computed from the moment.
     """
     code, values, absmax = STATES[kind]
     moment = moment.to(state[code].device)

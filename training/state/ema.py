@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: float32, each rank its own fragments, nothing sent."""
+"""An exponential moving average of the weights: float32, each rank's own fragments, without communication."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ EMA = "ema"
 
 
 class ShardedEma:
-    """The average of this rank's fragments; it starts as the weights.
+    """The average of this rank's fragments; it starts at the weights.
 
     average <- decay * average + (1 - decay) * weights, after each optimizer step, with the decay of that step.
 
@@ -29,10 +29,10 @@ class ShardedEma:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights of a step that has just been done.
+        """Update the average with the weights of a step that just finished.
 
         Args:
-            step: Its number, from 0.
+            step: The step's number, from 0.
         """
         averages, weights = [], []
         for fragment, view in self._state.views(WEIGHT):
@@ -42,10 +42,10 @@ class ShardedEma:
 
     @contextlib.contextmanager
     def in_place_of_the_weights(self) -> Iterator[None]:
-        """Let the model compute with the average inside the block, and with its own bits again after it; collective.
+        """Let the model compute with the average inside the block, and with its exact weights after it; collective.
 
-        Costs no memory beyond one fragment: average and weights change places, twice. After an error they stay
-        exchanged: this rank ends, and must not wait for ranks that go on.
+        Needs memory for one fragment only: average and weights are swapped, twice. After an error they stay swapped,
+        because this rank is ending and must not wait for the others.
         """
         self._state.exchange_weights(self._average)
         yield
@@ -56,6 +56,6 @@ class ShardedEma:
         return self._average
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `fragments` gave, by the names of the parameters."""
+        """Load the output of `fragments`, by parameter name."""
         for fragment, average in self._average.items():
             average.copy_(tensors[fragment.name])

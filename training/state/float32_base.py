@@ -1,6 +1,6 @@
-"""Whether a base that is used in 16 bits has its float32 weights beside them: training starts from the exact ones.
+"""Finds a 16-bit base's float32 weights, if they lie next to it: training starts from the exact ones.
 
-Reads headers and a few thousand numbers; needs no torch, since the driver asks.
+Reads headers and a few thousand numbers; needs no torch, because the driver uses it.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ Places = Mapping[str, StoredTensor]
 
 
 def float32_weights_digest(source: ModelSource) -> str | None:
-    """Return a digest of the UNet's float32 weights, if they lie beside 16-bit ones that `encode.variant` names.
+    """Return a digest of the UNet's float32 weights, if they lie next to the 16-bit ones that `encode.variant` names.
 
-    They count if they are the same weights: same names and shapes, and what was compared rounds to the variant's
-    numbers. Only of a model in a local folder, which every node sees alike: of others, the variant alone is fetched.
+    They count if they are the same weights: same names and shapes, and the numbers compared round to the variant's.
+    This works only for a model in a local folder, which every node sees alike: otherwise only the variant is fetched.
 
     Args:
         source: The base pipeline, as the section `encode` names it.

@@ -1,10 +1,10 @@
-"""The float32 weights that the optimizer steps on ("masters"), started at the base's own.
+"""The float32 weights that the optimizer updates ("masters"), initialised from the base's own.
 
 DeepSpeed casts the model to 16 bits first and takes its masters from the cast weights. Each then sits in the middle of
 a rounding cell, and its 16-bit copy, with which the model computes, moves only once the master has moved by half a
 unit in the last place: at a learning rate of 1e-7 three quarters of a whole training never reach the forward pass
-(docs/concepts/training.md has the figures). Here each rank reads the fragments that it owns from the base's files, by
-place; no rank holds the UNet in float32.
+(docs/concepts/training.md has the figures). Here each rank reads the fragments that it owns straight from the base's
+files; no rank holds the whole UNet in float32.
 """
 
 import math
@@ -30,15 +30,15 @@ TYPES: Mapping[str, tuple[torch.dtype, np.dtype[Any]]] = {
     "F16": (torch.float16, np.dtype("<f2")),
     "BF16": (torch.bfloat16, np.dtype("<u2")),
 }
-"""The format's name of a type -> torch's, and what numpy reads."""
+"""safetensors' name of a type -> torch's type, and the type that numpy reads."""
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights of a model as they lie in its safetensors files.
+    """The weights of a model in its safetensors files.
 
     Args:
-        places: By name.
+        places: Where each tensor lies, by name.
     """
 
     places: Mapping[str, StoredTensor]
@@ -48,11 +48,11 @@ class StoredWeights:
         """Open the weights of a model's part; reads headers alone.
 
         Args:
-            folder: Of the part, such as `<model>/unet`.
-            variant: Such as fp16.
+            folder: The folder of the part, such as `<model>/unet`.
+            variant: The variant, such as fp16.
 
         Raises:
-            ModelError: They are missing, damaged, or of a type that training does not read.
+            ModelError: The weights are missing, damaged, or of a type that training does not read.
         """
         places = stored_tensors(weight_files(folder, STEM, variant))
         for name, place in places.items():
@@ -65,19 +65,17 @@ class StoredWeights:
         return {TYPES[place.dtype][0] for place in self.places.values()}
 
     def check(self, fragment: Fragment) -> None:
-        """Check that the files hold a parameter.
+        """Check that the files contain a parameter.
 
         Raises:
-            ModelError: They lack it, or have it in another shape.
+            ModelError: It is missing, or has another shape.
         """
         if fragment.name not in self.places:
-            raise ModelError(
-                f"the base's files lack {fragment.name}, one of {len(self.places):,} weights", "fetch the model again"
-            )
+            raise ModelError(f"the weight {fragment.name} is missing from the base's files", "fetch the model again")
         place = self.places[fragment.name]
         if place.shape != fragment.shape:
             raise ModelError(
-                f"{place.file} has {fragment.name} of shape {place.shape}, the model of {fragment.shape}",
+                f"{fragment.name} has shape {place.shape} in {place.file}, but {fragment.shape} in the model",
                 "fetch the model again",
             )
 
@@ -93,18 +91,18 @@ class StoredWeights:
         start = place.start + fragment.start * dtype.itemsize
         stored = np.fromfile(place.file, dtype, fragment.numel, offset=start)
         if len(stored) != fragment.numel:
-            raise ModelError(f"{place.file} ends within {fragment.name}", "fetch the model again")
+            raise ModelError(f"{place.file} is truncated: it ends inside {fragment.name}", "fetch the model again")
         if place.dtype == "BF16":  # the upper half of a float32
             return torch.from_numpy((stored.astype("<u4") << 16).view("<f4"))
         return torch.from_numpy(stored.astype("<f4", copy=False))
 
 
 class ReadWhenAsked(Mapping[str, Tensor]):
-    """Fragments by the names of their parameters, each read when it is asked for: never all in memory at once.
+    """Fragments by parameter name, each read on access: never all in memory at once.
 
     Args:
         stored: The files.
-        fragments: Of this rank.
+        fragments: This rank's fragments.
     """
 
     def __init__(self, stored: StoredWeights, fragments: Sequence[Fragment]) -> None:
@@ -121,18 +119,18 @@ class ReadWhenAsked(Mapping[str, Tensor]):
 
 
 def start_from_base(source: ModelSource, state: ZeroState, ema: ShardedEma | None) -> str | None:
-    """Give this rank's masters, and their average, the values that the base has on disk; collective.
+    """Set this rank's masters, and their average, to the base's values on disk; collective.
 
     Args:
         source: The base.
-        state: Of the engine, before its first step.
-        ema: Its average, if the training keeps one.
+        state: The state of the engine, before its first step.
+        ema: The average of the weights, if the training keeps one.
 
     Returns:
-        A word for the user where the base has no float32 weights; None where it has.
+        A note for the user if the base has no float32 weights; None if it has.
 
     Raises:
-        ModelError: The files do not hold what the engine trains; on every rank alike.
+        ModelError: The files do not contain the weights that the engine trains; on every rank alike.
     """
 
     def find() -> StoredWeights:
@@ -150,26 +148,27 @@ def start_from_base(source: ModelSource, state: ZeroState, ema: ShardedEma | Non
 
 
 def note_on(dtypes: set[torch.dtype]) -> str | None:
-    """Return a word on weights that exist in 16 bits alone: training starts from their rounding."""
+    """Return a note on weights that exist only in 16 bits: training starts from rounded values."""
     if dtypes == {torch.float32}:
         return None
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return (
-        f"the base's UNet is stored in {names}: training starts from weights that were rounded once. A base with "
-        "float32 weights, beside these or without `encode.variant`, starts from those"
+        f"the base's UNet is stored in {names}, so training starts from rounded weights. With a base that also has "
+        "float32 weights, next to these or without `encode.variant`, it would start from the exact ones"
     )
 
 
 def _check_type(name: str, place: StoredTensor) -> None:
-    """Refuse a type that training does not read, and bytes that are not those of type and shape."""
+    """Reject a type that training does not read, and a size that does not match type and shape."""
     known = TYPES.get(place.dtype)
     if known is None:
         raise ModelError(
-            f"{place.file}: {name} is of type {place.dtype}; known are {', '.join(TYPES)}",
+            f"{place.file}: {name} has type {place.dtype}, which is not one of: {', '.join(TYPES)}",
             "save the base in float32, float16 or bfloat16",
         )
     if place.num_bytes != math.prod(place.shape) * known[1].itemsize:
         raise ModelError(
-            f"{place.file}: {name} of shape {place.shape} and type {place.dtype} has {place.num_bytes:,} bytes",
+            f"{place.file}: {name} has {place.num_bytes:,} bytes, which does not fit shape {place.shape} and type "
+            f"{place.dtype}",
             "fetch the model again",
         )

@@ -1,4 +1,4 @@
-"""Starts a round from another one: from the weights of its parent's checkpoint, and nothing else of it."""
+"""Starts a round from the weights of its parent's checkpoint, and nothing else of the parent."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,15 +16,15 @@ from training.state.ema import EMA, ShardedEma
 from training.state.zero import WEIGHT, ZeroState
 
 KINDS = {"raw": WEIGHT, "ema": EMA}
-LOST_HINT = "put it back from a copy; or train from the base model with `train.rounds: restart`"
+LOST_HINT = "restore it from a copy, or train from the base model with `train.rounds: restart`"
 
 
 def open_parent(storage: Storage, parent: Parent) -> Reader:
-    """Open the parent's checkpoint; its manifest is compared with the digest that its round noted.
+    """Open the parent's checkpoint, and compare its manifest with the digest that the round recorded.
 
     Raises:
-        ModelError: It is not there, or it is another one.
-        ShardCorrupt: It is damaged.
+        ModelError: The checkpoint is missing, or is another one.
+        ShardCorrupt: The checkpoint is damaged.
     """
     name = f"{parent.checkpoint}/{MANIFEST}"
     try:
@@ -32,7 +32,7 @@ def open_parent(storage: Storage, parent: Parent) -> Reader:
     except StorageError as error:
         if storage.exists(name):
             raise
-        raise ModelError(f"the checkpoint of {parent}, which this round starts from, is gone", LOST_HINT) from error
+        raise ModelError(f"the checkpoint of {parent}, which this round starts from, is missing", LOST_HINT) from error
     if (found := hashlib.sha256(data).hexdigest()) != parent.manifest:
         raise ModelError(
             f"the checkpoint of {parent} is not the one that this round starts from: its manifest has the digest "
@@ -47,11 +47,11 @@ def open_parent(storage: Storage, parent: Parent) -> Reader:
 
 
 def check_parent_is_there(spec: TrainSpec) -> None:
-    """Check before any worker starts that the parent is there; a round with a checkpoint of its own may need none.
+    """Check before any worker starts that the parent exists; a round with a checkpoint may not need it any more.
 
     Raises:
         ModelError: See `open_parent`.
-        ShardCorrupt: One of the files that say where weights lie is damaged, or a file of weights is cut.
+        ShardCorrupt: An index file is damaged, or a file of weights is truncated.
     """
     needs_reference = spec.config.method in NEEDS_REFERENCE
     if spec.parent is not None and (needs_reference or not list_checkpoints(spec.storage, spec.checkpoints)):
@@ -67,16 +67,16 @@ def _named(parent: Parent) -> Iterator[None]:
 
 
 def start_from_parent(spec: TrainSpec, unet: Any, state: ZeroState, ema: ShardedEma | None) -> None:
-    """Give this rank's part of the float32 weights, and of their average, the parent's values; collective.
+    """Set this rank's part of the float32 weights, and of their average, to the parent's values; collective.
 
-    Each rank reads its own fragments, whoever wrote them. Of a 16-bit training they are the parent's exact float32
-    weights, which those that the engine made of a cast model are not.
+    Each rank reads its own fragments, whichever rank wrote them. In a 16-bit training they are the parent's exact
+    float32 weights, unlike those that the engine makes from a cast model.
 
     Args:
-        spec: Of this round.
+        spec: This round's training.
         unet: The UNet inside the engine.
-        state: Of the engine.
-        ema: Its average, if the round keeps one.
+        state: The engine's state.
+        ema: The average of the weights, if the round keeps one.
 
     Raises:
         ModelError: See `open_parent`; on every rank alike.
@@ -102,7 +102,7 @@ def start_from_parent(spec: TrainSpec, unet: Any, state: ZeroState, ema: Sharded
 
 
 def load_parent(spec: TrainSpec, unet: Any) -> None:
-    """Give a whole UNet the parent's weights in place, one parameter after another: for a reference.
+    """Load the parent's weights into a whole UNet in place, one parameter after another; for a reference.
 
     Raises:
         ModelError: See `open_parent`.
@@ -126,19 +126,19 @@ def _trained(unet: Any) -> set[str]:
 def _check_shapes(
     found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], trained: set[str], parent: Parent
 ) -> None:
-    """Check that the parent has the parameters that train here, in the shapes that this rank knows."""
+    """Check that the parent has the parameters that are trained here, in the same shapes."""
     others = sorted(trained ^ found.keys()) or sorted(
         name for name in known.keys() & trained if tuple(found[name]) != tuple(known[name])
     )
     if others:
         raise ConfigError(
-            f"{parent} is of another UNet: {len(others)} of {len(trained)} weights differ, {others[0]} first",
-            "keep `encode.model` and `train.lora` as they were; or use `train.rounds: restart`, or another `name`",
+            f"{parent} has another UNet: {len(others)} of {len(trained)} weights differ, {others[0]} first",
+            "keep the `encode.model` and `train.lora` of that round; or use `train.rounds: restart`, or another `name`",
         )
 
 
 def on_all_ranks(read: Callable[[], Any]) -> Any:
-    """Return what `read` gives; raise one rank's error on all, so that none waits for another in a collective."""
+    """Return the result of `read`; raise one rank's error on all, so that no rank waits in a collective."""
     result, problem = None, None
     try:
         result = read()

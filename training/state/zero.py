@@ -1,9 +1,9 @@
 """The sharded state of a DeepSpeed ZeRO engine, as named fragments of parameters.
 
 Whatever the stage and the world size, a rank owns contiguous parts of flattened parameters: a *fragment* is
-`[start, start + numel)` of one. Named so, what one set of ranks wrote another set can read: fragments of all ranks
-tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its Universal Checkpoint is an
-offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
+`[start, start + numel)` of one. With these names, any set of ranks can read what another set wrote: the fragments of
+all ranks tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its Universal Checkpoint
+is an offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
 """
 
 import contextlib
@@ -21,9 +21,9 @@ WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 SCALE = "{}_scale"
-"""Kind of the magnitudes of an 8-bit moment, by blocks of a rank's flat partition: of use to as many ranks alone."""
+"""Kind of the magnitudes of an 8-bit moment, by blocks of a rank's flat partition: only usable by as many ranks."""
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scaler remembers."""
+"""The state of DeepSpeed's dynamic loss scaler."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ZeroState:
 
     @property
     def fragments(self) -> list[Fragment]:
-        """What this rank owns, in the order of the parameters."""
+        """The fragments that this rank owns, in the order of the parameters."""
         return [fragment for fragment, _ in self._owned]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
@@ -76,13 +76,13 @@ class ZeroState:
             yield from found
 
     def model_views(self) -> Iterator[tuple[Fragment, Tensor]]:
-        """Yield what the forward pass computes with, by fragment: vectors in the engine's type, of its own memory."""
+        """Yield the weights of the forward pass by fragment: vectors in the engine's type, in its own memory."""
         for fragment, weight in self._owned:
             flat = weight.ds_tensor if self.stage == 3 else weight.detach().flatten()[fragment.start :]
             yield fragment, flat[: fragment.numel]
 
     def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
-        """Yield the magnitudes of 8-bit moments by kind; none of others."""
+        """Yield the magnitudes of 8-bit moments by kind; nothing for other moments."""
         for kind in MOMENTS if self._is_eight_bit else ():
             for i, flat in enumerate(self._flat_partitions()):
                 found = eight_bit.magnitudes(self._zero.optimizer.state[flat], kind)
@@ -90,26 +90,26 @@ class ZeroState:
                     yield SCALE.format(kind), self._scale_fragment(i, found.numel()), found
 
     def wanted_scales(self) -> list[tuple[str, Fragment]]:
-        """Return what `scales` will give, before there are any states."""
+        """Return the kinds and fragments that `scales` will yield, before there are any states."""
         self._create_moments(0)
         return [(kind, fragment) for kind, fragment, _ in self.scales()]
 
     def num_steps(self) -> int:
-        """Return the steps that AdamW has counted for its bias correction, without skipped ones."""
+        """Return the number of steps that AdamW counts for its bias correction, without skipped ones."""
         states = [state for state in self._zero.optimizer.state.values() if "step" in state]
         return int(states[0]["step"]) if states else 0
 
     def loss_scale(self) -> dict[str, float]:
-        """Return the state of the dynamic loss scale; only `cur_scale` where it is fixed."""
+        """Return the state of the dynamic loss scale; only `cur_scale` if it is fixed."""
         scaler = getattr(self._zero, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
 
     def load(self, tensors: Tensors, *, num_steps: int, loss_scale: Mapping[str, float]) -> None:
-        """Take this rank's fragments and give every rank the weights that they make; collective.
+        """Load this rank's fragments and update the weights of every rank; collective.
 
         Args:
             tensors: For each of KINDS, the fragments of `fragments`; those of `wanted_scales` too, if the checkpoint
-                is of as many ranks.
+                was written by the same number of ranks.
             num_steps: From `num_steps`.
             loss_scale: From `loss_scale`.
         """
@@ -123,22 +123,22 @@ class ZeroState:
         self._publish_weights()
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take this rank's fragments of the weights alone, before the first step; collective.
+        """Load this rank's fragments of the weights alone, before the first step; collective.
 
         Args:
-            weights: By the names of `fragments`.
+            weights: The fragments, by the names of `fragments`.
         """
         self._create_moments(0)
         self._write({WEIGHT: weights}, [WEIGHT])
         self._publish_weights()
 
     def exchange_weights(self, others: Mapping[Fragment, Tensor]) -> None:
-        """Let weights and `others` change places, and give every rank the weights that come of it; collective.
+        """Swap the weights with `others`, and update the weights of every rank; collective.
 
-        Bit for bit: a second call brings everything back.
+        The swap is exact to the bit: a second call restores everything.
 
         Args:
-            others: A float32 vector for each of `fragments`; takes the weights in place.
+            others: A float32 vector for each of `fragments`; overwritten with the weights.
         """
         with torch.no_grad():
             for group, owned in self._by_partition():
@@ -212,13 +212,13 @@ class ZeroState:
         view[value.numel() :].zero_()  # the padding of stage 3's last rank
 
     def _by_partition(self) -> Iterator[tuple[int, list[tuple[Fragment, Any]]]]:
-        """Group what this rank owns by stage 3's flat partition; one group in stages that keep everything in memory."""
+        """Group this rank's fragments by stage 3's flat partition; one group in stages 1 and 2."""
         groups = itertools.groupby(self._owned, lambda each: self._place(each[1])[0] if self.stage == 3 else 0)
         return ((group, list(owned)) for group, owned in groups)
 
     @contextlib.contextmanager
     def _in_memory(self, group: int, *, is_written: bool = False) -> Iterator[bool]:
-        """While it is entered, a flat partition and its states, which may lie on NVMe; whether their memory is lent."""
+        """Bring a flat partition and its states into memory from NVMe, if they lie there; yield whether they do."""
         from deepspeed.accelerator import get_accelerator  # here: `mapo status` reads checkpoints without DeepSpeed
 
         zero = self._zero
@@ -242,7 +242,7 @@ class ZeroState:
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _create_moments(self, num_steps: int) -> None:
-        """Give AdamW the states that it makes at its first step; what there is stays, but for the count of steps."""
+        """Create the states that AdamW makes at its first step; existing ones stay, except for the step count."""
         optimizer = self._zero.optimizer
         if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
             self._zero._set_fp32_optimizer_param_groups()

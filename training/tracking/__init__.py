@@ -1,4 +1,4 @@
-"""What a training tells: metrics, trackers, progress of the workers, anomalies.
+"""Reporting of a training: metrics, trackers, progress of the workers, anomalies.
 
 May import the configuration and `pipelines.dataset`.
 """

@@ -1,4 +1,4 @@
-"""The account of what was trained on: how many pairs, and a digest that does not depend on who did it."""
+"""The account of consumed pairs: how many, and a digest that does not depend on the number of workers."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ MODULUS = 1 << 64
 
 @dataclass
 class ConsumedPairs:
-    """Pairs that a rank has trained on.
+    """The pairs that a rank has trained on.
 
     `total` adds up a hash of each micro-batch (step, slot and keys), modulo 2^64: the sum over the ranks is the same
-    however many there are, and another one if a pair came twice, never, or at another step.
+    however many there are, and differs if a pair came twice, never, or at another step.
     """
 
     num_pairs: int = 0
@@ -37,6 +37,6 @@ class ConsumedPairs:
 
     @staticmethod
     def sum(accounts: Iterable[Mapping[str, Any]]) -> "ConsumedPairs":
-        """Add up what several ranks trained on, as `to_dict` gave it."""
+        """Add up the accounts of several ranks, as returned by `to_dict`."""
         listed = list(accounts)
         return ConsumedPairs(sum(a["num_pairs"] for a in listed), sum(a["total"] for a in listed) % MODULUS)

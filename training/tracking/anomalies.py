@@ -1,4 +1,4 @@
-"""What a run does when its numbers go wrong: a warning, or an end that says why."""
+"""Detects numbers that go wrong in training, and warns or stops the run with the reason."""
 
 import math
 from collections import deque
@@ -24,16 +24,16 @@ class Trouble:
 
 
 class Watch:
-    """Looks at each step's numbers.
+    """Watches the metrics of each step.
 
-    Its state is a function of the steps it has seen, so a resumed run judges as one that was never interrupted; and
-    the numbers are the same on every rank, so all ranks stop together.
+    Its state is a function of the steps it has seen, so a resumed run reacts like one that was never interrupted; and
+    the metrics are the same on every rank, so all ranks stop together.
 
     Args:
         config: What to do about each kind of trouble.
         history_steps: The metrics of the steps so far.
-        learns_preference: False for a method that never looks at the rejected image (sft): its accuracy may stay at
-            chance, which is no trouble.
+        learns_preference: False for a method that never looks at the rejected image (sft), whose accuracy may stay at
+            chance.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Watch:
             list(self._troubles(metrics))
 
     def see(self, metrics: Metrics) -> list[str]:
-        """Look at one more step; return what to warn of.
+        """Look at one more step; return the warnings.
 
         Args:
-            metrics: As `means_of` gives them over the global batch, with `step`, `learning_rate` and `skipped_steps`.
+            metrics: From `means_of` over the global batch, with `step`, `learning_rate` and `skipped_steps`.
 
         Raises:
-            TrainingError: For trouble whose action is to stop.
+            TrainingError: Something went wrong whose reaction is to stop.
         """
         _check_finite(metrics)
         found = [trouble for trouble in self._troubles(metrics) if trouble.action != "ignore"]
@@ -80,7 +80,7 @@ def _check_finite(metrics: Metrics) -> None:
 
 
 class _Explosion:
-    """The mean chosen error of the newest window against that of the first; said again after another window."""
+    """Compares the mean chosen error of the newest window with the first window's; reports once per window."""
 
     def __init__(self, config: TroubleConfig) -> None:
         self._config = config
@@ -110,10 +110,10 @@ class _Explosion:
 
 
 class _Preference:
-    """Whether `patience` steps in a row tell the accuracy from chance; said again after as many.
+    """Checks whether `patience` steps in a row have an accuracy above chance; reports once per `patience` steps.
 
-    Looked at is what the method raises: `reward_accuracy` where there is a reference, else `implicit_accuracy`. With n
-    pairs that are no ties, chance gives 0.5 +- 0.5 / sqrt(n). Ties count for nothing: all ties, no verdict.
+    The accuracy is the one that the method raises: `reward_accuracy` with a reference, else `implicit_accuracy`. With n
+    pairs that are not ties, chance gives 0.5 +- 0.5 / sqrt(n). Ties do not count: with ties only, there is no verdict.
     """
 
     def __init__(self, config: TroubleConfig) -> None:
@@ -133,15 +133,16 @@ class _Preference:
         self._counts.clear()
         return Trouble(
             self._config.no_preference,
-            f"over the {self._config.patience} steps up to step {metrics['step']:.0f} the {name.replace('_', ' ')} is "
-            f"{right / pairs:.4f}: {pairs:.0f} pairs without a preference would give 0.5 ± {by_chance:.4f}",
-            "raise `train.learning_rate`, and look at the labels (`mapo data show`): noise there looks the same; raise "
-            "`train.trouble.patience` to wait longer",
+            f"no preference learned: over the {self._config.patience} steps up to step {metrics['step']:.0f} the "
+            f"{name.replace('_', ' ')} is {right / pairs:.4f}, and chance alone gives 0.5 ± {by_chance:.4f} for "
+            f"{pairs:.0f} pairs",
+            "raise `train.learning_rate`; check the labels (`mapo data show`), because noisy labels look the same; or "
+            "raise `train.trouble.patience` to wait longer",
         )
 
 
 class _Skipping:
-    """Steps in a row that the engine left out because a gradient was not finite; said again after another window."""
+    """Counts steps in a row that the engine skipped because a gradient was not finite; reports once per window."""
 
     def __init__(self, config: TroubleConfig) -> None:
         self._config = config
@@ -158,8 +159,8 @@ class _Skipping:
             return None
         return Trouble(
             self._config.skipped_steps,
-            f"the gradient was not finite for {self._in_a_row} steps in a row up to step {metrics['step']:.0f}: no "
-            f"weight has changed since, whatever the loss scale (learning rate "
+            f"the gradient was not finite for {self._in_a_row} steps in a row up to step {metrics['step']:.0f}, so no "
+            f"weight has changed, whatever the loss scale (learning rate "
             f"{metrics.get('learning_rate', math.nan):.3g})",
             "set `train.precision: bf16`, which needs no loss scale, or lower `train.learning_rate`",
         )

@@ -23,21 +23,21 @@ MAX_PARAMETER_LENGTH = 6000  # characters that MLflow takes
 
 
 class Uploads(Protocol):
-    """What a service needs of the run's storage."""
+    """The part of the run's storage that a service needs."""
 
     def upload_folder(self, name: str, local_folder: Path) -> None:
-        """Put every file of a local folder below `name`."""
+        """Upload every file of a local folder below `name`."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a service is told about a run.
+    """A run as a service sees it.
 
     Args:
         storage: The storage of the run.
         folder: The run's folder on it.
-        identity: The same for all parts of one training, and of no other.
-        start: Steps that earlier parts have finished.
+        identity: A name that all parts of one training share, and no other training has.
+        start: Steps that earlier parts of the training have finished.
         parameters: The resolved configuration of training.
     """
 
@@ -77,17 +77,17 @@ class Backend(Protocol):
         """Log the numbers of a step; names have a group, as in train/loss."""
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Log a picture in RGB."""
+        """Log an image in RGB."""
 
     def flush(self) -> None:
-        """Send or write what was logged."""
+        """Send or write everything logged so far."""
 
     def close(self, *, failed: bool) -> None:
         """End the run, or this part of it."""
 
 
 class TensorBoard(Backend):
-    """Events in a local folder, which is copied to `<run>/tensorboard` at each flush."""
+    """Event files in a local folder, which is copied to `<run>/tensorboard` at each flush."""
 
     name = "tensorboard"
     package = "tensorboard"
@@ -105,7 +105,7 @@ class TensorBoard(Backend):
         self._writer.add_text("config", f"```json\n{parameters}\n```", run.start)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add one scalar for each number."""
+        """Add one scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -121,13 +121,13 @@ class TensorBoard(Backend):
         self._run.storage.upload_folder(f"{self._run.folder}/tensorboard", self._local)
 
     def close(self, *, failed: bool) -> None:
-        """Copy the events once more: those of a failed run are wanted most."""
+        """Copy the events once more: those of a failed run matter most."""
         self._writer.close()
         self._run.storage.upload_folder(f"{self._run.folder}/tensorboard", self._local)
 
 
 class Wandb(Backend):
-    """One wandb run for all parts of a training; what an offline run writes is copied to `<run>/wandb`."""
+    """One wandb run for all parts of a training; the files of an offline run are copied to `<run>/wandb`."""
 
     name = "wandb"
     package = "wandb"
@@ -159,17 +159,17 @@ class Wandb(Backend):
         self._run.log({**metrics, "step": step})
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Log a row with the picture."""
+        """Log a row with the image."""
         self._run.log({name: self._wandb.Image(image), "step": step})
 
     def flush(self) -> None:
-        """Copy what an offline run wrote; online, a process of wandb's own sends it."""
+        """Copy the files of an offline run; online, wandb's own process sends the data."""
         if self._run.offline:  # wandb names its folder by the second alone
             part = f"{self._of.folder}/wandb/from-step-{self._of.start}"
             self._of.storage.upload_folder(part, self._local / "wandb")
 
     def close(self, *, failed: bool) -> None:
-        """Finish the run; wandb marks one with an exit code as failed."""
+        """Finish the run; wandb marks a run with an exit code as failed."""
         self._run.finish(exit_code=int(failed))
         self.flush()
 
@@ -192,7 +192,7 @@ class Mlflow(Backend):
         from mlflow.entities import Metric, Param
 
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            raise RuntimeError("MLFLOW_TRACKING_URI is not set where rank 0 runs")
+            raise RuntimeError("MLFLOW_TRACKING_URI is not set on the node of rank 0")
         self._client, self._metric = MlflowClient(), Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self._client.get_experiment_by_name(name)
@@ -217,7 +217,7 @@ class Mlflow(Backend):
         self._client.log_image(self._id, image, key=name, step=step)
 
     def flush(self) -> None:
-        """Do nothing: each call has arrived when it returns."""
+        """Do nothing: each call sends its data before it returns."""
 
     def close(self, *, failed: bool) -> None:
         """End the run."""
@@ -229,12 +229,12 @@ BACKENDS: Mapping[str, type[Backend]] = MappingProxyType({each.name: each for ea
 
 
 def extras_of(names: Iterable[str]) -> list[str]:
-    """Return the extras of `mapo` that install these trackers' packages, in their order."""
+    """Return the extras of `mapo` that install these trackers' packages, in the same order."""
     return [extra for name in names if (extra := BACKENDS[name].extra) is not None]
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested settings by dotted names, as `-o` takes them."""
+    """Yield nested settings by dotted name, as in `-o`."""
     for name, value in parameters.items():
         if isinstance(value, Mapping) and value:
             yield from flat_parameters(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What a run measures, kept in one history: per step, per validation, and where both are shown.
+"""The metrics of a run in one history, per step and per validation, and the writer that shows them.
 
 Letters: B pairs. See docs/concepts/metrics.md for what each number means.
 """
@@ -32,12 +32,12 @@ NO_CURVE = ("step", "num_pairs")  # the axis, and a constant
 def pair_sums(
     losses: Tensor, errors: PairErrors, preference_B: Tensor, timesteps_B: Tensor, num_train_timesteps: int
 ) -> Tensor:
-    """Return what the metrics of a batch are made of, as sums, which add up over micro-batches, steps and ranks.
+    """Return the sums that the metrics of a batch are computed from; they add up over micro-batches, steps and ranks.
 
-    Stays on the device of the errors and never waits for it: add up there, move the sum to the CPU once a step.
+    Stays on the errors' device and never waits for it: add up there, and move the sum to the CPU once per step.
 
     Args:
-        losses: One value a pair.
+        losses: One value per pair.
         errors: The denoising errors that the losses were made of.
         preference_B: Probability that `chosen` is preferred; exactly 0.5 is a tie.
         timesteps_B: int64 in [0, num_train_timesteps).
@@ -81,7 +81,7 @@ def _right(chosen: Tensor, rejected: Tensor, is_tie: Tensor) -> Tensor:
 def means_of(sums: Tensor) -> dict[str, float]:
     """Return the metrics by name, from any sum of `pair_sums`; weighted sums give weighted means.
 
-    A key is absent where no pair speaks for it: `implicit_accuracy_qN` of a quarter without timesteps,
+    A key is absent where no pair counts for it: `implicit_accuracy_qN` of a quarter without timesteps,
     `reward_accuracy` of a method without a reference, `num_ties` without ties.
     """
     values = sums.tolist()
@@ -112,7 +112,7 @@ def means_of(sums: Tensor) -> dict[str, float]:
 
 @dataclass
 class History:
-    """All that was measured so far; travels in the checkpoints, so that a resumed run has no step twice."""
+    """All metrics so far; saved in the checkpoints, so that a resumed run has no step twice."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
@@ -123,11 +123,11 @@ class History:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "History":
-        """Read what `to_dict` gave."""
+        """Read the output of `to_dict`."""
         return History(list(data["steps"]), list(data["validations"]))
 
     def last(self) -> dict[str, float]:
-        """Return the newest numbers, validation ones with a prefix."""
+        """Return the newest metrics, those of validations with a prefix."""
         newest = dict(self.steps[-1]) if self.steps else {}
         if self.validations:
             newest |= {f"validation_{k}": v for k, v in self.validations[-1].items() if k != "step"}
@@ -135,7 +135,7 @@ class History:
 
 
 class MetricsWriter:
-    """Rank 0's outlet: `progress.json` on the storage every few seconds, and the trackers.
+    """Rank 0's writer: `progress.json` on the storage every few seconds, and the trackers.
 
     Args:
         storage: The storage of the run.
@@ -151,13 +151,13 @@ class MetricsWriter:
         return self
 
     def step(self, metrics: Mapping[str, float], progress: RunProgress) -> None:
-        """Take one optimizer step."""
+        """Record one optimizer step."""
         self._log("train", metrics)
         if time.monotonic() - self._written >= WRITE_EVERY_S:
             self.progress(progress)
 
     def validation(self, metrics: Mapping[str, float]) -> None:
-        """Take one validation."""
+        """Record one validation."""
         self._log("validation", metrics)
 
     def _log(self, group: str, metrics: Mapping[str, float]) -> None:
@@ -167,21 +167,21 @@ class MetricsWriter:
 
     @property
     def warnings(self) -> list[str]:
-        """Return what went wrong with the trackers, at most one text each."""
+        """Return what went wrong with the trackers, at most one warning each."""
         return [tracker.warning for tracker in self._trackers if tracker.warning]
 
     def image(self, name: str, image: Image | Path, step: int) -> None:
-        """Send a picture, such as a grid of samples, to every tracker."""
+        """Send an image, such as a grid of samples, to every tracker."""
         for tracker in self._trackers:
             tracker.image(name, image, step)
 
     def progress(self, progress: RunProgress) -> None:
-        """Write where the run is, for `mapo status` and the driver's bar."""
+        """Write the progress of the run, for `mapo status` and the driver's bar."""
         self._written = time.monotonic()
         self._storage.write(f"{self._folder}/progress.json", progress.to_json())
 
     def flush(self) -> None:
-        """Bring out what the trackers still hold; before a checkpoint, so that a resumed run has a gap nowhere."""
+        """Flush the trackers; called before a checkpoint, so that a resumed run has no gaps."""
         for tracker in self._trackers:
             tracker.flush()
 

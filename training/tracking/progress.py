@@ -1,4 +1,4 @@
-"""What the workers tell about themselves, how fast they are, and where the run is."""
+"""The workers' identity and speed, and the progress of the run."""
 
 import contextlib
 import time
@@ -30,26 +30,26 @@ def gather_workers(engine: Engine) -> list[WorkerIdentity]:
 
 
 class StartUp:
-    """How long each part of a start takes, in seconds."""
+    """Durations of the parts of a start, in seconds."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure a part."""
+        """Measure one part."""
         started = time.monotonic()
         yield
         self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - started
 
 
 class Speed:
-    """Time, waiting, memory and arithmetic of a rank's steps.
+    """Time, waiting, memory and FLOPs of a rank's steps.
 
     Args:
         spec: The run.
-        engine: What computes.
-        unet_config: Of the UNet, for counting its arithmetic.
+        engine: The rank's engine.
+        unet_config: Configuration of the UNet, for counting its FLOPs.
     """
 
     def __init__(self, spec: TrainSpec, engine: Engine, unet_config: Mapping[str, Any]) -> None:
@@ -65,13 +65,13 @@ class Speed:
         """Begin a step.
 
         Args:
-            waited_s: All that the loader has waited so far.
+            waited_s: Total seconds waited for the loader so far.
         """
         self._started, self._waited_s = time.monotonic(), waited_s
         self._flops = Flops(0.0, 0.0)
 
     def count(self, batch: Batch) -> None:
-        """Count a micro-batch's arithmetic: of the first shape exactly, of others by area (within 1 % for SDXL)."""
+        """Count the FLOPs of a micro-batch: exactly for the first shape, by area for others (within 1 % for SDXL)."""
         if self._peak is None:
             return
         pairs, _, height, width = batch.chosen_BCHW.shape
@@ -91,7 +91,7 @@ class Speed:
         )
 
     def stop(self, *, waited_s: float) -> Tensor:
-        """End a step and return what to add up over the ranks, float64; `metrics` reads it."""
+        """End a step and return the values to sum over the ranks, float64; `metrics` reads the sum."""
         seconds = time.monotonic() - self._started
         times = [seconds, waited_s - self._waited_s]
         return torch.tensor([*times, self._memory(), self._flops.model, self._flops.hardware], dtype=torch.float64)
@@ -102,7 +102,7 @@ class Speed:
         return float(psutil.Process().memory_info().rss)
 
     def metrics(self, summed: Tensor) -> dict[str, float]:
-        """Return the numbers of a step over all ranks, from the sum of what `stop` gave."""
+        """Return the metrics of a step over all ranks, from the sum of the ranks' `stop`."""
         ranks = self._engine.world_size
         seconds, waited, memory, model, hardware = (summed / ranks).tolist()
         numbers = {
@@ -117,14 +117,14 @@ class Speed:
 
 
 class ProgressReporter:
-    """The run's place: who works, how far, the last numbers.
+    """The progress of the run: its workers, finished steps and newest metrics.
 
     Args:
         spec: The run.
-        starts: How often workers were started, this time included.
+        starts: How often workers were started, including this time.
         workers: From `gather_workers`.
-        start_up: How long this start took, by part.
-        notes: What the run wants to be read, such as a damaged checkpoint that was passed over.
+        start_up: Duration of this start, by part.
+        notes: Notes for the user, such as a damaged checkpoint that was skipped.
     """
 
     def __init__(
@@ -149,17 +149,17 @@ class ProgressReporter:
         )
 
     def warn(self, texts: Sequence[str], *, step: int) -> None:
-        """Add what went wrong without stopping the run."""
+        """Add warnings, which do not stop the run."""
         self._notes.extend(f"step {step}: {text}" for text in texts)
 
     def picture(self, name: str, image: Image, *, step: int) -> None:
-        """Show a picture on the trackers; only where `writer` is enabled."""
+        """Show an image on the trackers; only where `writer` is enabled."""
         if self._out is not None:
             self._out.image(name, image, step)
 
     @contextlib.contextmanager
     def writer(self, *, enabled: bool, history: History) -> Iterator[Show]:
-        """Give a function to call after each step; on rank 0 it writes, elsewhere it does nothing."""
+        """Yield a function to call after each step; on rank 0 it writes, elsewhere it does nothing."""
         if not enabled:
             yield lambda history: None
             return

@@ -1,7 +1,7 @@
-"""Where curves go beside the report: TensorBoard, Weights & Biases, MLflow.
+"""Trackers that get the curves in addition to the report: TensorBoard, Weights & Biases, MLflow.
 
-A tracker works on a thread of its own. Whatever happens to it (a network that is gone, a wrong key, a full disk) costs
-one warning and the rest of its curves, never the run; nor does a slow service hold a step up.
+Each tracker has its own thread. Any failure (a lost network, a wrong key, a full disk) costs one warning and the rest
+of its curves, never the run; and a slow service does not slow down a step.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not installed; imports nothing.
+    """Reject trackers whose package is not installed; imports nothing.
 
     Raises:
-        ConfigError: With all that is missing.
+        ConfigError: At least one package is missing; the message lists them all.
     """
     missing = [name for name in names if not _is_installed(BACKENDS[name].package)]
     if missing:
@@ -45,7 +45,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Return whether it can be imported: a folder `wandb`, which wandb leaves where it ran, is no package."""
+    """Return whether the package can be imported: a folder `wandb`, which wandb leaves where it ran, does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -53,13 +53,13 @@ def _is_installed(package: str) -> bool:
 def open_trackers(
     names: Sequence[str], *, storage: Storage, folder: str, key: str, start: int, parameters: Mapping[str, Any]
 ) -> list["Tracker"]:
-    """Open the trackers of a run, on rank 0. A run that is started again continues its curves.
+    """Open the trackers of a run, on rank 0. A resumed run continues its curves.
 
     Args:
         names: Keys of BACKENDS.
         storage: The storage of the run.
         folder: The run's folder; its last part names the run.
-        key: The key of the training: another one has curves of its own in wandb and MLflow.
+        key: The key of the training; each training has its own curves in wandb and MLflow.
         start: Steps that earlier parts of the run have finished.
         parameters: The resolved configuration of training.
     """
@@ -69,12 +69,12 @@ def open_trackers(
 
 
 class Tracker:
-    """A service that can neither stop training nor hold it up.
+    """A service that can neither stop training nor slow it down.
 
     Args:
-        name: For the warning.
-        run: What is tracked.
-        opened: Makes the backend, which gets a local folder for the time of this tracker; called on its thread.
+        name: The tracker's name, for the warning.
+        run: The run that is tracked.
+        opened: Opens the backend with a local folder that lasts as long as this tracker; called on its thread.
     """
 
     def __init__(self, name: str, run: TrackedRun, opened: Callable[[TrackedRun, Path], Backend]) -> None:
@@ -90,7 +90,7 @@ class Tracker:
         self._put(lambda backend: backend.log(metrics, step))
 
     def image(self, name: str, image: Image.Image | Path, step: int) -> None:
-        """Log a picture; a file is read before this returns."""
+        """Log an image; a file is read before this returns."""
         try:
             picture = (Image.open(image) if isinstance(image, Path) else image).convert("RGB")
         except OSError as error:
@@ -99,7 +99,7 @@ class Tracker:
             self._put(lambda backend: backend.image(name, picture, step))
 
     def flush(self) -> None:
-        """Wait until all that was logged is sent; after FLUSH_S the tracker is disabled."""
+        """Wait until everything logged is sent; after FLUSH_S the tracker is disabled."""
         done = threading.Event()
 
         def flush(backend: Backend) -> None:

@@ -282,7 +282,7 @@ def test_a_folder_is_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--target", "kuberay-cron", "--schedule", "weekly"], "five fields"),
         (["--target", "kuberay-cluster", "--queue", "q"], "--queue"),
         (["--target", "gcp"], "--project"),
-        (["--target", "aws", "--gpus-per-node", "3"], "no such machine of aws"),
+        (["--target", "aws", "--gpus-per-node", "3"], "no such machine on aws"),
         (["--target", "skypilot", "--accelerator", "abacus"], "abacus"),
     ],
 )

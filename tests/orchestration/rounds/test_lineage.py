@@ -301,7 +301,7 @@ def test_a_round_whose_record_is_gone_is_said_to_be_unknown(photos: Photos) -> N
     photos.train()
     photos.storage.delete(f"{photos.run.folder}/rounds/0001.json")
     told = describe_lineage(photos.export())
-    assert told["notes"] == ["the record of round 1 is missing: its pairs are not counted"]
+    assert told["notes"] == ["the record of round 1 is missing, so its pairs are not counted"]
     assert told["trained_on"]["rounds"].keys() == {"2"}
 
 

@@ -197,7 +197,7 @@ def test_another_base_or_other_adapters_are_one_error_that_says_what_differs(
     with pytest.raises(ConfigError) as caught:
         check_parent(spec)
     assert "round 2 cannot start from round 1 (" in caught.value.message
-    assert f"has the digest {'1' * 16}, it was trained from {'0' * 16}" in caught.value.message
+    assert f"has the digest {'1' * 16}, but it was trained from {'0' * 16}" in caught.value.message
     assert "train.lora is {'rank': 4" in caught.value.message
     assert "train.rounds: restart" in str(caught.value.hint)
     assert "`name`" in str(caught.value.hint)
@@ -216,7 +216,7 @@ def test_a_lost_parent_is_named(storage: Storage) -> None:
     storage.write(f"{run.folder}/stages/train.json", json.dumps(record).encode())
     shutil.rmtree(storage.path(first.checkpoints))
     add_rows(storage, 1)
-    with pytest.raises(ModelError, match=f"no whole checkpoint .*{first.key}/step-00000008"):
+    with pytest.raises(ModelError, match=f"no complete checkpoint .*{first.key}/step-00000008"):
         next_round(run, newest(storage))
 
 

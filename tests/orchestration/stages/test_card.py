@@ -78,7 +78,7 @@ def rows(body: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("overrides", "best_step", "loss", "of"),
     [
-        (["train.ema={}"], 4, "0.21", "Measured on the moving average, which this model is."),
+        (["train.ema={}"], 4, "0.21", "Measured on the moving average of the weights, which is this model."),
         (["train.ema={}", "export.weights=raw"], 8, "0.3", "Measured on the trained weights."),
         ([], 8, "0.3", "Measured on the trained weights."),
     ],
@@ -102,8 +102,8 @@ def test_an_average_that_was_not_measured_is_said(tiny_pipeline: Path, tmp_path:
     assert trained_with(config, old).ema.warmup is False  # type: ignore[union-attr]
     _, body = card_of(config, old, tmp_path)
     assert "(this model)" not in body
-    assert "their moving average, which this model is, was not measured" in body
-    assert "it holds about 0% of the training. **The model is mostly its base**" in rows(body)["weights"]
+    assert "their moving average, which is this model, was not measured" in body
+    assert "it contains about 0% of the training. **The model is mostly its base**" in rows(body)["weights"]
 
 
 def test_card_and_plan_say_the_same_of_the_average(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_card_and_plan_say_the_same_of_the_average(tiny_pipeline: Path, tmp_path
     assert config.train is not None
     share = f"{average_share(config.train):.0%}"
     _, body = card_of(config, record(config, average=True), tmp_path)
-    assert f"it holds about {share} of the training" in rows(body)["weights"]
-    assert f"the moving average will hold about {share} of the training" in training_notes(config.train)
+    assert f"it contains about {share} of the training" in rows(body)["weights"]
+    assert f"the moving average will contain about {share} of the training" in training_notes(config.train)
     without = configuration(tiny_pipeline, "train.ema={warmup: false}")
     assert without.train is not None
     assert any(note.startswith("warning: an export of that average") for note in training_notes(without.train))
@@ -130,13 +130,13 @@ def test_the_card_tells_what_was_trained_on_and_with(tiny_pipeline: Path, tmp_pa
     found = rows(body)
     assert found["resolution"] == "64 pixels"
     assert found["buckets"] == "2: 48 x 80, 64 x 64 (height x width)"
-    assert found["latents"] == "float16, by a VAE in float32"
+    assert found["latents"] == "float16, from a VAE in float32"
     assert found["precision"].startswith("bf16")
     assert found["labels"] == "soft, ties keep"
     assert found["licence of the base"] == "not stated in its files"
     _, body = card_of(config, record(config), tmp_path, latents=latents)
     assert rows(body)["resolution"] == "96 pixels"
-    assert rows(body)["latents"] == "float32, by a VAE in tf32"
+    assert rows(body)["latents"] == "float32, from a VAE in tf32"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_stage_says_what_it_cut_and_the_report_shows_what_it_did(
     )
     said: list[str] = []
     run_stages(config, ("encode",), said.append)
-    assert any("6 pairs, 4 prompts, 1 of them cut at 77 tokens" in line for line in said)
+    assert any("6 pairs, 4 prompts, 1 of them truncated to 77 tokens" in line for line in said)
     data = report_data(config, storage, Journal(storage, "photos"), command="mapo encode photos.yaml")
     encoding = data.encoding
     assert encoding is not None

@@ -128,9 +128,11 @@ def test_the_card_leads_from_the_weights_to_the_sources(tiny_pipeline: Path, tmp
     }, "a folder of this machine is no base model that the hub knows"
     lines = body.split("| | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
     table = dict(line.strip("| ").split(" | ") for line in lines)
-    weights = "the moving average of the trained ones, decay 0.9, with warm-up: it holds about 98% of the training"
+    weights = (
+        "the moving average of the trained weights, decay 0.9, with warm-up: it contains about 98% of the training"
+    )
     assert table["weights"] == weights
-    assert "digest `c0ffee`" in table["pairs that were trained on"]
+    assert "digest `c0ffee`" in table["pairs trained on"]
     assert table["data set"] == f"`{tmp_path}`, version 3 of the table of pairs"
     assert table["latents"] == f"fingerprint `{'a' * 32}`, version 1"
     assert table["text"] == f"fingerprint `{'b' * 32}`, version 2"
@@ -258,7 +260,7 @@ def test_a_lost_checkpoint_is_one_error_and_a_record_of_old_is_none(tiny_pipelin
     config = configuration(tmp_path, tiny_pipeline)
     details = train(config)
     (tmp_path / details["checkpoint"] / "manifest.json").unlink()
-    with pytest.raises(ModelError, match="there is no whole checkpoint"):
+    with pytest.raises(ModelError, match="there is no complete checkpoint"):
         exported(config)
     run = Run.open(config, lambda line: None)
     run.journal.finish("train", key="0123", summary="", seconds=1, details={"checkpoint": "checkpoint_000001"})

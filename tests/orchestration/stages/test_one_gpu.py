@@ -120,8 +120,8 @@ def test_training_on_more_gpus_than_there_are_is_an_error_with_both_numbers(one_
     options += ["-o", "train.start_timeout_s=2"]
     with Command("train", folder / "small.yaml", *options, environment={"RAY_ADDRESS": one_gpu}) as run:
         assert run.wait() == 1
-    assert "train: the cluster has 1 GPU, and training asks for 2; waiting for 1 more (0:00 of 0:02)" in run.errors
-    assert "ClusterError: train: the cluster has 1 GPU, and training asks for 2, and " in run.errors
+    assert "train: the cluster has 1 GPU, but training needs 2; waiting for 1 more (0:00 of 0:02)" in run.errors
+    assert "ClusterError: train: the cluster has 1 GPU, but training needs 2, and " in run.errors
     assert "hint: add GPU nodes, lower `train.num_workers`" in run.errors
 
 

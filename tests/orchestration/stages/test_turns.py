@@ -236,7 +236,7 @@ def test_a_batch_without_memory_is_halved_and_what_was_drawn_stays(
 
 
 def test_no_memory_for_a_single_sample_is_an_error(ray_cluster: None, config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(EncodingError, match="there is no memory to draw one sample of 64 x 64 pixels: no memory for 1"):
+    with pytest.raises(EncodingError, match="not enough memory to draw one sample of 64 x 64 pixels: no memory for 1"):
         drawn_by(config, tmp_path, _red, has_memory_for=0)
 
 

@@ -101,12 +101,12 @@ def refused(model: Path, **options: Any) -> ModelError:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     # The UNet and its channels
-    "inpainting": (edit(UNET, in_channels=9), "unet.in_channels of {} is 9, and the VAE has vae.latent_channels 4: an"),
-    "edits": (edit(UNET, in_channels=8), "is 8, and the VAE has vae.latent_channels 4: a UNet that edits images"),
-    "depth": (edit(UNET, in_channels=5), "is 5, and the VAE has vae.latent_channels 4: a UNet that is told the depth"),
+    "inpainting": (edit(UNET, in_channels=9), "unet.in_channels of {} is 9, but vae.latent_channels is 4: an"),
+    "edits": (edit(UNET, in_channels=8), "is 8, but vae.latent_channels is 4: a UNet that edits images"),
+    "depth": (edit(UNET, in_channels=5), "is 5, but vae.latent_channels is 4: a depth-conditioned UNet"),
     "upscaler": (edit(UNET, in_channels=7), "an upscaler's UNet"),
     "16 channels": (edit(UNET, in_channels=16, out_channels=16), "unet.in_channels of {} is 16"),
-    "a VAE of 16 channels": (edit(VAE, latent_channels=16), "is 4, and the VAE has vae.latent_channels 16"),
+    "a VAE of 16 channels": (edit(VAE, latent_channels=16), "is 4, but vae.latent_channels is 16"),
     "a variance": (edit(UNET, out_channels=8), "unet.out_channels of {} is 8, .*: a UNet that also predicts a vari"),
     "three out": (edit(UNET, out_channels=3), "unet.out_channels of {} is 3"),
     "a text for a number": (edit(UNET, in_channels="4"), "unet.in_channels of {} is 4, not a whole number"),
@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     # The weights under the configuration
     "weights of an inpainting UNet": (
         weights(UNET_WEIGHTS, lambda found: found.update({"conv_in.weight": torch.zeros(16, 9, 3, 3)})),
-        r"unet.in_channels of {} is 4, and conv_in.weight has the shape \[16, 9, 3, 3\]",
+        r"unet.in_channels of {} is 4, but conv_in.weight has the shape \[16, 9, 3, 3\]",
     ),
     "weights of another text width": (
         weights(
@@ -133,47 +133,47 @@ REFUSED: dict[str, tuple[Change, str]] = {
                 {name: torch.zeros(len(each), 64) for name, each in found.items() if "attn2.to_k.weight" in name}
             ),
         ),
-        r"unet.cross_attention_dim of {} is 40, and .*attn2.to_k.weight has the shape",
+        r"unet.cross_attention_dim of {} is 40, but .*attn2.to_k.weight has the shape",
     ),
     "weights of another pooled width": (
         weights(UNET_WEIGHTS, lambda found: found.update({"add_embedding.linear_1.weight": torch.zeros(64, 99)})),
-        "unet.projection_class_embeddings_input_dim of {} is 72, and add_embedding.linear_1.weight",
+        "unet.projection_class_embeddings_input_dim of {} is 72, but add_embedding.linear_1.weight",
     ),
     "weights of another size": (edit(UNET, block_out_channels=[16, 32, 32]), r"unet.block_out_channels\[1\] of {} is"),
     "weights that take guidance": (
         weights(UNET_WEIGHTS, lambda found: found.update({"time_embedding.cond_proj.weight": torch.zeros(16, 256)})),
-        r"hold time_embedding.cond_proj.\*, which unet.time_cond_proj_dim does not say",
+        r"contain time_embedding.cond_proj.\*, but unet.time_cond_proj_dim is not set",
     ),
     "weights without a part": (
         weights(UNET_WEIGHTS, lambda found: found.pop("conv_out.weight")),
-        "the weights of the unet of {} lack conv_out.weight",
+        "conv_out.weight is missing from the weights of the unet of {}",
     ),
     "weights of more layers": (
-        edit(UNET, layers_per_block=2), "unet.layers_per_block of {} is 2, and the weights of down_blocks.0 have 1 la",
+        edit(UNET, layers_per_block=2), "unet.layers_per_block of {} is 2, but the weights of down_blocks.0 have 1 la",
     ),
     "layers that are a word": (edit(UNET, layers_per_block="1"), "unet.layers_per_block of {} is 1, not a whole numb"),
     "too few kinds of blocks": (
-        edit(UNET, down_block_types=["DownBlock2D"]), "unet.down_block_types of {} is .*, and block_out_channels has 3",
+        edit(UNET, down_block_types=["DownBlock2D"]), "unet.down_block_types of {} is .*, but block_out_channels has 3",
     ),
     "attention that the configuration leaves out": (
         edit(UNET, down_block_types=["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"]),
-        r"unet.down_block_types\[1\] of {} is DownBlock2D, and the weights of that block have attention",
+        r"unet.down_block_types\[1\] of {} is DownBlock2D, but the weights of that block have attention",
     ),
     "attention that the weights lack": (
         edit(UNET, up_block_types=["CrossAttnUpBlock2D"] * 3),
-        r"unet.up_block_types\[2\] of {} is CrossAttnUpBlock2D, and the weights of that block lack attention",
+        r"unet.up_block_types\[2\] of {} is CrossAttnUpBlock2D, but the weights of that block have no attention",
     ),
     "weights of another VAE": (
         weights(
             "vae/diffusion_pytorch_model.safetensors",
             lambda found: found.update({"decoder.conv_in.weight": torch.zeros(16, 16, 3, 3)}),
         ),
-        "vae.latent_channels of {} is 4, and decoder.conv_in.weight",
+        "vae.latent_channels of {} is 4, but decoder.conv_in.weight",
     ),
     # Text encoders
     "another text width": (
         edit(UNET, cross_attention_dim=64),
-        "unet.cross_attention_dim of {} is 64, and",
+        "unet.cross_attention_dim of {} is 64, but",
     ),
     "the text encoder of another model": (
         both(
@@ -185,11 +185,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
                 ),
             ),
         ),
-        r"unet.cross_attention_dim of {} is 40, and its text encoders have 32 \+ 24 = 56",
+        r"unet.cross_attention_dim of {} is 40, but its text encoders have 32 \+ 24 = 56",
     ),
     "an edited text encoder": (
         edit("text_encoder_2/config.json", hidden_size=16),
-        "hidden_size of the text_encoder_2 of {} is 16, and .*token_embedding.weight has the shape",
+        "hidden_size of the text_encoder_2 of {} is 16, but .*token_embedding.weight has the shape",
     ),
     "a refiner": (edit(INDEX, text_encoder=[None, None]), "the text_encoder of {} is None, .*: SDXL's refiner"),
     "a refiner's time ids": (
@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "another tokenizer": (edit(INDEX, tokenizer=["transformers", "T5Tokenizer"]), "the tokenizer of {} is T5Tokenizer"),
     "too long a prompt": (
         edit("tokenizer/tokenizer_config.json", model_max_length=248),
-        "tokenizer.model_max_length of {} is 248, and text_encoder.max_position_embeddings is 77",
+        "tokenizer.model_max_length of {} is 248, but text_encoder.max_position_embeddings is 77",
     ),
     "no length of a prompt": (
         edit("tokenizer/tokenizer_config.json", "model_max_length"), "tokenizer.model_max_length of {} is None",
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "more tokens than places": (
         lambda model: (model / "tokenizer/vocab.json").write_text(json.dumps({str(i): i for i in range(50_000)})),
-        "tokenizer of {} knows 50000 tokens, and text_encoder.vocab_size is",
+        "tokenizer of {} has 50000 tokens, but text_encoder.vocab_size is",
     ),
     # The VAE
     "another VAE": (edit(INDEX, vae=["diffusers", "AutoencoderTiny"]), "the vae of {} is AutoencoderTiny"),
@@ -253,15 +253,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "EDM by its data": (betas("DDIMScheduler", sigma_data=0.5), "scheduler.sigma_data of {} is 0.5"),
     "consistency": (schedule("CMStochasticIterativeScheduler", sigma_data=0.5), "a consistency model"),
-    "an unknown one": (schedule("IPNDMScheduler", num_train_timesteps=1000), "is IPNDMScheduler, which does not say"),
+    "an unknown one": (schedule("IPNDMScheduler", num_train_timesteps=1000), "is IPNDMScheduler, which does not state"),
     "no class": (both(edit(SCHEDULE, "_class_name"), edit(INDEX, "scheduler")), "scheduler._class_name of {} is"),
     "no betas": (
         schedule("EulerDiscreteScheduler", num_train_timesteps=1000),
-        "does not say beta_schedule, beta_start, beta_end, and a default may not be",
+        "does not state beta_schedule, beta_start, beta_end, and the model may not have been",
     ),
-    "no schedule": (edit(SCHEDULE, "beta_schedule"), "does not say beta_schedule,"),
-    "no end": (edit(SCHEDULE, beta_end=None), "does not say beta_end,"),
-    "no length": (edit(SCHEDULE, "num_train_timesteps"), "does not say num_train_timesteps,"),
+    "no schedule": (edit(SCHEDULE, "beta_schedule"), "does not state beta_schedule,"),
+    "no end": (edit(SCHEDULE, beta_end=None), "does not state beta_end,"),
+    "no length": (edit(SCHEDULE, "num_train_timesteps"), "does not state num_train_timesteps,"),
     "betas of another kind": (edit(SCHEDULE, beta_schedule="laplace"), "scheduler.beta_schedule of {} is laplace"),
     "betas that fall": (edit(SCHEDULE, beta_start=0.02), "scheduler.beta_start and beta_end of {} are 0.02 and 0.012"),
     "betas as words": (edit(SCHEDULE, beta_end="0.012"), "scheduler.beta_start and beta_end of {}"),
@@ -269,12 +269,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         edit(SCHEDULE, trained_betas=[0.01] * 50), "trained_betas of {} are 50 values, not num_train_timesteps = 1000",
     ),
     "trained betas that fall": (
-        edit(SCHEDULE, trained_betas=[0.02] + [0.01] * 999), "trained_betas of {} fall somewhere",
+        edit(SCHEDULE, trained_betas=[0.02] + [0.01] * 999), "trained_betas of {} decrease somewhere",
     ),
     "zero SNR as a word": (edit(SCHEDULE, rescale_betas_zero_snr="true"), "_zero_snr of {} is 'true', not true or fal"),
-    "x0": (edit(SCHEDULE, prediction_type="sample"), "scheduler.prediction_type of {} is sample; training knows"),
-    "LCM's scheduler": (betas("LCMScheduler"), "distilled to a few steps: the scheduler is LCMScheduler"),
-    "TCD's scheduler": (betas("TCDScheduler"), "distilled to a few steps: the scheduler is TCDScheduler"),
+    "x0": (edit(SCHEDULE, prediction_type="sample"), "scheduler.prediction_type of {} is sample; training supports"),
+    "LCM's scheduler": (betas("LCMScheduler"), "distilled to a few steps: its scheduler is LCMScheduler"),
+    "TCD's scheduler": (betas("TCDScheduler"), "distilled to a few steps: its scheduler is TCDScheduler"),
     "Turbo by its file": (
         betas("EulerAncestralDiscreteScheduler", timestep_spacing="trailing", prediction_type="epsilon"),
         "distilled to a few steps: scheduler.timestep_spacing is trailing with prediction_type epsilon",
@@ -386,7 +386,7 @@ def test_diffusers_own_betas_are_a_word(model: Path) -> None:
 def test_a_resolution_that_is_not_the_bases_own_is_a_word(tiny_pipeline: Path) -> None:
     facts = check_base(ModelSource(str(tiny_pipeline)))
     assert facts.resolution_note(64) is None
-    assert "encode.resolution is 512, and the base is of 64 x 64 pixels" in str(facts.resolution_note(512))
+    assert "encode.resolution is 512, but the base was trained at 64 x 64 pixels" in str(facts.resolution_note(512))
 
 
 def test_another_vae_must_mean_the_same_by_its_latents(model: Path, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_of_a_path_only_the_models_own_name_counts(name: str, short: str) -> Non
 def test_weights_that_lack_a_tensor_are_an_error_and_never_random(model: Path) -> None:
     lost = "mid_block.resnets.0.conv1.weight"
     weights(UNET_WEIGHTS, lambda found: found.pop(lost))(model)
-    with pytest.raises(ModelError, match=f"lack 1 tensors, .* such as {lost}"):
+    with pytest.raises(ModelError, match=f"1 tensors are missing .* such as {lost}"):
         load_base(ModelSource(str(model)))
 
 
@@ -579,7 +579,7 @@ def test_a_dry_run_shows_the_stage_as_blocked_with_the_way_out_and_fails(work: P
     betas("EulerDiscreteScheduler", timestep_spacing="leading")(work.parent / "model")
     result = mapo(work, "run", "--dry-run")
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("encode.resolution is 96, and the base is of 64 x 64 pixels") == 1
+    assert result.stdout.count("encode.resolution is 96, but the base was trained at 64 x 64 pixels") == 1
     assert sorted(work.rglob("*")) == before
 
 
@@ -588,7 +588,7 @@ def test_a_checkpoint_in_one_file_says_how_it_becomes_a_folder(name: str, work: 
     (work / name).write_bytes(b"weights")
     result = mapo(work, "encode", "-o", f"encode.model={name}")
     assert result.returncode == 1
-    assert f"{name} is a checkpoint in a single file" in result.stderr
+    assert f"{name} is a single-file checkpoint" in result.stderr
     assert f'from_single_file("{work / name}").save_pretrained("model")' in result.stderr
     with pytest.raises(ModelError, match="there is no file"):
         ModelSource(str(work / "none.safetensors")).folder()

@@ -109,7 +109,7 @@ def test_a_name_that_two_tars_have_is_an_error_and_never_a_guess(folder: Path) -
         write_shard(folder / f"{number}.tar", [("README", b"1"), (f"{number}.jpg", IMAGE), ("same.jpg", IMAGE)])
     read = cells(folder, images=f"{folder}/*.tar").read
     assert (read("0.jpg"), read("1.jpg")) == (IMAGE, IMAGE)
-    with pytest.raises(SourceError, match=r"same\.jpg is in .*/0\.tar and in .*/1\.tar"):
+    with pytest.raises(SourceError, match=r"same\.jpg is in both .*/0\.tar and .*/1\.tar"):
         read("same.jpg")
 
 

@@ -66,7 +66,7 @@ def test_an_export_of_a_variant_loads_without_one(variants: Path, tmp_path: Path
 
 def test_a_variant_that_is_not_there_says_what_is(tiny_pipeline: Path) -> None:
     config = EncodeConfig(model=str(tiny_pipeline), resolution=64, variant="fp16")
-    with pytest.raises(ModelError, match=r"model.fp16.safetensors is missing; the folder holds") as caught:
+    with pytest.raises(ModelError, match=r"model.fp16.safetensors is missing; the folder contains") as caught:
         latents_fingerprint(config)
     assert "encode.variant" in str(caught.value.hint)
 
@@ -81,7 +81,7 @@ def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> No
 
 def test_a_revision_needs_the_hub(tiny_pipeline: Path) -> None:
     for model in (str(tiny_pipeline), "memory://models/any"):
-        with pytest.raises(ModelError, match="only a model on the hub has revisions"):
+        with pytest.raises(ModelError, match="only models on the hub have revisions"):
             ModelSource(model, revision="main").folder()
     with pytest.raises(ModelError, match=r"no model nobody/nothing at revision v1\.0"):
         ModelSource("nobody/nothing", revision="v1.0").folder()

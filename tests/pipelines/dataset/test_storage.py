@@ -214,7 +214,7 @@ def test_a_place_that_cannot_be_written_is_named_with_a_way_out(
     with pytest.raises(StorageError) as caught:
         storage.check_writable()
     assert caught.value.message.startswith(f"cannot write {storage.url}/.write-probe-")
-    assert "check that the place exists" in str(caught.value.hint)
+    assert "check that the path exists" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

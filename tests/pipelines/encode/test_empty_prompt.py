@@ -126,7 +126,7 @@ def test_a_record_of_before_does_not_hide_that_it_is_missing(
     assert train_spec(wanting) is None
     refused = train_stage.look(wanting).refusal
     assert refused is not None
-    assert 'the embedding of "", which `train.null_prompt: empty` gives to dropped prompts' in refused.message
+    assert 'the embedding of "", which `train.null_prompt: empty` needs for dropped prompts' in refused.message
     assert "mapo encode" in str(refused.hint)
     encode_here(encoded, storage, vae, text, include_empty_prompt=True)
     assert encode_stage.look(wanting).is_done
@@ -165,7 +165,7 @@ def test_training_without_it_names_what_makes_it(
     storage: Storage, encoded: EncodeConfig, vae: LatentEncoder, text: TextEncoder
 ) -> None:
     snapshot = Snapshot(0, latents_fingerprint(encoded), 0, text_fingerprint(encoded), 0)
-    with pytest.raises(SnapshotError, match='lack the embedding of ""') as caught:
+    with pytest.raises(SnapshotError, match='have no embedding of ""') as caught:
         load_texts(storage, snapshot, include_empty_prompt=True)
     assert "mapo encode" in str(caught.value.hint)
     encode_here(encoded, storage, vae, text, include_empty_prompt=True)

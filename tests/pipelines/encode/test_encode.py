@@ -185,7 +185,7 @@ def test_a_resolution_that_the_vae_cannot_halve_is_refused(
     )  # fmt: skip
     four.save_pretrained(tmp_path / "vae")
     ingest_here(storage, write_parquet(tmp_path / "in.parquet", photo_pairs(1)))
-    with pytest.raises(ConfigError, match="does not divide by 16"):
+    with pytest.raises(ConfigError, match="is not divisible by 16"):
         encode(config.model_copy(update={"vae": str(tmp_path / "vae"), "resolution": 72}), storage)
 
 

@@ -78,7 +78,7 @@ def test_one_image_that_does_not_fit_is_an_error_with_a_way_out(
     tmp_path: Path, storage: Storage, config: EncodeConfig, vae: LatentEncoder
 ) -> None:
     unit = unit_of(storage, config, tmp_path / "in.parquet", photo_pairs(2, sizes=((64, 64),)))
-    with pytest.raises(EncodingError, match="no memory to encode even one image of 64 x 64 pixels") as caught:
+    with pytest.raises(EncodingError, match="not enough memory to encode even one image of 64 x 64 pixels") as caught:
         write_latents(unit.id, unit.rows, config, storage, "a" * 32, Small(vae, room=0))
     assert "encode.resolution" in str(caught.value.hint)
 

@@ -117,7 +117,7 @@ def test_an_upload_in_parts_is_whole_whatever_part_of_it_fails(
     assert hashlib.sha256(storage.read("object")).digest() == hashlib.sha256(content).digest()
     monkeypatch.setattr(object_store, "PART_BYTES", 6 << 20)  # as if the ETag were no digest of ours: it is read back
     object_store.Upload(content).check(storage.fs, storage.path("object"))
-    with pytest.raises(object_store.WrongBytes, match="other 12000000 bytes are stored"):
+    with pytest.raises(object_store.WrongBytes, match="the 12000000 stored bytes differ"):
         object_store.Upload(content[:-1] + b"?").check(storage.fs, storage.path("object"))
 
 
@@ -132,7 +132,7 @@ def test_a_fault_that_stays_is_an_error_after_a_bounded_number_of_requests(
         asked_for_size = 1  # by a failed range: is the object too short?
         assert proxy.seen.total() <= MAX_ATTEMPTS * object_store.TRANSFER_ATTEMPTS + asked_for_size
     proxy.follow(Fault.FLIPPED_UPLOAD)
-    with pytest.raises(StorageError, match=r"cannot write .*/object: other 100000 bytes are stored than were sent"):
+    with pytest.raises(StorageError, match=r"cannot write .*/object: the 100000 stored bytes differ from those sent"):
         storage.write("object", DATA)
 
 

@@ -287,7 +287,7 @@ def test_on_a_cluster_it_does_the_same(
     assert main(["data", "verify", storage.url]) == 0
     storage.delete(min(shards_in(storage)))
     assert main(["data", "verify", storage.url]) == 1
-    assert ": missing, with the " in capsys.readouterr().out
+    assert ": missing, with " in capsys.readouterr().out
 
 
 def test_no_data_set_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,11 +56,11 @@ def test_a_flipped_byte_of_an_image_names_shard_pair_side_and_place(storage: Sto
     flip(storage, str(row["shard"]), int(row["offset_1"]) + int(row["length_1"]) - 1)  # type: ignore[call-overload]
     whole, member = verify(storage)
     assert whole.startswith(f"{storage.url}/{row['shard']}: sha256 is ")
-    assert whole.endswith(f", {row['shard_sha256']} was committed")
+    assert whole.endswith(f", but {row['shard_sha256']} was committed")
     assert member.startswith(
         f"{storage.url}/{row['shard']}: image 1 of pair {row['pair_key']} at {row['offset_1']:,}: "
     )
-    assert member.endswith(f", {row['image_1_sha256']} was committed")
+    assert member.endswith(f", but {row['image_1_sha256']} was committed")
 
 
 def test_a_flipped_byte_outside_the_payloads_is_seen_too(storage: Storage) -> None:
@@ -105,7 +105,7 @@ def test_a_cut_shard_names_every_member_that_is_lost(storage: Storage) -> None:
     end = int(row["offset_0"]) + 10  # type: ignore[call-overload]
     storage.write(name, whole[:end])
     lines = verify(storage)
-    assert lines[0] == f"{storage.url}/{name}: {end:,} bytes, {len(whole):,} were committed"
+    assert lines[0] == f"{storage.url}/{name}: {end:,} bytes, but {len(whole):,} were committed"
     beyond = [
         f"{storage.url}/{name}: image {side} of pair {row['pair_key']} at {row[f'offset_{side}']:,} ends at "
         f"{row[f'offset_{side}'] + row[f'length_{side}']:,}, past the end at {end:,}"  # type: ignore[operator]
@@ -128,7 +128,7 @@ def test_a_missing_shard_is_one_line_with_what_it_held(storage: Storage) -> None
     name = str(pair_rows(storage)[0]["shard"])
     held = sum(row["shard"] == name for row in pair_rows(storage))
     storage.delete(name)
-    assert verify(storage) == [f"{storage.url}/{name}: missing, with the {2 * held} members that rows point to"]
+    assert verify(storage) == [f"{storage.url}/{name}: missing, with {2 * held} members that rows point to"]
 
 
 def test_swapped_shards_are_both_named(storage: Storage) -> None:

@@ -212,7 +212,7 @@ def test_pairs_take_chosen_and_rejected_or_a_column_map(folder: Path) -> None:
     write_json(folder / "own.jsonl", [{"text": "b", "left": PATHS[3], "right": PATHS[0], "p": "0.25"}])
     columns = {"prompt": "text", "image_0": "left", "image_1": "right", "label_0": "p"}
     assert facts(rows_of(folder / "own.jsonl", "pairs", columns=columns)) == [(0, 0, "b", 3, 0, 0.25)]
-    with pytest.raises(SourceError, match=r"open\.parquet has no column nothing; it has chosen"):
+    with pytest.raises(SourceError, match=r"open\.parquet has no column nothing; its columns are chosen"):
         rows_of(folder / "open.parquet", "pairs", columns={"chosen": "nothing"})
 
 
@@ -244,7 +244,7 @@ def test_a_column_that_a_format_does_not_have_is_refused_when_the_configuration_
         SourceConfig(format="parquet", path="x")
     with pytest.raises(ValidationError, match=r"format pairs has no column image0; did you mean `image_0`\?"):
         SourceConfig(format="pairs", path="x", columns={"image0": "left"})
-    with pytest.raises(ValidationError, match=r"format rapidata has no column zzz; it has prompt, "):
+    with pytest.raises(ValidationError, match=r"format rapidata has no column zzz; its columns are prompt, "):
         SourceConfig(format="rapidata", path="x", columns={"zzz": "left"})
 
 
@@ -288,7 +288,7 @@ def test_a_part_that_comes_twice_is_not_chosen_from(tmp_path: Path) -> None:
 
 def test_members_of_a_key_that_do_not_follow_each_other_are_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.0.jpg", b"0"), ("b.0.jpg", b"0"), ("a.1.jpg", b"1")])
-    with pytest.raises(SourceError, match=r"x\.tar: the members of a do not follow each other"):
+    with pytest.raises(SourceError, match=r"x\.tar: the members of a are not adjacent"):
         rows_of(tmp_path / "x.tar", "webdataset")
 
 
@@ -320,7 +320,7 @@ def test_a_damaged_gzip_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_records_none_of_which_has_what_is_needed_are_an_error_that_names_the_file(tmp_path: Path, name: str) -> None:
     file = write_json(tmp_path / name, [{"text": "a", "good": "0.jpg", "bad": "1.jpg"}] * 2)
-    with pytest.raises(SourceError, match=rf"{name} has no column prompt; it has bad, good, text"):
+    with pytest.raises(SourceError, match=rf"{name} has no column prompt; its columns are bad, good, text"):
         rows_of(file, "pairs")
     assert len(rows_of(file, "pairs", columns={"prompt": "text", "chosen": "good", "rejected": "bad"})) == 2
 
@@ -349,7 +349,7 @@ def test_an_image_in_many_pairs_of_a_record_is_read_once(folder: Path, monkeypat
 
 def test_a_file_of_no_known_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-    with pytest.raises(SourceError, match=r"a\.csv is of a type that mapo cannot read"):
+    with pytest.raises(SourceError, match=r"a\.csv has a type that mapo cannot read"):
         rows_of(tmp_path / "a.csv", "pairs")
 
 

@@ -137,7 +137,7 @@ def test_captions_may_be_stored_in_other_kinds_of_text(tmp_path: Path, kind: pa.
 def test_a_missing_column_is_named_with_the_file(tmp_path: Path, missing: str) -> None:
     rows = pa.Table.from_pylist(photo_pairs(2), PICKAPIC_SCHEMA).drop_columns([missing])
     pq.write_table(rows, tmp_path / "a.parquet")
-    with pytest.raises(SourceError, match=rf"a\.parquet has no column {missing}; it has ") as caught:
+    with pytest.raises(SourceError, match=rf"a\.parquet has no column {missing}; its columns are ") as caught:
         units_of(tmp_path / "a.parquet")
     assert caught.value.hint
 

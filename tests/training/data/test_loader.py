@@ -222,7 +222,7 @@ def test_a_batch_is_never_filled_in_part(encoded: tuple[Storage, Snapshot]) -> N
     for name in ("chosen_BCHW", "rejected_BCHW", "prompt_embeds_BSD"):
         for row in (0, 1):
             rows.write(name, row, data, parts["long"])
-    with pytest.raises(ShardCorrupt, match=f"pair {records[1].pair_key} from {records[1].origin} lacks pooled_BP"):
+    with pytest.raises(ShardCorrupt, match=f"pair {records[1].pair_key} from {records[1].origin} has no pooled_BP"):
         rows.finish()
     with pytest.raises(ValueError, match=r"pooled_BP is float32 \[4\], float32 \[3\] in its micro-batch"):
         rows.write("pooled_BP", 1, data, parts["long"])
@@ -249,7 +249,7 @@ def test_what_is_no_safetensors_file_is_an_error() -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}).encode()
     for bad, says in (
         (good[:-1], "its tensors end at byte"),
-        (safetensors.torch.save({"a": torch.ones(4, dtype=torch.int64)}), "a is of type I64"),
+        (safetensors.torch.save({"a": torch.ones(4, dtype=torch.int64)}), "a has type I64"),
         (len(header).to_bytes(8, "little") + header + bytes(12), "lies at 0 to 12"),
         (b"", "Expecting value"),
     ):

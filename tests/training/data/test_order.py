@@ -269,8 +269,8 @@ def test_noise_depends_on_seed_step_and_slot_alone_and_fits_63_bits() -> None:
         ([10], 8, 12, "global_batch_size is 12, not a multiple of train.micro_batch_size, 8", "8 or 16"),
         ([10], 8, 4, "global_batch_size is 4, not a multiple", "8 or 16"),
         ([10], 0, 4, "micro_batch_size is 0", "1 or more"),
-        ([0, 0], 1, 1, "no pair to train on: 2 buckets, 0 pairs", "mapo data show"),
-        ([], 1, 1, "no pair to train on: 0 buckets", "mapo data show"),
+        ([0, 0], 1, 1, "no pairs to train on: 2 buckets, 0 pairs", "mapo data show"),
+        ([], 1, 1, "no pairs to train on: 0 buckets", "mapo data show"),
     ],
 )
 def test_sizes_that_cannot_be_planned_are_refused(

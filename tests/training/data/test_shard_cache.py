@@ -258,7 +258,7 @@ def test_a_shard_damaged_at_its_source_is_not_kept_and_its_whole_samples_are_rea
             reader.read([bad])
         cache.wait()
         assert good.latents.shard_sha256 not in shards_in(tmp_path / "cache")
-        with pytest.raises(ShardCorrupt, match=r"unit.tar differs from its digest"):
+        with pytest.raises(ShardCorrupt, match=r"unit.tar does not match its digest"):
             cache.fetch(good.latents)
     assert not list((tmp_path / "cache").glob("*.part"))
 

@@ -92,7 +92,7 @@ def test_any_fragment_of_any_stored_type_is_read_exactly(tmp_path: Path) -> None
                 read = stored.read(Fragment(name, start, numel, tuple(weight.shape)))
                 assert read.dtype == torch.float32
                 assert torch.equal(read, flat[start : start + numel])
-        with pytest.raises(ModelError, match="lack c"):
+        with pytest.raises(ModelError, match="the weight c is missing"):
             stored.read(Fragment("c", 0, 1, (1,)))
         with pytest.raises(ModelError, match=r"shape \(5, 3\)"):
             stored.read(Fragment("a.weight", 0, 1, (3, 5)))
@@ -112,7 +112,7 @@ def test_weights_in_several_files_are_one(base, tmp_path: Path) -> None:
 
 def test_a_base_of_16_bits_alone_is_said() -> None:
     assert note_on({torch.float32}) is None
-    assert "stored in float16: training starts from weights that were rounded" in str(note_on({torch.float16}))
+    assert "stored in float16, so training starts from rounded weights" in str(note_on({torch.float16}))
 
 
 def test_float32_weights_beside_a_variant_are_found_if_they_are_the_same_weights(base, tmp_path: Path) -> None:

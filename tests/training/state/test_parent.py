@@ -165,7 +165,7 @@ def test_a_flipped_bit_or_another_unet_ends_every_rank_with_the_same_words(start
         first, second = starts[case]
         assert first == second
         assert first["error"].startswith(words)
-    assert "is of another UNet" in starts["another unet"][0]["error"]
+    assert "has another UNet" in starts["another unet"][0]["error"]
 
 
 def test_a_reference_is_the_model_that_the_round_starts_from(spec: TrainSpec) -> None:
@@ -218,7 +218,7 @@ def test_a_round_that_has_a_checkpoint_of_its_own_needs_no_parent_any_more(copie
     shutil.rmtree(copied.storage.path(copied.parent.checkpoint))
     write_checkpoint(copied.storage, copied.checkpoints, 2, weights_like(load_base(copied.base).unet, 9))
     check_parent_is_there(copied)
-    with pytest.raises(ModelError, match="is gone"):
+    with pytest.raises(ModelError, match="is missing"):
         open_parent(copied.storage, copied.parent)
     dpo = replace(copied, config=with_(method="dpo", loss={"beta": 100.0}, max_steps=9))
     write_checkpoint(copied.storage, dpo.checkpoints, 2, weights_like(load_base(copied.base).unet, 9))
@@ -229,7 +229,7 @@ def test_a_round_that_has_a_checkpoint_of_its_own_needs_no_parent_any_more(copie
 def test_a_damaged_parent_of_a_reference_and_one_of_another_unet_are_named(copied: TrainSpec) -> None:
     adapted = load_base(copied.base).unet
     add_lora(adapted, LORA.lora, seed=0)
-    with pytest.raises(ConfigError, match="is of another UNet"):
+    with pytest.raises(ConfigError, match="has another UNet"):
         load_parent(copied, adapted)
     flip(Path(copied.storage.path(copied.parent.checkpoint)) / "rank-00001.safetensors")
     with pytest.raises(ShardCorrupt, match="round 1"):

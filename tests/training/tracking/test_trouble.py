@@ -63,7 +63,7 @@ def test_an_accuracy_at_chance_is_said_once_in_as_many_steps_as_patience() -> No
     steps = [step(n, implicit_accuracy=0.52 if n % 2 else 0.48) for n in range(1, 31)]
     found = warnings_of(Watch(WARN), steps)
     assert list(found) == [10, 20, 30]
-    assert "the implicit accuracy is 0.5000: 1000 pairs without a preference would give 0.5 ± 0.0316" in found[10][0]
+    assert "implicit accuracy is 0.5000, and chance alone gives 0.5 ± 0.0316 for 1000 pairs" in found[10][0]
 
 
 @pytest.mark.parametrize(("accuracy", "is_chance"), [(0.53, True), (0.54, False), (0.47, True), (0.46, False)])
@@ -84,7 +84,7 @@ def test_ties_tell_nothing_about_the_accuracy() -> None:
     mostly = [step(n, implicit_accuracy=0.54, num_ties=90.0) for n in range(1, 31)]
     assert warnings_of(Watch(WARN), mostly) == {}
     undecided = [step(n, implicit_accuracy=0.5, num_ties=90.0) for n in range(1, 11)]
-    assert "100 pairs without a preference" in warnings_of(Watch(WARN), undecided)[10][0]
+    assert "for 100 pairs" in warnings_of(Watch(WARN), undecided)[10][0]
 
 
 def test_a_method_with_a_reference_is_judged_by_its_reward() -> None:
