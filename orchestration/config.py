@@ -51,7 +51,7 @@ class RunConfig(Config):
     encode: EncodeConfig | None = None
     """From pair shards to latent and text shards."""
     train: TrainConfig | None = None
-    """MaPO on DeepSpeed ZeRO."""
+    """Training with a preference loss on Ray Train and DeepSpeed ZeRO."""
     export: ExportConfig = ExportConfig()
     """From a checkpoint to a diffusers model."""
     evaluate: EvaluateConfig = EvaluateConfig()

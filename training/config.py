@@ -66,7 +66,7 @@ def _default_learning_rate(given: Mapping[str, Any]) -> float:
 
 
 class TrainConfig(Config):
-    """MaPO on DeepSpeed ZeRO."""
+    """The training: method, optimizer, workers, checkpoints."""
 
     method: str = "mapo_paper"
     """The loss, by its name in [Losses](#losses)."""

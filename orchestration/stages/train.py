@@ -1,4 +1,4 @@
-"""The stage `train`: MaPO on DeepSpeed ZeRO, on a pinned snapshot of the encoded data."""
+"""The stage `train`: a preference loss on DeepSpeed ZeRO, on a pinned snapshot of the encoded data."""
 
 from __future__ import annotations
 
