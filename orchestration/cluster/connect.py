@@ -72,7 +72,7 @@ def _connected(config: RunConfig, on_lost: Callable[[ClusterError], None], exit_
 
 
 @contextlib.contextmanager
-def ours(stage: str) -> Iterator[None]:
+def translate_ray_errors(stage: str) -> Iterator[None]:
     """Translate Ray's errors about lost workers, nodes and objects into ClusterError.
 
     Args:

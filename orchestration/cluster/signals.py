@@ -65,7 +65,7 @@ class Interruption:
         raise self._raised
 
     @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
+    def reraise_stop(self) -> Iterator[None]:
         """Raise `Stopped` for a signal that a library's C code turned into another exception.
 
         Ray's core raises a plain `KeyboardInterrupt`; Python raises a `SystemError` if C code ignored the signal.
@@ -91,7 +91,7 @@ class Interruption:
         if not self._takes_signals:
             self._is_armed = True
             try:
-                with self.named():
+                with self.reraise_stop():
                     yield self
             finally:
                 self._is_armed = False

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestration.cluster.canary import canary
-from orchestration.cluster.connect import connected, ours
+from orchestration.cluster.connect import connected, translate_ray_errors
 from orchestration.config import RunConfig
 from orchestration.driver.looks import Looks
 from orchestration.driver.plan import RunPlan, is_set, plan_stages, plan_text
-from orchestration.driver.session import Driving, driving, hurry
+from orchestration.driver.session import Driving, driving, stop_retrying
 from orchestration.report.writer import ReportWriter
 from orchestration.run import telemetry
 from orchestration.run.context import Run, Say, command_line
@@ -177,11 +177,16 @@ def run_stage(run: Run, stage: Stage, look: Look, driver: Driving) -> StageResul
     started = time.monotonic()
     try:
         living = canary(driver.interruption.fail) if stage.needs_ray else contextlib.nullcontext()
-        with telemetry.stage(run.config.name, stage.name), driver.interruption.named(), ours(stage.name), living:
+        with (
+            telemetry.stage(run.config.name, stage.name),
+            driver.interruption.reraise_stop(),
+            translate_ray_errors(stage.name),
+            living,
+        ):
             outcome = look.work()
         driver.lease.confirm()
     except BaseException as error:
-        hurry()
+        stop_retrying()
         with contextlib.suppress(MapoError):  # the storage may be what failed
             if isinstance(error, KeyboardInterrupt):
                 run.journal.event("stopped", stage=stage.name, reason=str(error) or "interrupted")

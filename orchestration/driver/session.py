@@ -49,7 +49,7 @@ def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
         on_beat=lambda: _look_for_request(run, interruption),
         on_lost=interruption.ask,
     )
-    with interruption.armed(takes_signals=takes_signals), lease, patient():
+    with interruption.armed(takes_signals=takes_signals), lease, tolerate_outages():
         run.storage.delete(f"{run.folder}/{STOP_FILE}")  # of an earlier driver
         _note_settings(run)
         run.journal.event("started", by=str(lease.holder), job=lease.holder.job, stages=list(run.goal))
@@ -57,7 +57,7 @@ def driving(run: Run, *, takes_signals: bool = True) -> Iterator[Driving]:
 
 
 @contextlib.contextmanager
-def patient() -> Iterator[None]:
+def tolerate_outages() -> Iterator[None]:
     """Wait out outages of a storage that has answered before; Ray's workers inherit this (`cluster/connect.py`)."""
     given = os.environ.get(PATIENCE)
     os.environ.setdefault(PATIENCE, DEFAULT_PATIENCE_S)
@@ -68,7 +68,7 @@ def patient() -> Iterator[None]:
             del os.environ[PATIENCE]
 
 
-def hurry() -> None:
+def stop_retrying() -> None:
     """Stop waiting out outages: the run is ending, and its last writes are not worth minutes."""
     os.environ[PATIENCE] = "0"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestration import __version__
 from orchestration.rounds.rows import find_pair, survey
-from orchestration.rounds.seen_pairs import Trained
+from orchestration.rounds.seen_pairs import TrainedRound
 from orchestration.rounds.series import describe_round
 from orchestration.run.context import Run
 from orchestration.run.journal import StageRecord
@@ -149,12 +149,12 @@ def describe_lineage(
     return told
 
 
-def _known_rounds(lineage: JsonObject, notes: list[str]) -> list[Trained]:
+def _known_rounds(lineage: JsonObject, notes: list[str]) -> list[TrainedRound]:
     """Return the rounds whose records say what they read; add notes about the others."""
     known = [each for each in lineage["rounds"] if not each.get("is_lost") and None not in each["order"].values()]
     if lost := [str(each["round"]) for each in lineage["rounds"] if each not in known]:
         notes.append(f"the record of round {', '.join(lost)} is missing, so its pairs are not counted")
-    return [Trained.of_record(each) for each in known]
+    return [TrainedRound.of_record(each) for each in known]
 
 
 def _totals(rounds: Mapping[int, dict[str, int]], sources: Mapping[Any, JsonObject]) -> JsonObject:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from orchestration.rounds.seen_pairs import Trained, seen_pairs
+from orchestration.rounds.seen_pairs import TrainedRound, seen_pairs
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.key_map import KeyMap, keys_of
 from pipelines.dataset.layout import pairs_table
@@ -58,7 +58,7 @@ class Survey:
         return self.sources.setdefault((name, uri), {"rows": {}, "trained_on": 0, "removed": 0})
 
 
-def survey(storage: Storage, rounds: Sequence[Trained], rows: str | None = None) -> Survey:
+def survey(storage: Storage, rounds: Sequence[TrainedRound], rows: str | None = None) -> Survey:
     """Count the pairs that the rounds were trained on, and optionally write a row for each.
 
     Args:
@@ -121,7 +121,7 @@ def _removed(storage: Storage) -> KeyMap:
     return gone
 
 
-def _trained_rows(storage: Storage, rounds: Sequence[Trained], first: KeyMap, gone: KeyMap) -> Iterator[pa.Table]:
+def _trained_rows(storage: Storage, rounds: Sequence[TrainedRound], first: KeyMap, gone: KeyMap) -> Iterator[pa.Table]:
     """Yield a row per pair, from the snapshot of the round that trained on it first."""
     names = [name for name in ROWS_SCHEMA.names if name not in ("first_round", "removed")]
     for each in rounds:
@@ -147,7 +147,7 @@ def _count_rows(storage: Storage, snapshot: Snapshot, found: Survey) -> None:
         found.source(source, uri)["rows"].setdefault(split, {})[status] = count
 
 
-def find_pair(storage: Storage, rounds: Sequence[Trained], asked: str) -> list[JsonObject]:
+def find_pair(storage: Storage, rounds: Sequence[TrainedRound], asked: str) -> list[JsonObject]:
     """Describe what the rounds did with a pair, or with the pairs of a source row.
 
     Args:
@@ -189,15 +189,15 @@ def _keys(storage: Storage, version: int | None, where: Any) -> list[str]:
     return list(rows["pair_key"].unique().to_pylist())
 
 
-def _pair(storage: Storage, rounds: Sequence[Trained], key: str, seen: dict[int, bool | None]) -> JsonObject:
+def _pair(storage: Storage, rounds: Sequence[TrainedRound], key: str, seen: dict[int, bool | None]) -> JsonObject:
     columns, of_key = ["status", "reason", "split", "label_0", "source_uri", "source_row"], pc.field("pair_key") == key
     now = pairs_table(storage).read(columns, of_key).to_pylist()
-    told = []
+    of_rounds = []
     for each in rounds:
         rows = pairs_table(storage, each.snapshot.pairs_version).read(columns, of_key).to_pylist()
         row = next((row for row in rows if row["status"] == str(Status.KEPT)), rows[0] if rows else {})
         is_seen = seen[each.number]
-        facts = {name: row.get(name) for name in ("status", "reason", "split", "label_0")}
-        told.append({"round": each.number, "in_snapshot": is_seen is not None, "trained_on": bool(is_seen), **facts})
+        use = {"round": each.number, "in_snapshot": is_seen is not None, "trained_on": bool(is_seen)}
+        of_rounds.append(use | {name: row.get(name) for name in ("status", "reason", "split", "label_0")})
     removed = any(row["reason"] == str(Reason.REMOVED) for row in now)
-    return {"pair_key": key, "removed": removed, "rounds": told, "rows": now}
+    return {"pair_key": key, "removed": removed, "rounds": of_rounds, "rows": now}

@@ -23,7 +23,7 @@ KEPT = pc.field("status") == str(Status.KEPT)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRound:
     """The facts that determine which pairs a round trained on.
 
     Args:
@@ -45,12 +45,13 @@ class Trained:
     steps: int
 
     @staticmethod
-    def of_record(record: dict[str, Any]) -> "Trained":
+    def of_record(record: dict[str, Any]) -> "TrainedRound":
         """Read a round of `lineage.json`."""
         order = record["order"]
+        number, step = int(record["round"]), int(record["step"])
         sizes = int(order["micro_batch_size"]), int(order["global_batch_size"])
         snapshot = Snapshot(**record["snapshot"])
-        return Trained(int(record["round"]), snapshot, int(order["seed"]), *sizes, order["labels"], int(record["step"]))
+        return TrainedRound(number, snapshot, int(order["seed"]), *sizes, order["labels"], step)
 
     @property
     def pairs(self) -> Any:
@@ -60,7 +61,7 @@ class Trained:
 
 
 @dataclass
-class Seen:
+class SeenPairs:
     """The pairs of a round, in the order of its index: by bucket, then by key."""
 
     keys: Keys
@@ -73,7 +74,7 @@ class Seen:
         return bool(self.is_seen[found[0]]) if len(found) else None
 
 
-def seen_pairs(storage: Storage, trained: Trained) -> Seen:
+def seen_pairs(storage: Storage, trained: TrainedRound) -> SeenPairs:
     """Return the pairs that a round could train on, and which of them it saw, from `training.data.index` and the plan.
 
     Raises:
@@ -98,9 +99,9 @@ def seen_pairs(storage: Storage, trained: Trained) -> Seen:
     order = np.lexsort((all_keys[:, 1], all_keys[:, 0], all_codes))
     sizes = [int(size) for size in np.bincount(all_codes) if size]
     if not sizes:
-        return Seen(all_keys, np.empty(0, bool))
+        return SeenPairs(all_keys, np.empty(0, bool))
     plan = Plan(sizes, trained.micro_batch_size, trained.global_batch_size, trained.seed)
-    return Seen(all_keys[order], np.concatenate(plan.seen(trained.steps)))
+    return SeenPairs(all_keys[order], np.concatenate(plan.seen(trained.steps)))
 
 
 def _buckets(storage: Storage, snapshot: Snapshot) -> tuple[KeyMap, NDArray[np.int64]]:
@@ -125,5 +126,5 @@ def count_pairs(spec: TrainSpec, steps: int) -> tuple[int, int]:
     """Return how many pairs a training could train on, and how many of them it saw in this number of steps."""
     config = spec.config
     sizes = config.micro_batch_size, config.global_batch_size
-    seen = seen_pairs(spec.storage, Trained(spec.round, spec.snapshot, spec.seed, *sizes, config.labels, steps))
+    seen = seen_pairs(spec.storage, TrainedRound(spec.round, spec.snapshot, spec.seed, *sizes, config.labels, steps))
     return len(seen.keys), int(seen.is_seen.sum())

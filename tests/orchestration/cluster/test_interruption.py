@@ -50,7 +50,7 @@ def test_what_another_thread_asks_for_has_its_reason() -> None:
 def told_instead(interruption: Interruption, interrupt: Callable[[], None], error: BaseException) -> BaseException:
     """What comes out where something else is raised in place of what a signal raised."""
     try:
-        with interruption.armed(), interruption.named():
+        with interruption.armed(), interruption.reraise_stop():
             try:
                 interrupt()
                 signal.sigtimedwait([], 0.1)

@@ -20,7 +20,7 @@ from orchestration.cli import main
 from orchestration.config import parse_config
 from orchestration.rounds.record import LINEAGE, describe_lineage, lineage_of
 from orchestration.rounds.rows import ROWS_SCHEMA
-from orchestration.rounds.seen_pairs import Trained, count_pairs, seen_pairs
+from orchestration.rounds.seen_pairs import TrainedRound, count_pairs, seen_pairs
 from orchestration.rounds.series import finish_round, made_from
 from orchestration.run.context import Run
 from orchestration.run.journal import StageRecord
@@ -150,7 +150,7 @@ def test_the_pairs_that_are_told_are_those_that_the_digest_is_of(photos: Photos,
     spec = TrainSpec(storage.url, "photos", ModelSource("m"), "base", 3, config, newest(storage))
     index = load_index(storage, spec.snapshot, "train", labels=labels)  # type: ignore[arg-type]
     account, keys = consumed(index, spec, steps)
-    seen = seen_pairs(storage, Trained(1, spec.snapshot, 3, 2, 8, labels, steps))
+    seen = seen_pairs(storage, TrainedRound(1, spec.snapshot, 3, 2, 8, labels, steps))
     told = {f"{high:016x}{low:016x}" for high, low in seen.keys[seen.is_seen].tolist()}
     assert told == keys
     assert len(seen.keys) == len(index)
