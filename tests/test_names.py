@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,22 +17,6 @@ from ray_head import BIN, RayHead, ray_head
 from orchestration import __version__
 
 STAGES = ("ingest", "encode", "train", "export", "evaluate", "report")
-SCORER = """
-class Brightness:
-    name = 'brightness'
-    description = 'of all pixels'
-    def fit(self, chosen, rejected, prompts): pass
-    def score(self, images, prompts): return [1.0 for _ in images]
-"""
-WITHOUT_METADATA = """
-import importlib.metadata as metadata
-of_package = metadata.version
-def version(name):
-    if name == 'mapo':
-        raise metadata.PackageNotFoundError(name)
-    return of_package(name)
-metadata.version = version
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +45,9 @@ def workplace(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "encode": {"model": str(tiny_pipeline), "resolution": 64, "batch_size": 8},
         "train": {"num_workers": 1, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 1, "precision": "fp32",
                   "checkpoint_every": 1, "validate_every": 1, "learning_rate": 1e-4},
-        "evaluate": {"num_samples": 1, "num_inference_steps": 1, "batch_size": 1, "scorers": ["bright:Brightness"]},
+        "evaluate": {"num_samples": 1, "num_inference_steps": 1, "batch_size": 1},
     }  # fmt: skip
     (folder / "small.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "bright.py").write_text(SCORER)
     write_namesakes(folder)
     return folder
 
@@ -80,39 +62,15 @@ def run(*command: str | Path, cwd: Path, path: list[Path]) -> subprocess.Complet
 
 
 @pytest.fixture(scope="module")
-def finished(installed: Path, workplace: Path) -> subprocess.CompletedProcess[str]:
-    """What the installed command said of a whole run in the user's folder, on a Ray of its own."""
-    return run(installed / "bin" / "mapo", "run", "small.yaml", cwd=workplace, path=[workplace, installed])
-
-
-def ended_well(done: subprocess.CompletedProcess[str], stages: tuple[str, ...] = STAGES) -> bool:
-    """Tell whether a command did these stages; the assertion shows what it said."""
-    assert done.returncode == 0, done.stdout + done.stderr
-    return all(re.search(rf"^{stage} +\d+\.\d s ", done.stdout, re.MULTILINE) for stage in stages)
-
-
-def test_a_run_in_a_folder_with_the_same_names_ends_well(finished, workplace: Path) -> None:
-    assert ended_well(finished)
-    assert "brightness 1.00" in finished.stdout
-
-
-def test_a_source_tree_without_metadata_runs_to_the_end(finished, source: Path, workplace: Path) -> None:
-    """As a job's working folder, on nodes that have the packages and no `mapo`."""
-    assert finished.returncode == 0
-    (source / "sitecustomize.py").write_text(WITHOUT_METADATA)
-    shutil.copytree(workplace / "storage", workplace / "again")
-    (workplace / "again/runs/small/stages/export.json").unlink()
-    command = ("-m", "mapo_entry", "export", "small.yaml", "-o", "storage=again")
-    again = run(sys.executable, *command, cwd=workplace, path=[source])
-    assert ended_well(again, ("export",))
-    lineage = json.loads((workplace / "again/runs/small/model/lineage.json").read_text())
-    assert lineage["mapo"] == __version__
-
-
-@pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
     with ray_head() as started:
         yield started
+
+
+def ended_well(done: subprocess.CompletedProcess[str], stages: tuple[str, ...]) -> bool:
+    """Tell whether a command did these stages; the assertion shows what it said."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return all(re.search(rf"^{stage} +\d+\.\d s ", done.stdout, re.MULTILINE) for stage in stages)
 
 
 def submit(head: RayHead, installed: Path, workplace: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

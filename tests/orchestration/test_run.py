@@ -1,8 +1,9 @@
-"""`mapo run` from parquet to a report, as a user runs it: the installed command in its own process."""
+"""`mapo run` from parquet to a report, as a user runs it: the installed command, in a folder with the same names."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,49 @@ import pytest
 import torch
 import yaml
 from factories import photo_pairs, write_parquet
+from installed import copy_source, pip, write_namesakes
 
+from orchestration import __version__
 from orchestration.config import load_config
 from orchestration.run.context import Run
 from orchestration.stages import ingest
 from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.table import Table
 
-MAPO = Path(sys.executable).with_name("mapo")
 CANARIES = {name: f"canary-of-{name.lower()}-7f3a" for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")}
 NUM_ROWS, NUM_TIES, NUM_DAMAGED = 96, 4, 8
+SCORER = """
+class Brightness:
+    name = 'brightness'
+    description = 'of all pixels'
+    def fit(self, chosen, rejected, prompts): pass
+    def score(self, images, prompts): return [1.0 for _ in images]
+"""
+WITHOUT_METADATA = """
+import importlib.metadata as metadata
+of_package = metadata.version
+def version(name):
+    if name == 'mapo':
+        raise metadata.PackageNotFoundError(name)
+    return of_package(name)
+metadata.version = version
+"""
 
 
-def mapo(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **CANARIES, "PYTHONWARNINGS": "ignore"}
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.run(
-        [MAPO, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=500, check=False
-    )
+class Mapo:
+    """The installed command, called in a folder that has three packages with the names of mapo's."""
+
+    def __init__(self, packages: Path, cwd: Path) -> None:
+        self._command, self._cwd = packages / "bin" / "mapo", cwd
+        self._path = os.pathsep.join(map(str, (cwd, packages)))
+
+    def __call__(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **CANARIES, "PYTHONWARNINGS": "ignore", "PYTHONPATH": self._path}
+        environment.pop("RAY_ADDRESS", None)
+        return subprocess.run(
+            [self._command, *map(str, arguments)], capture_output=True, text=True, cwd=self._cwd, env=environment,
+            timeout=500, check=False,
+        )  # fmt: skip
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
@@ -54,15 +80,25 @@ def configuration(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory)
         },
         "encode": {"model": str(tiny_pipeline), "resolution": 64, "batch_size": 8},
         "train": train,
-        "evaluate": {"num_samples": 3, "num_inference_steps": 2, "batch_size": 2},
+        "evaluate": {"num_samples": 3, "num_inference_steps": 2, "batch_size": 2, "scorers": ["bright:Brightness"]},
     }
+    (folder / "bright.py").write_text(SCORER)
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
 
 
 @pytest.fixture(scope="module")
-def finished(configuration: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def mapo(configuration: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapo:
+    source = copy_source(tmp_path_factory.mktemp("source") / "mapo")
+    packages = tmp_path_factory.mktemp("installed") / "packages"
+    pip("install", "--target", packages, source)
+    write_namesakes(configuration.parent)
+    return Mapo(packages, configuration.parent)
+
+
+@pytest.fixture(scope="module")
+def finished(mapo: Mapo, configuration: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     result = mapo("run", configuration)
     assert result.returncode == 0, result.stderr
     return configuration.parent / "storage", result
@@ -76,6 +112,29 @@ def test_a_run_says_who_trained_and_where_report_and_model_are(finished) -> None
         f"report  {storage}/runs/small/report/index.html",
         f"model   {storage}/runs/small/model",
     ]
+
+
+def test_a_scorer_of_the_folder_is_found_and_packages_of_its_names_are_not(finished) -> None:
+    _, result = finished
+    assert "brightness 1.00" in result.stdout
+
+
+def test_a_source_tree_without_metadata_exports(finished, configuration: Path, tmp_path: Path) -> None:
+    """As a job's working folder, on nodes that have the packages and no `mapo`."""
+    storage, _ = finished
+    source = copy_source(tmp_path / "source")
+    (source / "sitecustomize.py").write_text(WITHOUT_METADATA)
+    shutil.copytree(storage, tmp_path / "again")
+    (tmp_path / "again/runs/small/stages/export.json").unlink()
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mapo_entry", "export", configuration, "-o", f"storage={tmp_path}/again"],
+        cwd=configuration.parent, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^export +\d+\.\d s ", done.stdout, re.MULTILINE)
+    lineage = json.loads((tmp_path / "again/runs/small/model/lineage.json").read_text())
+    assert lineage["mapo"] == __version__
 
 
 def test_no_secret_of_the_environment_is_in_what_is_written_or_said(finished) -> None:
@@ -94,7 +153,7 @@ def test_libraries_are_quiet(finished) -> None:
     assert noise == []
 
 
-def test_the_same_command_again_changes_no_object(finished, configuration) -> None:
+def test_the_same_command_again_changes_no_object(finished, configuration, mapo: Mapo) -> None:
     storage, _ = finished
     before = state(storage)
     again = mapo("run", configuration)
@@ -119,7 +178,7 @@ def test_a_table_that_has_not_changed_is_not_read_again_and_a_changed_limit_is_h
     assert is_done()
 
 
-def test_data_show_accounts_for_every_row(finished) -> None:
+def test_data_show_accounts_for_every_row(finished, mapo: Mapo) -> None:
     storage, _ = finished
     shown = json.loads(mapo("data", "show", storage, "--json").stdout)
     assert shown["rows"] == {"kept": 84, "tie": NUM_TIES, "duplicate": 0, "quarantined": NUM_DAMAGED}
@@ -130,14 +189,16 @@ def test_data_show_accounts_for_every_row(finished) -> None:
     assert [latents["pairs"] for latents in shown["latents"]] == [84]
 
 
-def test_status_tells_stages_and_last_numbers(finished, configuration) -> None:
+def test_status_tells_stages_and_last_numbers(finished, configuration, mapo: Mapo) -> None:
     told = json.loads(mapo("status", configuration, "--json").stdout)
     assert [stage["state"] for stage in told["stages"]] == ["up to date"] * 6
     assert told["training"]["step"] == told["training"]["max_steps"] == 4
     assert "validation_implicit_accuracy" in told["training"]["last"]
 
 
-def test_a_changed_setting_makes_stale_what_follows_from_it_and_nothing_else(finished, configuration) -> None:
+def test_a_changed_setting_makes_stale_what_follows_from_it_and_nothing_else(
+    finished, configuration, mapo: Mapo
+) -> None:
     told = json.loads(mapo("status", configuration, "--json", "-o", "train.learning_rate=2.0e-4").stdout)
     states = {stage["stage"]: stage["state"] for stage in told["stages"]}
     assert states["ingest"] == states["encode"] == "up to date"
@@ -192,7 +253,7 @@ def test_the_resolved_configuration_lies_beside_the_run(finished) -> None:
     ],
 )
 def test_bad_input_is_one_message_with_a_way_out_and_leaves_nothing(
-    configuration: Path, override: str, code: int, message: str, tmp_path: Path
+    mapo: Mapo, configuration: Path, override: str, code: int, message: str, tmp_path: Path
 ) -> None:
     folder = configuration.parent
     before = state(folder)

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from orchestration.run import telemetry
 from orchestration.stages.training_view import TrainingView
 from pipelines.progress import ProgressBar
+from training.run_progress import RunProgress
 
 with telemetry.stage("photos", "ingest"):
     with ProgressBar("ingest", 8, "units") as progress:
@@ -42,9 +43,9 @@ try:
         raise ValueError("no")
 except ValueError:
     pass
-seen = {"starts": 2, "step": 5, "max_steps": 9, "workers": [], "start_up_s": {}, "notes": [], "last": {
-    "loss": 0.25, "implicit_accuracy": 0.625, "grad_norm": 1.5, "skipped_steps": 3, "pairs_per_s": 12.5, "mfu": 0.375,
-    "data_wait_ratio": 0.0625}}
+last = {"loss": 0.25, "implicit_accuracy": 0.625, "grad_norm": 1.5, "skipped_steps": 3, "pairs_per_s": 12.5,
+        "mfu": 0.375, "data_wait_ratio": 0.0625}
+seen = RunProgress(key="k", step=5, max_steps=9, starts=2, started_at=0.0, start_up_s={}, workers=(), notes=(), last=last)
 spec = SimpleNamespace(run="photos", config=SimpleNamespace(max_steps=9))
 text = ""
 with telemetry.stage("photos", "train"), TrainingView(spec, lambda line: None) as view:

@@ -316,7 +316,7 @@ SD_REFUSED: dict[str, tuple[Change, str]] = {
     "statistics that its pipeline ignores": (
         edit(VAE, latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "latents_mean and .* StableDiffusionPipeline ignores",
     ),
-    "another text width": (edit(UNET, cross_attention_dim=[32, 32, 24]), "unet.cross_attention_dim of {} is 24, and"),
+    "another text width": (edit(UNET, cross_attention_dim=[32, 32, 24]), "unet.cross_attention_dim of {} is 24, but"),
     "no text encoder": (edit(INDEX, text_encoder=[None, None]), "the text_encoder of {} is None, not CLIPTextModel$"),
 }  # fmt: skip
 

@@ -83,7 +83,7 @@ def test_a_revision_needs_the_hub(tiny_pipeline: Path) -> None:
     for model in (str(tiny_pipeline), "memory://models/any"):
         with pytest.raises(ModelError, match="only models on the hub have revisions"):
             ModelSource(model, revision="main").folder()
-    with pytest.raises(ModelError, match=r"no model nobody/nothing at revision v1\.0"):
+    with pytest.raises(ModelError, match=r"fetching nobody/nothing at revision v1\.0 from the hub failed"):
         ModelSource("nobody/nothing", revision="v1.0").folder()
 
 

@@ -137,7 +137,7 @@ def test_a_removed_pair_stays_away_when_it_is_ingested_again(
 def test_a_row_that_is_committed_meanwhile_goes_too(
     storage: Storage, tmp_path: Path, photos: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.maintenance.remove import remove as removal
+    from pipelines.maintenance import remove as removal
 
     revise, key = removal._revise, rows_in(storage)[0]["pair_key"]
 

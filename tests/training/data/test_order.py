@@ -284,7 +284,7 @@ def test_sizes_that_cannot_be_planned_are_refused(
 @pytest.mark.parametrize("world_size", [0, 13, 24])
 def test_more_workers_than_micro_batches_are_told_how_many_fit(world_size: int) -> None:
     plan = Plan([100], micro_batch_size=4, global_batch_size=48, seed=0)
-    message = f"48 pairs is 12 micro-batches of 4: too few for {world_size} workers"
+    message = f"48 pairs is 12 micro-batches of 4, too few for {world_size} workers"
     with pytest.raises(ConfigError, match=message) as refused:
         plan.slots_of(0, world_size)
     assert "to 12 at most" in (refused.value.hint or "")
