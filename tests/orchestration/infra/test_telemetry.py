@@ -45,7 +45,8 @@ except ValueError:
     pass
 last = {"loss": 0.25, "implicit_accuracy": 0.625, "grad_norm": 1.5, "skipped_steps": 3, "pairs_per_s": 12.5,
         "mfu": 0.375, "data_wait_ratio": 0.0625}
-seen = RunProgress(key="k", step=5, max_steps=9, starts=2, started_at=0.0, start_up_s={}, workers=(), notes=(), last=last)
+seen = RunProgress(key="k", step=5, max_steps=9, starts=2, started_at=0.0, start_up_s={}, workers=(), notes=(),
+                   last=last)
 spec = SimpleNamespace(run="photos", config=SimpleNamespace(max_steps=9))
 text = ""
 with telemetry.stage("photos", "train"), TrainingView(spec, lambda line: None) as view:
