@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would each compile every module
 
 .PHONY: demo test durations lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
 
@@ -23,7 +24,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/complexity.py
 
-# What `make test` runs a short form of: faults of every kind in every stage (some hours on 2 cores).
+# What `make test` leaves out or has a short form of: faults of every kind in every stage (some hours on 2 cores).
 chaos: $(READY)
 	$(BIN)/python -m pytest -m slow
 

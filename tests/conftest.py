@@ -109,7 +109,7 @@ def run_python() -> Callable[[str], str]:
 
     def run(code: str) -> str:
         code += "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

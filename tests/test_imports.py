@@ -16,7 +16,7 @@ HEAVY = ("ray", "torch", "diffusers", "transformers", "deepspeed", "accelerate")
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(command), capture_output=True, text=True, cwd=ROOT, timeout=120, check=True)
+    return subprocess.run(list(command), capture_output=True, text=True, cwd=ROOT, timeout=400, check=True)
 
 
 def loaded_by(*modules: str) -> set[str]:

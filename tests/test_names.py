@@ -57,7 +57,7 @@ def run(*command: str | Path, cwd: Path, path: list[Path]) -> subprocess.Complet
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment = kept | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=400, check=False
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, timeout=900, check=False
     )
 
 
@@ -81,7 +81,7 @@ def submit(head: RayHead, installed: Path, workplace: Path, *arguments: str) -> 
     return subprocess.run(
         [*command, "--", installed / "bin" / "mapo", *arguments, "-o", f"storage={workplace}/of-jobs",
          "-o", f"ingest.sources.0.path={workplace}/data/*.parquet"],
-        cwd=workplace, env=head.environment(), capture_output=True, text=True, timeout=400, check=False,
+        cwd=workplace, env=head.environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Mapo:
         environment.pop("RAY_ADDRESS", None)
         return subprocess.run(
             [self._command, *map(str, arguments)], capture_output=True, text=True, cwd=self._cwd, env=environment,
-            timeout=500, check=False,
+            timeout=900, check=False,
         )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_a_source_tree_without_metadata_exports(finished, configuration: Path, t
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-m", "mapo_entry", "export", configuration, "-o", f"storage={tmp_path}/again"],
-        cwd=configuration.parent, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=configuration.parent, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"^export +\d+\.\d s ", done.stdout, re.MULTILINE)

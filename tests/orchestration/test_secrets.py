@@ -112,6 +112,6 @@ def test_a_warning_on_stderr_masks_secrets(folder: Path) -> None:
         "import logging; from orchestration.cli import main; main(['status', 'none.yaml'])\n"
         f"logging.getLogger('orchestration').warning('%s not written', '{folder}')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert "*** not written" in done.stderr
     assert SECRET not in done.stderr

@@ -77,7 +77,7 @@ def look(folder: Path, page: str, script: str, *, width: int = 390, dark: bool =
 
 def _chromium(folder: Path, address: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = ["chromium", *OPTIONS, *options, f"--user-data-dir={folder}/.profile", "--dump-dom", address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
 
 
 CONTRAST = """

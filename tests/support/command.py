@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 MAPO = Path(sys.executable).with_name("mapo")
-DEADLINE_S = 240
+DEADLINE_S = 600
 
 
 class Command:

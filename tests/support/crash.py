@@ -18,7 +18,7 @@ import psutil
 
 from pipelines.dataset.storage import Storage
 
-DEADLINE_S = 120
+DEADLINE_S = 400
 NUM_NODES, CPUS_A_NODE = 2, 2  # beside the head
 INGEST_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "worker", "raylet")
 ENCODE_VICTIMS = ("driver before a commit", "driver after a commit", "driver", "actor", "node")

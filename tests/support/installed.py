@@ -24,7 +24,7 @@ def pip(*arguments: str | Path) -> None:
     """Run pip without a network, with the build tools of this environment."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-build-isolation", "--no-index"],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -18,7 +18,7 @@ import psutil
 
 BIN = Path(sys.executable).parent
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-START_S = 120
+START_S = 300
 
 
 @dataclass(frozen=True)

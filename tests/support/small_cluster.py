@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-START_S = 120.0
+START_S = 300.0
 PORTS = ("port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
 
 

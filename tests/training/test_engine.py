@@ -83,6 +83,7 @@ def test_half_precision_keeps_float32_masters(base, curves) -> None:
             assert curve[-1] < curve[0]
 
 
+@pytest.mark.slow  # compiles an operator of DeepSpeed first: two minutes
 def test_what_lies_on_nvme_trains_as_in_memory_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -115,7 +115,7 @@ def test_a_notice_that_a_node_will_go_gives_a_checkpoint_in_time(data, tmp_path)
     (tmp_path / "spec").write_bytes(pickle.dumps(spec))
     driver = [sys.executable, "-m", "preempted", str(tmp_path / "spec")]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
-    done = subprocess.run(driver, capture_output=True, text=True, timeout=500, env=environment)
+    done = subprocess.run(driver, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["before"] == []

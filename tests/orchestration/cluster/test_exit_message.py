@@ -17,7 +17,7 @@ with ExitMessage() as exit_message:
 
 
 def said(end: str) -> tuple[int, str]:
-    done = subprocess.run([sys.executable, "-c", DRIVER.format(end=end)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", DRIVER.format(end=end)], capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 

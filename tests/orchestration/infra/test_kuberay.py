@@ -86,7 +86,7 @@ def test_an_overlay_gives_what_the_stream_has(kind: str, storage: str) -> None:
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 def test_kustomize_agrees(kind: str) -> None:
     command = ["kubectl", "kustomize", str(FOLDER / "kuberay" / "overlays" / kind)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     ours = overlay(kind, image="ghcr.io/example/mapo:0.1.0")
     assert sorted(map(canonical, yaml.safe_load_all(built))) == sorted(map(canonical, ours))
 

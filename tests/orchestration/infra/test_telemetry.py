@@ -72,7 +72,7 @@ def scraped() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(port)], capture_output=True, text=True, timeout=150, cwd=ROOT, check=False
+        [sys.executable, "-c", DRIVER, str(port)], capture_output=True, text=True, timeout=400, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {}

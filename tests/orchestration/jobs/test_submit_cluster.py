@@ -85,7 +85,7 @@ def mapo(head: RayHead, *arguments: str | Path, cwd: Path, **changes: str) -> su
     """The installed command, as somebody runs it who has the token."""
     return subprocess.run(
         [BIN / "mapo", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
-        env=head.environment(**changes), timeout=400, check=False,
+        env=head.environment(**changes), timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(head: RayHead, jobs: Jobs, qu
         try:
             assert any("begun" in line for line in iter(followed.stdout.readline, ""))
             followed.send_signal(2)
-            _, told = followed.communicate(timeout=60)
+            _, told = followed.communicate(timeout=300)
         finally:
             followed.kill()
     assert followed.returncode == 130
@@ -359,7 +359,7 @@ def test_a_token_may_lie_in_a_file(head: RayHead, quiet_run: Path, tmp_path: Pat
     environment = head.environment(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
     del environment["RAY_AUTH_TOKEN"]
     command = [BIN / "mapo", "logs", quiet_run, "--address", head.url]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert "has no job of run" in done.stderr
 
 

@@ -278,7 +278,7 @@ def test_a_hub_that_cannot_be_reached_is_one_error_and_the_model_is_there(tiny_p
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none", "HF_HOME": str(tmp_path)}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [str(Path(sys.executable).with_name("mapo")), "export", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("ModelError: cannot push to me/aligned: "), done.stderr
     assert done.stderr.count("hint: ") == 1

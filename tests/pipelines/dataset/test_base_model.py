@@ -551,7 +551,7 @@ def mapo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [str(MAPO), arguments[0], "run.yaml", *arguments[1:]]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120, check=False
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=400, check=False
     )
 
 

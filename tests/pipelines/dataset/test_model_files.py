@@ -115,7 +115,7 @@ print(model_files.resolve_model({s3_storage.uri("base")!r}), len(fetched))
     environment = {**os.environ, **s3_server, CACHE_VARIABLE: str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    said = [process.communicate(timeout=120)[0].split() for process in started]
+    said = [process.communicate(timeout=400)[0].split() for process in started]
     folders, counts = {folder for folder, _ in said}, sorted(int(count) for _, count in said)
     assert len(folders) == 1
     files = {str(file.relative_to(tiny_pipeline)) for file in tiny_pipeline.rglob("*") if file.is_file()}

@@ -56,7 +56,7 @@ def start_together(url: str, *units_of_writers: list[str]) -> list[tuple[str, st
         writer.stdin.flush()
     answers = []
     for writer in writers:
-        output, errors = writer.communicate(timeout=60)
+        output, errors = writer.communicate(timeout=300)
         assert writer.returncode == 0, errors
         answers += [tuple(line.split()) for line in output.splitlines()]
     return answers  # type: ignore[return-value]

@@ -122,7 +122,7 @@ for number, image in enumerate(images):
     batches.add(ImageKey(str(number), (256, 256)), image)
 print(len(batches.finish()), size.size)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     count, size = map(int, done.stdout.split()[-2:])
     assert count == 32

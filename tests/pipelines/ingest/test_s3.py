@@ -48,7 +48,7 @@ def ingest_on_s3(config: IngestConfig, storage: Storage, environment: dict[str, 
 
     address = ray.get_runtime_context().gcs_address
     arguments = [config.model_dump_json(), storage.url, address, repr(environment)]
-    subprocess.run([sys.executable, "-c", DRIVER, *arguments], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", DRIVER, *arguments], check=True, timeout=400)
 
 
 def config_of(path: object) -> IngestConfig:
@@ -91,7 +91,7 @@ def test_a_listing_never_hides_what_another_process_wrote(s3_storage: Storage) -
     s3_storage.write("folder/mine", b"1")
     assert s3_storage.names("folder") == ["folder/mine"]
     assert not s3_storage.exists("folder/other")
-    subprocess.run([sys.executable, "-c", WRITER, s3_storage.url], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", WRITER, s3_storage.url], check=True, timeout=300)
     assert s3_storage.exists("folder/other")
     assert s3_storage.size("folder/other") == 20
     assert s3_storage.names("folder") == ["folder/mine", "folder/other"]

@@ -246,7 +246,7 @@ def run_ingest(folder: Path, storage: Storage, photos: Path, environment: dict[s
     settings = {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": job, "PYTHONWARNINGS": "ignore"}
     settings = {**os.environ, **environment, **settings}
     command = [MAPO, "ingest", file, "--debug"]
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=600, check=False)
     return done.returncode, done.stdout + done.stderr
 
 

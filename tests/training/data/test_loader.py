@@ -321,7 +321,7 @@ print(next(batches)[0])
 def test_a_process_may_end_in_the_middle_of_a_read(encoded: tuple[Storage, Snapshot]) -> None:
     storage, snapshot = encoded
     command = [sys.executable, "-c", LEAVE_IN_THE_MIDDLE, storage.url, *map(str, vars(snapshot).values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 

@@ -317,7 +317,7 @@ def test_processes_of_a_node_fetch_each_shard_once_through_any_fault(
             assert process.stdout.readline() == "ready\n"
         proxy.follow(Fault.SLOW_DOWN, Fault.RESET_DOWNLOAD, times=2, max_in_a_row=1, key=".tar")
         for process in processes:
-            process.communicate("\n", timeout=120)
+            process.communicate("\n", timeout=400)
         assert [process.returncode for process in processes] == [0, 0]
         downloaded, num_faults = proxy.downloaded, proxy.met.total()
     assert num_faults == 2

@@ -28,6 +28,7 @@ def test_the_average_can_be_measured_in_every_stage_and_training_goes_on_bit_for
             assert each["last"] == each["undisturbed"], what
 
 
+@pytest.mark.slow  # compiles an operator of DeepSpeed first: two minutes
 def test_it_can_be_measured_from_nvme_too(tmp_path: Path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
