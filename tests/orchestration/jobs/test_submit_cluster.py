@@ -309,7 +309,7 @@ def test_a_failed_job_is_exit_1_and_a_missing_command_is_told(
     assert main(["logs", str(quiet_run), "--address", head.url, "--follow"]) == 1
     told = capsys.readouterr()
     assert "job no-such failed: its command ended with exit code 127" in told.err
-    assert "must be installed on the cluster's nodes" in told.err
+    assert "install `mapo` on the cluster's nodes" in told.err
     assert main(["logs", str(quiet_run), "--address", head.url, "--job", "nobody"]) == 1
     assert "has no job nobody" in capsys.readouterr().err
 
