@@ -30,7 +30,7 @@ def take_away(cluster: Cluster, node: Any, spec: TrainSpec, found: dict) -> None
     """Once training goes: the notice that a cloud gives, and after the grace the end of the node."""
     while not spec.storage.exists(f"{spec.folder}/progress.json"):
         time.sleep(0.2)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     progress = {"step": 0}
     while progress["step"] < 1 and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -63,7 +63,7 @@ class Driver(Command):
         return self
 
     def until(self, is_so: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not is_so():
             assert self.process.poll() is None, f"it has ended\n{self.process.communicate()}"
             assert time.monotonic() < deadline

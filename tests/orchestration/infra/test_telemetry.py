@@ -51,7 +51,7 @@ spec = SimpleNamespace(run="photos", config=SimpleNamespace(max_steps=9))
 text = ""
 with telemetry.stage("photos", "train"), TrainingView(spec, lambda line: None) as view:
     view.watch(seen)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
             text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()

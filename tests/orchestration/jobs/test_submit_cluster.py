@@ -274,7 +274,7 @@ def test_a_log_is_whole_over_broken_connections(head: RayHead, jobs: Jobs) -> No
         proxy.cut()
         wait_for(lambda: not jobs.find("talk").is_live, "the job to end")
         proxy.restore()
-        thread.join(120)
+        thread.join(400)
     assert found[0].state == "SUCCEEDED"
     lines = [line for line in "".join(pieces).splitlines() if line.startswith("line ")]
     assert lines == [f"line {i} ö" for i in range(NUM_LINES)]

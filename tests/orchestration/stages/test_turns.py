@@ -198,7 +198,7 @@ def _alone(folder: Path, name: str) -> bytes:
 def _met(folder: Path, name: str) -> bytes:
     """Wait until another model draws as well."""
     (folder / f"{name}.met").write_text("")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(list(folder.glob("*.met"))) < 2:
         if time.monotonic() > deadline:
             return b"alone"

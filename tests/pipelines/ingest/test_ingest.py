@@ -258,7 +258,7 @@ def test_the_shards_are_the_same_whatever_the_order_of_files_and_the_number_of_w
         write_parquet(file, photo_pairs(30, seed=number), row_group_size=5)
     others = Storage(str(tmp_path / "others"))
     with start_driver(config_of(*files), storage, num_cpus=1, include_dashboard=False) as driver:
-        assert driver.wait(120) == 0
+        assert driver.wait(400) == 0
     ingest(config_of(*reversed(files)), others)
     assert rows_in(others) == rows_in(storage)
     assert shards_in(others) == shards_in(storage)
@@ -316,7 +316,7 @@ def test_killed_again_and_again_it_ends_with_the_same_rows_and_bytes(
     for moment, commits in (("before", 2), ("after", 1)):
         before = pairs_table(storage).version or -1
         with start_driver(config, storage, moment=moment, commits=commits, **address) as driver:
-            assert driver.wait(120) == -signal.SIGKILL
+            assert driver.wait(400) == -signal.SIGKILL
         assert (pairs_table(storage).version or -1) - before == (commits or 0)
         assert shards_in(storage).items() <= shards_in(ingested).items(), "a shard is there whole or not at all"
     folder = Path(storage.path()) / SHARDS
@@ -337,7 +337,7 @@ def test_two_runs_at_once_read_every_row_once(photos: Path, ingested: Storage, s
 
     address = {"address": ray.get_runtime_context().gcs_address}
     drivers = [start_driver(config_of(photos), storage, **address) for _ in range(2)]
-    assert [driver.wait(120) for driver in drivers] == [0, 0]
+    assert [driver.wait(400) for driver in drivers] == [0, 0]
     assert rows_in(storage) == rows_in(ingested)
     assert shards_in(storage) == shards_in(ingested)
 

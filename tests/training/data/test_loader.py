@@ -224,7 +224,7 @@ def test_a_batch_is_never_filled_in_part(encoded: tuple[Storage, Snapshot]) -> N
             rows.write(name, row, data, parts["long"])
     with pytest.raises(ShardCorrupt, match=f"pair {records[1].pair_key} from {records[1].origin} has no pooled_BP"):
         rows.finish()
-    with pytest.raises(ValueError, match=r"pooled_BP is float32 \[4\], float32 \[3\] in its micro-batch"):
+    with pytest.raises(ValueError, match=r"pooled_BP is float32 \[4\], but float32 \[3\] in the rest"):
         rows.write("pooled_BP", 1, data, parts["long"])
 
 
@@ -265,7 +265,7 @@ def test_buckets_are_never_mixed(tmp_path: Path) -> None:
     for bucket, (side, _) in enumerate(index.buckets):
         batch = reader.read([index.pair(bucket, i) for i in range(index.bucket_sizes[bucket])])
         assert batch.chosen_BCHW.shape[1:] == (4, side // 8, side // 8)
-    with pytest.raises(ShardCorrupt, match=r"is float16 \[4, 12, 12\], float16 \[4, 8, 8\] in its micro-batch"):
+    with pytest.raises(ShardCorrupt, match=r"is float16 \[4, 12, 12\], but float16 \[4, 8, 8\] in the rest"):
         reader.read([index.pair(0, 0), index.pair(1, 0)])
 
 

@@ -222,7 +222,7 @@ def test_a_round_that_has_a_checkpoint_of_its_own_needs_no_parent_any_more(copie
         open_parent(copied.storage, copied.parent)
     dpo = replace(copied, config=with_(method="dpo", loss={"beta": 100.0}, max_steps=9))
     write_checkpoint(copied.storage, dpo.checkpoints, 2, weights_like(load_base(copied.base).unet, 9))
-    with pytest.raises(ModelError, match="is gone"):
+    with pytest.raises(ModelError, match="is missing"):
         check_parent_is_there(dpo)
 
 
