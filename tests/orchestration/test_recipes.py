@@ -297,7 +297,7 @@ def test_a_dry_run_has_the_rate_in_its_lines_and_as_fields(folder: Path, tiny_pi
     assert plan["state"] == "waits"
     assert plan["settings"] == {"learning_rate": {"value": 1e-8, "source": "set", "is_set": True}}
     place = next(n for n, line in enumerate(lines) if line.startswith("train "))
-    assert [line.strip() for line in lines[place + 1 : place + 3]] == plan["remarks"]
+    assert [line.strip() for line in lines[place + 1 : place + 3]] == list(plan["remarks"])
     assert plan["remarks"][0] == "learning rate 1e-08 (set)"
     assert plan["remarks"][1].startswith("warning: adapters learn next to nothing")
     assert not any(plan["remarks"] for plan in described["stages"] if plan["stage"] != "train")
