@@ -39,7 +39,9 @@ def claim_names() -> None:
         ImportError: One of them is imported already, from somewhere else.
     """
     for name in NAMES:
-        for place in getattr(sys.modules.get(name), "__path__", ()):
+        found = sys.modules.get(name)
+        file = getattr(found, "__file__", None)
+        for place in getattr(found, "__path__", [file] if file else []):
             if Path(place).resolve() != HOME / name:
                 raise ImportError(
                     f"`{name}` is imported already, from {place}, and mapo needs its own in {HOME}; "

@@ -10,22 +10,26 @@ notebook stops a run cleanly, and the same call resumes it.
     print(result.model, result["train"].summary)
 """
 
+import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel
 
-from orchestration.config import RunConfig, load_config, parse_config
+from orchestration.config import RunConfig, check_data, read_text, yaml_of
 from orchestration.driver.plan import RunPlan
 from orchestration.driver.runner import StageResult, plan_run, run_stages
 from orchestration.driver.status import RunStatus, StageStatus, describe_run
-from orchestration.jobs.paths import absolute_overrides, check_inside_job, load_located
+from orchestration.jobs.paths import absolute_overrides, check_inside_job
 from orchestration.run.console import say as say_to_stdout
 from orchestration.run.context import Run, Say
 from orchestration.stages.registry import ALL_STAGES, REPORT
 from orchestration.stages.stage import StageState
+from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.secrets import redact
 
 __all__ = [
     "RunPlan", "RunResult", "RunStatus", "StageResult", "StageState", "StageStatus", "encode", "evaluate", "export",
@@ -115,7 +119,12 @@ def stage(
         overrides: See `run`.
         say: See `run`.
         takes_signals: See `run`.
+
+    Raises:
+        ConfigError: There is no such stage, or the configuration is wrong.
     """
+    if name not in ALL_STAGES:
+        raise ConfigError(f"there is no stage {name!r}", f"the stages are {', '.join(ALL_STAGES)}")
     return _run(config, (name,), overrides, say, takes_signals=takes_signals)
 
 
@@ -153,7 +162,8 @@ def report(config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_s
     from orchestration.report.writer import report_now
 
     loaded = load(config, overrides, say=say)
-    report_now(loaded, config_file=str(config) if isinstance(config, str | Path) else "CONFIG", say=say)
+    config_file = str(config) if isinstance(config, str | Path) else "CONFIG"
+    report_now(loaded, config_file=config_file, say=_masked(say))
     found = Run.open(loaded, say)
     return found.storage.uri(found.report)
 
@@ -171,6 +181,7 @@ def status(config: Source, *, overrides: Sequence[str] = ()) -> RunStatus:
 def _run(
     config: Source, names: Sequence[str], overrides: Sequence[str], say: Callable[[str], None], *, takes_signals: bool
 ) -> RunResult:
+    say = _masked(say)
     loaded = load(config, overrides, say=say)
     results = run_stages(loaded, names, say, takes_signals=takes_signals)
     found = Run.open(loaded, say)
@@ -181,17 +192,37 @@ def _run(
     return RunResult(loaded.name, found.storage.url, tuple(results), report, model)
 
 
+def _masked(say: Say) -> Say:
+    """Return `say` for lines in which every secret is masked."""
+    return lambda line: say(redact(line))
+
+
 def _silent(line: str) -> None:
     """Show nothing."""
 
 
 def _located(config: Source, overrides: Sequence[str], check: Callable[[RunConfig], None]) -> RunConfig:
     """Return a configuration with absolute local paths; `check` sees it with the paths as they are written."""
-    if isinstance(config, str | Path):
-        check(load_config(config, overrides))
-        return load_located(config, overrides)[0]
-    given = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config)
-    text = yaml.safe_dump(given)
-    found = parse_config(text, overrides)
+    source = str(config) if isinstance(config, str | Path) else "configuration"
+    given = yaml_of(read_text(config), source) if isinstance(config, str | Path) else _plain(config)
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"{source} is a {type(config).__name__}, not a configuration",
+            "give the path of a YAML file, a RunConfig, or a mapping with at least `name` and `storage`",
+        )
+    found = check_data(copy.deepcopy(given), overrides, source=source)
     check(found)
-    return parse_config(text, (*overrides, *absolute_overrides(found)))
+    return check_data(given, (*overrides, *absolute_overrides(found)), source=source)
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration as plain data: paths as text, models, mappings and sequences as what they hold."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value  # a number of numpy

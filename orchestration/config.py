@@ -26,6 +26,8 @@ LATER_KEYS: dict[str, Any] = {
 }
 """Keys that later versions added, with their defaults: at its default a key changes no configuration's digest."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: also for a date or a number that cannot be, and for brackets in brackets."""
 
 
 class ReportConfig(Config):
@@ -89,23 +91,48 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: The file is missing or not YAML, or a key or value is wrong; the message names each.
     """
+    return parse_config(read_text(file), overrides, source=str(file))
+
+
+def read_text(file: str | Path) -> str:
+    """Read a configuration file; once, for it may be a pipe.
+
+    Raises:
+        ConfigError: It cannot be read, or is not text.
+    """
     try:
-        text = Path(file).read_text()
+        return Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot read the configuration {file}: {error.strerror}", "see `mapo run --help`, or try `mapo demo`"
         ) from error
-    return parse_config(text, overrides, source=str(file))
+    except ValueError as error:
+        raise ConfigError(f"the configuration {file} is not UTF-8 text: {error}", "save it as UTF-8") from error
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
     """Parse a configuration from a text, like `load_config`; `source` names it in errors."""
+    return check_data(yaml_of(text, source), overrides, source=source)
+
+
+def yaml_of(text: str, source: str) -> Any:
+    """Return the data of a YAML text; `source` names it in errors.
+
+    Raises:
+        ConfigError: It is not YAML.
+    """
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.safe_load(text)
+    except NOT_YAML as error:
         raise ConfigError(f"{source} is not valid YAML: {error}", "check the indentation and the colons") from error
-    if not isinstance(data, dict):
+
+
+def check_data(data: Any, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
+    """Check a configuration of plain data, like `load_config`; the data is changed by the overrides."""
+    if not isinstance(data, dict) or not data:
         raise ConfigError(f"{source} has no keys", "it needs at least `name` and `storage`")
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides is one text, {overrides!r}", "give a list, such as ['train.max_steps=100']")
     for override in overrides:
         _apply(data, override)
     try:
@@ -164,7 +191,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"-o {override}: not key.path=value", "for example `-o train.max_steps=100`")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise ConfigError(f"-o {override}: the value is not valid YAML", "quote it") from error
     *parents, last = path.split(".")
     place: Any = data
@@ -187,7 +214,7 @@ def _step_into(place: Any, key: str, override: str) -> Any:
 
 
 def _position(place: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
+    if not (key.isascii() and key.isdecimal()) or int(key) >= len(place):
         raise ConfigError(f"-o {override}: {key!r} is not an index of a list of {len(place)}", "indices start at 0")
     return int(key)
 

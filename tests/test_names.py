@@ -119,6 +119,13 @@ def test_an_import_beside_a_package_of_that_name_says_where_both_are(installed: 
     assert done.returncode == 0, done.stderr
 
 
+def test_an_import_beside_a_module_of_that_name_says_where_both_are(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "training.py").touch()
+    done = run(sys.executable, "-c", "import training, orchestration", cwd=tmp_path, path=[tmp_path, installed])
+    assert done.returncode == 1
+    assert f"ImportError: `training` is imported already, from {tmp_path}/training.py" in done.stderr
+
+
 def test_only_processes_of_mapo_are_affected(installed: Path, workplace: Path) -> None:
     done = run(sys.executable, "-c", "import training", cwd=workplace, path=[workplace, installed])
     assert "imported the training of a user" in done.stderr

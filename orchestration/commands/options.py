@@ -3,8 +3,9 @@
 import argparse
 import json
 import logging
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -149,8 +150,16 @@ DEBUG = Option("--debug", "show tracebacks")
 
 
 def say_json(data: object) -> None:
-    """Show the user data as JSON."""
-    say(json.dumps(data, indent=2))
+    """Show the user data as JSON, in which a number that is not finite is null."""
+    say(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 class MaskedFormatter(logging.Formatter):

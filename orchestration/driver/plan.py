@@ -57,8 +57,8 @@ class RunPlan:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether a stage cannot run with this configuration."""
-        return any(plan.state is StageState.BLOCKED for plan in self.stages)
+        """Whether a stage cannot run with this configuration: `mapo run` would refuse it."""
+        return any(plan.state in (StageState.BLOCKED, StageState.NOT_SET) for plan in self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data."""

@@ -85,7 +85,8 @@ def _look_for_request(run: Run, interruption: Interruption) -> None:
     with contextlib.suppress(MapoError, ValueError):
         request = json.loads(run.storage.read(name))
         run.storage.delete(name)
-        interruption.ask(f"stopped by request of {request.get('by', 'somebody')}")
+        by = request.get("by", "somebody") if isinstance(request, dict) else "somebody"
+        interruption.ask(f"stopped by request of {by}")
 
 
 def _note_settings(run: Run) -> None:

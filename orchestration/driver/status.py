@@ -61,22 +61,35 @@ class RunStatus:
 def describe_run(config: RunConfig) -> RunStatus:
     """Look at every stage of a run; write nothing and need no Ray."""
     run = Run.open(config, lambda line: None)
-    name = f"{run.folder}/progress.json"
-    training = json.loads(run.storage.read(name)) if run.storage.exists(name) else None
+    training = _read_progress(run)
     stages = tuple(_stage(run, stage) for stage in STAGES.values())
     return RunStatus(config.name, run.storage.url, current_holder(run.storage, run.folder), stages, training)
 
 
+def _read_progress(run: Run) -> Mapping[str, Any] | None:
+    """Return `progress.json` of the run; None if there is none, or if it is damaged: the next training writes it."""
+    name = f"{run.folder}/progress.json"
+    if not run.storage.exists(name):
+        return None
+    try:
+        found = json.loads(run.storage.read(name))
+        describe_progress(found)
+    except (ValueError, TypeError, KeyError):
+        return None
+    progress: Mapping[str, Any] = found
+    return progress
+
+
 def _stage(run: Run, stage: Stage) -> StageStatus:
-    record, problem = run.journal.record(stage.name), None
-    if not is_set(run, stage):
-        state = StageState.NOT_SET
-    else:
-        try:
+    record = problem = None
+    state = StageState.NOT_SET
+    try:
+        record = run.journal.record(stage.name)
+        if is_set(run, stage):
             look = stage.look(run)
             state, problem = state_of(run, stage, look), None if look.refusal is None else look.refusal.message
-        except MapoError as error:
-            state, problem = StageState.BLOCKED, error.message
+    except MapoError as error:
+        state, problem = StageState.BLOCKED, error.message
     if record is None:
         return StageStatus(stage.name, state, problem=problem)
     return StageStatus(stage.name, state, record.summary, record.seconds, record.finished_at, problem)

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from orchestration import __version__
-from orchestration.config import RunConfig, load_config
+from orchestration.config import RunConfig, parse_config, read_text
 from orchestration.infra import machines
 from orchestration.infra.shape import GIB, OBJECT_STORE_GIB, check_config, dns_name, groups, on_gpus, storage_kind
 from orchestration.jobs.submit import STOP_WAIT_S, STOP_WAIT_VARIABLE
@@ -132,10 +132,11 @@ def render_stream(file: str | Path, overrides: Sequence[str], target: str, setti
 
 def _facts(file: str | Path, overrides: Sequence[str], target: str, settings: Settings) -> dict[str, object]:
     """Return everything that the templates refer to."""
-    config = load_config(file, overrides)
+    text = read_text(file)
+    config = parse_config(text, overrides, source=str(file))
     check_config(config)
     _check(config, target, settings)
-    config = load_config(file, [*overrides, *on_gpus(config)])
+    config = parse_config(text, [*overrides, *on_gpus(config)], source=str(file))
     made = groups(
         config,
         gpus_per_node=settings.gpus_per_node,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestration.config import RunConfig, load_config
+from orchestration.config import RunConfig, parse_config, read_text
 from orchestration.run.context import Say
 from orchestration.run.job_id import JOB_VARIABLE
 from pipelines.dataset.errors import ConfigError
@@ -67,8 +67,9 @@ def load_located(file: str | Path, overrides: Sequence[str]) -> tuple[RunConfig,
     Raises:
         ConfigError: As `load_config`.
     """
-    every = (*overrides, *absolute_overrides(load_config(file, overrides)))
-    return load_config(file, every), every
+    text = read_text(file)
+    every = (*overrides, *absolute_overrides(parse_config(text, overrides, source=str(file))))
+    return parse_config(text, every, source=str(file)), every
 
 
 def shared_paths(config: RunConfig) -> dict[str, str]:

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration.config import RunConfig
 from orchestration.run.journal import Journal
 from pipelines.dataset.layout import RUNS
+from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 
 if TYPE_CHECKING:
@@ -42,9 +44,9 @@ class Run:
 
     @staticmethod
     def open(config: RunConfig, say: Say, goal: Sequence[str] = ()) -> "Run":
-        """Open the run of a configuration."""
+        """Open the run of a configuration; `say` gets each line with every secret masked."""
         storage = Storage(config.storage)
-        return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
+        return Run(config, storage, Journal(storage, config.name), lambda line: say(redact(line)), tuple(goal))
 
     @cached_property
     def units(self) -> "list[SourceUnit]":
@@ -77,9 +79,14 @@ class Run:
         return f"{self.folder}/model"
 
 
+OWN_PROGRAMS = ("mapo", "mapo_entry.py", "__main__.py")
+"""Files that start the command: the script, `python -m mapo_entry`, `python -m orchestration`."""
+
+
 def command_line() -> str:
     """Return the command line of this process, as a user would type it."""
-    return shlex.join(["mapo", *sys.argv[1:]])
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join(["mapo" if program in OWN_PROGRAMS else program, *sys.argv[1:]])
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ event, in order. A run without work writes nothing.
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.dataset.errors import StorageError
 from pipelines.dataset.layout import RUNS
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
@@ -48,11 +49,29 @@ class Journal:
         return f"{self.folder}/stages/{stage}.json"
 
     def record(self, stage: str) -> StageRecord | None:
-        """Return the last success of a stage, if there was one."""
+        """Return the last success of a stage, if there was one. Fields of a later version are left out.
+
+        Raises:
+            StorageError: The record is damaged.
+        """
         name = self._name(stage)
         if not self._storage.exists(name):
             return None
-        return StageRecord(**json.loads(self._storage.read(name)))
+        try:
+            found = json.loads(self._storage.read(name))
+            known = {each.name: found[each.name] for each in fields(StageRecord) if each.name in found}
+            record = StageRecord(**known)
+            is_sound = isinstance(record.key, str) and isinstance(record.details, dict)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(name, repr(error)) from error
+        if not is_sound:
+            raise self._damaged(name, "key or details are of another type")
+        return record
+
+    def _damaged(self, name: str, why: str) -> StorageError:
+        return StorageError(
+            f"cannot read {self._storage.uri(name)}: {why}", "delete this record; the stage is then looked at anew"
+        )
 
     def finish(self, stage: str, *, key: str, summary: str, seconds: float, details: Mapping[str, Any]) -> StageRecord:
         """Record a success: from now on the stage is up to date for this key."""

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import psutil
@@ -117,17 +117,25 @@ class Terms:
     def holder(self, term: int) -> Holder | None:
         """Return the holder of a term; None if the term was removed."""
         content = self._read(self.file(term))
-        return Holder(**content) if content else None
+        if not isinstance(content, dict):
+            return None
+        known = {each.name: content[each.name] for each in fields(Holder) if each.name in content}
+        with contextlib.suppress(TypeError):
+            return Holder(**known)
+        return None
 
     def beat(self, term: int) -> Beat:
         """Return the last beat of a term; `Beat()` before the first."""
-        content = self._read(self.file(term, "beat")) or {}
+        content = self._read(self.file(term, "beat"))
+        content = content if isinstance(content, dict) else {}
         return Beat(content.get("beats", 0), content.get("at", ""), content.get("released", False))
 
     def _read(self, name: str) -> Any:
-        """Return the content of a JSON object; None if there is none."""
+        """Return the content of a JSON object; None if there is none, or if it is damaged."""
         try:
             return json.loads(self._storage.read(name))
+        except ValueError:
+            return None
         except MapoError:
             if self._storage.exists(name):
                 raise

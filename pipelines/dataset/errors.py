@@ -17,6 +17,8 @@
 A message gives numbers and place; `hint` gives the way out.
 """
 
+from pipelines.dataset.secrets import redact
+
 
 class MapoError(Exception):
     """Base of all errors with a message for the user; survives pickling between processes."""
@@ -24,6 +26,7 @@ class MapoError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message = redact(message)  # also where no command masks it: in a notebook, in a log
         super().__init__(message, hint)  # both in args, so that pickling keeps both
         self.message = message
         self.hint = hint
