@@ -10,7 +10,6 @@ notebook stops a run cleanly, and the same call resumes it.
     print(result.model, result["train"].summary)
 """
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from orchestration.config import RunConfig, check_data, read_text, yaml_of
+from orchestration.config import RunConfig, read_text, yaml_of
 from orchestration.driver.plan import RunPlan
 from orchestration.driver.runner import StageResult, plan_run, run_stages
 from orchestration.driver.status import RunStatus, StageStatus, describe_run
-from orchestration.jobs.paths import absolute_overrides, check_inside_job
+from orchestration.jobs.paths import check_inside_job, locate
 from orchestration.run.console import say as say_to_stdout
 from orchestration.run.context import Run, Say
 from orchestration.stages.registry import ALL_STAGES, REPORT
@@ -210,9 +209,7 @@ def _located(config: Source, overrides: Sequence[str], check: Callable[[RunConfi
             f"{source} is a {type(config).__name__}, not a configuration",
             "give the path of a YAML file, a RunConfig, or a mapping with at least `name` and `storage`",
         )
-    found = check_data(copy.deepcopy(given), overrides, source=source)
-    check(found)
-    return check_data(given, (*overrides, *absolute_overrides(found)), source=source)
+    return locate(given, overrides, source=source, check=check)[0]
 
 
 def _plain(value: Any) -> Any:

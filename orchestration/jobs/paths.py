@@ -1,13 +1,15 @@
 """The local paths of a configuration, made absolute for Ray jobs, which run in another folder."""
 
+import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from orchestration.config import RunConfig, parse_config, read_text
+from orchestration.config import RunConfig, check_data, read_text, yaml_of
 from orchestration.run.context import Say
 from orchestration.run.job_id import JOB_VARIABLE
 from pipelines.dataset.errors import ConfigError
@@ -67,9 +69,24 @@ def load_located(file: str | Path, overrides: Sequence[str]) -> tuple[RunConfig,
     Raises:
         ConfigError: As `load_config`.
     """
-    text = read_text(file)
-    every = (*overrides, *absolute_overrides(parse_config(text, overrides, source=str(file))))
-    return parse_config(text, every, source=str(file)), every
+    return locate(yaml_of(read_text(file), str(file)), overrides, source=str(file))
+
+
+def locate(
+    data: Any, overrides: Sequence[str], *, source: str, check: Callable[[RunConfig], None] = lambda config: None
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Check a configuration of plain data and make its paths absolute, like `load_located`.
+
+    Args:
+        data: The configuration.
+        overrides: `key.path=value`.
+        source: The configuration's name in errors.
+        check: Called with the configuration while its paths are as written.
+    """
+    found = check_data(copy.deepcopy(data), overrides, source=source)
+    check(found)
+    every = (*overrides, *absolute_overrides(found))
+    return check_data(data, every, source=source), every
 
 
 def shared_paths(config: RunConfig) -> dict[str, str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from orchestration.config import RunConfig
 from orchestration.run.journal import Journal
 from pipelines.dataset.layout import RUNS
-from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 
 if TYPE_CHECKING:
@@ -44,9 +43,9 @@ class Run:
 
     @staticmethod
     def open(config: RunConfig, say: Say, goal: Sequence[str] = ()) -> "Run":
-        """Open the run of a configuration; `say` gets each line with every secret masked."""
+        """Open the run of a configuration."""
         storage = Storage(config.storage)
-        return Run(config, storage, Journal(storage, config.name), lambda line: say(redact(line)), tuple(goal))
+        return Run(config, storage, Journal(storage, config.name), say, tuple(goal))
 
     @cached_property
     def units(self) -> "list[SourceUnit]":

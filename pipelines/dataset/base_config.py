@@ -5,7 +5,6 @@ from pipelines.dataset.values import JsonObject
 
 UNET_CLASS, VAE_CLASS, STEM = "UNet2DConditionModel", "AutoencoderKL", "diffusion_pytorch_model"
 WAY_OUT = "the model folder is damaged or made of parts of several models; fetch it again"
-
 OTHER_CONFIG = "put back the config.json that belongs to the weights; or fetch the model again"
 
 

@@ -26,7 +26,10 @@ class MapoError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        message = redact(message)  # also where no command masks it: in a notebook, in a log
+        message, hint = (
+            redact(message),
+            None if hint is None else redact(hint),
+        )  # also where no command masks it: in a notebook, in a log
         super().__init__(message, hint)  # both in args, so that pickling keeps both
         self.message = message
         self.hint = hint
