@@ -248,7 +248,8 @@ def agree_on_start(spec: TrainSpec, engine: Engine) -> Start:
     agreed: list[Any] = [None]
     if engine.is_first:
         file = f"{spec.checkpoints}/starts.json"
-        before = json.loads(spec.storage.read(file))["starts"] if spec.storage.exists(file) else 0
+        data = spec.storage.read_if_there(file)
+        before = 0 if data is None else json.loads(data)["starts"]
         spec.storage.write(file, json.dumps({"starts": before + 1, "last": time.time()}).encode())
         agreed[0] = Start(before + 1, f"{before + 1:04d}-{uuid.uuid4().hex[:8]}")
     torch.distributed.broadcast_object_list(agreed, src=0)

@@ -80,10 +80,11 @@ def request_stop(run: Run, *, by: str, at: str) -> None:
 
 def _look_for_request(run: Run, interruption: Interruption) -> None:
     name = f"{run.folder}/{STOP_FILE}"
-    if not run.storage.exists(name):
+    data = run.storage.read_if_there(name)
+    if data is None:
         return
     with contextlib.suppress(MapoError, ValueError):
-        request = json.loads(run.storage.read(name))
+        request = json.loads(data)
         run.storage.delete(name)
         by = request.get("by", "somebody") if isinstance(request, dict) else "somebody"
         interruption.ask(f"stopped by request of {by}")
@@ -92,5 +93,5 @@ def _look_for_request(run: Run, interruption: Interruption) -> None:
 def _note_settings(run: Run) -> None:
     """Save the resolved configuration with the run."""
     name, resolved = f"{run.folder}/config.json", resolved_json(run.config).encode()
-    if not run.storage.exists(name) or run.storage.read(name) != resolved:
+    if run.storage.read_if_there(name) != resolved:
         run.storage.write(name, resolved)

@@ -69,10 +69,11 @@ def describe_run(config: RunConfig) -> RunStatus:
 def _read_progress(run: Run) -> Mapping[str, Any] | None:
     """Return `progress.json` of the run; None if there is none, or if it is damaged: the next training writes it."""
     name = f"{run.folder}/progress.json"
-    if not run.storage.exists(name):
+    data = run.storage.read_if_there(name)
+    if data is None:
         return None
     try:
-        found = json.loads(run.storage.read(name))
+        found = json.loads(data)
         describe_progress(found)
     except (ValueError, TypeError, KeyError):
         return None

@@ -85,7 +85,7 @@ class Curves:
 def read_json(storage: Storage, name: str) -> Mapping[str, Any] | None:
     """Read a JSON object; return None if it is missing or damaged."""
     try:
-        found = json.loads(storage.read(name)) if storage.exists(name) else None
+        found = json.loads(storage.read_if_there(name) or b"null")
     except (MapoError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -69,9 +69,10 @@ def lineage_of(run: Run, trained: StageRecord, checkpoint: str, weights: str) ->
 def _round(run: Run, number: int, key: str) -> JsonObject | None:
     """Return the record of a round, unless another training has its number now."""
     name = f"{run.folder}/rounds/{number:04d}.json"
-    if not run.storage.exists(name):
+    data = run.storage.read_if_there(name)
+    if data is None:
         return None
-    record: JsonObject = json.loads(run.storage.read(name))
+    record: JsonObject = json.loads(data)
     return record if record["key"] == key else None
 
 

@@ -78,7 +78,8 @@ def next_round(run: Run, newest: Snapshot) -> Round:
 def _begun(run: Run) -> Snapshot | None:
     """Return the snapshot of the newest training, finished or not."""
     name = f"{run.folder}/snapshot.json"
-    return Snapshot(**json.loads(run.storage.read(name))) if run.storage.exists(name) else None
+    data = run.storage.read_if_there(name)
+    return None if data is None else Snapshot(**json.loads(data))
 
 
 def reads_the_same(storage: Storage, old: Snapshot, new: Snapshot) -> bool:
@@ -144,12 +145,13 @@ def exported_of(run: Run, record: StageRecord) -> tuple[str | None, str]:
 
 def _manifest_digest(storage: Storage, checkpoint: str) -> str:
     name = f"{checkpoint}/{MANIFEST}"
-    if not storage.exists(name):
+    data = storage.read_if_there(name)
+    if data is None:
         raise ModelError(
             f"there is no complete checkpoint {storage.uri(checkpoint)} to start from",
             "restore it from a copy, or train from the base model with `train.rounds: restart`",
         )
-    return hashlib.sha256(storage.read(name)).hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_parent(spec: TrainSpec) -> None:
@@ -218,7 +220,8 @@ def finish_round(run: Run, spec: TrainSpec, trained: "TrainingResult", *, num_pa
     parent = None if spec.parent is None else asdict(spec.parent)
     checkpoints = {trained.checkpoint, trained.best_checkpoint, trained.best_average_checkpoint}
     manifests = {checkpoint: _manifest_digest(storage, checkpoint) for checkpoint in sorted(checkpoints)}
-    if not storage.exists(name) or json.loads(storage.read(name))["key"] != spec.key:
+    data = storage.read_if_there(name)
+    if data is None or json.loads(data)["key"] != spec.key:
         found = describe_round(
             number=spec.round,
             key=spec.key,

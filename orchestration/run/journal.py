@@ -55,10 +55,11 @@ class Journal:
             StorageError: The record is damaged.
         """
         name = self._name(stage)
-        if not self._storage.exists(name):
+        data = self._storage.read_if_there(name)
+        if data is None:
             return None
         try:
-            found = json.loads(self._storage.read(name))
+            found = json.loads(data)
             known = {each.name: found[each.name] for each in fields(StageRecord) if each.name in found}
             record = StageRecord(**known)
             is_sound = isinstance(record.key, str) and isinstance(record.details, dict)

@@ -132,14 +132,10 @@ class Terms:
 
     def _read(self, name: str) -> Any:
         """Return the content of a JSON object; None if there is none, or if it is damaged."""
-        try:
-            return json.loads(self._storage.read(name))
-        except ValueError:
-            return None
-        except MapoError:
-            if self._storage.exists(name):
-                raise
-            return None
+        data = self._storage.read_if_there(name)
+        with contextlib.suppress(ValueError):
+            return None if data is None else json.loads(data)
+        return None
 
 
 class Lease:

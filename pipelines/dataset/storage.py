@@ -175,6 +175,18 @@ class Storage:
 
         return self._attempt("read", name, get)
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """Read a whole object; return None if there is none.
+
+        One read decides: an object that is asked for first may be written or removed before it is read.
+        """
+        try:
+            return self.read(name)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
     def read_range(
         self, name: str, offset: int, length: int, sha256: str | None = None, crc32: int | None = None
     ) -> bytes:

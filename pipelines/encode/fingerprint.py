@@ -67,7 +67,7 @@ def note_parts(storage: Storage, folder: str, parts: JsonObject) -> None:
 def noted_parts(storage: Storage, folder: str, fingerprint: str) -> JsonObject:
     """Read the parts written by `note_parts`; return an empty object if there are none."""
     name = f"{folder}/{fingerprint}/{NOTE}"
-    return dict(json.loads(storage.read(name))) if storage.exists(name) else {}
+    return dict(json.loads(storage.read_if_there(name) or b"{}"))
 
 
 def latents_parts(config: EncodeConfig) -> JsonObject:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.dataset.errors import ConfigError, MapoError, ModelError, ShardCorrupt, StorageError
+from pipelines.dataset.errors import ConfigError, MapoError, ModelError, ShardCorrupt
 from pipelines.dataset.storage import Storage
 from training.methods import NEEDS_REFERENCE
 from training.spec import Parent, TrainSpec
@@ -27,12 +27,9 @@ def open_parent(storage: Storage, parent: Parent) -> Reader:
         ShardCorrupt: The checkpoint is damaged.
     """
     name = f"{parent.checkpoint}/{MANIFEST}"
-    try:
-        data = storage.read(name)
-    except StorageError as error:
-        if storage.exists(name):
-            raise
-        raise ModelError(f"the checkpoint of {parent}, which this round starts from, is missing", LOST_HINT) from error
+    data = storage.read_if_there(name)
+    if data is None:
+        raise ModelError(f"the checkpoint of {parent}, which this round starts from, is missing", LOST_HINT)
     if (found := hashlib.sha256(data).hexdigest()) != parent.manifest:
         raise ModelError(
             f"the checkpoint of {parent} is not the one that this round starts from: its manifest has the digest "

@@ -174,3 +174,20 @@ def test_create_is_for_the_first_alone(storage: Storage) -> None:
     assert not storage.create("once", b"second")
     assert storage.create("once", b"first"), "an answer that was lost: the same bytes are there"
     assert storage.read("once") == b"first"
+
+
+class WritesBetween(Storage):
+    """A storage on which another driver writes its first beat just after this one has looked for it."""
+
+    def read(self, name: str) -> bytes:
+        try:
+            return super().read(name)
+        finally:
+            if name.endswith(".beat") and not self.exists(name):
+                self.write(name, json.dumps({"beats": 1, "at": "", "released": False}).encode())
+
+
+def test_a_beat_that_is_written_just_after_the_look_is_no_error(tmp_path: Path) -> None:
+    terms = lease_module.Terms(WritesBetween(str(tmp_path)), FOLDER)
+    assert terms.beat(1) == lease_module.Beat()
+    assert terms.beat(1).beats == 1

@@ -233,6 +233,12 @@ def test_a_missing_object_is_named(storage: Storage, what: str, action: Callable
     assert caught.value.hint
 
 
+def test_a_missing_object_may_be_asked_for_in_one_read(storage: Storage) -> None:
+    assert storage.read_if_there("folder/none") is None
+    storage.write("folder/one", b"one")
+    assert storage.read_if_there("folder/one") == b"one"
+
+
 def test_an_unknown_kind_of_url_is_an_error_with_a_way_out() -> None:
     with pytest.raises(StorageError, match=r"no file system for carrier-pigeon://x") as caught:
         Storage("carrier-pigeon://x").read("y")
