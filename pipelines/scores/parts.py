@@ -1,0 +1,94 @@
+"""The table of weights: which files each part of a scorer comes from, and under which licence.
+
+A part is one model, tokenizer or head; scorers name their parts, and may share them. A digest is given where the file
+itself was seen; elsewhere `fetch` records the digest of what it brought. Light: neither torch nor transformers.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a part.
+
+    Args:
+        name: Its name on the hub, or the last component of `url`.
+        also: Other names under which the same content is published, in order of preference.
+        url: Where it is, if not on the hub.
+        sha256: Digests of the published forms that were seen; empty if none was.
+    """
+
+    name: str
+    also: tuple[str, ...] = ()
+    url: str | None = None
+    sha256: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in order of preference."""
+        return (self.name, *self.also)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model, tokenizer or head.
+
+    Args:
+        repo: The hub repository of its files.
+        files: Its files; the weights first.
+        licence: The licence of the files, as their publisher states it.
+        convert: The conversion of the weights; `copy` keeps names and values.
+        revision: Branch, tag or commit on the hub. `main` where no commit was seen: the resolved one is recorded.
+    """
+
+    repo: str | None
+    files: tuple[File, ...]
+    licence: str
+    convert: str = "copy"
+    revision: str = "main"
+
+    @property
+    def has_model(self) -> bool:
+        """Whether it has weights; a tokenizer has none."""
+        return self.files[0].name.endswith(WEIGHTS)
+
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+MODEL = "model.safetensors"
+CLIP_FILES = (File(MODEL, also=("pytorch_model.bin",)), File("config.json"))
+SAC_LOGOS_AVA = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd8/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+VGG19 = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+PARTS = {
+    "clip-tokenizer": Part("openai/clip-vit-large-patch14", (File("vocab.json"), File("merges.txt")), "MIT"),
+    "bert-tokenizer": Part("google-bert/bert-base-uncased", (File("vocab.txt"),), "Apache-2.0"),
+    "clip-b32-openai": Part("openai/clip-vit-base-patch32", CLIP_FILES, "MIT"),
+    "clip-l14-openai": Part("openai/clip-vit-large-patch14", CLIP_FILES, "MIT"),
+    "clip-h14-laion": Part("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", CLIP_FILES, "MIT"),
+    "pickscore-v1": Part("yuvalkirstain/PickScore_v1", CLIP_FILES, "MIT"),
+    "hps-v2.0": Part("xswu/HPSv2", (File("HPS_v2_compressed.pt"),), "Apache-2.0", "open_clip"),
+    "hps-v2.1": Part("xswu/HPSv2", (File("HPS_v2.1_compressed.pt"),), "Apache-2.0", "open_clip"),
+    "imagereward-v1.0": Part("THUDM/ImageReward", (File("ImageReward.pt"),), "Apache-2.0", "imagereward"),
+    "aesthetic-sac-logos-ava1": Part(
+        None,
+        (
+            File(
+                "sac+logos+ava1-l14-linearMSE.pth",
+                also=("sac-logos-ava1-l14-affine.safetensors",),
+                url=SAC_LOGOS_AVA,
+                sha256=(
+                    "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+                    "f152594cec2a4a926b167f68352e3c3146a6d34e56ed121a16facad554605968",
+                ),
+            ),
+        ),
+        "Apache-2.0",
+        "affine",
+    ),
+    "dino-vits16": Part("facebook/dino-vits16", CLIP_FILES, "Apache-2.0"),
+    "csd-vit-l": Part(
+        "tomg-group-umd/CSD-ViT-L", (File(MODEL, also=("pytorch_model.bin", "checkpoint.pth")),), "MIT", "csd"
+    ),
+    "vgg19-features": Part(None, (File("vgg19-dcbb9e9d.pth", url=VGG19),), "BSD-3-Clause", "vgg"),
+}
+"""The parts by name. Weights under AGPL or for non-commercial use alone are not in this table."""

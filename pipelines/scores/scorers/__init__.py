@@ -1,0 +1,81 @@
+"""The registry of scorers: what a name of the configuration stands for.
+
+Importing the registry or the file of a family loads neither torch nor transformers; `load` of a scorer does.
+"""
+
+import importlib
+from typing import Any
+
+from pipelines.dataset.errors import ConfigError
+from pipelines.scores.scorers.result import Failure, Result, Score
+from pipelines.scores.scorers.scorer import Scorer, load_scorer, needs_of
+from pipelines.scores.scorers.together import score_together
+
+__all__ = [
+    "SCORERS",
+    "Failure",
+    "Result",
+    "Score",
+    "Scorer",
+    "load_scorer",
+    "needs_of",
+    "new_scorer",
+    "score_together",
+    "scorer_names",
+]
+
+_HERE = __name__
+SCORERS = {
+    "pickscore": f"{_HERE}.pickscore:PickScore",
+    "hpsv2": f"{_HERE}.hps:HpsV20",
+    "hpsv2-noantialias": f"{_HERE}.hps:HpsV20NoAntialias",
+    "hpsv2.1": f"{_HERE}.hps:HpsV21",
+    "hpsv2.1-noantialias": f"{_HERE}.hps:HpsV21NoAntialias",
+    "imagereward": f"{_HERE}.imagereward:ImageReward",
+    "aesthetic": f"{_HERE}.aesthetic:Aesthetic",
+    "clipscore": f"{_HERE}.clipscore:ClipScore",
+    "clipscore-b32": f"{_HERE}.clipscore:ClipScoreB32",
+    "clipscore-l14": f"{_HERE}.clipscore:ClipScoreL14",
+    "clipscore-h14": f"{_HERE}.clipscore:ClipScoreH14",
+    "dino": f"{_HERE}.subject:Dino",
+    "clip-i": f"{_HERE}.subject:ClipI",
+    "clip-t": f"{_HERE}.subject:ClipT",
+    "csd": f"{_HERE}.style:Csd",
+    "gram": f"{_HERE}.style:Gram",
+    "dark_share": f"{_HERE}.pixels:DarkShare",
+    "saturation": f"{_HERE}.pixels:Saturation",
+    "edge_density": f"{_HERE}.pixels:EdgeDensity",
+    "colour_entropy": f"{_HERE}.pixels:ColourEntropy",
+    "grid_energy": f"{_HERE}.pixels:GridEnergy",
+    "near_duplicates": f"{_HERE}.duplicates:NearDuplicates",
+}
+"""Built-in scorers by name, as `module:Class`. None has a licence that forbids commercial use or demands more than
+attribution."""
+
+
+def scorer_names() -> list[str]:
+    """Return the names of the built-in scorers, in the order of the registry."""
+    return list(SCORERS)
+
+
+def new_scorer(name: str) -> Any:
+    """Return a new scorer that is not loaded yet.
+
+    Args:
+        name: The name of a built-in scorer, or `module:Class`.
+
+    Raises:
+        ConfigError: The name is unknown, or the class cannot be imported.
+    """
+    place = SCORERS.get(name, name)
+    module, _, attribute = place.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"there is no scorer {name}", f"choose from {', '.join(SCORERS)}, or name a class as `module:Class`"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"cannot load the scorer {name}: {error}", "name a class as `module:Class` that can be imported"
+        ) from error

@@ -1,0 +1,36 @@
+"""What a scorer returns for one image: a number, a number with its components, or the reason why there is none."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one image."""
+
+    value: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Numbers behind the value, such as the share of the prompt that the model did not see."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The reason why an image has no score; never a number."""
+
+    reason: str
+
+
+Result = float | Score | Failure
+"""What a scorer returns for one image."""
+NOT_FINITE = "the score is not a finite number"
+
+
+def checked(result: Result) -> Result:
+    """Return a result, or a failure in place of a value that is not a finite number."""
+    if isinstance(result, Failure):
+        return result
+    value = result.value if isinstance(result, Score) else float(result)
+    if not math.isfinite(value):
+        return Failure(NOT_FINITE)
+    return result if isinstance(result, Score) else value
