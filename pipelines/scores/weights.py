@@ -4,6 +4,7 @@
 the digests of what was brought and of what it became. A part is there in full or not at all.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from pipelines.scores.downloads import bring, find_given
 from pipelines.scores.parts import MODEL, PARTS, WEIGHTS, File, Part
 
 RECORD = "fetched.json"
+SHAPING = (MODEL, "config.json", "vocab.json", "merges.txt", "vocab.txt")
+"""Files of a part that shape a score; a folder may hold others."""
 
 
 def default_cache() -> Path:
@@ -93,14 +96,15 @@ def _results(part: Part) -> list[str]:
 
 
 def part_digest(folder: Path) -> str:
-    """Return the digest of a part's main file: the recorded one if the file still has its recorded size."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != RECORD)
-    file = next((file for file in files if file.name == MODEL), files[0])
-    if (folder / RECORD).is_file():
-        recorded = json.loads((folder / RECORD).read_text())["files"].get(file.name, {})
-        if recorded.get("num_bytes") == file.stat().st_size:
-            return str(recorded["sha256"])
-    return file_digests([file])[file.name]
+    """Return the digest of all files of a part that shape a score; recorded ones are taken if the sizes still fit."""
+    files = sorted(folder / name for name in SHAPING if (folder / name).is_file())
+    recorded = json.loads((folder / RECORD).read_text())["files"] if (folder / RECORD).is_file() else {}
+    digests = {}
+    for file in files:
+        known = recorded.get(file.name, {})
+        is_known = known.get("num_bytes") == file.stat().st_size
+        digests[file.name] = known["sha256"] if is_known else file_digests([file])[file.name]
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> Path:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_files import read_config
 from pipelines.scores.scorers.text import ClipTokens, clean_as_open_clip
-from pipelines.scores.scorers.trunks.trunk import ImageTrunk, TextTrunk, check_weights, load_pretrained, shared
+from pipelines.scores.scorers.trunks.trunk import DAMAGED, ImageTrunk, TextTrunk, check_weights, load_pretrained, shared
 
 OPENAI = "quick_gelu"
 PLAIN = "gelu"
@@ -50,14 +51,14 @@ def load_images(folder: Path, preprocessing: str, hidden_act: str, device: Any) 
     Raises:
         ModelError: Weights are missing or damaged, or the configuration names another activation.
     """
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     place = torch.device(device)
-    key = ("clip-images", check_weights(folder), preprocessing)
+    key = ("clip-images", hidden_act, check_weights(folder), preprocessing)
 
     def build() -> ClipImages:
-        model = load_pretrained(CLIPVisionModelWithProjection, folder)
-        _check_activation(model, hidden_act, folder)
+        config = _tower_config(CLIPVisionConfig, folder, "vision_config", hidden_act)
+        model = load_pretrained(CLIPVisionModelWithProjection, folder, config)
         return ClipImages(key, preprocessing, model, place)
 
     return shared(key, place, build)
@@ -76,14 +77,14 @@ def load_texts(folder: Path, tokenizer: Path, hidden_act: str, device: Any, *, a
     Raises:
         ModelError: Weights are missing or damaged, or the configuration names another activation.
     """
-    from transformers import CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     place = torch.device(device)
-    key = ("clip-texts", check_weights(folder), "open_clip" if as_open_clip else "plain")
+    key = ("clip-texts", hidden_act, check_weights(folder), "open_clip" if as_open_clip else "plain")
 
     def build() -> ClipTexts:
-        model = load_pretrained(CLIPTextModelWithProjection, folder)
-        _check_activation(model, hidden_act, folder)
+        config = _tower_config(CLIPTextConfig, folder, "text_config", hidden_act)
+        model = load_pretrained(CLIPTextModelWithProjection, folder, config)
         return ClipTexts(key, model, place, ClipTokens(tokenizer, clean_as_open_clip if as_open_clip else None))
 
     return shared(key, place, build)
@@ -103,14 +104,28 @@ def logit_scale(folder: Path) -> float:
         return float(opened.get_tensor("logit_scale").float().exp())
 
 
-def _check_activation(model: Any, wanted: str, folder: Path) -> None:
-    """Check the activation: OpenAI's weights need QuickGELU, and with plain GELU give other numbers without a word.
+def _tower_config(config_class: Any, folder: Path, tower: str, hidden_act: str) -> Any:
+    """Return the configuration of one tower, with the size of the shared space from the whole model's.
+
+    Published towers repeat that size, and some repeat a default instead. OpenAI's weights need QuickGELU, and with
+    plain GELU give other numbers without a word. A published tower without an activation has the class's default.
 
     Raises:
-        ModelError: It is another one.
+        ModelError: The configuration names another activation, or is not CLIP's.
     """
-    if (found := model.config.hidden_act) != wanted:
+    whole = read_config(folder / "config.json")
+    config = whole.get(tower)
+    if not isinstance(config, dict) or "projection_dim" not in whole:
+        raise ModelError(f"{folder / 'config.json'} is not the configuration of a CLIP model: no {tower}", DAMAGED)
+    if (found := config.get("hidden_act", OPENAI)) != hidden_act:
         raise ModelError(
-            f"{folder / 'config.json'} says hidden_act {found}, but these weights were trained with {wanted}",
-            f'fetch the part again, or set "hidden_act": "{wanted}"',
+            f"{folder / 'config.json'} says hidden_act {found}, but these weights were trained with {hidden_act}",
+            f'fetch the part again, or set "hidden_act": "{hidden_act}"',
         )
+    try:
+        return config_class(**{**config, "projection_dim": whole["projection_dim"]})
+    except Exception as error:  # transformers checks the values of a configuration with errors of its own
+        text = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{folder / 'config.json'} is not the configuration of a CLIP model: {text}", DAMAGED
+        ) from error

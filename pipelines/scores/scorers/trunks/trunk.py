@@ -141,8 +141,14 @@ def shared(key: tuple[str, ...], device: torch.device, build: Callable[[], AnyTr
     return found
 
 
-def load_pretrained(model_class: Any, folder: Path) -> nn.Module:
+def load_pretrained(model_class: Any, folder: Path, config: Any = None, **options: Any) -> nn.Module:
     """Load a class of transformers from a folder, and check that the file has all its weights.
+
+    Args:
+        model_class: The class.
+        folder: The part's folder.
+        config: The configuration; None for that of the folder.
+        options: Further arguments of the class.
 
     Raises:
         ModelError: Weights are missing, have another shape, or cannot be read.
@@ -153,7 +159,13 @@ def load_pretrained(model_class: Any, folder: Path) -> nn.Module:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # transformers and safetensors have no common tree
         text = str(error).strip() or type(error).__name__

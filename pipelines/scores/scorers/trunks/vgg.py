@@ -23,7 +23,7 @@ class _Features(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=3, padding=1) for weight, _ in weights]
         for layer, (weight, bias) in zip(layers, weights, strict=True):
-            layer.weight.data, layer.bias.data = weight.float(), bias.float()
+            layer.weight, layer.bias = nn.Parameter(weight.float()), nn.Parameter(bias.float())
         self.layers = nn.ModuleList(layers)
 
     def forward(self, values_BCHW: Tensor) -> list[Tensor]:

@@ -31,10 +31,10 @@ def load_dino(folder: Path, preprocessing: str, device: Any) -> DinoImages:
     """
     from transformers import ViTModel
 
-    class WithoutPooler(ViTModel):  # type: ignore[misc]  # DINO has no pooler, whose weights would be reported missing
-        def __init__(self, config: Any) -> None:
-            super().__init__(config, add_pooling_layer=False)
-
     place = torch.device(device)
     key = ("dino", check_weights(folder), preprocessing)
-    return shared(key, place, lambda: DinoImages(key, preprocessing, load_pretrained(WithoutPooler, folder), place))
+
+    def build() -> DinoImages:
+        return DinoImages(key, preprocessing, load_pretrained(ViTModel, folder, add_pooling_layer=False), place)
+
+    return shared(key, place, build)
