@@ -20,7 +20,7 @@ from pipelines.dataset.model_files import file_digests
 from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.dataset.storage import file_sha256
 from pipelines.dataset.values import JsonObject
-from pipelines.scores.conversions import VERSION, convert, read_weights
+from pipelines.scores.conversions.convert import VERSION, convert, read_weights
 from pipelines.scores.downloads import bring, find_given
 from pipelines.scores.parts import MODEL, PARTS, WEIGHTS, File, Part
 
@@ -57,13 +57,19 @@ def find(name: str, cache: Path | None = None) -> Path:
         ConfigError: There is no such scorer.
     """
     root = (cache or default_cache()) / "scorers"
-    missing = [part for part in parts_of(name) if not (root / part / RECORD).is_file()]
+    missing = [part for part in parts_of(name) if not _is_fetched(root / part)]
     if missing:
         raise ModelError(
             f"the weights of the scorer {name} are not on this machine: {', '.join(missing)} not found in {root}",
             f"mapo scorers fetch {name}",
         )
     return root
+
+
+def _is_fetched(folder: Path) -> bool:
+    """Return whether a part is there as this version converts it."""
+    record = folder / RECORD
+    return record.is_file() and json.loads(record.read_text()).get("conversion_version") == VERSION
 
 
 def part_folder(root: Path, part: str, *, is_only: bool) -> Path:
@@ -127,7 +133,7 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     root = (cache or default_cache()) / "scorers"
     root.mkdir(parents=True, exist_ok=True)
     for part in parts_of(name):
-        if part in given or not (root / part / RECORD).is_file():
+        if part in given or not _is_fetched(root / part):
             _fetch_part(part, root, given.get(part, {}), name)
     return find(name, cache)
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipelines.scores.scorers import Score
+
 CLIP_TOKENIZER = Path(__file__).parents[3] / "shared" / "sdxl" / "tokenizer"
 if not CLIP_TOKENIZER.is_dir():
     CLIP_TOKENIZER = Path("/work/shared/sdxl/tokenizer")
@@ -29,6 +31,8 @@ PROMPTS = [
     "",
 ]
 """For ImageReward: the third is longer than 35 tokens."""
+MIXED_PROMPTS = ["a cat", "a dog in a house", "a cat", "dog " * 100, "", "a red house", "a photo"]
+"""One for each of SIZES: a repeated one, one that is cut, and an empty one."""
 HPS_PROMPTS = [
     "A Red Cat",
     "\u201ccurly quotes\u201d and \u2018others\u2019\uff0cfull-width &amp; entities &amp;lt; \ufb01ne",
@@ -157,3 +161,8 @@ def hf_dino_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             found[f"encoder.layer.{place}.{layer[stem]}.{end}"] = tensor
     return found
+
+
+def value_of(result: Any) -> float:
+    """Return the number of a result; a failure has none."""
+    return float(result.value if isinstance(result, Score) else result)

@@ -27,7 +27,8 @@ from scorer_twins import (
     write_part,
 )
 
-from pipelines.scores.conversions import convert
+from pipelines.scores.conversions.convert import convert
+from pipelines.scores.scorers import new_scorer, scorer_names
 
 DATA = Path(__file__).parents[2] / "data" / "scorers"
 
@@ -84,3 +85,19 @@ def twins(tmp_path_factory: pytest.TempPathFactory, recorded: dict[str, Any]) ->
     write_part(root / "dino-vits16", hf_dino_names(formula_weights(recorded["dino"]["shapes"])), config)
     assert len(BERT_VOCAB) < 100
     return root
+
+
+@pytest.fixture(scope="session")
+def all_loaded(twins: Path) -> list[Any]:
+    scorers = [new_scorer(name) for name in scorer_names()]
+    for scorer in scorers:
+        scorer.load(twins if scorer.parts else None, "cpu")
+    return scorers
+
+
+@pytest.fixture(scope="session")
+def extra(images: list[Image.Image]) -> dict[str, list[list[Image.Image]]]:
+    return {
+        "references": [[images[0], images[1]]] * len(images),
+        "siblings": [[other for other in images if other is not image] for image in images],
+    }

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scorer_twins import HPS_PROMPTS, PROMPTS, formula_tensor, formula_weights, thin
 
-from pipelines.scores.conversions import collapse_affine
+from pipelines.scores.conversions.affine import collapse_affine
 from pipelines.scores.scorers import Score, new_scorer
 from pipelines.scores.scorers.images import PREPROCESSINGS, prepare
 from pipelines.scores.scorers.text import ClipTokens, clean_as_open_clip

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scorer_twins import fill, formula_image, write_clip_tokenizer, write_part
 
-from pipelines.scores.conversions import convert
+from pipelines.scores.conversions.convert import convert
 from pipelines.scores.scorers import new_scorer
 from pipelines.scores.scorers.cosine import CosineScorer
 
@@ -94,3 +94,25 @@ def test_hps_converts_at_its_real_size() -> None:
     assert sum(each.numel() for each in state.values()) == 986_109_441
     assert config["vision_config"]["num_attention_heads"] == config["text_config"]["num_attention_heads"] == 16
     assert ours.config.vision_config.hidden_act == ours.config.text_config.hidden_act == "gelu"
+
+
+def test_image_scores_equal_open_clip_with_quick_gelu(tmp_path: Path) -> None:
+    """The aesthetic head and CLIP-I stand on OpenAI's towers."""
+    model = twin(quick_gelu=True)
+    for part in ("clip-l14-openai", "clip-b32-openai"):
+        write_twin(tmp_path, part, model, "quick_gelu")
+    weight, bias = torch.linspace(-1, 1, 32)[None], torch.tensor([5.0])
+    write_part(tmp_path / "aesthetic-sac-logos-ava1", {"weight": weight, "bias": bias})
+    images = [formula_image(*size, seed) for seed, size in enumerate(SIZES)]
+    transform = open_clip.image_transform(224, is_train=False)
+    with torch.no_grad():
+        units_BD = model.encode_image(torch.stack([transform(image) for image in images]), normalize=True)
+    expected = {
+        "aesthetic": (units_BD @ weight[0] + bias).tolist(),
+        "clip-i": (units_BD @ units_BD[:2].T).mean(dim=1).tolist(),
+    }
+    for name, values in expected.items():
+        scorer = new_scorer(name)
+        scorer.load(tmp_path, "cpu")
+        extra = {"references": [images[:2]] * 4} if "references" in scorer.needs else {}
+        assert scorer.score(images, [None] * 4, **extra) == pytest.approx(values, abs=1e-5)

@@ -188,6 +188,24 @@ def test_a_file_that_replaces_another_is_taken(hps_file: Path, tmp_path: Path) -
     assert not [each for each in listing(root) if ".fetch" in each]
 
 
+def test_a_part_of_an_older_conversion_is_fetched_again(
+    hps_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch("hpsv2.1", hps_file.parent, tmp_path / "cache")
+    monkeypatch.setattr(weights, "VERSION", weights.VERSION + 1)
+    with pytest.raises(ModelError, match="not on this machine"):
+        find("hpsv2.1", tmp_path / "cache")
+    fetch("hpsv2.1", hps_file.parent, tmp_path / "cache")
+
+
+def test_two_preprocessings_share_one_model(twins: Path) -> None:
+    scorers = [new_scorer(name) for name in ("hpsv2", "hpsv2-noantialias")]
+    for scorer in scorers:
+        scorer.load(twins, "cpu")
+    assert scorers[0]._images is not scorers[1]._images
+    assert scorers[0]._images.model is scorers[1]._images.model
+
+
 def test_a_folder_without_the_files_names_them(tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     with pytest.raises(ModelError, match=r"has none of the files HPS_v2.1_compressed.pt, vocab.json, merges.txt"):

@@ -54,14 +54,14 @@ def load_images(folder: Path, preprocessing: str, hidden_act: str, device: Any) 
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     place = torch.device(device)
-    key = ("clip-images", hidden_act, check_weights(folder), preprocessing)
+    key = ("clip-images", hidden_act, check_weights(folder))
 
-    def build() -> ClipImages:
+    def build() -> Any:
         config = _tower_config(CLIPVisionConfig, folder, "vision_config", hidden_act)
-        model = load_pretrained(CLIPVisionModelWithProjection, folder, config)
-        return ClipImages(key, preprocessing, model, place)
+        return load_pretrained(CLIPVisionModelWithProjection, folder, config)
 
-    return shared(key, place, build)
+    model = shared(("model", *key), place, build)
+    return shared((*key, preprocessing), place, lambda: ClipImages((*key, preprocessing), preprocessing, model, place))
 
 
 def load_texts(folder: Path, tokenizer: Path, hidden_act: str, device: Any, *, as_open_clip: bool = False) -> ClipTexts:
@@ -125,7 +125,7 @@ def _tower_config(config_class: Any, folder: Path, tower: str, hidden_act: str) 
     try:
         return config_class(**{**config, "projection_dim": whole["projection_dim"]})
     except Exception as error:  # transformers checks the values of a configuration with errors of its own
-        text = str(error).strip().splitlines()[0]
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"{folder / 'config.json'} is not the configuration of a CLIP model: {text}", DAMAGED
         ) from error

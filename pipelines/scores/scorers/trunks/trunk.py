@@ -22,8 +22,8 @@ CHUNK = 32
 """Number of images or prompts in one forward pass, so that memory does not follow the size of a batch."""
 DAMAGED = "fetch the weights again: `mapo scorers fetch NAME`"
 
-AnyTrunk = TypeVar("AnyTrunk", bound="ImageTrunk | TextTrunk")
-_TRUNKS: "WeakValueDictionary[tuple[str, ...], Any]" = WeakValueDictionary()
+Shared = TypeVar("Shared", bound="ImageTrunk | TextTrunk | nn.Module")
+_SHARED: "WeakValueDictionary[tuple[str, ...], Any]" = WeakValueDictionary()
 
 
 class ImageTrunk:
@@ -132,12 +132,15 @@ def check_weights(folder: Path) -> str:
     return part_digest(folder)
 
 
-def shared(key: tuple[str, ...], device: torch.device, build: Callable[[], AnyTrunk]) -> AnyTrunk:
-    """Return the trunk of a key on a device; all scorers of this process that need it hold the same one."""
+def shared(key: tuple[str, ...], device: torch.device, build: Callable[[], Shared]) -> Shared:
+    """Return the trunk or model of a key on a device; all scorers of this process that need it hold the same one.
+
+    Trunks that differ in preprocessing alone share their model.
+    """
     place = (*key, str(device))
-    found: AnyTrunk | None = _TRUNKS.get(place)
+    found: Shared | None = _SHARED.get(place)
     if found is None:
-        _TRUNKS[place] = found = build()
+        _SHARED[place] = found = build()
     return found
 
 
