@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,8 +25,6 @@ from pipelines.scores.downloads import bring, find_given
 from pipelines.scores.parts import MODEL, PARTS, WEIGHTS, File, Part
 
 RECORD = "fetched.json"
-SHAPING = (MODEL, "config.json", "vocab.json", "merges.txt", "vocab.txt")
-"""Files of a part that shape a score; a folder may hold others."""
 
 
 def default_cache() -> Path:
@@ -83,7 +81,7 @@ def part_folder(root: Path, part: str, *, is_only: bool) -> Path:
     Raises:
         ModelError: There is no such folder, or it lacks the part's files.
     """
-    wanted = _results(PARTS[part])
+    wanted = files_of(part)
     for folder in (root / part, root):
         if all((folder / name).is_file() for name in wanted) and (folder != root or is_only or MODEL not in wanted):
             return folder
@@ -93,17 +91,23 @@ def part_folder(root: Path, part: str, *, is_only: bool) -> Path:
     )
 
 
-def _results(part: Part) -> list[str]:
-    """Return the names of the files that a part has on this machine."""
+def files_of(name: str) -> list[str]:
+    """Return the names of the files that a part has on this machine, all of which shape a score."""
+    part = PARTS[name]
     if not part.has_model:
         return [file.name for file in part.files]
     has_config = part.convert not in ("affine", "vgg")
     return [MODEL, "config.json"] if has_config else [MODEL]
 
 
-def part_digest(folder: Path) -> str:
-    """Return the digest of all files of a part that shape a score; recorded ones are taken if the sizes still fit."""
-    files = sorted(folder / name for name in SHAPING if (folder / name).is_file())
+def files_digest(folder: Path, names: Sequence[str]) -> str:
+    """Return one digest of files of a part; recorded ones are taken if the sizes still fit.
+
+    Args:
+        folder: The part's folder.
+        names: The files that shape a score; the folder may hold others.
+    """
+    files = [folder / name for name in sorted(names)]
     recorded = json.loads((folder / RECORD).read_text())["files"] if (folder / RECORD).is_file() else {}
     digests = {}
     for file in files:

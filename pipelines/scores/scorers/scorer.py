@@ -8,7 +8,7 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.scorers.batch import Batch
 from pipelines.scores.scorers.result import Failure, Result, checked
-from pipelines.scores.weights import find, part_digest, part_folder
+from pipelines.scores.weights import files_digest, files_of, find, part_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +90,7 @@ class BuiltIn:
         Raises:
             ModelError: Weights are missing.
         """
-        digests = {part: part_digest(folder) for part, folder in self._folders(weights).items()}
+        digests = {part: files_digest(folder, files_of(part)) for part, folder in self._folders(weights).items()}
         return {
             "scorer": self.name,
             "version": self.version,

@@ -22,7 +22,7 @@ from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.scores import downloads, weights
 from pipelines.scores.parts import PARTS
 from pipelines.scores.scorers import new_scorer, scorer_names
-from pipelines.scores.weights import fetch, find, part_digest, part_folder
+from pipelines.scores.weights import fetch, files_digest, files_of, find, part_folder
 
 AFFINE = Path("/work/shared/benchmarks/aesthetic/sac-logos-ava1-l14-affine.safetensors")
 
@@ -180,11 +180,11 @@ def test_a_conversion_that_breaks_half_way_is_never_seen(
 
 def test_a_file_that_replaces_another_is_taken(hps_file: Path, tmp_path: Path) -> None:
     root = fetch("hpsv2.1", hps_file.parent, tmp_path / "cache")
-    before = part_digest(root / "hps-v2.1")
+    before = files_digest(root / "hps-v2.1", files_of("hps-v2.1"))
     state = torch.load(hps_file, weights_only=True)["state_dict"]
     torch.save({"state_dict": state | {"logit_scale": torch.tensor(3.0)}}, hps_file)
     fetch("hpsv2.1", hps_file, tmp_path / "cache")
-    assert part_digest(root / "hps-v2.1") != before
+    assert files_digest(root / "hps-v2.1", files_of("hps-v2.1")) != before
     assert not [each for each in listing(root) if ".fetch" in each]
 
 
@@ -313,6 +313,7 @@ def test_a_scorer_of_one_model_takes_that_models_folder_itself(twins: Path, tmp_
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(twins / "clip-tokenizer" / name, folder / name)
     new_scorer("pickscore").load(folder, "cpu")
+    assert new_scorer("pickscore").fingerprint(folder) == new_scorer("pickscore").fingerprint(twins)
     with pytest.raises(ModelError, match="has no folder aesthetic-sac-logos-ava1"):
         part_folder(folder, "aesthetic-sac-logos-ava1", is_only=False)
 

@@ -16,7 +16,7 @@ from pipelines.dataset.errors import ModelError
 from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.scores.parts import MODEL
 from pipelines.scores.scorers.images import Picture, prepare
-from pipelines.scores.weights import part_digest
+from pipelines.scores.weights import files_digest
 
 CHUNK = 32
 """Number of images or prompts in one forward pass, so that memory does not follow the size of a batch."""
@@ -129,7 +129,7 @@ def check_weights(folder: Path) -> str:
             f"{file} is bfloat16: scores would move by 4 % of their standard deviation, which flips close pairs",
             "give the published weights in float32 or float16",
         )
-    return part_digest(folder)
+    return files_digest(folder, [name for name in (MODEL, "config.json") if (folder / name).is_file()])
 
 
 def shared(key: tuple[str, ...], device: torch.device, build: Callable[[], Shared]) -> Shared:
