@@ -5,7 +5,12 @@
 SOURCES holds checkouts of HPSv2 (866735e), ImageReward (c1392c6), CSD (3a9df32) and improved-aesthetic-predictor
 (6934dd8) under `<owner>+<name>`; PACKAGES holds open_clip_torch's dependencies timm, torchvision and ftfy. The models
 are tiny, with weights from a formula. Where today's libraries lack what the official code imports, a stand-in is put in
-its place (`stand_ins`); none of them is on the path of a number.
+its place; on the path of a number lie two, with the formulas of transformers 4: chunking (of one chunk) and the mask of
+the image (all ones, which adds 0).
+
+Without an official script: PickScore (its README's formula is transformers' own CLIP, a test of its own), DreamBooth's
+metrics (unpublished; DINO's model and the usual transform stand in), Gram (torchvision's features alone), OneIG's
+maximum over references.
 """
 
 import ast
