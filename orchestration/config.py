@@ -12,12 +12,12 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipelines.config import EncodeConfig, IngestConfig
+from pipelines.config import EncodeConfig, EvaluateConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
 from training import config as train_config
-from training.config import EvaluateConfig, ExportConfig, TrainConfig
+from training.config import ExportConfig, TrainConfig
 
 LATER_KEYS: dict[str, Any] = {
     "encode.flips": False,

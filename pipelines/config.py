@@ -108,3 +108,136 @@ class EncodeConfig(Config):
         if self.resolution % VAE_FACTOR:
             raise ValueError(f"resolution must be a multiple of {VAE_FACTOR}, not {self.resolution}")
         return self
+
+
+BASE, ALIGNED, CHECKPOINTS = "base", "aligned", "checkpoints"
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class PromptFile(Config):
+    """A file of prompts."""
+
+    path: str = Field(min_length=1)
+    """A path or fsspec URL of a .txt (one prompt a line), .jsonl, .csv, .tsv or .parquet file."""
+    column: str = Field("prompt", min_length=1)
+    """The column, or the key of each JSON line, that holds the prompt."""
+    limit: int | None = Field(None, ge=1)
+    """Use only so many of the prompts, chosen by the run's seed."""
+
+
+class NamedModel(Config):
+    """Another model to judge: a whole pipeline, a UNet for the base pipeline, or a LoRA for it."""
+
+    name: str = Field(pattern=MODEL_NAME)
+    """Its name in the results."""
+    model: str | None = Field(None, min_length=1)
+    """Path, fsspec URL or Hugging Face id of a diffusers pipeline; by default the run's base model."""
+    unet: bool = False
+    """Take only the UNet of `model`, and everything else of the run's base model."""
+    lora: str | None = Field(None, min_length=1)
+    """Path or fsspec URL of a LoRA, as `load_lora_weights` of diffusers reads it."""
+    revision: str | None = Field(None, min_length=1)
+    """Branch, tag or commit of a model on the Hugging Face hub."""
+    variant: str | None = Field(None, pattern=r"^[\w-]+$")
+    """Variant of the model's weights, such as fp16; by default the plain files."""
+
+    @model_validator(mode="after")
+    def names_a_model(self) -> Self:
+        """Check that there is something to judge besides the base itself."""
+        if self.model is None and self.lora is None:
+            raise ValueError("set `model`, `lora` or both")
+        if self.model is None and (self.unet or self.revision or self.variant):
+            raise ValueError("`unet`, `revision` and `variant` belong to `model`, which is not set")
+        if self.name in (BASE, ALIGNED, CHECKPOINTS):
+            raise ValueError(f"the name {self.name} is taken: give the model another one")
+        return self
+
+
+class ScorerEntry(Config):
+    """A scorer with settings of its own."""
+
+    name: str = Field(min_length=1)
+    """A name of `mapo scorers`, or `module:Class`."""
+    weights: str | None = Field(None, min_length=1)
+    """A folder of weights; by default those that `mapo scorers fetch` brought."""
+    batch_size: int = Field(32, ge=1)
+    """Images in one pass; halved automatically when memory runs out."""
+
+
+def _prompt_file(value: object) -> object:
+    """Take a path alone for a `PromptFile`."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+class EvaluateConfig(Config):
+    """Evaluation: samples of the base, the aligned and other models with the same prompts and noise, and their scores."""
+
+    num_samples: int = Field(64, ge=1)
+    """Samples of each model in the suite `held-out`: of its distinct prompts, as many images a prompt as fit."""
+    num_inference_steps: int | None = Field(None, ge=1)
+    """Denoising steps of a sample, with the pipeline's own scheduler; by default the suite's own, 30 for ours."""
+    guidance_scale: float | None = Field(None, ge=0.0)
+    """Classifier-free guidance; 1 or less turns it off. By default the suite's own, 5 for ours."""
+    batch_size: int = Field(16, ge=1)
+    """Samples in one pipeline call; halved automatically when memory runs out."""
+    scorers: tuple[str | ScorerEntry, ...] = ()
+    """Scorers in addition to those of the suites: names of `mapo scorers`, or `module:Class`."""
+    suites: tuple[str, ...] | None = None
+    """Suites of prompts; by default `held-out`, or the suite `prompts` alone if `prompts` is set."""
+    prompts: Annotated[PromptFile | None, BeforeValidator(_prompt_file)] = None
+    """A file of your own prompts, as the suite `prompts`."""
+    models: tuple[str | NamedModel, ...] = (BASE, ALIGNED)
+    """The models to judge: base, aligned, checkpoints, and others by name."""
+    against: str = BASE
+    """The model that differences and win rates compare with."""
+    images_per_prompt: int | None = Field(None, ge=1)
+    """Images of each prompt; by default the suite's own."""
+    resolution: int | None = Field(None, ge=MIN_SIDE)
+    """Side of a square sample, in pixels; by default the suite's own, or `encode.resolution`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that pipelines compute in; `auto` is float16 on a GPU and float32 on a CPU."""
+    num_workers: WorkerCount = 1
+    """Samplers, one GPU (or CPU) each: a number, or a range such as 2..8 for as many of these as fit."""
+    limit_prompts: int | None = Field(None, ge=1)
+    """Use only so many prompts of each suite, chosen by the run's seed: for a look, not as the suite's protocol."""
+    max_audit_pairs: int = Field(512, ge=0)
+    """Held-out human pairs on which every scorer is audited; scorers with a `fit` learn from the same pairs."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of samplers."""
+        return worker_range(self.num_workers)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of the models in `models`."""
+        return tuple(model if isinstance(model, str) else model.name for model in self.models)
+
+    @property
+    def scorer_entries(self) -> tuple[ScorerEntry, ...]:
+        """The scorers, each with its settings."""
+        return tuple(ScorerEntry(name=each) if isinstance(each, str) else each for each in self.scorers)
+
+    @property
+    def suite_names(self) -> tuple[str, ...]:
+        """The names of the suites, with their defaults."""
+        if self.suites is not None:
+            return (*self.suites, *(["prompts"] if self.prompts is not None and "prompts" not in self.suites else []))
+        return ("held-out",) if self.prompts is None else ("prompts",)
+
+    @model_validator(mode="after")
+    def models_are_known(self) -> Self:
+        """Check the names of the models, and that there is one to compare with."""
+        names = self.model_names
+        for model in self.models:
+            if isinstance(model, str) and model not in (BASE, ALIGNED, CHECKPOINTS):
+                raise ValueError(f"models: {model} is not base, aligned or checkpoints; write {{name: ..., model: ...}}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"models: {'there is none' if not names else 'two models have the same name'}")
+        if self.against not in names or self.against == CHECKPOINTS:
+            raise ValueError(f"against: {self.against} is not one of the models {', '.join(names)}")
+        if "prompts" in self.suite_names and self.prompts is None:
+            raise ValueError("suites: the suite `prompts` needs the key `prompts`, a file of prompts")
+        if self.resolution is not None and self.resolution % VAE_FACTOR:
+            raise ValueError(f"resolution must be a multiple of {VAE_FACTOR}, not {self.resolution}")
+        return self

@@ -264,18 +264,3 @@ class ExportConfig(Config):
     """The whole pipeline, or the UNet alone. LoRA adapters are written next to either."""
     push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Also push the model to this Hugging Face repository, such as me/sdxl-aligned, as private; needs HF_TOKEN."""
-
-
-class EvaluateConfig(Config):
-    """Samples of the base and of the aligned model: same prompts, same seeds."""
-
-    num_samples: int = Field(64, ge=1)
-    """Samples of each model, cycling through the held-out prompts."""
-    num_inference_steps: int = Field(30, ge=1)
-    """Denoising steps of a sample, with the pipeline's own scheduler."""
-    guidance_scale: float = Field(5.0, ge=0.0)
-    """Classifier-free guidance; 1 or less turns it off."""
-    batch_size: int = Field(16, ge=1)
-    """Samples in one pipeline call."""
-    scorers: tuple[str, ...] = ()
-    """`module:Class` names of scorers (see training/evaluate.py); each sample of both models gets their scores."""

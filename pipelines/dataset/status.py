@@ -12,6 +12,13 @@ class Status(StrEnum):
     QUARANTINED = "quarantined"
 
 
+class ScoreStatus(StrEnum):
+    """The status of a score. A failure has a reason, and never a number."""
+
+    SCORED = "scored"
+    FAILED = "failed"
+
+
 class Reason(StrEnum):
     """Why a row is not kept; the reference page explains each."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipelines.dataset.errors import MapoError, ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from training.config import EvaluateConfig, ExportConfig, LoraConfig
+from pipelines.config import EvaluateConfig
+from training.config import ExportConfig, LoraConfig
 from training.evaluate import Sampler
 from training.export import correct_schedule, export_model, marker
 

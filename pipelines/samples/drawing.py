@@ -1,0 +1,111 @@
+"""What samples are drawn with: a model, the settings of the sampler, and the rows that are wanted.
+
+Light: needs neither ray, torch nor diffusers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pipelines.dataset.config import Device, worker_range
+from pipelines.dataset.model_files import ModelSource
+
+WANTED_SCHEMA = pa.schema(
+    [
+        ("sample_key", pa.string()),
+        ("text", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_id", pa.string()),
+        ("variant", pa.string()),
+        ("index", pa.int32()),
+        ("seed", pa.int64()),
+    ]
+)
+"""The columns of a wanted sample; they are also columns of the table of samples."""
+
+
+@dataclass(frozen=True)
+class DrawnModel:
+    """A model to draw with: a pipeline, perhaps with another UNet or a LoRA.
+
+    Args:
+        name: Its name in progress lines and results.
+        source: The pipeline, with its VAE and variant.
+        unet: Folder or fsspec URL of a UNet that replaces the pipeline's own.
+        lora: Path or fsspec URL of a LoRA, as `load_lora_weights` of diffusers reads it.
+        prediction_type: What the UNet predicts, if the pipeline's scheduler file is wrong.
+        identity: Digest of its weights where the driver knows it without reading them, such as that of an export;
+            otherwise the digest of the files.
+    """
+
+    name: str
+    source: ModelSource
+    unet: str | None = None
+    lora: str | None = None
+    prediction_type: str | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of the sampler that shape a sample.
+
+    Args:
+        num_inference_steps: Denoising steps, with the pipeline's own scheduler.
+        guidance_scale: Classifier-free guidance; 1 or less turns it off.
+        height: Pixels.
+        width: Pixels.
+        negative_prompt: The prompt to steer away from; None for the pipeline's own way without one.
+        dtype: Type that the pipeline computes in: float32, bfloat16 or float16.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    negative_prompt: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The wanted samples of one model under one fingerprint.
+
+    Args:
+        model: The model.
+        sampling: The settings of the sampler.
+        fingerprint: From `samples_fingerprint(model, sampling)`.
+        wanted: Rows of `WANTED_SCHEMA`, each sample once.
+    """
+
+    model: DrawnModel
+    sampling: Sampling
+    fingerprint: str
+    wanted: pa.Table
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers of an execution; a `WorkerSettings` of `pipelines.units.pool`.
+
+    Args:
+        stage: The stage's name in progress lines and errors, such as `evaluate`.
+        batch_size: Samples, or images, in one pass.
+        num_workers: A number, or a range such as `2..8`.
+        device: auto, cpu or gpu.
+        resources: Custom Ray resources that each requests as well.
+        start_timeout_s: Seconds to wait for a node; None for the default of `wait_for`.
+    """
+
+    stage: str
+    batch_size: int = 16
+    num_workers: int | str = 1
+    device: Device = "auto"
+    resources: Mapping[str, float] = field(default_factory=dict)
+    start_timeout_s: int | None = None
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of workers."""
+        return worker_range(self.num_workers)
