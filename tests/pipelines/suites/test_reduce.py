@@ -334,6 +334,10 @@ def test_judges_that_made_the_pairs_are_found_and_warned_of(suite: Suite, drawn:
     assert said[0].startswith("pick helped to make the training pairs")
     assert said[-1] == "not verified against a published value: pick"
     assert warnings_of(results, {}) == ()
+    licences = ("MIT", "CC BY-NC 4.0", "AGPL-3.0", "Apache-2.0", "OpenRAIL, research only", "none needed: no weights")
+    said = [warnings_of(results, {"pick": Judge(licence=each)}) for each in licences]
+    assert [len(each) for each in said] == [0, 1, 1, 0, 1, 0]
+    assert said[1] == ("licence of pick: CC BY-NC 4.0",)
 
 
 def test_the_record_of_an_evaluation_comes_back_from_json(suite: Suite, drawn: dict[tuple[str, str], Any]) -> None:
