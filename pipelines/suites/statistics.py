@@ -35,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 NUM_DRAWS = 10_000
+"""Draws of a bootstrap."""
 
 
 def paired_bootstrap(

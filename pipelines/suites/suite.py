@@ -1,0 +1,170 @@
+"""A benchmark: prompts, the settings that its samples are drawn with, the scorers that judge them, and its protocol."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipelines.dataset.pair import prompt_id
+
+
+@dataclass(frozen=True)
+class SuitePrompt:
+    """Prompt of a suite; the first of its tags is its category."""
+
+    prompt_id: str
+    prompt: str
+    tags: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(prompt: str, *tags: str) -> "SuitePrompt":
+        """Return a prompt with the id that samples and scores know it by."""
+        return SuitePrompt(prompt_id(prompt), prompt, tags)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named benchmark. It is data: who draws the samples and who scores them is decided elsewhere.
+
+    Args:
+        name: Its name in a configuration and in `results.json`.
+        version: Version of its prompts and protocol; raise it when a number would mean something else.
+        prompts: Its prompts, each once.
+        images_per_prompt: Images of each prompt.
+        num_inference_steps: Denoising steps of a sample.
+        guidance_scale: Classifier-free guidance; 1 or less turns it off.
+        resolution: Side of the square samples, in pixels; None for `encode.resolution`.
+        scorers: Names of its scorers.
+        primary: Names of the scorers whose differences it makes claims about; Holm's correction is over these. The
+            others describe.
+        macro: Whether its score is the mean of the categories' means, as GenEval's, not the mean over prompts.
+        protocol: What it measures and how, in words.
+        licence: Licence of the prompts.
+        source: Where the prompts come from.
+        deviations: How this differs from the protocol, such as `4 steps instead of 30`; see `changed`.
+        protocol_prompts: Number of prompts of the whole protocol; None for all of `prompts`.
+
+    Raises:
+        ValueError: There is no prompt, a prompt occurs twice, a number is out of range, a primary scorer is not among
+            `scorers`, or `macro` is set and a prompt has no category.
+    """
+
+    name: str
+    version: int
+    prompts: tuple[SuitePrompt, ...]
+    images_per_prompt: int = 1
+    num_inference_steps: int = 30
+    guidance_scale: float = 5.0
+    resolution: int | None = None
+    scorers: tuple[str, ...] = ()
+    primary: tuple[str, ...] = ()
+    macro: bool = False
+    protocol: str = ""
+    licence: str = ""
+    source: str = ""
+    deviations: tuple[str, ...] = ()
+    protocol_prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"suite {self.name}: there is no prompt.")
+        counts = Counter(each.prompt_id for each in self.prompts)
+        if len(counts) < len(self.prompts):
+            twice = next(each.prompt for each in self.prompts if counts[each.prompt_id] > 1)
+            repeated = len(self.prompts) - len(counts)
+            raise ValueError(
+                f"suite {self.name}: {repeated} of {len(self.prompts)} prompts are repeated, such as {twice!r}."
+            )
+        if min(self.images_per_prompt, self.num_inference_steps) < 1 or self.guidance_scale < 0:
+            raise ValueError(
+                f"suite {self.name}: {self.images_per_prompt} images a prompt, {self.num_inference_steps} steps and"
+                f" guidance {self.guidance_scale:g}; these must be at least 1, 1 and 0."
+            )
+        if unknown := set(self.primary) - set(self.scorers):
+            raise ValueError(f"suite {self.name}: the primary scorer {min(unknown)} is not one of its scorers.")
+        if self.macro and self.strata is None:
+            raise ValueError(f"suite {self.name}: a mean over categories needs a tag on each of its prompts.")
+
+    @property
+    def label(self) -> str:
+        """Name and version, such as `starter@1`."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def strata(self) -> dict[str, str] | None:
+        """prompt_id -> category; None if a prompt has none."""
+        if not all(each.tags for each in self.prompts):
+            return None
+        return {each.prompt_id: each.tags[0] for each in self.prompts}
+
+    @property
+    def tags(self) -> dict[str, tuple[str, ...]]:
+        """Tag -> prompt_ids, in the order in which the prompts bring them up."""
+        found: dict[str, list[str]] = {}
+        for each in self.prompts:
+            for tag in dict.fromkeys(each.tags):
+                found.setdefault(tag, []).append(each.prompt_id)
+        return {tag: tuple(members) for tag, members in found.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompts with their tags, in order."""
+        lines = [json.dumps([each.prompt, list(each.tags)], ensure_ascii=False) for each in self.prompts]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def changed(
+        self,
+        *,
+        images_per_prompt: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        resolution: int | None = None,
+    ) -> "Suite":
+        """Return the suite with other settings, and with a word on each that is not the protocol's; None keeps it."""
+        wanted = {
+            "images_per_prompt": (images_per_prompt, "images a prompt"),
+            "num_inference_steps": (num_inference_steps, "steps"),
+            "guidance_scale": (guidance_scale, "guidance"),
+            "resolution": (resolution, "pixels"),
+        }
+        values, words = {}, list(self.deviations)
+        for field, (value, unit) in wanted.items():
+            own = getattr(self, field)
+            if value is None or value == own:
+                continue
+            values[field] = value
+            if own is not None:
+                words.append(f"{unit} {value:g} instead of {own:g}")
+        return dataclasses.replace(self, **values, deviations=tuple(words))  # type: ignore[arg-type]
+
+    def limited(self, limit: int | None, *, seed: int) -> "Suite":
+        """Return the suite with so many of its prompts: a look, not the protocol.
+
+        The choice follows from the seed and each prompt alone, so that a larger limit adds prompts and drops none.
+
+        Args:
+            limit: Number of prompts; None, or as many as there are, keeps all.
+            seed: Seed of the choice.
+        """
+        if limit is None or limit >= len(self.prompts):
+            return self
+
+        def place(prompt: SuitePrompt) -> str:
+            return hashlib.sha256(f"{seed}:{prompt.prompt_id}".encode()).hexdigest()
+
+        chosen = set(sorted(self.prompts, key=place)[:limit])
+        whole = self.protocol_prompts or len(self.prompts)
+        return dataclasses.replace(
+            self,
+            prompts=tuple(each for each in self.prompts if each in chosen),
+            deviations=(*self.deviations, f"{limit} of {whole} prompts"),
+            protocol_prompts=whole,
+        )
+
+    def with_scorers(self, scorers: Iterable[str]) -> "Suite":
+        """Return the suite with further scorers; they are the primary ones of a suite that declares none."""
+        own = dict.fromkeys((*self.scorers, *scorers))
+        added = tuple(each for each in own if each not in self.scorers)
+        return dataclasses.replace(self, scorers=tuple(own), primary=self.primary or added)
