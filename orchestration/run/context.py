@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestration.run.encode_ahead import EncodeAhead
     from pipelines.sources.unit import SourceUnit
 
-EVALUATION, RESULTS = "evaluation", "evaluation.json"
+EVALUATION, RESULTS = "evaluation", "results.json"
 """The folder of a run's evaluation, and the file of its results in it."""
 Say = Callable[[str], None]
 """Shows one line to the user."""

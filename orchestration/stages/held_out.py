@@ -54,6 +54,11 @@ class HeldOutPairs:
             "`mapo data show` says why; set `evaluate.prompts` to judge with prompts of your own",
         )
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is such a pair."""
+        return bool(self._rows(self.split).num_rows)
+
     def _rows(self, split: str) -> pa.Table:
         if self.version is None:
             return pa.table({name: [] for name in COLUMNS})

@@ -11,7 +11,7 @@ from orchestration.stages.stage import digest
 from pipelines.config import ALIGNED, BASE, CHECKPOINTS, NamedModel
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.model_files import ModelSource
-from pipelines.samples.drawing import DrawnModel
+from pipelines.samples.drawing import DrawnModel, Sampling
 
 if TYPE_CHECKING:
     from orchestration.run.context import Run
@@ -65,9 +65,9 @@ def _identity(run: Run, model: str | NamedModel, trained: StageRecord | None, ex
 
 def base_digest_of(run: Run) -> str:
     """Digest every file of the base that shapes a sample."""
-    from pipelines.samples.fingerprint import model_parts
+    from pipelines.samples.fingerprint import samples_parts
 
-    return digest(model_parts(base_model(run)))
+    return digest(samples_parts(base_model(run), Sampling(1, 1.0, 1, 1))["model"])
 
 
 def _aligned_identity(trained: StageRecord | None, exported: StageRecord | None) -> list[Any]:
