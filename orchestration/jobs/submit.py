@@ -1,7 +1,7 @@
 """Submit a run as a Ray job: what is sent, under which id, and when it is refused.
 
-The configuration file is sent, with the prompts and scorers' modules that it names and what `--include` names; overrides
-go on the job's command line. The cluster needs the installed package, and nothing else from this machine.
+The configuration file is sent, with the prompts and scorers' modules that it names, and what `--include` names;
+overrides go on the job's command line. The cluster needs the installed package, and nothing else from this machine.
 """
 
 import getpass

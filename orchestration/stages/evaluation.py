@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestration.run.context import EVALUATION, RESULTS
+from orchestration.stages.evaluation_cost import gpu_hours
 from orchestration.stages.evaluation_images import audit_rows, can_audit, images_of, no_values, values_of
 from orchestration.stages.held_out import HeldOutPairs
 from orchestration.stages.judged_models import JudgedModel, judged_models, remove_unets, write_unets
@@ -150,6 +151,7 @@ class Evaluation:
     def _draw(self) -> list[Drawn]:
         """Draw the missing samples; the UNets of checkpoints are on the storage only meanwhile."""
         run, missing = self._run, self.missing
+        run.say(self._plan_line())
         waiting = {cell.model.name: cell.model for cell in self.cells if missing[cell.drawing.fingerprint]}
         try:
             if any(model.checkpoint for model in waiting.values()):
@@ -160,13 +162,27 @@ class Evaluation:
             remove_unets(run)
 
     @cached_property
-    def missing(self) -> dict[str, int]:
-        """Number of samples to draw, by the fingerprint of model and settings."""
+    def _drawings(self) -> dict[str, Drawing]:
+        """All samples of each model and settings, by their fingerprint; suites may share some."""
         merged = {cell.drawing.fingerprint: cell.drawing for cell in self.cells}
         for fingerprint, drawing in merged.items():
             tables = [cell.drawing.wanted for cell in self.cells if cell.drawing.fingerprint == fingerprint]
             merged[fingerprint] = replace(drawing, wanted=distinct_samples(*tables))
-        return {fingerprint: count_missing(self._run.storage, each) for fingerprint, each in merged.items()}
+        return merged
+
+    @cached_property
+    def missing(self) -> dict[str, int]:
+        """Number of samples to draw, by the fingerprint of model and settings."""
+        return {name: count_missing(self._run.storage, drawing) for name, drawing in self._drawings.items()}
+
+    def _plan_line(self) -> str:
+        """Say how much is drawn, and what it may cost."""
+        total = sum(drawing.wanted.num_rows for drawing in self._drawings.values())
+        missing = sum(self.missing.values())
+        line = f"evaluate  {total:,} samples of {', '.join(model.name for model in self.models)}: {missing:,} to draw"
+        if missing and self.on_gpu:
+            line += f", about {gpu_hours(self._drawings, self.missing):.2g} GPU hours on an H200"
+        return line
 
     def _cost(self, drawn: Sequence[Drawn], seconds: float) -> EvaluationCost:
         gpu_hours = sum(each.worker_s for each in drawn) / 3600 if self.on_gpu else None
