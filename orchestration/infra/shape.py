@@ -24,7 +24,6 @@ GIB_AN_INGEST_TASK = 0.5  # Python and Arrow, beside two shards: the one that is
 CPUS_AN_INGEST_TASK = 0.66
 STATE_GIB = 39  # a checkpoint of full SDXL with EMA: 16 bytes for each of 2.57e9 weights
 MODEL_GIB = 30  # on disk: SDXL's weights twice, for two runs or variants
-EVALUATE_GPUS = 2  # an actor for each model
 MAX_NAME = 40  # KubeRay appends up to 22 characters to a RayJob's name, and a label's value has 63
 SECTIONS = ("ingest", "encode", "train")
 
@@ -126,7 +125,8 @@ def _gpus(config: RunConfig) -> tuple[int, int]:
     used = [section.worker_range for section in (config.train, config.encode) if section.device != "cpu"]
     if not used:
         return 0, 0
-    return max(low for low, _ in used), max(EVALUATE_GPUS, *(high for _, high in used))
+    used.append(config.evaluate.worker_range)  # samplers take a GPU where the cluster has any
+    return max(low for low, _ in used), max(high for _, high in used)
 
 
 def _cpu_group(config: RunConfig, max_nodes: int) -> Group:

@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from orchestration.report.findings import Change, Point, finite_points
+from orchestration.report.findings import Point, finite_points
 from orchestration.report.format import tick_label
-from orchestration.report.records import Score, TrainingSection
+from orchestration.report.records import Interval, TrainingSection
 
 MAX_POINTS = 400  # of a line; more would only make the page larger
 MIN_AVERAGED = 40  # steps: a shorter series is drawn as it is
 NOISE_FREE = ("learning_rate",)
 LARGE, SMALL = (360, 200), (300, 130)
+MAX_LABEL, ROW_HEIGHT = 22, 30  # of a plot of intervals: characters, and units
 SMALL_HEIGHT = 150  # charts lower than this have few ticks
 STYLES = ("raw", "line", "marks")  # in the order of drawing
 
@@ -208,19 +209,40 @@ def downsample(points: Sequence[Point]) -> list[Point]:
 
 
 @dataclass(frozen=True)
-class IntervalPlot:
-    """Intervals of a score on one axis, with their change."""
+class IntervalRow:
+    """Interval of one model, and the height at which it is drawn."""
 
-    score: Score
-    change: Change
+    label: str
+    interval: Interval
+    is_ours: bool
+    y: float
+
+
+@dataclass(frozen=True)
+class IntervalPlot:
+    """Intervals of a score on one axis, a row for each model."""
+
+    name: str
+    rows: Sequence[IntervalRow]
     frame: Frame
     ticks: Sequence[tuple[float, str]]
+    height: float
 
 
-def interval_plot(score: Score) -> IntervalPlot:
-    """Lay out the two intervals of a score."""
-    ticks = round_ticks(min(score.ends), max(score.ends), count=4)
-    frame = Frame(58, 346, 8, 74, (ticks[0], ticks[-1]), (0.0, 1.0))
-    return IntervalPlot(
-        score, Change(score.base, score.aligned), frame, [(frame.x(tick), tick_label(tick)) for tick in ticks]
-    )
+def interval_plot(name: str, intervals: Sequence[tuple[str, Interval, bool]]) -> IntervalPlot:
+    """Lay out the intervals of a score.
+
+    Args:
+        name: Name of the score.
+        intervals: Label of each row, its interval, and whether it is the run's own model.
+    """
+    labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}\u2026" for label, _, _ in intervals]
+    ends = [value for _, each, _ in intervals for value in (each.low, each.mean, each.high)]
+    ticks = round_ticks(min(ends), max(ends), count=4)
+    left, bottom = max(58, 14 + 6 * max(map(len, labels))), 14 + ROW_HEIGHT * len(intervals)
+    frame = Frame(left, 346, 8, bottom, (ticks[0], ticks[-1]), (0.0, 1.0))
+    rows = [
+        IntervalRow(label, interval, is_ours, 28 + ROW_HEIGHT * number)
+        for number, (label, (_, interval, is_ours)) in enumerate(zip(labels, intervals, strict=True))
+    ]
+    return IntervalPlot(name, rows, frame, [(frame.x(tick), tick_label(tick)) for tick in ticks], bottom + 22)

@@ -9,7 +9,6 @@ from orchestration.report.course import Course
 from orchestration.run.journal import StageRecord
 from orchestration.stages.stage import StageState
 
-NUM_SAMPLERS = 2  # of evaluate: one actor per model
 S_PER_H = 3600.0
 
 
@@ -148,7 +147,7 @@ def _devices(config: RunConfig, used: Used) -> dict[str, Devices]:
     return {
         "encode": Devices(max((count for _, count in used.encoders), default=num_actors), any_gpu),
         "train": Devices(len(used.workers) or num_workers, trains_on_gpu if used.workers else encodes_on_gpu),
-        "evaluate": Devices(NUM_SAMPLERS, any_gpu),
+        "evaluate": Devices(config.evaluate.worker_range[1], any_gpu),
     }
 
 

@@ -13,6 +13,7 @@ from orchestration.config import RunConfig
 from orchestration.report.cost import Used, cost_of
 from orchestration.report.course import STAGES_SHOWN, UNDONE, Course, JournalEvent, is_alive, read_course
 from orchestration.report.encoding import described, recorded_fingerprints, with_own_work
+from orchestration.report.evaluation import evaluation_section
 from orchestration.report.live_curves import read_json
 from orchestration.report.records import (
     DatasetSection,
@@ -20,11 +21,8 @@ from orchestration.report.records import (
     EncodingSection,
     EvaluationSection,
     Fingerprints,
-    Interval,
     ReportData,
     RoundRow,
-    Sample,
-    Score,
     SourceRow,
     StageRow,
     TrainingSection,
@@ -40,6 +38,7 @@ from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 from pipelines.maintenance.describe import describe_dataset, summary_line
+from pipelines.suites.evaluation import RESULTS_FILE
 
 PACKAGES = ("torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -235,23 +234,8 @@ def _evaluation(storage: Storage, folder: str, record: StageRecord | None) -> Ev
     """Return the last evaluation; without its samples while those of the next one replace them."""
     if record is None:
         return None
-    details = record.details
-    samples = details["samples"] if storage.exists(f"{folder}/{EVALUATION}/{RESULTS}") else ()
-    return EvaluationSection(
-        num_samples=details["num_samples"],
-        num_inference_steps=details["num_inference_steps"],
-        guidance_scale=details["guidance_scale"],
-        scores=[
-            Score(
-                name=score["name"],
-                description=score["description"],
-                base=Interval.from_json(score["base"]),
-                aligned=Interval.from_json(score["aligned"]),
-            )
-            for score in details["scores"]
-        ],
-        samples=[Sample.from_json(each) for each in samples],
-    )
+    files = (f"{folder}/{EVALUATION}/{name}" for name in (RESULTS, RESULTS_FILE))
+    return evaluation_section(record.details, has_samples=any(map(storage.exists, files)))
 
 
 def _model(storage: Storage, exported: StageRecord | None) -> str | None:
@@ -259,11 +243,16 @@ def _model(storage: Storage, exported: StageRecord | None) -> str | None:
 
 
 def page_images(storage: Storage, folder: str, data: ReportData) -> dict[str, bytes]:
-    """Read every sample, sample grid and image of the contact sheet; return their bytes by the page's names."""
-    samples = data.evaluation.samples if data.evaluation else ()
+    """Read every sample, sample grid and image of the contact sheet; return their bytes by the page's names.
+
+    A sample that is not there is left out, and the page says that it is missing.
+    """
+    gallery = data.evaluation.record.gallery if data.evaluation else ()
     contact = data.encoding.contact if data.encoding else ()
     grids = data.training.samples if data.training else ()
-    names = {name: f"{EVALUATION}/{name}" for sample in samples for name in (sample.base, sample.aligned)}
-    names |= {grid.image: grid.image for grid in grids}
+    names = {grid.image: grid.image for grid in grids}
     names |= {name: name for image in contact for name in (image.source, image.decoded)}
+    samples = {image.name: f"{EVALUATION}/{image.name}" for entry in gallery for image in entry.images.values()}
+    there = set(storage.names(f"{folder}/{EVALUATION}")) if samples else set()
+    names |= {name: where for name, where in samples.items() if f"{folder}/{where}" in there}
     return {name: storage.read(f"{folder}/{where}") for name, where in names.items()}

@@ -122,10 +122,10 @@ function samples(pair) {
   });
   return same.map(([first, second]) => {
     const image = (run, sample, tone) => make("div", {},
-      make("img", { src: `${encodeURIComponent(run.run)}/evaluation/${encodeURIComponent(sample.aligned)}`, loading: "lazy", alt: `${run.run}, seed ${sample.seed}: ${sample.prompt.slice(0, 90)}` }),
+      make("img", { src: `${encodeURIComponent(run.run)}/evaluation/${encodeURIComponent(sample.aligned)}`, loading: "lazy", alt: `${run.run}, no. ${sample.seed}: ${sample.prompt.slice(0, 90)}` }),
       make("small", { class: tone }, run.run));
     const images = make("div", { class: "images" }, image(pair[0], first, "ours"), image(pair[1], second, "other"));
-    return make("figure", { class: "pair" }, images, make("figcaption", {}, first.prompt, " ", make("small", {}, `seed\u00a0${first.seed}`)));
+    return make("figure", { class: "pair" }, images, make("figcaption", {}, first.prompt, " ", make("small", {}, `no.\u00a0${first.seed}`)));
   });
 }
 

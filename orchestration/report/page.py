@@ -4,7 +4,6 @@ import base64
 import functools
 import hashlib
 import io
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,11 +14,12 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from orchestration.report.charts import IntervalPlot, curves, interval_plot
+from orchestration.report.charts import curves
 from orchestration.report.course import RunState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
 from orchestration.report.records import ReportData
+from orchestration.report.suite_view import NUM_OPEN, gallery_groups, headlines, shown_scores, suite_views
 from orchestration.stages.stage import StageState
 
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
@@ -36,7 +36,7 @@ class Picture:
     height: int
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def picture(image: bytes, max_side: int) -> Picture:
     """Return an image as a data URI; one with a longer side becomes a smaller copy."""
     with Image.open(io.BytesIO(image)) as opened:
@@ -93,7 +93,8 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         images: Bytes of the images that samples, sample grids and contact sheet name; an absent one is shown as
             missing.
     """
-    training, widths = data.training, _widths(data)
+    training, widths, views = data.training, _widths(data), suite_views(data.evaluation)
+    results = {view.name: view.result for view in views}
     css = part("page.css") + widths.rules()
     is_live = training is not None and not training.is_over
     return template("report.html.j2").render(
@@ -108,7 +109,12 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         left_s=time_left(training) if training is not None and is_live and data.stage == "train" else None,
         created=datetime.fromisoformat(data.created_at),
         outcome=held_out_change(training),
-        plots=_plots(data),
+        views=views,
+        own={view.name: view.ours for view in views},
+        headlines=headlines(views),
+        galleries=gallery_groups(data.evaluation),
+        shown_scores=lambda entry, model: shown_scores(entry, model, results),
+        num_open=NUM_OPEN,
         curves=curves(training) if training else [],
         speed=training_speed(training) if training else None,
         pictures=_pictures(data, images),
@@ -123,11 +129,6 @@ def _former(data: ReportData) -> list[str]:
     is_undone = {name: states.get(name, StageState.DONE) not in ended for name in ("train", "evaluate")}
     found = ["training"] if is_undone["train"] and data.training and data.training.is_over else []
     return found + (["samples and scores"] if any(is_undone.values()) and data.evaluation else [])
-
-
-def _plots(data: ReportData) -> list[IntervalPlot]:
-    scores = data.evaluation.scores if data.evaluation else ()
-    return [interval_plot(score) for score in scores if math.isfinite(sum(score.ends))]
 
 
 def _pictures(data: ReportData, images: Mapping[str, bytes]) -> dict[str, Picture]:

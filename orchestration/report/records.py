@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestration.report.cost import Cost
 from orchestration.report.timeline import Timeline
+from pipelines.suites.evaluation import EvaluationRecord
 
 Row = Mapping[str, float]
 """Numbers of one step or one validation, by name; `step` is among them."""
@@ -305,44 +306,11 @@ class TrainingSection:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Score of the base model and of the aligned model."""
-
-    name: str
-    description: str
-    base: Interval
-    aligned: Interval
-
-    @property
-    def ends(self) -> Sequence[float]:
-        """Return all six numbers."""
-        return [value for side in (self.base, self.aligned) for value in (side.low, side.mean, side.high)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Prompt and seed drawn by both models; `base` and `aligned` are files in the folder of the evaluation."""
-
-    prompt: str
-    seed: int
-    base: str
-    aligned: str
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Sample":
-        """Return the sample that a summary or an evaluation recorded."""
-        return Sample(data["prompt"], data["seed"], data["base"], data["aligned"])
-
-
-@dataclass(frozen=True)
 class EvaluationSection:
-    """Newest evaluation."""
+    """Newest evaluation; one of an earlier version (`is_former`) has neither paired differences nor win rates."""
 
-    num_samples: int
-    num_inference_steps: int
-    guidance_scale: float
-    scores: Sequence[Score]
-    samples: Sequence[Sample]
+    record: EvaluationRecord
+    is_former: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from orchestration.report.cost import Cost, Devices, Price, StageCost
@@ -22,12 +23,9 @@ from orchestration.report.records import (
     EncodingSpeed,
     EvaluationSection,
     Fingerprints,
-    Interval,
     ReportData,
     RoundRow,
-    Sample,
     SampleGrid,
-    Score,
     SourceRow,
     StageRow,
     TrainingSection,
@@ -35,6 +33,13 @@ from orchestration.report.records import (
 )
 from orchestration.report.timeline import Bar, Timeline
 from orchestration.stages.stage import StageState
+from pipelines.suites.audit import JudgeAgreement
+from pipelines.suites.cells import VALUES_SCHEMA
+from pipelines.suites.evaluation import EvaluationCost, EvaluationRecord, warnings_of
+from pipelines.suites.gallery import choose_gallery
+from pipelines.suites.reduce import reduce_suite
+from pipelines.suites.results import Judge, Results
+from pipelines.suites.suite import Suite, SuitePrompt
 
 GRIDS = (0, 400, 800, 1200)
 PROMPTS = (
@@ -99,16 +104,76 @@ def sample_data(num_steps: int = 1200) -> ReportData:
         encoding=encoding_data(),
         fingerprints=Fingerprints("9f" * 16, "77" * 16),
         training=_training(num_steps),
-        evaluation=EvaluationSection(
-            num_samples=64, num_inference_steps=25, guidance_scale=3.0,
-            scores=[Score(name, f"How far the {name} is met.", Interval(*base), Interval(*aligned))
-                    for name, base, aligned in (("style", (0.08, 0.104, 0.128), (0.3, 0.341, 0.379)),
-                                                ("content", (0.25, 0.26, 0.27), (0.24, 0.255, 0.265)))],
-            samples=[Sample(prompt, 17 + i, f"base-{i:03}.png", f"aligned-{i:03}.png")
-                     for i, prompt in enumerate(PROMPTS * 2)],
-        ),
+        evaluation=evaluation_data(),
         model="runs/photos/runs/photos/model",
     )  # fmt: skip
+
+
+def evaluation_data() -> EvaluationSection:
+    """Return the evaluation of two models by three scorers, on two suites."""
+    judges = {
+        "style": Judge("share, 0 to 1", description="How far the style is met.", verified=True, licence="MIT"),
+        "content": Judge("share, 0 to 1", description="How far the content is met.", verified=False),
+        "dark_share": Judge("share, 0 to 1", higher_is_better=False, description="Share that is nearly black."),
+    }
+    suites = [
+        Suite(name, 1, tuple(SuitePrompt.of(prompt, *tags) for prompt, tags in prompts),
+              images_per_prompt=images, num_inference_steps=25, guidance_scale=3.0, scorers=tuple(judges),
+              primary=("style", "content"), protocol=about)
+        for name, prompts, images, about in (
+            ("held-out", [(prompt, ()) for prompt in PROMPTS], 2, ""),
+            ("own", [(f"thing {i}", ("thing", "few" if i < 12 else "many")) for i in range(40)], 1, "Things."),
+        )
+    ]  # fmt: skip
+    values = {suite.name: _values(suite) for suite in suites}
+    results = Results({
+        suite.name: reduce_suite(values[suite.name], suite, against="base", judges=judges, num_draws=500)
+        for suite in suites
+    })  # fmt: skip
+    gallery = choose_gallery(values["held-out"], suites[0], against="base", judges=judges, num_each=2, num_plain=16)
+    return EvaluationSection(
+        EvaluationRecord(
+            results=results, gallery=gallery, judges=judges,
+            audit={"style": JudgeAgreement(0.71, 0.58, 0.81, 52, 9, 1.0),
+                   "content": JudgeAgreement(None, None, None, 0)},
+            warnings=warnings_of(results, judges, made_by=["style"]), cost=EvaluationCost(112, 0.25, 450.0),
+        )
+    )  # fmt: skip
+
+
+def _values(suite: Suite) -> pa.Table:
+    """Return scores: the aligned model meets the style better; its content is the same but for noise."""
+    rng, rows = random.Random(7), []
+    for number, prompt in enumerate(suite.prompts):
+        for index in range(suite.images_per_prompt):
+            easy = rng.gauss(0, 0.05)
+            for model, means in (("base", (0.1, 0.26, 0.2)), ("aligned", (0.34, 0.255, 0.1))):
+                for scorer, mean in zip(suite.scorers, means, strict=True):
+                    value = (
+                        None
+                        if (model, scorer, number) == ("aligned", "content", 3)
+                        else mean + easy + rng.gauss(0, 0.03)
+                    )
+                    rows.append((model, scorer, prompt.prompt_id, index, value, None if value else "non_finite"))
+    return pa.table(dict(zip(VALUES_SCHEMA.names, zip(*rows, strict=True), strict=True)), schema=VALUES_SCHEMA)
+
+
+def former_details() -> dict[str, Any]:
+    """Return what the version of November 2026 recorded of an evaluation."""
+    return {
+        "num_samples": 64, "split": "validation", "num_inference_steps": 25, "guidance_scale": 3.0,
+        "scores": [
+            {"name": name, "description": f"How far the {name} is met.", "base": ends(*base), "aligned": ends(*aligned)}
+            for name, base, aligned in (("style", (0.08, 0.104, 0.128), (0.3, 0.341, 0.379)),
+                                        ("content", (0.25, 0.26, 0.27), (0.24, 0.255, 0.265)))
+        ],
+        "samples": [{"prompt": prompt, "seed": 17 + i, "base": f"base-{i:03}.png", "aligned": f"aligned-{i:03}.png"}
+                    for i, prompt in enumerate(PROMPTS * 2)],
+    }  # fmt: skip
+
+
+def ends(low: float, mean: float, high: float) -> dict[str, float]:
+    return {"low": low, "mean": mean, "high": high}
 
 
 def _training(num_steps: int) -> TrainingSection:
@@ -181,10 +246,12 @@ def contact_names() -> list[str]:
 def sample_images() -> dict[str, bytes]:
     data = sample_data(6)
     assert data.evaluation is not None
-    samples = {name: landscape(sample.seed, styled=name.startswith("aligned"))
-               for sample in data.evaluation.samples for name in (sample.base, sample.aligned)}  # fmt: skip
+    samples = {image.name: landscape(int(entry.prompt_id[:4], 16) + entry.index, styled=model == "aligned")
+               for entry in data.evaluation.record.gallery for model, image in entry.images.items()}  # fmt: skip
+    former = {f"{model}-{i:03}.png": landscape(17 + i, styled=model == "aligned")
+              for i in range(2 * len(PROMPTS)) for model in ("base", "aligned")}  # fmt: skip
     contact = {name: landscape(100 + i // 2) for i, name in enumerate(contact_names())}
-    return samples | contact | {f"samples/0123/step-{step:08}.jpg": _grid(step / GRIDS[-1]) for step in GRIDS}
+    return samples | former | contact | {f"samples/0123/step-{step:08}.jpg": _grid(step / GRIDS[-1]) for step in GRIDS}
 
 
 def running(**changes: Any) -> ReportData:
@@ -209,7 +276,7 @@ def changed(record: Any, changes: Mapping[str, Any]) -> Any:
     """Return a record with other values at some paths, such as `training.method` or `evaluation.scores.0.name`."""
     for path, value in changes.items():
         name, _, rest = path.partition(".")
-        if isinstance(record, list):
+        if isinstance(record, list | tuple):
             place = int(name)
             record = [*record[:place], changed(record[place], {rest: value}) if rest else value, *record[place + 1 :]]
         elif isinstance(record, dict):

@@ -1,0 +1,228 @@
+"""View of a suite's results: the rows, plots and curves that the page shows; `evaluation.html.j2` has the markup."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
+from orchestration.report.evaluation import own_model
+from orchestration.report.records import EvaluationSection, Interval
+from pipelines.suites.gallery import DISAGREE, SPECIMEN, GalleryEntry, step_of
+from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult, TagDifference, TagScore
+
+MAX_FINDINGS = 6  # in the head of the page
+MAX_SHOWN_SCORES = 4  # below an image
+NUM_OPEN = 12  # entries of the gallery that are not folded
+BETTER, WORSE = "rose", "fell"  # classes of the style sheet
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One model's numbers of one score.
+
+    Args:
+        model: The model.
+        is_ours: Whether it is the run's own model.
+        score: Its mean.
+        comparison: Its difference; None for the model that is compared with.
+        verdict: `rose` if it is better, `fell` if it is worse, empty if no difference is shown.
+    """
+
+    model: str
+    is_ours: bool
+    score: ModelScore
+    comparison: Comparison | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ScoreGroup:
+    """All models' numbers of one score."""
+
+    scorer: str
+    judge: Judge
+    is_primary: bool
+    rows: Sequence[ScoreRow]
+
+
+@dataclass(frozen=True)
+class TagRow:
+    """One score of one tag: each model's mean, and the difference of the run's own model."""
+
+    scorer: str
+    tag: str
+    num_prompts: int
+    scores: Sequence[TagScore | None]
+    difference: TagDifference | None
+
+
+@dataclass(frozen=True)
+class SuiteView:
+    """Suite as the page shows it.
+
+    Args:
+        name: Its name.
+        result: Its results.
+        models: The models that are no checkpoints, the one that is compared with first.
+        ours: The run's own model.
+        groups: The scores.
+        plots: The intervals of scores that have numbers.
+        curves: A learning curve for each score, if checkpoints were judged.
+        tags: The scores by tag.
+        silent: Scores without a number.
+    """
+
+    name: str
+    result: SuiteResult
+    models: Sequence[str]
+    ours: str | None
+    groups: Sequence[ScoreGroup]
+    plots: Sequence[IntervalPlot]
+    curves: Sequence[Chart]
+    tags: Sequence[TagRow]
+    silent: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Change of a score from one model to the run's own, for the head of the page."""
+
+    name: str
+    before: float
+    after: float
+    comparison: Comparison
+    verdict: str
+
+
+@dataclass(frozen=True)
+class GalleryGroup:
+    """Entries of a gallery that were chosen for one kind of reason."""
+
+    title: str
+    note: str
+    entries: Sequence[GalleryEntry]
+
+
+def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
+    """Return the view of each suite."""
+    if section is None:
+        return []
+    judges = section.record.judges
+    return [_view(name, result, judges) for name, result in section.record.results.suites.items()]
+
+
+def headlines(views: Sequence[SuiteView]) -> list[Headline]:
+    """Return what the head of the page says: the first scores of all suites, primary ones first."""
+    found = []
+    groups = [(view, group) for view in views for group in view.groups]
+    for view, group in sorted(groups, key=lambda each: not each[1].is_primary):
+        before = next((row for row in group.rows if row.model == view.result.against_model), None)
+        after = next((row for row in group.rows if row.is_ours), None)
+        if before and after and after.comparison and _is_known(before.score) and _is_known(after.score):
+            name = group.scorer if len(views) == 1 else f"{view.name}: {group.scorer}"
+            means = before.score.mean or 0.0, after.score.mean or 0.0
+            found.append(Headline(name, *means, after.comparison, after.verdict))
+    return found[:MAX_FINDINGS]
+
+
+def gallery_groups(section: EvaluationSection | None) -> list[GalleryGroup]:
+    """Return the gallery by reason: images that a score picked first, then those that none did."""
+    entries = section.record.gallery if section else ()
+    contested = [each for each in entries if DISAGREE in each.why]
+    plain = [each for each in entries if set(each.why) == {SPECIMEN}]
+    picked = [each for each in entries if each not in contested and each not in plain]
+    others = ("Other prompts", "Spread over the suite, not chosen by a score.") if picked or contested else ("", "")
+    groups = (
+        GalleryGroup("Where models differ most", "Chosen by the score that is named: extremes, not averages.", picked),
+        GalleryGroup("Where judges disagree", "One primary score says better and another says worse.", contested),
+        GalleryGroup(*others, plain),
+    )
+    return [each for each in groups if each.entries]
+
+
+def shown_scores(entry: GalleryEntry, model: str, results: Mapping[str, SuiteResult]) -> list[tuple[str, float]]:
+    """Return the scores to write below an image: the primary ones, or the first few."""
+    scores = entry.images[model].scores
+    result = results.get(entry.suite)
+    wanted = (result.primary or result.scorers) if result else tuple(scores)
+    return [(name, value) for name in wanted if (value := scores.get(name)) is not None][:MAX_SHOWN_SCORES]
+
+
+def verdict(comparison: Comparison | None, judge: Judge) -> str:
+    """Return BETTER or WORSE if a difference is shown, else nothing."""
+    if comparison is None or comparison.difference is None or not comparison.is_shown:
+        return ""
+    return BETTER if (comparison.difference > 0) == judge.higher_is_better else WORSE
+
+
+def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteView:
+    ours = own_model(result)
+    named = [model for model in result.models if step_of(model) is None]
+    models = sorted(named, key=lambda model: model != result.against_model)
+    groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in result.scorers]
+    plots = [_plot(group) for group in groups]
+    return SuiteView(
+        name=name,
+        result=result,
+        models=models,
+        ours=ours,
+        groups=groups,
+        plots=[plot for plot in plots if plot is not None],
+        curves=[curve for scorer in result.scorers if (curve := _curve(scorer, result)) is not None],
+        tags=[row for scorer in result.scorers for row in _tag_rows(scorer, models, result, ours)],
+        silent=[group.scorer for group in groups if not any(_is_known(row.score) for row in group.rows)],
+    )
+
+
+def _group(scorer: str, models: Sequence[str], result: SuiteResult, ours: str | None, judge: Judge) -> ScoreGroup:
+    rows = []
+    for model in models:
+        if (score := result.models[model].scores.get(scorer)) is not None:
+            comparison = result.against.get(model, {}).get(scorer)
+            rows.append(ScoreRow(model, model == ours, score, comparison, verdict(comparison, judge)))
+    return ScoreGroup(scorer, judge, scorer in result.primary, rows)
+
+
+def _plot(group: ScoreGroup) -> IntervalPlot | None:
+    intervals = [
+        (row.model, Interval(row.score.low or 0.0, row.score.mean or 0.0, row.score.high or 0.0), row.is_ours)
+        for row in group.rows
+        if _is_known(row.score)
+    ]
+    return interval_plot(group.scorer, intervals) if intervals else None
+
+
+def _curve(scorer: str, result: SuiteResult) -> Chart | None:
+    """Return the learning curve of a score over the checkpoints; its dotted line is the model that is compared with."""
+    points = [
+        (float(step), found.mean)
+        for model, each in result.models.items()
+        if (step := step_of(model)) is not None
+        and (found := each.scores.get(scorer)) is not None
+        and found.mean is not None
+    ]
+    if not points:
+        return None
+    points.sort()
+    reference = result.models.get(result.against_model)
+    score = reference.scores.get(scorer) if reference and step_of(result.against_model) is None else None
+    guide = score.mean if score else None
+    traces = [Trace("mean", "line", 0, points), Trace("mean of a checkpoint", "marks", 0, points)]
+    return draw(ChartSpec(scorer, {}, guide=guide), traces)
+
+
+def _tag_rows(scorer: str, models: Sequence[str], result: SuiteResult, ours: str | None) -> list[TagRow]:
+    comparison = result.against.get(ours or "", {}).get(scorer)
+    differences = comparison.tags if comparison else {}
+    rows = []
+    for tag, num_prompts in result.tags.items():
+        scores = [result.models[model].tags.get(tag, {}).get(scorer) for model in models]
+        if any(scores):
+            rows.append(TagRow(scorer, tag, num_prompts, scores, differences.get(tag)))
+    return rows
+
+
+def _is_known(score: ModelScore) -> bool:
+    """Return whether a mean and its interval are numbers; a version before this one may have recorded NaN."""
+    ends = (score.low, score.mean, score.high)
+    return all(each is not None and math.isfinite(each) for each in ends)
