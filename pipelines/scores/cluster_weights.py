@@ -67,14 +67,14 @@ class LocatedPart:
 
 
 def locate_parts(
-    scorer: str, parts: Sequence[str], storage: Storage, folder: Path | None = None
+    scorer: str, parts: Sequence[str], storage: Storage | None, folder: Path | None = None
 ) -> tuple[LocatedPart, ...]:
     """Find the parts of a built-in scorer: in a given folder, or in the storage's cache, or in this machine's.
 
     Args:
         scorer: The scorer's name, for errors.
         parts: The names of its parts.
-        storage: The storage.
+        storage: The storage; None to look on this machine alone.
         folder: The folder of weights of the configuration; no other place counts if it is given.
 
     Raises:
@@ -91,9 +91,10 @@ def locate_parts(
             found.append(located)
     if missing:
         raise ModelError(
-            f"the weights of the scorer {scorer} are missing: {', '.join(missing)} found neither in {root} nor in "
-            f"{storage.uri(RECORDS)}",
-            f"mapo scorers fetch {scorer}; with `--to {storage.url}` also for the nodes of a cluster",
+            f"the weights of the scorer {scorer} are missing: {', '.join(missing)} not found in {root}"
+            + ("" if storage is None else f" or in {storage.uri(RECORDS)}"),
+            f"mapo scorers fetch {scorer}"
+            + ("" if storage is None else f" --to {storage.url}, which serves all nodes of a cluster"),
         )
     return tuple(found)
 
@@ -135,8 +136,10 @@ def _in_folder(part: str, folder: Path) -> LocatedPart:
     return LocatedPart(part, tuple(files), str(folder))
 
 
-def _on_storage(part: str, storage: Storage) -> LocatedPart | None:
+def _on_storage(part: str, storage: Storage | None) -> LocatedPart | None:
     """Read the record of a part in the storage's cache; None if there is none of this version's conversion."""
+    if storage is None:
+        return None
     data = storage.read_if_there(f"{RECORDS}/{part}.json")
     if data is None:
         return None

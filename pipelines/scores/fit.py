@@ -77,7 +77,7 @@ class FitPairs:
         """
         rows: Sequence[Row] = self.table.to_pylist()
         with ThreadPoolExecutor(READERS) as readers:
-            sides = [list(readers.map(lambda row, side=side: _image(storage, row, side), rows)) for side in (0, 1)]  # type: ignore[misc]
+            sides = [list(readers.map(lambda row, side=side: _image(storage, row, side), rows)) for side in (0, 1)]
         preferred = [0 if row["label_0"] > TIE else 1 for row in rows]
         return LearntPairs(
             [sides[side][place] for place, side in enumerate(preferred)],

@@ -9,6 +9,7 @@ from collections.abc import Collection
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ConfigError, SnapshotError
 from pipelines.dataset.key_map import Keys, keys_of
@@ -49,6 +50,9 @@ OWN_NEEDS = ("image", "prompt")
 """What every table of images has."""
 ALL_NEEDS = (*OWN_NEEDS, *IMAGE_LISTS, *TEXTS)
 """What a scorer may need."""
+Mask = NDArray[np.bool_]
+Rows = NDArray[np.int64]
+"""Positions of rows."""
 KEY_DIGITS = 32
 BATCH_ROWS = 65_536
 PROMPT_FACTOR, CONTEXT_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
@@ -148,10 +152,11 @@ def _keys(image_sha256: pa.Array, prompt_id: pa.Array, context: pa.Array) -> Key
         raise SnapshotError(
             f"an image to score has a digest or a prompt_id that is not hexadecimal digits of the right number: {error}"
         ) from error
-    return images + prompts * PROMPT_FACTOR + others * CONTEXT_FACTOR
+    keys: Keys = images + prompts * PROMPT_FACTOR + others * CONTEXT_FACTOR
+    return keys
 
 
-def first_of_each(keys: Keys) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def first_of_each(keys: Keys) -> Mask:
     """Return which keys are the first of their kind."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     in_order = keys[order]
@@ -162,7 +167,7 @@ def first_of_each(keys: Keys) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     return is_first
 
 
-def places_in(known: Keys, wanted: Keys) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def places_in(known: Keys, wanted: Keys) -> Rows:
     """Return the position in `known` of each wanted key; -1 where it is not there."""
     found = np.full(len(wanted), -1, np.int64)
     if not len(known) or not len(wanted):

@@ -21,6 +21,8 @@ from pipelines.scores.images import (
     OPTIONAL,
     REQUIRED,
     TEXTS,
+    Mask,
+    Rows,
     check_images,
     first_of_each,
     keys_of_images,
@@ -77,15 +79,15 @@ def pending_scores(storage: Storage, judges: Sequence[Judge], images: pa.Table) 
     """
     for judge in judges:
         check_images(images, judge.needs, judge.name)
-    keys: dict[tuple[str, ...], tuple[Keys, np.ndarray]] = {}
-    missing = []
+    keys: dict[tuple[str, ...], tuple[Keys, Mask]] = {}
+    missing: list[Mask] = []
     for judge in judges:
         needs = needs_beside(judge)
         if needs not in keys:
             of_images = keys_of_images(images, needs)
             keys[needs] = of_images, first_of_each(of_images)
         of_images, is_first = keys[needs]
-        missing.append(is_first & (places_in(_known(storage, judge), of_images) < 0))
+        missing.append(np.logical_and(is_first, places_in(_known(storage, judge), of_images) < 0))
     if not any(each.any() for each in missing):
         return Pending([], tuple(0 for _ in judges))
     own = keys.get(()) or _with_first(keys_of_images(images, ()))
@@ -93,7 +95,7 @@ def pending_scores(storage: Storage, judges: Sequence[Judge], images: pa.Table) 
     return Pending(units, tuple(int(each.sum()) for each in missing))
 
 
-def _with_first(keys: Keys) -> tuple[Keys, np.ndarray]:
+def _with_first(keys: Keys) -> tuple[Keys, Mask]:
     return keys, first_of_each(keys)
 
 
@@ -112,14 +114,14 @@ def _known(storage: Storage, judge: Judge) -> Keys:
     return np.concatenate(found) if found else np.zeros((0, 2), np.uint64)
 
 
-def _order(images: pa.Table) -> np.ndarray:
+def _order(images: pa.Table) -> Rows:
     """Return the rows in the order of prompts, then digests."""
     by = [("prompt_id", "ascending"), ("image_sha256", "ascending")]
-    found: np.ndarray = pc.sort_indices(images.select(["prompt_id", "image_sha256"]), sort_keys=by).to_numpy()
-    return found.astype(np.int64)
+    found = pc.sort_indices(images.select(["prompt_id", "image_sha256"]), sort_keys=by)
+    return np.asarray(found.to_numpy(), np.int64)
 
 
-def _units(images: pa.Table, order: np.ndarray, is_first: np.ndarray, missing: np.ndarray) -> list[Unit]:
+def _units(images: pa.Table, order: Rows, is_first: Mask, missing: Mask) -> list[Unit]:
     """Cut all distinct images into units, and keep those rows, and units, that lack a score.
 
     Args:
@@ -129,7 +131,7 @@ def _units(images: pa.Table, order: np.ndarray, is_first: np.ndarray, missing: n
         missing: By judge and row, whether the score is missing.
     """
     number = np.maximum(np.cumsum(is_first[order]) - 1, 0) // IMAGES_A_UNIT
-    is_wanted = missing.any(axis=0)[order]
+    is_wanted = np.asarray(missing.any(axis=0))[order]
     rows, number = order[is_wanted], number[is_wanted]
     columns = [name for name in (*REQUIRED.names, *OPTIONAL.names) if name in images.column_names]
     found = images.select(columns).take(pa.array(rows)).combine_chunks()

@@ -48,6 +48,11 @@ def verification_of(scorer: str, parts: Sequence[LocatedPart], storage: Storage 
     return None
 
 
+def forget_verification(scorer: str) -> None:
+    """Remove the record, after a check that failed."""
+    _file(scorer).unlink(missing_ok=True)
+
+
 def publish_verification(scorer: str, storage: Storage) -> None:
     """Copy the record to the storage's cache, if there is one."""
     if _file(scorer).is_file():
