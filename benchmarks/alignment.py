@@ -22,9 +22,10 @@ from PIL import Image
 from benchmarks.alignment_data import LEVELS, SOURCE, Data, make_data
 from benchmarks.alignment_report import closest, figure, question, render, table, write
 from benchmarks.alignment_runs import METRICS, Draws, Judge, Scores, Setting, denoising_errors, train
+from orchestration.demo.scenes import RESOLUTION
 from pipelines.dataset.pair import TEST, VALIDATION
 from pipelines.encode.encoders import quiet_diffusers
-from training.config import EvaluateConfig
+from pipelines.samples.drawing import Sampling
 from training.methods import METHODS
 from training.model import Base, load_base
 
@@ -70,7 +71,7 @@ class Bench:
         self.base: Base = load_base(SOURCE)
         self.data: Data = make_data(LEVELS, size.crops_per_scene)
         self.judges = {level: Judge(self.data, level) for level in LEVELS}
-        self.sampling = EvaluateConfig(num_inference_steps=size.num_inference_steps, guidance_scale=size.guidance_scale)
+        self.sampling = Sampling(size.num_inference_steps, size.guidance_scale, RESOLUTION, RESOLUTION)
         some = next(iter(LEVELS))  # the prompts are the same at every level
         self.draws = {
             VALIDATION: Draws.of(

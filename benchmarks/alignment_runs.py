@@ -5,7 +5,6 @@ place of DeepSpeed and Ray there is a plain loop in one process.
 """
 
 import copy
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.alignment_data import SOURCE, Data, Pairs
-from orchestration.demo.scenes import RESOLUTION
 from orchestration.demo.scores import ContentScore, StyleScore, palette
 from pipelines.dataset.pair import TEST, TRAIN, VALIDATION
-from training.config import EvaluateConfig, TrainConfig
+from pipelines.samples.drawing import DrawnModel, Sampling
+from pipelines.samples.sampler import Sampler
+from training.config import TrainConfig
 from training.data.order import Plan, noise_seed
 from training.engine import build_optimizer
-from training.evaluate import Sampler
 from training.loop import draw_with
 from training.losses import pair_loss
 from training.methods import NEEDS_REFERENCE
@@ -135,9 +134,10 @@ class Draws:
         prompts = [prompt for prompt in dict.fromkeys(pairs.prompts) for _ in range(per_prompt)]
         return Draws(prompts, list(range(first_seed, first_seed + len(prompts))))
 
-    def images(self, unet: Any, config: EvaluateConfig) -> list[Image.Image]:
-        """What a UNet makes of them in the base's pipeline."""
+    def images(self, unet: Any, sampling: Sampling) -> list[Image.Image]:
+        """Draw them with a UNet in the base's pipeline."""
         with tempfile.TemporaryDirectory(prefix="mapo-alignment-") as folder:
             unet.save_pretrained(folder)
-            sampler = Sampler(SOURCE.model, None, config, RESOLUTION, unet=folder)
-        return [Image.open(io.BytesIO(png)).convert("RGB") for png in sampler.sample(self.prompts, self.seeds)]
+            sampler = Sampler(DrawnModel("trained", SOURCE, folder), sampling)
+        batch = sampler.draw([sampler.embed(prompt) for prompt in self.prompts], self.seeds)
+        return [Image.fromarray(pixels_HWC) for pixels_HWC in batch.pixels_BHWC]

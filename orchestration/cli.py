@@ -9,23 +9,29 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from orchestration import __version__
-from orchestration.commands import data, demo, infra, lineage, logs, report, run, stages, status, stop, submit
+from orchestration.commands import data, demo, infra, lineage, logs, report, run, scorers, stages, status, stop, submit
 from orchestration.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, MaskedFormatter, note
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.secrets import redact
 
-ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, infra)
+ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, scorers, infra)
 COMMANDS = tuple(command for room in ROOMS for command in room.COMMANDS)
 """Every command, in the order of `mapo --help`."""
-GROUPS = {"data": "inspect and maintain a data set", "infra": "bring up a cluster"}
+GROUPS = {
+    "data": "inspect and maintain a data set",
+    "scorers": "list scorers, fetch their weights, check their values",
+    "infra": "bring up a cluster",
+}
 """First words of two-word commands, with their help."""
+SECOND_WORDS = {"scorers": "show"}
+"""Second words that may be left out, by the first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     if isinstance(logging.lastResort, logging.Handler):
         logging.lastResort.setFormatter(MaskedFormatter())
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(completed(sys.argv[1:] if arguments is None else arguments))
     try:
         return options.action(options) or 0
     except MapoError as error:
@@ -43,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"{type(cause).__name__}: {str(cause).strip() or 'no message'}"
         note(f"{what}\nhint: this looks like a bug in mapo; `--debug` shows where")
         return EXIT_FAILED
+
+
+def completed(arguments: Sequence[str]) -> list[str]:
+    """Add the second word of a command where it may be left out: `scorers NAME` is `scorers show NAME`."""
+    if not arguments or arguments[0] not in SECOND_WORDS:
+        return list(arguments)
+    first, *rest = arguments
+    known = {name for group, _, name in (command.name.rpartition(" ") for command in COMMANDS) if group == first}
+    return list(arguments) if rest and rest[0] in {*known, "-h", "--help"} else [first, SECOND_WORDS[first], *rest]
 
 
 def entry() -> None:

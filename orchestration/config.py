@@ -12,7 +12,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipelines.config import EncodeConfig, EvaluateConfig, IngestConfig
+from pipelines.config import ALIGNED, BASE, EncodeConfig, EvaluateConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
@@ -22,9 +22,21 @@ from training.config import ExportConfig, TrainConfig
 LATER_KEYS: dict[str, Any] = {
     "encode.flips": False,
     "encode.start_timeout_s": None,
+    "evaluate.suites": None,
+    "evaluate.prompts": None,
+    "evaluate.models": [BASE, ALIGNED],
+    "evaluate.against": BASE,
+    "evaluate.images_per_prompt": None,
+    "evaluate.resolution": None,
+    "evaluate.dtype": "auto",
+    "evaluate.num_workers": 1,
+    "evaluate.limit_prompts": None,
+    "evaluate.max_audit_pairs": 512,
     **{f"train.{name}": default for name, default in train_config.LATER_KEYS.items()},
 }
 """Keys that later versions added, with their defaults: at its default a key changes no configuration's digest."""
+FORMER_DEFAULTS = {"evaluate.num_inference_steps": 30, "evaluate.guidance_scale": 5.0}
+"""Keys that had a number as their default and now leave it to the suite, whose number is the same."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What PyYAML raises: also for a date or a number that cannot be, and for brackets in brackets."""
@@ -182,6 +194,10 @@ def comparable(config: RunConfig) -> dict[str, Any]:
             place = (place or {}).get(section)
         if place and place.get(key, default) == default:
             place.pop(key, None)
+    for path, default in FORMER_DEFAULTS.items():
+        section, _, key = path.partition(".")
+        if found[section][key] is None:
+            found[section][key] = default
     return found
 
 

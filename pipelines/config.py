@@ -170,7 +170,7 @@ def _prompt_file(value: object) -> object:
 
 
 class EvaluateConfig(Config):
-    """Evaluation: samples of the base, the aligned and other models with the same prompts and noise, and their scores."""
+    """Evaluation: samples of several models with the same prompts and noise, and their scores."""
 
     num_samples: int = Field(64, ge=1)
     """Samples of each model in the suite `held-out`: of its distinct prompts, as many images a prompt as fit."""
@@ -231,7 +231,9 @@ class EvaluateConfig(Config):
         names = self.model_names
         for model in self.models:
             if isinstance(model, str) and model not in (BASE, ALIGNED, CHECKPOINTS):
-                raise ValueError(f"models: {model} is not base, aligned or checkpoints; write {{name: ..., model: ...}}")
+                raise ValueError(
+                    f"models: {model} is not base, aligned or checkpoints; name others as {{name: ..., model: ...}}"
+                )
         if not names or len(set(names)) < len(names):
             raise ValueError(f"models: {'there is none' if not names else 'two models have the same name'}")
         if self.against not in names or self.against == CHECKPOINTS:

@@ -21,12 +21,14 @@ class Demand:
     """The resources that one worker requests from Ray.
 
     Args:
-        resource: The resource it computes on (CPU or GPU); it requests one.
+        resource: The resource it computes on (CPU or GPU).
         also: Further resources on the same node: custom ones, `CPU`, or `memory` in bytes.
+        amount: How much of `resource` it requests: 1, or a part of a GPU.
     """
 
     resource: Literal["CPU", "GPU"]
     also: Mapping[str, float] = field(default_factory=dict)
+    amount: float = 1.0
 
     def __str__(self) -> str:
         return " and ".join([f"a {self.resource}", *(name for name in self.also if name not in ("CPU", "memory"))])
@@ -34,7 +36,7 @@ class Demand:
     @property
     def needed(self) -> dict[str, float]:
         """All resources by Ray's names."""
-        return {self.resource: 1.0, **self.also}
+        return {self.resource: self.amount, **self.also}
 
     def has_node(self) -> bool:
         """Return whether a live node has all the resources, free or not."""

@@ -88,6 +88,20 @@ def pair_flops(
     return (image + _predicted_image_flops(*shape) if method_needs_reference else image) * 2
 
 
+def predicted_image_flops(unet_config: Mapping[str, Any], height: int, width: int, tokens: int) -> float:
+    """Count the FLOPs of one prediction for one image, as a sampler makes it.
+
+    Args:
+        unet_config: The UNet's `config`.
+        height: Height of the latents.
+        width: Width of the latents.
+        tokens: Length of a prompt's embedding.
+    """
+    return _predicted_image_flops(
+        json.dumps(dict(unet_config), sort_keys=True, default=str), height, width, tokens
+    ).model
+
+
 @lru_cache(maxsize=256)
 def _trained_image_flops(
     unet_config: str, height: int, width: int, tokens: int, gradient_checkpointing: bool | str, lora: LoraConfig | None

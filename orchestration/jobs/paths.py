@@ -32,6 +32,13 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | None]]:
     if config.encode:
         yield "encode.model", _model(config.encode.model)
         yield "encode.vae", _model(config.encode.vae)
+    for number, entry in enumerate(config.evaluate.scorers):
+        if not isinstance(entry, str):
+            yield f"evaluate.scorers.{number}.weights", entry.weights
+    for number, model in enumerate(config.evaluate.models):
+        if not isinstance(model, str):
+            yield f"evaluate.models.{number}.model", _model(model.model)
+            yield f"evaluate.models.{number}.lora", model.lora
     if config.train:
         yield "train.cache_dir", config.train.cache_dir
         yield "train.offload_path", config.train.offload_path

@@ -1,7 +1,7 @@
 """Submit a run as a Ray job: what is sent, under which id, and when it is refused.
 
-The configuration file and what `--include` names are sent; overrides go on the job's command line. The cluster needs
-the installed package, and nothing else from this machine.
+The configuration file is sent, with the prompts and scorers' modules that it names, and what `--include` names;
+overrides go on the job's command line. The cluster needs the installed package, and nothing else from this machine.
 """
 
 import getpass
@@ -21,6 +21,7 @@ from orchestration import __version__
 from orchestration.config import RunConfig, resolved_json
 from orchestration.jobs.api import IdTaken, Job, Jobs
 from orchestration.jobs.bundle import bundled, check_size
+from orchestration.jobs.named_files import job_overrides, named_files
 from orchestration.jobs.paths import absolute_path, load_located
 from orchestration.run.context import Run
 from orchestration.run.lease import current_holder
@@ -97,8 +98,11 @@ def prepare(
         )
     for name, value in (environment or {}).items():
         _check_plain(name, value)
+    given = [Path(path) for path in included]
+    known = {path.resolve() for path in given}
+    sent = (*given, *(path for path in named_files(config) if path not in known))
     submission = Submission(
-        Path(file), every, config, command, tuple(Path(path) for path in included),
+        Path(file), (*every, *job_overrides(config)), config, command, sent,
         {STOP_WAIT_VARIABLE: str(STOP_WAIT_S), **(environment or {})}, dict(resources or {}),
     )  # fmt: skip
     check_size(submission.file, submission.included)

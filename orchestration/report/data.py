@@ -30,7 +30,7 @@ from orchestration.report.records import (
 from orchestration.report.timeline import timeline
 from orchestration.report.training_section import finished_training, live_training, unfinished_progress
 from orchestration.rounds.series import rounds_of
-from orchestration.run.context import EVALUATION, RESULTS
+from orchestration.run.context import EVALUATION, OLD_RESULTS, RESULTS
 from orchestration.run.journal import Journal, StageRecord, now
 from orchestration.stages.registry import STAGES
 from orchestration.stages.stage import StageState
@@ -38,7 +38,6 @@ from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
 from pipelines.maintenance.describe import describe_dataset, summary_line
-from pipelines.suites.evaluation import RESULTS_FILE
 
 PACKAGES = ("torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -234,7 +233,7 @@ def _evaluation(storage: Storage, folder: str, record: StageRecord | None) -> Ev
     """Return the last evaluation; without its samples while those of the next one replace them."""
     if record is None:
         return None
-    files = (f"{folder}/{EVALUATION}/{name}" for name in (RESULTS, RESULTS_FILE))
+    files = (f"{folder}/{EVALUATION}/{name}" for name in (OLD_RESULTS, RESULTS))
     return evaluation_section(record.details, has_samples=any(map(storage.exists, files)))
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from orchestration.run.encode_ahead import EncodeAhead
     from pipelines.sources.unit import SourceUnit
 
-EVALUATION, RESULTS = "evaluation", "evaluation.json"
-"""The folder of a run's evaluation, and the file of its results in it."""
+EVALUATION, RESULTS, OLD_RESULTS = "evaluation", "results.json", "evaluation.json"
+"""The folder of a run's evaluation, the file of its results in it, and that of versions before December 2026."""
 Say = Callable[[str], None]
 """Shows one line to the user."""
 

@@ -1,4 +1,7 @@
-"""The layout of a storage, and the tables of latents, texts, samples and scores. See the Contract in docs/reference/storage.md."""
+"""The layout of a storage, and the tables of encodings, samples and scores.
+
+See the Contract in docs/reference/storage.md.
+"""
 
 import pyarrow as pa
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, read_family, resolve_model
 
-__all__ = ["Embedded", "LatentEncoder", "TextEncoder", "quiet_diffusers", "resolve_model", "usable_device"]
+__all__ = [
+    "Embedded", "LatentEncoder", "TextEncoder", "check_complete", "loading", "quiet_diffusers", "resolve_model",
+    "usable_device",
+]  # fmt: skip
 
 WAY_OUT = "is the pipeline complete? load it with diffusers and save it again with `save_pretrained`"
 
@@ -62,7 +65,7 @@ def quiet_diffusers() -> None:
 
 
 @contextlib.contextmanager
-def _loading(part: str, folder: Path) -> Iterator[None]:
+def loading(part: str, folder: Path) -> Iterator[None]:
     """Turn any error of a library on a bad part into an error that names the part."""
     try:
         yield
@@ -73,7 +76,7 @@ def _loading(part: str, folder: Path) -> Iterator[None]:
         raise ModelError(f"cannot load the {part} of {folder}: {text.splitlines()[0]}", WAY_OUT) from error
 
 
-def _check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> None:
+def check_complete(part: str, folder: Path, loading_info: dict[str, Any]) -> None:
     """Check that the file has all weights: missing ones would silently be random."""
     lacking = sorted(loading_info.get("missing_keys") or ())
     lacking += sorted(str(key) for key in loading_info.get("mismatched_keys") or ())
@@ -94,11 +97,11 @@ def load_vae(source: ModelSource) -> Any:
     from diffusers import AutoencoderKL
 
     folder = source.vae_folder()
-    with _loading("VAE", folder):
+    with loading("VAE", folder):
         loaded, info = AutoencoderKL.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, variant=source.vae_variant, output_loading_info=True
         )
-    _check_complete("VAE", folder, info)
+    check_complete("VAE", folder, info)
     return loaded.eval().requires_grad_(False)
 
 
@@ -200,13 +203,13 @@ class TextEncoder:
         family = read_family(folder)
         parts: dict[str, Any] = dict.fromkeys(family.not_for_text)
         for name, kind in family.text_encoders.items():
-            with _loading(name, folder):
+            with loading(name, folder):
                 parts[name], info = getattr(transformers, kind).from_pretrained(
                     folder / name, dtype=torch.float32, use_safetensors=True, variant=source.variant,
                     output_loading_info=True,
                 )  # fmt: skip
-            _check_complete(name, folder, info)
-        with _loading("tokenizers", folder):
+            check_complete(name, folder, info)
+        with loading("tokenizers", folder):
             pipeline_class = getattr(diffusers, family.pipeline_class)
             pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
         self.device = device or usable_device()

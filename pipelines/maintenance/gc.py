@@ -20,12 +20,14 @@ import pyarrow.dataset as ds
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from pipelines.dataset.errors import SnapshotError, StorageError
-from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, TEXT, fingerprints
+from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, SAMPLES, SCORES, TEXT, fingerprints
 from pipelines.dataset.storage import UNFINISHED, Storage
 from pipelines.dataset.values import JsonObject
 from pipelines.dataset.versions import LOG, Version, files_of, versions
 
 DATASET = "dataset"
+WITH_TABLES = (LATENTS, TEXT, SAMPLES, SCORES)
+"""Folders that have one table for each fingerprint."""
 READERS = 16
 ROUND = re.compile(r"rounds/\d+\.json")
 MODEL_LINEAGE = "model/lineage.json"
@@ -82,7 +84,7 @@ def tables(storage: Storage) -> list[str]:
         raise SnapshotError(
             f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
-    found = [f"{folder}/{name}/table" for folder in (LATENTS, TEXT) for name in fingerprints(storage, folder)]
+    found = [f"{folder}/{name}/table" for folder in WITH_TABLES for name in fingerprints(storage, folder)]
     return [PAIRS, *found]
 
 
@@ -214,8 +216,10 @@ def _shards_in(storage: Storage, files: list[str]) -> set[str]:
     filesystem = PyFileSystem(FSSpecHandler(storage.fs))
 
     def shards(file: str) -> list[str]:
-        rows = ds.dataset(storage.path(file), filesystem=filesystem, format="parquet").to_table(["shard"])
-        return list(rows["shard"].drop_null().unique().to_pylist())
+        found = ds.dataset(storage.path(file), filesystem=filesystem, format="parquet")
+        if "shard" not in found.schema.names:  # scores point to no bytes of their own
+            return []
+        return list(found.to_table(["shard"])["shard"].drop_null().unique().to_pylist())
 
     with ThreadPoolExecutor(READERS) as readers:
         return {shard for found in readers.map(shards, files) for shard in found}

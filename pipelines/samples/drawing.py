@@ -30,11 +30,13 @@ class DrawnModel:
     Args:
         name: Its name in progress lines and results.
         source: The pipeline, with its VAE and variant.
-        unet: Folder or fsspec URL of a UNet that replaces the pipeline's own.
+        unet: Folder, fsspec URL or hub id of a UNet that replaces the pipeline's own, or of a pipeline that has one.
         lora: Path or fsspec URL of a LoRA, as `load_lora_weights` of diffusers reads it.
         prediction_type: What the UNet predicts, if the pipeline's scheduler file is wrong.
-        identity: Digest of its weights where the driver knows it without reading them, such as that of an export;
-            otherwise the digest of the files.
+        identity: Digest of its weights where the driver knows it without reading them, such as that of an export:
+            of `unet` and `lora` if there are any, else of the whole pipeline. By default the files are digested.
+        unet_revision: Branch, tag or commit of `unet`, if it is a hub id.
+        unet_variant: Variant of the weights of `unet`, such as fp16; the plain ones by default.
     """
 
     name: str
@@ -43,6 +45,8 @@ class DrawnModel:
     lora: str | None = None
     prediction_type: str | None = None
     identity: str | None = None
+    unet_revision: str | None = None
+    unet_variant: str | None = None
 
 
 @dataclass(frozen=True)

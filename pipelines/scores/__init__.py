@@ -1,4 +1,5 @@
-"""Scores of images: the scorers, one file for each family in `scorers/`, and their weights.
+"""Scores of images: the scorers, one file for each family in `scorers/`, their weights, and their work on a cluster.
 
-May import `pipelines.dataset`. Importing `weights` or `scorers` loads neither torch nor transformers.
+May import units, the configuration and `pipelines.dataset`. Importing `judges`, `plan`, `weights` or `scorers` loads
+neither torch nor transformers.
 """

@@ -55,7 +55,7 @@ def find(name: str, cache: Path | None = None) -> Path:
         ConfigError: There is no such scorer.
     """
     root = (cache or default_cache()) / "scorers"
-    missing = [part for part in parts_of(name) if not _is_fetched(root / part)]
+    missing = [part for part in parts_of(name) if not is_fetched(root / part)]
     if missing:
         raise ModelError(
             f"the weights of the scorer {name} are not on this machine: {', '.join(missing)} not found in {root}",
@@ -64,7 +64,7 @@ def find(name: str, cache: Path | None = None) -> Path:
     return root
 
 
-def _is_fetched(folder: Path) -> bool:
+def is_fetched(folder: Path) -> bool:
     """Return whether a part is there as this version converts it."""
     record = folder / RECORD
     return record.is_file() and json.loads(record.read_text()).get("conversion_version") == VERSION
@@ -114,7 +114,12 @@ def files_digest(folder: Path, names: Sequence[str]) -> str:
         known = recorded.get(file.name, {})
         is_known = known.get("num_bytes") == file.stat().st_size
         digests[file.name] = known["sha256"] if is_known else file_digests([file])[file.name]
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return combined_digest(digests)
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """Return one digest of files by their names and digests."""
+    return hashlib.sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
 
 
 def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> Path:
@@ -137,7 +142,7 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     root = (cache or default_cache()) / "scorers"
     root.mkdir(parents=True, exist_ok=True)
     for part in parts_of(name):
-        if part in given or not _is_fetched(root / part):
+        if part in given or not is_fetched(root / part):
             _fetch_part(part, root, given.get(part, {}), name)
     return find(name, cache)
 

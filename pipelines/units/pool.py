@@ -4,6 +4,7 @@ The caller passes the class of the actors, a `UnitActor`, and their arguments.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from pipelines.dataset.errors import unwrap
 from pipelines.dataset.ipc import from_ipc, to_ipc
 from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.progress import quiet_ray_data
-from pipelines.resources import Demand, RayOptions, total_of, uses_gpu
+from pipelines.resources import Demand, RayOptions, nodes, total_of, uses_gpu
 from pipelines.units.attempts import MAX_ATTEMPTS, new_attempts
 from pipelines.units.stats import Effort
 from pipelines.units.unit import Unit
@@ -93,6 +94,49 @@ def divide_cluster(settings: WorkerSettings, num_units: int | None = None) -> Po
     options["runtime_env"] = {"env_vars": TORCH_ENVIRONMENT}
     at_once = UNITS_AT_ONCE if num_units is None else max(1, min(UNITS_AT_ONCE, num_units // first))
     return Pool(least, most, first, options, max(1, num_cpus // min(high, room)), at_once)
+
+
+MAX_SHARERS = 4  # actors on one GPU: each has its own context and models
+MAX_CPUS_A_SHARER = 4  # as many threads decode PNGs of 1024 x 1024 for a GPU that scores 60 a second
+
+
+def share_devices(settings: WorkerSettings, num_units: int) -> Pool:
+    """Return a pool of light actors, several of which share a GPU if there are more of them than GPUs.
+
+    Each also gets its share of the CPUs of GPU nodes, which decode images. On CPUs it is `divide_cluster`'s.
+
+    Args:
+        settings: Which devices, and how many.
+        num_units: Number of units, which limits the number of actors.
+    """
+    if not uses_gpu(settings.device):
+        return divide_cluster(settings, num_units)
+    having = [node for node in nodes() if node.get("GPU") and all(name in node for name in settings.resources)]
+    num_gpus, (low, high) = max(1, int(sum(node["GPU"] for node in having))), settings.worker_range
+    sharers = max(1, min(MAX_SHARERS, math.ceil(high / num_gpus)))
+    num_cpus = min((int(node.get("CPU", 0) // (node["GPU"] * sharers)) for node in having), default=1)
+    num_cpus = min(num_cpus, MAX_CPUS_A_SHARER)
+    room = max(1, num_gpus * sharers)
+    least = min(low, num_units, room)
+    most = least if low == high else max(least, min(high, num_units))
+    first = min(most, max(least, room))
+    options: RayOptions = {"num_gpus": 1 / sharers, "num_cpus": num_cpus}
+    if settings.resources:
+        options["resources"] = dict(settings.resources)
+    options["runtime_env"] = {"env_vars": TORCH_ENVIRONMENT}
+    at_once = max(1, min(UNITS_AT_ONCE, num_units // first))
+    return Pool(least, most, first, options, max(1, num_cpus), at_once)
+
+
+def demand_of_part(pool: Pool) -> Demand:
+    """Return what one actor of a pool asks Ray for, a part of a GPU included."""
+    options = pool.options
+    also = dict(options.get("resources", {}))
+    if "num_gpus" not in options:
+        return Demand("CPU", also, options.get("num_cpus", 1))
+    if options.get("num_cpus"):
+        also["CPU"] = options["num_cpus"]
+    return Demand("GPU", also, options["num_gpus"])
 
 
 def demand_of(settings: WorkerSettings) -> Demand:

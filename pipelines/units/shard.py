@@ -44,6 +44,10 @@ class UnitShard:
         place = {name: getattr(member, name) for name in ("offset", "length", "sha256", "crc32")}
         self._rows.append({**row, **place, "status": str(Status.KEPT), "unit": self._unit, "shard": self._name})
 
+    def attach(self, name: str, data: bytes) -> None:
+        """Append another member of the item that `keep` was last called for; it has no row of its own."""
+        self._writer.add(name, data)
+
     def quarantine(self, row: Row, reason: Reason) -> None:
         """Add the row of an item that is not kept, with the reason."""
         self._rows.append({**row, "status": str(Status.QUARANTINED), "reason": str(reason), "unit": self._unit})

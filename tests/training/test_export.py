@@ -12,14 +12,13 @@ import torch
 from checkpoints import trained_adapters, trained_weights, write_checkpoint
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from factories import new_pipeline, new_sd15_pipeline
+from sampled import draw_here
 from torch import Tensor
 
 from pipelines.dataset.errors import MapoError, ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.config import EvaluateConfig
 from training.config import ExportConfig, LoraConfig
-from training.evaluate import Sampler
 from training.export import correct_schedule, export_model, marker
 
 FOLDER, TARGET = "runs/small/checkpoints/0123", "runs/small/model"
@@ -137,10 +136,9 @@ def test_what_training_was_told_to_predict_is_the_only_key_that_an_export_change
 def test_samples_of_a_base_are_drawn_with_what_training_was_told(tiny_pipeline: Path, tmp_path: Path) -> None:
     right = shutil.copytree(tiny_pipeline, tmp_path / "right")
     correct_schedule(right / "scheduler/scheduler_config.json", "v_prediction")
-    config = EvaluateConfig(num_inference_steps=2)
-    told = Sampler(str(tiny_pipeline), None, config, 64, prediction_type="v_prediction").sample(["a cat"], [3])
-    assert told == Sampler(str(right), None, config, 64).sample(["a cat"], [3])
-    assert told != Sampler(str(tiny_pipeline), None, config, 64).sample(["a cat"], [3])
+    told = draw_here(tiny_pipeline, ["a cat"], [3], prediction_type="v_prediction")
+    assert told == draw_here(right, ["a cat"], [3])
+    assert told != draw_here(tiny_pipeline, ["a cat"], [3])
 
 
 @pytest.mark.parametrize(("wanted", "is_average"), [("auto", True), ("ema", True), ("raw", False)])

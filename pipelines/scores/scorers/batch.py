@@ -21,7 +21,7 @@ class Batch:
     """A batch of images that several scorers score together.
 
     Args:
-        images: The images, of any mode.
+        images: The images, of any mode, or their pictures.
         prompts: One prompt for each image; None where there is none.
         extra: Further lists that scorers need, each with one item for each image.
 
@@ -30,7 +30,10 @@ class Batch:
     """
 
     def __init__(
-        self, images: Sequence[Image.Image], prompts: Sequence[str | None], extra: Mapping[str, Sequence[Any]]
+        self,
+        images: Sequence[Image.Image | Picture],
+        prompts: Sequence[str | None],
+        extra: Mapping[str, Sequence[Any]],
     ) -> None:
         lengths = {"images": len(images), "prompts": len(prompts), **{name: len(each) for name, each in extra.items()}}
         if len(set(lengths.values())) > 1:
@@ -45,8 +48,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def picture(self, image: Image.Image) -> Picture:
+    def picture(self, image: Image.Image | Picture) -> Picture:
         """Return the picture of an image; the same image has the same picture."""
+        if isinstance(image, Picture):
+            return image
         if id(image) not in self._pictures:
             self._kept.append(image)
             self._pictures[id(image)] = Picture(image)

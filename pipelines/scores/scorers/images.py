@@ -65,11 +65,22 @@ def _converted(image: Image.Image) -> Image.Image:
 
 
 class Picture:
-    """One image of a batch: decoded once, resized once for each size, prepared once for each preprocessing."""
+    """One image of a batch: decoded once, resized once for each size, prepared once for each preprocessing.
 
-    def __init__(self, image: Image.Image) -> None:
+    Args:
+        image: The image; None for one that could not even be opened.
+    """
+
+    def __init__(self, image: Image.Image | None) -> None:
         self._image = image
         self._memo: dict[Any, Any] = {}
+
+    @classmethod
+    def broken(cls, reason: str) -> "Picture":
+        """Return the picture of a file that is no image, with the reason."""
+        picture = cls(None)
+        picture.remember("unreadable", lambda: reason)
+        return picture
 
     def remember(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return what was computed under a key before, or compute it."""
@@ -84,7 +95,11 @@ class Picture:
         Raises:
             UnreadableImage: It has no such form.
         """
-        found: Image.Image = self.remember("rgb", lambda: to_rgb(self._image))
+        if "rgb" not in self._memo:
+            if self._image is None:
+                raise UnreadableImage(str(self.unreadable))
+            self._memo["rgb"], self._image = to_rgb(self._image), None
+        found: Image.Image = self._memo["rgb"]
         return found
 
     @property

@@ -1,6 +1,6 @@
 """The interface of scorers, and the base class of the built-in ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -61,12 +61,12 @@ class BuiltIn:
 
     _is_loaded = False
 
-    def load(self, weights: Path | None = None, device: Any = "cpu") -> None:
+    def load(self, weights: Path | Mapping[str, Path] | None = None, device: Any = "cpu") -> None:
         """Load the weights.
 
         Args:
             weights: A folder with one folder for each part; for a scorer of one part also that part's folder itself.
-                None: the parts that `mapo scorers fetch` brought to this machine.
+                Or the folder of each part by its name. None: what `mapo scorers fetch` brought to this machine.
             device: A torch device.
 
         Raises:
@@ -75,9 +75,11 @@ class BuiltIn:
         self._load(self._folders(weights), device)
         self._is_loaded = True
 
-    def _folders(self, weights: Path | None) -> dict[str, Path]:
+    def _folders(self, weights: Path | Mapping[str, Path] | None) -> dict[str, Path]:
         if not self.parts:
             return {}
+        if isinstance(weights, Mapping):
+            return {part: weights[part] for part in self.parts}
         root = find(self.name) if weights is None else Path(weights)
         return {part: part_folder(root, part, is_only=part == self.parts[0]) for part in self.parts}
 
@@ -90,11 +92,14 @@ class BuiltIn:
         Raises:
             ModelError: Weights are missing.
         """
-        digests = {part: files_digest(folder, files_of(part)) for part, folder in self._folders(weights).items()}
+        return self.shaping({part: files_digest(each, files_of(part)) for part, each in self._folders(weights).items()})
+
+    def shaping(self, digests: Mapping[str, str]) -> JsonObject:
+        """Return everything that shapes a score, for weights with these digests by part."""
         return {
             "scorer": self.name,
             "version": self.version,
-            "weights": digests,
+            "weights": dict(digests),
             "preprocessing": self.preprocessing,
             "dtype": DTYPE,
         }

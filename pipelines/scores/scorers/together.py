@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.scores.scorers.batch import Batch
+from pipelines.scores.scorers.images import Picture
 from pipelines.scores.scorers.result import Result, checked
-from pipelines.scores.scorers.scorer import BuiltIn, needs_of
+from pipelines.scores.scorers.scorer import IMAGE, PROMPT, BuiltIn, needs_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,10 +33,12 @@ def score_together(
     if len(set(names)) < len(names):
         raise ValueError(f"two scorers have the same name: {', '.join(sorted(names))}")
     batch = Batch(images, prompts, extra)
-    return {
-        scorer.name: scorer.score_batch(batch) if isinstance(scorer, BuiltIn) else _of_user(scorer, batch)
-        for scorer in scorers
-    }
+    return {scorer.name: score_batch(scorer, batch) for scorer in scorers}
+
+
+def score_batch(scorer: Any, batch: Batch) -> list[Result]:
+    """Return one result for each image of a batch, by one loaded scorer, built-in or a user's own."""
+    return scorer.score_batch(batch) if isinstance(scorer, BuiltIn) else _of_user(scorer, batch)
 
 
 def _of_user(scorer: Any, batch: Batch) -> list[Result]:
@@ -46,10 +49,17 @@ def _of_user(scorer: Any, batch: Batch) -> list[Result]:
     results: list[Result] = [failures.get(row, 0.0) for row in range(len(batch))]
     if not rows:
         return results
-    extra = {need: [batch.extra[need][row] for row in rows] for need in needs if need not in ("image", "prompt")}
+    extra = {need: [_plain(batch.extra[need][row]) for row in rows] for need in needs if need not in (IMAGE, PROMPT)}
     found = scorer.score([batch.pictures[row].rgb for row in rows], [batch.prompts[row] for row in rows], **extra)
     if len(found) != len(rows):
         raise ValueError(f"the scorer {scorer.name} returned {len(found)} results for {len(rows)} images")
     for row, result in zip(rows, found, strict=True):
         results[row] = checked(result)
     return results
+
+
+def _plain(item: Any) -> Any:
+    """Return an item of a further list with images in place of pictures."""
+    if isinstance(item, list | tuple) and any(isinstance(each, Picture) for each in item):
+        return [each.rgb if isinstance(each, Picture) else each for each in item]
+    return item

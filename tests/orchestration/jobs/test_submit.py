@@ -195,6 +195,27 @@ def test_the_configuration_and_what_is_included_are_all_that_is_sent(here: Path)
     assert not folder.exists()
 
 
+def test_prompts_and_scorers_that_the_configuration_names_are_sent_too(here: Path) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "prompts.csv").write_text("text\na red house\n")
+    (here / "bright.py").write_text("")
+    (here / "orchestration").mkdir()
+    scorers = ["bright:Brightness", "orchestration.demo.scores:StyleScore", "pickscore", "json:Decoder"]
+    evaluate = {"prompts": {"path": "texts/prompts.csv", "column": "text"}, "scorers": scorers}
+    (here / "photos.yaml").write_text(yaml.safe_dump(RUN | {"evaluate": evaluate}))
+    submission = prepare("photos.yaml", [], command="", included=["./bright.py"])
+    with bundled(submission.file, submission.included) as folder:
+        assert sorted(each.name for each in folder.iterdir()) == ["bright.py", "photos.yaml", "prompts.csv"]
+        of_job = parse_config((folder / "photos.yaml").read_text(), submission.overrides)
+    assert of_job.evaluate.prompts is not None
+    assert (of_job.evaluate.prompts.path, of_job.evaluate.prompts.column) == ("prompts.csv", "text")
+
+
+def test_prompts_that_are_not_there_are_found_before_anything_is_sent(here: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts: there is no file .*none\.txt"):
+        prepare("photos.yaml", ["evaluate.prompts=none.txt"], command="")
+
+
 def test_too_much_to_send_is_refused_before_it_is_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "big.bin").touch()
     os.truncate(here / "big.bin", MAX_SENT_BYTES)  # takes no space

@@ -14,6 +14,7 @@ from encode_steps import encode_here, ingest_here
 from factories import WORDS, new_sd15_pipeline, photo_pairs, write_parquet
 from PIL import Image
 from safetensors.torch import load
+from sampled import draw_here
 
 from orchestration.stages.contact_sheet import _decode, choose_pairs
 from pipelines.config import EncodeConfig
@@ -27,8 +28,6 @@ from pipelines.encode.fingerprint import latents_fingerprint, text_fingerprint
 from pipelines.encode.geometry import open_image, place
 from pipelines.encode.plan import check_settings, pending
 from pipelines.encode.stale import refusal
-from training.config import EvaluateConfig
-from training.evaluate import Sampler
 
 CPU = torch.device("cpu")
 REAL = Path(__file__).parents[4] / "shared" / "sdxl"  # SDXL's first tokenizer and text encoder are those of SD 1.5
@@ -160,14 +159,13 @@ def test_the_contact_sheet_shows_what_diffusers_decodes(
 def test_samples_are_the_pipelines_own_and_no_checker_paints_over_them(sd15: Path, full: Any) -> None:
     from diffusers import StableDiffusionPipeline
 
-    config = EvaluateConfig(num_inference_steps=2)
-    found = Sampler(str(sd15), None, config, 64).sample(["a cat", "a dog"], [3, 4])
+    found = draw_here(sd15, ["a cat", "a dog"], [3, 4])
     without = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None, requires_safety_checker=False)
     for pipeline, is_black in ((without, False), (full, True)):
         pipeline.set_progress_bar_config(disable=True)
         seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = pipeline(
-            ["a cat", "a dog"], height=64, width=64, num_inference_steps=2, guidance_scale=config.guidance_scale,
+            ["a cat", "a dog"], height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
             generator=seeds,
         ).images  # fmt: skip
         assert all(not np.asarray(image).any() for image in theirs) == is_black
@@ -193,8 +191,7 @@ def test_a_repository_as_those_of_2022_gives_the_same_numbers(sd15: Path, tmp_pa
     assert torch.equal(*texts)
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     assert torch.equal(*(LatentEncoder(source, device=CPU)(images) for source in (ours, theirs)))
-    config = EvaluateConfig(num_inference_steps=2)
-    samples = [Sampler(source.model, None, config, 64).sample(["a cat"], [3]) for source in (ours, theirs)]
+    samples = [draw_here(source.model, ["a cat"], [3]) for source in (ours, theirs)]
     assert samples[0] == samples[1]
 
 
@@ -285,7 +282,7 @@ def test_another_family_is_one_error_that_names_those_there_are(name: Any, sd15:
         lambda: latents_fingerprint(config),
         lambda: text_fingerprint(config),
         lambda: TextEncoder(config.source, CPU),
-        lambda: Sampler(str(model), None, EvaluateConfig(), 64),
+        lambda: draw_here(model, ["a cat"], [3]),
     )
     for ask in asked:
         with pytest.raises(ModelError) as caught:

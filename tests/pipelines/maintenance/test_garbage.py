@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from encoded import write_encoded
 from factories import photo_pairs
@@ -15,7 +16,17 @@ from kept import images_in, keep_rows, rows_in
 from orchestration.cli import main
 from orchestration.commands.data import grace_period
 from pipelines.dataset.errors import ConfigError, StorageError
-from pipelines.dataset.layout import PAIRS, SHARDS, pairs_table
+from pipelines.dataset.layout import (
+    PAIRS,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    SCORES,
+    SCORES_SCHEMA,
+    SHARDS,
+    pairs_table,
+    samples_table,
+    scores_table,
+)
 from pipelines.dataset.storage import Storage
 from pipelines.maintenance.compact import compact
 from pipelines.maintenance.gc import delete_garbage, find_garbage, stored_objects
@@ -86,6 +97,20 @@ def test_a_young_object_stays_though_nothing_points_to_it(storage: Storage) -> N
     storage.write(f"{SHARDS}/young.tar", b"of an ingest that runs")
     assert collect(storage, timedelta(hours=1)) == set()
     assert collect(storage) == {f"{SHARDS}/young.tar"}
+
+
+def test_samples_and_scores_stay_and_a_tar_that_no_sample_points_to_goes(storage: Storage) -> None:
+    sample = dict.fromkeys(SAMPLES_SCHEMA.names) | {"sample_key": "k", "shard": f"{SAMPLES}/f/one.tar"}
+    samples_table(storage, "f").append("one", pa.Table.from_pylist([sample], SAMPLES_SCHEMA))
+    score = dict.fromkeys(SCORES_SCHEMA.names) | {"image_sha256": "i", "value": 0.5}
+    scores_table(storage, "pickscore", "f").append("one", pa.Table.from_pylist([score], SCORES_SCHEMA))
+    for name in ("one", "two"):
+        storage.write(f"{SAMPLES}/f/{name}.tar", b"png")
+    age(storage)
+    gone = collect(storage)
+    assert f"{SAMPLES}/f/two.tar" in gone
+    assert not [name for name in gone if name.startswith((SAMPLES, SCORES)) and "two" not in name]
+    assert samples_table(storage, "f").count_rows() == scores_table(storage, "pickscore", "f").count_rows() == 1
 
 
 @pytest.mark.parametrize("file", ["stages/train.json", "snapshot.json"])

@@ -1,0 +1,288 @@
+"""The work of the stage `evaluate`: draw what is missing, score what is missing, reduce, and choose what to show."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from orchestration.run.context import EVALUATION, RESULTS
+from orchestration.stages.evaluation_cost import gpu_hours
+from orchestration.stages.evaluation_images import audit_rows, can_audit, images_of, no_values, values_of
+from orchestration.stages.held_out import HeldOutPairs
+from orchestration.stages.judged_models import JudgedModel, judged_models, remove_unets, write_unets
+from orchestration.stages.judged_scorers import judges_of, shown_judges
+from orchestration.stages.judged_suites import judged_suites
+from pipelines.dataset.errors import ConfigError
+from pipelines.resources import uses_gpu
+from pipelines.samples.drawing import Drawing, Sampling
+from pipelines.samples.execution import draw, read_samples
+from pipelines.samples.fingerprint import samples_fingerprint
+from pipelines.samples.plan import count_missing, distinct_samples, wanted_samples
+from pipelines.samples.prompts import Prompt
+from pipelines.scores.execution import score
+from pipelines.scores.images import REQUIRED
+from pipelines.scores.plan import read_scores
+from pipelines.suites.audit import JudgeAgreement, audit
+from pipelines.suites.evaluation import EvaluationCost, EvaluationRecord, warnings_of
+from pipelines.suites.gallery import GalleryEntry, choose_gallery, step_of
+from pipelines.suites.reduce import reduce_suite
+from pipelines.suites.results import Judge as ShownJudge
+from pipelines.suites.results import Results, SuiteResult
+from pipelines.suites.suite import Suite
+from pipelines.units.workers import Workers
+
+if TYPE_CHECKING:
+    from orchestration.run.context import Run
+    from orchestration.run.journal import StageRecord
+    from pipelines.samples.account import Drawn
+    from pipelines.scores.judges import Judge
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The samples of one model for one suite."""
+
+    suite: Suite
+    model: JudgedModel
+    drawing: Drawing
+
+
+class Evaluation:
+    """One evaluation of a run: its suites, models and samples, as the storage is now.
+
+    Args:
+        run: The run.
+        trained: The record of the training whose model is judged; None without one.
+        exported: The record of its export.
+        version: Version of the table of pairs; None if there is none.
+    """
+
+    def __init__(
+        self, run: Run, trained: StageRecord | None, exported: StageRecord | None, version: int | None
+    ) -> None:
+        self._run, self._trained, self._exported = run, trained, exported
+        self.held_out = HeldOutPairs(run.storage, version)
+        self.storage, self.say, self.max_audit_pairs = run.storage, run.say, run.config.evaluate.max_audit_pairs
+
+    @cached_property
+    def suites(self) -> list[Suite]:
+        """The suites, as they are drawn."""
+        return judged_suites(self._run.config, self.held_out)
+
+    @cached_property
+    def models(self) -> list[JudgedModel]:
+        """The models, in the order of the configuration.
+
+        Raises:
+            ConfigError: The model to compare with is not among them.
+        """
+        found = judged_models(self._run, self._trained, self._exported)
+        against = self._run.config.evaluate.against
+        if against not in [model.name for model in found]:
+            raise ConfigError(
+                f"evaluate.against: there is no model {against} without training",
+                "set `evaluate.against` to one of " + ", ".join(model.name for model in found),
+            )
+        return found
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The samples of each model for each suite; all suites of a model follow each other."""
+        return [self._cell(suite, model) for model in self.models for suite in self.suites]
+
+    def _cell(self, suite: Suite, model: JudgedModel) -> Cell:
+        config = self._run.config
+        assert config.encode is not None
+        side = suite.resolution or config.encode.resolution
+        sampling = Sampling(suite.num_inference_steps, suite.guidance_scale, side, side, dtype=self._dtype)
+        fingerprint = samples_fingerprint(model.drawn, sampling)
+        prompts = [Prompt(each.prompt_id, each.prompt, each.tags) for each in suite.prompts]
+        wanted = wanted_samples(prompts, fingerprint, seed=config.seed, images_per_prompt=suite.images_per_prompt)
+        return Cell(suite, model, Drawing(model.drawn, sampling, fingerprint, wanted))
+
+    @cached_property
+    def _dtype(self) -> str:
+        config = self._run.config
+        assert config.encode is not None
+        if config.evaluate.dtype != "auto":
+            return config.evaluate.dtype
+        return "float16" if self.on_gpu else "float32"
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether samplers run on GPUs."""
+        assert self._run.config.encode is not None
+        return uses_gpu(self._run.config.encode.device)
+
+    @property
+    def workers(self) -> Workers:
+        """The workers that draw and score."""
+        evaluate, encode = self._run.config.evaluate, self._run.config.encode
+        assert encode is not None
+        return Workers(
+            "evaluate", evaluate.batch_size, evaluate.num_workers, encode.device, encode.resources,
+            encode.start_timeout_s,
+        )  # fmt: skip
+
+    def run(self) -> EvaluationRecord:
+        """Draw and score what is missing, write `results.json` and the gallery, and return the record of the stage."""
+        started = time.monotonic()
+        judges = judges_of(self._run, self.suites, self.held_out)  # before an image is drawn
+        self._run.storage.delete(f"{self._folder}/{RESULTS}")  # of samples that may be others now
+        drawn = self._draw()
+        shown = shown_judges(judge for each in judges.values() for judge in each)
+        scored = _Scored(self, judges)
+        results, gallery = self._reduce(scored, shown)
+        cost = self._cost(drawn, time.monotonic() - started)
+        self._write(results, gallery, scored)
+        return EvaluationRecord(results, gallery, scored.audit(shown), shown, warnings_of(results, shown), cost)
+
+    @property
+    def _folder(self) -> str:
+        return f"{self._run.folder}/{EVALUATION}"
+
+    def _draw(self) -> list[Drawn]:
+        """Draw the missing samples; the UNets of checkpoints are on the storage only meanwhile."""
+        run, missing = self._run, self.missing
+        run.say(self._plan_line())
+        waiting = {cell.model.name: cell.model for cell in self.cells if missing[cell.drawing.fingerprint]}
+        try:
+            if any(model.checkpoint for model in waiting.values()):
+                assert self._trained is not None
+                write_unets(run, self._trained, list(waiting.values()))
+            return draw(run.storage, [cell.drawing for cell in self.cells], self.workers, run.say)
+        finally:
+            remove_unets(run)
+
+    @cached_property
+    def _drawings(self) -> dict[str, Drawing]:
+        """All samples of each model and settings, by their fingerprint; suites may share some."""
+        merged = {cell.drawing.fingerprint: cell.drawing for cell in self.cells}
+        for fingerprint, drawing in merged.items():
+            tables = [cell.drawing.wanted for cell in self.cells if cell.drawing.fingerprint == fingerprint]
+            merged[fingerprint] = replace(drawing, wanted=distinct_samples(*tables))
+        return merged
+
+    @cached_property
+    def missing(self) -> dict[str, int]:
+        """Number of samples to draw, by the fingerprint of model and settings."""
+        return {name: count_missing(self._run.storage, drawing) for name, drawing in self._drawings.items()}
+
+    def _plan_line(self) -> str:
+        """Say how much is drawn, and what it may cost."""
+        total = sum(drawing.wanted.num_rows for drawing in self._drawings.values())
+        missing = sum(self.missing.values())
+        line = f"evaluate  {total:,} samples of {', '.join(model.name for model in self.models)}: {missing:,} to draw"
+        if missing and self.on_gpu:
+            line += f", about {gpu_hours(self._drawings, self.missing):.2g} GPU hours on an H200"
+        return line
+
+    def _cost(self, drawn: Sequence[Drawn], seconds: float) -> EvaluationCost:
+        gpu_hours = sum(each.worker_s for each in drawn) / 3600 if self.on_gpu else None
+        return EvaluationCost(sum(each.num_drawn for each in drawn), gpu_hours, seconds)
+
+    def _reduce(self, scored: _Scored, shown: Mapping[str, ShownJudge]) -> tuple[Results, tuple[GalleryEntry, ...]]:
+        config = self._run.config
+        against, names = config.evaluate.against, [model.name for model in self.models]
+        in_gallery = [name for name in names if step_of(name) is None]
+        in_gallery = sorted(in_gallery if len(in_gallery) > 1 else names, key=lambda name: name != against)
+        results: dict[str, SuiteResult] = {}
+        gallery: list[GalleryEntry] = []
+        for name, drawn in zip(config.evaluate.suite_names, self.suites, strict=True):
+            values = scored.values[drawn.name]
+            suite = drawn.with_scorers(judge.name for judge in scored.judges[drawn.name])
+            results[name] = reduce_suite(values, suite, against=against, judges=shown, models=names, seed=config.seed)
+            gallery += choose_gallery(values, suite, against=against, judges=shown, models=in_gallery)
+        return Results(results), tuple(gallery)
+
+    def _write(self, results: Results, gallery: Sequence[GalleryEntry], scored: _Scored) -> None:
+        """Write the images of the gallery, then the results; then delete what earlier evaluations left there."""
+        storage, kept = self._run.storage, {f"{self._folder}/{RESULTS}"}
+        for entry in gallery:
+            for model, image in entry.images.items():
+                png = scored.png(entry.suite, model, entry.prompt_id, entry.index)
+                if png is not None:
+                    kept.add(f"{self._folder}/{image.name}")
+                    storage.write(f"{self._folder}/{image.name}", png)
+        storage.write(f"{self._folder}/{RESULTS}", json.dumps(results.to_json(), indent=1).encode())
+        for name in storage.names(self._folder):
+            if name not in kept:
+                storage.delete(name)
+
+
+class _Scored:
+    """The scores of an evaluation whose samples are drawn: scores what is missing, and reads the values.
+
+    Args:
+        evaluation: The evaluation.
+        judges: The judges of each suite.
+    """
+
+    def __init__(self, evaluation: Evaluation, judges: Mapping[str, Sequence[Judge]]) -> None:
+        self._evaluation, self.judges, self._storage = evaluation, judges, evaluation.storage
+        self._samples = {
+            (cell.suite.name, cell.model.name): read_samples(self._storage, cell.drawing) for cell in evaluation.cells
+        }
+        self._images = {place: images_of(samples, judges[place[0]]) for place, samples in self._samples.items()}
+        self._auditors = [judge for judge in self._every() if can_audit(judge)] if evaluation.max_audit_pairs else []
+        self._sides = evaluation.held_out.sides(evaluation.max_audit_pairs) if self._has_pairs() else None
+        self._score()
+        self.values = {name: self._values(name) for name in judges}
+        """Rows of VALUES_SCHEMA and `components` by suite: one for each image of each model and judge."""
+
+    def _every(self) -> list[Judge]:
+        return list({judge.name: judge for each in self.judges.values() for judge in each}.values())
+
+    def _has_pairs(self) -> bool:
+        return bool(self._auditors) and self._evaluation.held_out.is_there
+
+    def _score(self) -> None:
+        """Score what is missing: suites with the same judges together, and pairs with them if they audit all."""
+        groups: dict[tuple[str, ...], list[pa.Table]] = {}
+        judges: dict[tuple[str, ...], Sequence[Judge]] = {}
+        for suite, each in self.judges.items():
+            key = tuple(judge.name for judge in each)
+            judges[key] = each
+            groups.setdefault(key, []).extend(images for place, images in self._images.items() if place[0] == suite)
+        if self._sides is not None:
+            key = tuple(judge.name for judge in self._auditors)
+            judges[key] = self._auditors
+            groups.setdefault(key, []).append(self._sides.select(REQUIRED.names))
+        for key, tables in groups.items():
+            if key:
+                images = pa.concat_tables(tables)
+                score(self._storage, judges[key], images, self._evaluation.workers, self._evaluation.say)
+
+    def _values(self, suite: str) -> pa.Table:
+        found = [
+            values_of(model, judge, samples, read_scores(self._storage, judge, self._images[suite, model]))
+            for (of_suite, model), samples in self._samples.items()
+            if of_suite == suite
+            for judge in self.judges[suite]
+        ]
+        return pa.concat_tables(found, promote_options="default") if found else no_values()
+
+    def audit(self, shown: Mapping[str, ShownJudge]) -> dict[str, JudgeAgreement]:
+        """Compare the judges with the human labels of held-out pairs."""
+        if self._sides is None:
+            return {}
+        images = self._sides.select(REQUIRED.names)
+        rows = [audit_rows(judge, self._sides, read_scores(self._storage, judge, images)) for judge in self._auditors]
+        return audit(pa.concat_tables(rows), judges=shown)
+
+    def png(self, suite: str, model: str, prompt_id: str, index: int) -> bytes | None:
+        """Return the bytes of a sample; None if it could not be drawn."""
+        samples = self._samples[suite, model]
+        where = (pc.field("prompt_id") == prompt_id) & (pc.field("index") == index) & pc.field("shard").is_valid()
+        found = samples.filter(where).to_pylist()
+        if not found:
+            return None
+        place = found[0]
+        return self._storage.read_range(place["shard"], place["offset"], place["length"], place["sha256"])

@@ -1,0 +1,230 @@
+"""The models that an evaluation judges: base, aligned, checkpoints of the training, and others by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestration.stages.stage import digest
+from pipelines.config import ALIGNED, BASE, CHECKPOINTS, NamedModel
+from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.model_files import ModelSource
+from pipelines.samples.drawing import DrawnModel, Sampling
+
+if TYPE_CHECKING:
+    from orchestration.run.context import Run
+    from orchestration.run.journal import StageRecord
+
+UNETS = "evaluation/unets"
+"""Folder of the UNets of checkpoints, below the run's; each is there only while samples of it are drawn."""
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """A model of an evaluation.
+
+    Args:
+        drawn: How samples of it are drawn.
+        checkpoint: The checkpoint whose UNet has to be written before anything is drawn; None for other models.
+    """
+
+    drawn: DrawnModel
+    checkpoint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+        return self.drawn.name
+
+
+def wanted_models(run: Run) -> list[str | NamedModel]:
+    """Return the models of the configuration; without training only those that need none."""
+    wanted = list(run.config.evaluate.models)
+    if run.config.train is None:
+        wanted = [model for model in wanted if model not in (ALIGNED, CHECKPOINTS)]
+    return wanted
+
+
+def models_identity(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> list[Any]:
+    """Return plain data that changes whenever a model of the evaluation does; fetches nothing but the base."""
+    return [_identity(run, model, trained, exported) for model in wanted_models(run)]
+
+
+def _identity(run: Run, model: str | NamedModel, trained: StageRecord | None, exported: StageRecord | None) -> Any:
+    if model == ALIGNED:
+        return [ALIGNED, _aligned_identity(trained, exported)]
+    if model == CHECKPOINTS:
+        return [CHECKPOINTS, [manifest.folder for manifest in _checkpoints(run, trained)]]
+    if model == BASE:
+        return [BASE, base_digest_of(run)]
+    assert isinstance(model, NamedModel)
+    return [model.model_dump(mode="json"), *(_state(place) for place in (model.model, model.lora))]
+
+
+def base_digest_of(run: Run) -> str:
+    """Digest every file of the base that shapes a sample."""
+    from pipelines.samples.fingerprint import samples_parts
+
+    return digest(samples_parts(base_model(run), Sampling(1, 1.0, 1, 1))["model"])
+
+
+def _aligned_identity(trained: StageRecord | None, exported: StageRecord | None) -> list[Any]:
+    if trained is None or exported is None:
+        return []
+    manifest = trained.details.get("manifests", {}).get(exported.details.get("checkpoint"))
+    return [exported.details.get("weights", exported.key), manifest]
+
+
+def _state(place: str | None) -> Any:
+    """Return names, sizes and times of a local model's files, so that a changed one is noticed without reading it."""
+    path = None if place is None or "://" in place else Path(place).expanduser()
+    if path is None or not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def judged_models(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> list[JudgedModel]:
+    """Return the models in the order of the configuration; checkpoints come in the order of their steps."""
+    found: list[JudgedModel] = []
+    for model in wanted_models(run):
+        if model == CHECKPOINTS:
+            found += _checkpoint_models(run, trained)
+        elif model == BASE:
+            found.append(JudgedModel(base_model(run)))
+        elif model == ALIGNED:
+            found.append(JudgedModel(_aligned_model(run, trained, exported)))
+        else:
+            assert isinstance(model, NamedModel)
+            found.append(JudgedModel(_named_model(run, model)))
+    return found
+
+
+def base_model(run: Run) -> DrawnModel:
+    """Return the run's base model."""
+    return DrawnModel(BASE, _base(run), prediction_type=_prediction_type(run))
+
+
+def _base(run: Run) -> ModelSource:
+    from pipelines.encode.plan import with_absolute_paths
+
+    assert run.config.encode is not None
+    return with_absolute_paths(run.config.encode).source
+
+
+def _prediction_type(run: Run) -> str | None:
+    return None if run.config.train is None else run.config.train.prediction_type
+
+
+def _aligned_model(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> DrawnModel:
+    """Return the exported model: a whole pipeline, or the base with the exported UNet."""
+    identity = digest(base_digest_of(run), *_aligned_identity(trained, exported))
+    where = run.storage.uri(run.model)
+    if run.config.export.parts == "pipeline":
+        return DrawnModel(ALIGNED, ModelSource(where), identity=identity)  # its scheduler file is right already
+    return DrawnModel(ALIGNED, _base(run), f"{where}/unet", prediction_type=_prediction_type(run), identity=identity)
+
+
+def _named_model(run: Run, named: NamedModel) -> DrawnModel:
+    base, other = _base(run), None
+    if named.model is not None:
+        other = ModelSource(_absolute(named.model), revision=named.revision, variant=named.variant)
+    lora = None if named.lora is None else _absolute(named.lora)
+    if other is None or named.unet:
+        unet = None if other is None else str(_unet_folder(named, other))
+        return DrawnModel(named.name, base, unet, lora, _prediction_type(run))
+    return DrawnModel(named.name, other, lora=lora)
+
+
+def _unet_folder(named: NamedModel, other: ModelSource) -> Path:
+    """Return the folder of a UNet: a pipeline's part `unet`, or a folder that is one itself.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    from pipelines.dataset.model_files import resolve_model
+
+    path = Path(other.model)
+    if path.is_dir() and (path / "config.json").is_file():
+        return path
+    marker = "unet/config.json"
+    return resolve_model(other.model, marker, revision=named.revision, variant=named.variant) / "unet"
+
+
+def _absolute(place: str) -> str:
+    path = Path(place).expanduser()
+    return str(path.resolve()) if "://" not in place and path.exists() else place
+
+
+def _checkpoints(run: Run, trained: StageRecord | None) -> list[Any]:
+    from training.state.checkpoint_format import list_checkpoints
+
+    checkpoint = None if trained is None else trained.details.get("checkpoint")
+    return [] if checkpoint is None else list_checkpoints(run.storage, checkpoint.rpartition("/")[0])
+
+
+def _checkpoint_models(run: Run, trained: StageRecord | None) -> Iterator[JudgedModel]:
+    """Yield the complete checkpoints of the last training, each as the base with another UNet."""
+    import hashlib
+
+    from orchestration.rounds.series import exported_of
+    from training.state.checkpoint_format import MANIFEST
+
+    if trained is None:
+        return
+    kind, base = exported_of(run, trained)[1], base_digest_of(run)
+    for manifest in _checkpoints(run, trained):
+        of_manifest = hashlib.sha256(run.storage.read(f"{manifest.folder}/{MANIFEST}")).hexdigest()
+        name = f"step-{manifest.step}"
+        unet = f"{run.storage.uri(run.folder)}/{UNETS}/{name}/unet"
+        identity = digest(base, of_manifest, kind)
+        drawn = DrawnModel(name, _base(run), unet, prediction_type=_prediction_type(run), identity=identity)
+        yield JudgedModel(drawn, manifest.folder)
+
+
+def write_unets(run: Run, trained: StageRecord, models: list[JudgedModel]) -> None:
+    """Write the UNets of checkpoints in diffusers' form; `remove_unets` deletes them once samples are drawn.
+
+    Raises:
+        ModelError: A checkpoint has no average, or is of another UNet.
+        ShardCorrupt: A checkpoint is damaged.
+    """
+    from orchestration.stages.model_card import trained_with
+    from training.export import export_model
+
+    config = run.config.export.model_copy(update={"parts": "unet", "push_to_hub": None})
+    for model in models:
+        if model.checkpoint is not None:
+            export_model(
+                run.storage, checkpoint=model.checkpoint, source=_base(run),
+                target=f"{run.folder}/{UNETS}/{model.name}", card=f"UNet of {model.checkpoint}\n", config=config,
+                lora=trained_with(run.config, trained).lora,
+            )  # fmt: skip
+
+
+def remove_unets(run: Run) -> None:
+    """Delete the UNets that `write_unets` wrote, also those of an evaluation that was interrupted."""
+    for name in run.storage.names(f"{run.folder}/{UNETS}"):
+        run.storage.delete(name)
+
+
+def check_models(run: Run) -> None:
+    """Check before any work that local models of the configuration exist.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    from pipelines.dataset.model_fetch import HUB_ID
+
+    for model in run.config.evaluate.models:
+        if not isinstance(model, NamedModel):
+            continue
+        for key, place in (("model", model.model), ("lora", model.lora)):
+            is_elsewhere = place is None or "://" in place or (key == "model" and HUB_ID.fullmatch(place))
+            if not is_elsewhere and not Path(str(place)).expanduser().exists():
+                raise ConfigError(
+                    f"evaluate.models: the {key} of {model.name} is not there: {Path(str(place)).absolute()}",
+                    "give a folder, an fsspec URL" + (" or a hub id" if key == "model" else ""),
+                )

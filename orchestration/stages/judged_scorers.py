@@ -1,0 +1,76 @@
+"""The scorers of an evaluation: those that its suites bring, and those of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pipelines.config import ScorerEntry
+from pipelines.suites.results import Judge as ShownJudge
+
+if TYPE_CHECKING:
+    from orchestration.run.context import Run
+    from orchestration.stages.held_out import HeldOutPairs
+    from pipelines.scores.fit import FitPairs
+    from pipelines.scores.judges import Judge
+    from pipelines.suites.suite import Suite
+
+
+def entries_of(run: Run, suite: Suite) -> list[ScorerEntry]:
+    """Return the scorers of a suite; one that the configuration names too has the settings given there."""
+    own = {entry.name: entry for entry in run.config.evaluate.scorer_entries}
+    return [own.get(name, ScorerEntry(name=name)) for name in dict.fromkeys((*suite.scorers, *own))]
+
+
+def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict[str, list[Judge]]:
+    """Return the judges of each suite by its name, checked before any work.
+
+    Raises:
+        ConfigError: A scorer is unknown, or needs what nothing provides.
+        ModelError: Weights are missing.
+    """
+    from pipelines.scores.judges import prepare_judges
+
+    entries = {suite.name: entries_of(run, suite) for suite in suites}
+    distinct = {entry.name: entry for each in entries.values() for entry in each}
+    if not distinct:
+        return {suite.name: [] for suite in suites}
+    prepared = prepare_judges(list(distinct.values()), run.storage, fit_on=_fit_on(run, distinct.values(), held_out))
+    by_name = dict(zip(distinct, prepared, strict=True))
+    return {name: [by_name[entry.name] for entry in each] for name, each in entries.items()}
+
+
+def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) -> FitPairs | None:
+    """Return the pairs that scorers learn from; None if none of them does."""
+    from pipelines.scores.fit import FitPairs
+    from pipelines.scores.scorers import new_scorer
+
+    if not any(hasattr(new_scorer(entry.name), "fit") for entry in entries):
+        return None
+    return FitPairs(held_out.rows.slice(0, run.config.evaluate.max_audit_pairs))
+
+
+def check_scorers(run: Run, suites: Sequence[Suite]) -> None:
+    """Check the scorers of a run that has no pairs yet: names, needs and weights.
+
+    Raises:
+        ConfigError: A scorer is unknown, or needs what nothing provides.
+        ModelError: Weights are missing.
+    """
+    from pipelines.scores.judges import prepare_judges
+    from pipelines.scores.scorers import new_scorer
+
+    names = {entry.name: entry for suite in suites for entry in entries_of(run, suite)}
+    names |= {entry.name: entry for entry in run.config.evaluate.scorer_entries}
+    prepare_judges([entry for name, entry in names.items() if not hasattr(new_scorer(name), "fit")], run.storage)
+
+
+def shown_judges(judges: Iterable[Judge]) -> dict[str, ShownJudge]:
+    """Return what readers of the results must know of each judge."""
+    return {
+        judge.name: ShownJudge(
+            judge.scale, judge.higher_is_better, judge.licence, judge.description,
+            bool(judge.verified) if judge.parts else None,
+        )
+        for judge in judges
+    }  # fmt: skip

@@ -1,0 +1,81 @@
+"""The suites of an evaluation: benchmarks of the registry, held-out prompts of the data set, and a file of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.dataset.pair import VALIDATION
+from pipelines.samples.prompts import read_prompts
+from pipelines.suites.registry import HELD_OUT, PROMPTS, load_suite
+from pipelines.suites.suite import Suite, SuitePrompt
+
+if TYPE_CHECKING:
+    from orchestration.config import RunConfig
+    from orchestration.stages.held_out import HeldOutPairs
+
+
+def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
+    """Return the suites as this run draws them, with the settings of `evaluate`.
+
+    Raises:
+        ConfigError: A suite is unknown, or the file of prompts cannot be read.
+        SnapshotError: `held-out` is wanted, and there are no pairs.
+    """
+    evaluate = config.evaluate
+    found = []
+    for name in evaluate.suite_names:
+        suite = _suite(name, config, held_out)
+        suite = suite.changed(
+            images_per_prompt=evaluate.images_per_prompt,
+            num_inference_steps=evaluate.num_inference_steps,
+            guidance_scale=evaluate.guidance_scale,
+            resolution=evaluate.resolution,
+        )
+        found.append(suite.limited(evaluate.limit_prompts, seed=config.seed))
+    return found
+
+
+def _suite(name: str, config: RunConfig, held_out: HeldOutPairs) -> Suite:
+    if name == HELD_OUT:
+        return held_out_suite(held_out, config.evaluate.num_samples)
+    if name == PROMPTS:
+        return _own_prompts(config)
+    return load_suite(name)
+
+
+def held_out_suite(held_out: HeldOutPairs, num_samples: int) -> Suite:
+    """Return the first `num_samples` held-out prompts by id, with as many images of each as fit."""
+    rows = held_out.rows
+    prompts = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
+    chosen = sorted(prompts)[:num_samples]
+    whose = "held-out prompts" if held_out.split == VALIDATION else "training prompts, because none are held out"
+    return Suite(
+        HELD_OUT,
+        1,
+        tuple(SuitePrompt(each, prompts[each]) for each in chosen),
+        images_per_prompt=max(1, num_samples // len(chosen)),
+        protocol=f"{len(chosen)} of {len(prompts)} {whose} of the run's own data set, the first by prompt_id",
+        source="the run's data set",
+    )
+
+
+def _own_prompts(config: RunConfig) -> Suite:
+    file = config.evaluate.prompts
+    assert file is not None  # the configuration checks it
+    prompts = tuple(SuitePrompt(each.prompt_id, each.prompt, each.tags) for each in read_prompts(file, config.seed))
+    return Suite(PROMPTS, 1, prompts, protocol=f"{len(prompts)} prompts of {file.path}", source=file.path)
+
+
+def suites_without_pairs(config: RunConfig) -> list[Suite]:
+    """Return the suites that need no data set, so that a run can check them before it has one.
+
+    Raises:
+        ConfigError: A suite is unknown, or the file of prompts cannot be read.
+    """
+    names = (name for name in config.evaluate.suite_names if name != HELD_OUT)
+    return [_own_prompts(config) if name == PROMPTS else load_suite(name) for name in names]
+
+
+def suites_identity(config: RunConfig) -> list[Any]:
+    """Return plain data that changes whenever a prompt of a suite does; that of `held-out` follows from the pairs."""
+    return [list(config.evaluate.suite_names), [[each.label, each.sha256] for each in suites_without_pairs(config)]]

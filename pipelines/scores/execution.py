@@ -1,0 +1,137 @@
+"""Scores missing images on Ray Data actors and commits them, judge by judge.
+
+Invariants: what has a row under a judge's fingerprint is never scored again by it; a unit's scores of one judge are
+committed once, as a whole; nothing is held in the driver but the plan and one unit.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.dataset.secrets import write_line
+from pipelines.dataset.status import ScoreStatus
+from pipelines.dataset.storage import Storage
+from pipelines.dataset.table import Table
+from pipelines.progress import ProgressBar
+from pipelines.resources import nodes
+from pipelines.scores.cluster_weights import publish
+from pipelines.scores.judges import Judge
+from pipelines.scores.plan import commit_id, pending_scores, table_of
+from pipelines.units.pool import Pool, demand_of_part, run_units, share_devices, units_dataset
+from pipelines.units.stats import Speed, Tally
+from pipelines.units.unit import Unit
+from pipelines.units.waiting import wait_for, wait_until_placed
+from pipelines.units.workers import Workers
+
+
+@dataclass(frozen=True)
+class ScoringFigures:
+    """The work of one call of `score`.
+
+    Args:
+        num_scored: New scores by the judge's name, failed ones included.
+        num_failed: New failed ones by the judge's name.
+        speed: Scores a second and where the time went; None if nothing was missing.
+    """
+
+    num_scored: dict[str, int]
+    num_failed: dict[str, int]
+    speed: Speed | None
+
+
+def score(
+    storage: Storage,
+    judges: Sequence[Judge],
+    images: pa.Table,
+    workers: Workers,
+    say: Callable[[str], None] = write_line,
+) -> ScoringFigures:
+    """Bring the scores of images up to date. Needs a running Ray if something is missing.
+
+    Args:
+        storage: The storage of images, scores and weights.
+        judges: From `prepare_judges`.
+        images: Rows of IMAGES_SCHEMA.
+        workers: Number, device and resources of the scoring actors; the batch size is each judge's own.
+        say: Takes lines for the user.
+
+    Raises:
+        ConfigError: A judge needs a column that the images do not have.
+        ModelError: Weights are missing on a node, or damaged.
+        EncodingError: There is not enough memory for even one image, or a unit repeatedly kills its actor.
+        ClusterError: No node has the resources of a scorer, and none joined in time.
+        ShardCorrupt: An image differs from its digest.
+        StorageError: An image cannot be read, or scores cannot be written.
+    """
+    todo = pending_scores(storage, judges, images)
+    names = [judge.name for judge in judges]
+    if not todo.units:
+        return ScoringFigures(dict.fromkeys(names, 0), dict.fromkeys(names, 0), None)
+    storage.check_writable()
+    if len(nodes()) > 1:
+        wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
+        publish([part for judge in wanted for part in judge.parts], storage, say)
+    counted = _Commits(storage, judges)
+    with ProgressBar(f"{workers.stage}: scores", todo.total, "scores") as progress:
+        speed = _run(storage, judges, todo.units, workers, counted, progress)
+    return ScoringFigures(counted.num_scored, counted.num_failed, speed)
+
+
+def _run(
+    storage: Storage,
+    judges: Sequence[Judge],
+    units: list[Unit],
+    workers: Workers,
+    commits: "_Commits",
+    progress: ProgressBar,
+) -> Speed | None:
+    from pipelines.scores.actor import ScoreImages
+
+    pool = share_devices(workers, len(units))
+    batch_size = max(judge.entry.batch_size for judge in judges)
+    tally = Tally(f"{workers.stage}: scores", batch_size, pool.most)
+    done = run_units(ScoreImages, (storage, tuple(judges), pool.num_threads), pool, units_dataset(units))  # type: ignore[arg-type]
+    with contextlib.closing(done):
+        _wait(workers, pool, progress)
+        for _, rows, effort in done:
+            commits.add(rows)
+            progress.say(tally.add(rows, effort))
+            progress.advance(rows.num_rows)
+    return tally.take()
+
+
+def _wait(workers: Workers, pool: Pool, progress: ProgressBar) -> None:
+    demand = demand_of_part(pool)
+    way_out = "add such a node, or score on CPUs; a longer `start_timeout_s` allows a longer wait"
+    stage = f"{workers.stage}: scores"
+    wait = wait_for(stage, demand, timeout_s=workers.start_timeout_s, way_out=way_out, say=progress.say)
+    wait_until_placed(demand, wait, count=pool.first)
+
+
+class _Commits:
+    """Commits the scores of units, each judge's to its own table, and counts them.
+
+    Args:
+        storage: The storage of the scores.
+        judges: The judges, in the order of the units' columns.
+    """
+
+    def __init__(self, storage: Storage, judges: Sequence[Judge]) -> None:
+        self._judges = judges
+        self._tables: list[Table] = [table_of(storage, judge) for judge in judges]
+        self.num_scored = {judge.name: 0 for judge in judges}
+        self.num_failed = {judge.name: 0 for judge in judges}
+
+    def add(self, rows: pa.Table) -> None:
+        """Commit the rows of one unit, of schema `JUDGED_SCHEMA`."""
+        for position, judge in enumerate(self._judges):
+            own = rows.filter(pc.equal(rows["judge"], position)).drop_columns(["judge"])
+            if not own.num_rows:
+                continue
+            unit = commit_id(judge, own)
+            self._tables[position].append(unit, own.append_column("unit", pa.repeat(unit, own.num_rows)))
+            self.num_scored[judge.name] += own.num_rows
+            self.num_failed[judge.name] += int(pc.sum(pc.equal(own["status"], str(ScoreStatus.FAILED))).as_py() or 0)
