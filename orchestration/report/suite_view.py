@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
-from orchestration.report.evaluation import own_model
+from orchestration.report.evaluation import own_model, result_of, shown_gallery
 from orchestration.report.records import EvaluationSection, Interval
 from pipelines.suites.gallery import DISAGREE, SPECIMEN, GalleryEntry, step_of
 from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult, TagDifference, TagScore
@@ -95,12 +95,26 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class ShownEntry:
+    """Entry of a gallery, the run's own model, and the scores to write below each model's image."""
+
+    entry: GalleryEntry
+    ours: str | None
+    scores: Mapping[str, Sequence[tuple[str, float]]]
+
+
+@dataclass(frozen=True)
 class GalleryGroup:
     """Entries of a gallery that were chosen for one kind of reason."""
 
     title: str
     note: str
-    entries: Sequence[GalleryEntry]
+    entries: Sequence[ShownEntry]
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return len(self.entries)
 
 
 def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
@@ -127,25 +141,34 @@ def headlines(views: Sequence[SuiteView]) -> list[Headline]:
 
 def gallery_groups(section: EvaluationSection | None) -> list[GalleryGroup]:
     """Return the gallery by reason: images that a score picked first, then those that none did."""
-    entries = section.record.gallery if section else ()
+    if section is None:
+        return []
+    entries = shown_gallery(section)
     contested = [each for each in entries if DISAGREE in each.why]
     plain = [each for each in entries if set(each.why) == {SPECIMEN}]
     picked = [each for each in entries if each not in contested and each not in plain]
     others = ("Other prompts", "Spread over the suite, not chosen by a score.") if picked or contested else ("", "")
     groups = (
-        GalleryGroup("Where models differ most", "Chosen by the score that is named: extremes, not averages.", picked),
-        GalleryGroup("Where judges disagree", "One primary score says better and another says worse.", contested),
-        GalleryGroup(*others, plain),
+        ("Where models differ most", "Chosen by the score that is named: extremes, not averages.", picked),
+        ("Where judges disagree", "One primary score says better and another says worse.", contested),
+        (*others, plain),
     )
-    return [each for each in groups if each.entries]
+    results = section.record.results
+    return [
+        GalleryGroup(title, note, [_shown(entry, result_of(results, entry.suite)) for entry in found])
+        for title, note, found in groups
+        if found
+    ]
 
 
-def shown_scores(entry: GalleryEntry, model: str, results: Mapping[str, SuiteResult]) -> list[tuple[str, float]]:
-    """Return the scores to write below an image: the primary ones, or the first few."""
-    scores = entry.images[model].scores
-    result = results.get(entry.suite)
-    wanted = (result.primary or result.scorers) if result else tuple(scores)
-    return [(name, value) for name in wanted if (value := scores.get(name)) is not None][:MAX_SHOWN_SCORES]
+def _shown(entry: GalleryEntry, result: SuiteResult | None) -> ShownEntry:
+    """Return an entry with the primary scores of its suite, or the first few of all."""
+    wanted = (result.primary or result.scorers) if result else ()
+    scores = {
+        model: [(name, value) for name in wanted if (value := image.scores.get(name)) is not None][:MAX_SHOWN_SCORES]
+        for model, image in entry.images.items()
+    }
+    return ShownEntry(entry, own_model(result) if result else None, scores)
 
 
 def verdict(comparison: Comparison | None, judge: Judge) -> str:

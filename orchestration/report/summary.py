@@ -9,7 +9,7 @@ from typing import Any
 from orchestration.report.charts import MIN_AVERAGED, smooth
 from orchestration.report.cost import Cost, Price
 from orchestration.report.course import RunState
-from orchestration.report.evaluation import own_model
+from orchestration.report.evaluation import own_model, result_of
 from orchestration.report.findings import HeldOutChange, Point, finite_points, held_out_change
 from orchestration.report.records import EvaluationSection, Interval, ReportData, TrainingSection
 from pipelines.config import ALIGNED, BASE
@@ -270,7 +270,7 @@ def _samples(evaluation: EvaluationSection | None) -> list[Sample]:
     record = evaluation.record if evaluation else None
     found = []
     for entry in sorted(record.gallery, key=lambda each: set(each.why) != {SPECIMEN}) if record else ():
-        result = record.results.suites.get(entry.suite) if record else None
+        result = result_of(record.results, entry.suite) if record else None
         base, ours = (result.against_model, own_model(result)) if result else (None, None)
         if base in entry.images and ours in entry.images:
             names = [entry.images[str(model)].name for model in (base, ours)]

@@ -128,7 +128,7 @@ class Comparison:
     win_low: float | None
     win_high: float | None
     ties: int
-    n: int
+    n: int = 0
     wins: int = 0
     losses: int = 0
     num_left_out: int = 0
