@@ -65,7 +65,7 @@ class SuiteView:
         result: Its results.
         models: The models that are no checkpoints, the one that is compared with first.
         ours: The run's own model.
-        groups: The scores.
+        groups: The scores, primary ones first.
         plots: The intervals of scores that have numbers.
         curves: A learning curve for each score, if checkpoints were judged.
         tags: The scores by tag.
@@ -182,7 +182,8 @@ def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteV
     ours = own_model(result)
     named = [model for model in result.models if step_of(model) is None]
     models = sorted(named, key=lambda model: model != result.against_model)
-    groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in result.scorers]
+    scorers = sorted(result.scorers, key=lambda scorer: scorer not in result.primary)
+    groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in scorers]
     plots = [_plot(group) for group in groups]
     return SuiteView(
         name=name,
@@ -191,8 +192,8 @@ def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteV
         ours=ours,
         groups=groups,
         plots=[plot for plot in plots if plot is not None],
-        curves=[curve for scorer in result.scorers if (curve := _curve(scorer, result)) is not None],
-        tags=[row for scorer in result.scorers for row in _tag_rows(scorer, models, result, ours)],
+        curves=[curve for scorer in scorers if (curve := _curve(scorer, result)) is not None],
+        tags=[row for scorer in scorers for row in _tag_rows(scorer, models, result, ours)],
         silent=[group.scorer for group in groups if not any(_is_known(row.score) for row in group.rows)],
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.suites.cells import Cell, Cells
+from pipelines.suites.gallery import step_of
 from pipelines.suites.results import (
     Comparison,
     CutPrompts,
@@ -191,17 +192,31 @@ def tie_tolerance(cell: Cell, reference: Cell) -> float:
 def with_holm(
     compared: Mapping[str, Mapping[str, Comparison]], primary: Sequence[str]
 ) -> tuple[dict[str, dict[str, Comparison]], int]:
-    """Add Holm's p values of the primary scorers, over all models; return the number of tests, too."""
+    """Add Holm's p values of the primary scorers, over all models but checkpoints; return the number of tests, too.
+
+    Checkpoints make a learning curve, which describes: a dozen of them would take the claims of the others away. Words
+    of a difference that does not survive the correction say so.
+    """
     places = [
-        (model, scorer) for model, each in compared.items() for scorer in primary if each[scorer].p_value is not None
+        (model, scorer)
+        for model, each in compared.items()
+        for scorer in primary
+        if step_of(model) is None and each[scorer].p_value is not None
     ]
     adjusted = holm([compared[model][scorer].p_value or 0.0 for model, scorer in places])
     by_place = dict(zip(places, adjusted, strict=True))
 
-    def adjust(model: str, each: Mapping[str, Comparison]) -> dict[str, Comparison]:
-        return {name: dataclasses.replace(found, p_holm=by_place.get((model, name))) for name, found in each.items()}
+    def adjust(place: tuple[str, str], found: Comparison) -> Comparison:
+        after = dataclasses.replace(found, p_holm=by_place.get(place))
+        if after.is_shown or not found.is_shown:
+            return after
+        words = f"not enough for a claim after Holm's correction over {len(places)} comparisons: {found.words}"
+        return dataclasses.replace(after, words=words)
 
-    return {model: adjust(model, each) for model, each in compared.items()}, len(places)
+    return {
+        model: {scorer: adjust((model, scorer), found) for scorer, found in each.items()}
+        for model, each in compared.items()
+    }, len(places)
 
 
 def _failures(found: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Mapping[str, int]]]:
