@@ -1,8 +1,9 @@
 """View of a suite's results: the rows, plots and curves that the page shows; `evaluation.html.j2` has the markup."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
 from orchestration.report.evaluation import own_model, result_of, shown_gallery
@@ -13,7 +14,16 @@ from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult,
 MAX_FINDINGS = 6  # in the head of the page
 MAX_SHOWN_SCORES = 4  # below an image
 NUM_OPEN = 12  # entries of the gallery that are not folded
+PICKED, CONTESTED, PLAIN = "Where models differ most", "Where judges disagree", "Other prompts"
+NOTES = {
+    PICKED: "Chosen by the score that is named: extremes, not averages.",
+    CONTESTED: "One primary score says better and another says worse.",
+    PLAIN: "Spread over the suite, not chosen by a score.",
+}
 BETTER, WORSE = "rose", "fell"  # classes of the style sheet
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,38 +137,39 @@ def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
 
 def headlines(views: Sequence[SuiteView]) -> list[Headline]:
     """Return what the head of the page says: the first scores of all suites, primary ones first."""
-    found = []
     groups = [(view, group) for view in views for group in view.groups]
-    for view, group in sorted(groups, key=lambda each: not each[1].is_primary):
-        before = next((row for row in group.rows if row.model == view.result.against_model), None)
-        after = next((row for row in group.rows if row.is_ours), None)
-        if before and after and after.comparison and _is_known(before.score) and _is_known(after.score):
-            name = group.scorer if len(views) == 1 else f"{view.name}: {group.scorer}"
-            means = before.score.mean or 0.0, after.score.mean or 0.0
-            found.append(Headline(name, *means, after.comparison, after.verdict))
-    return found[:MAX_FINDINGS]
+    groups.sort(key=lambda each: not each[1].is_primary)
+    return _present(_headline(view, group, is_only=len(views) == 1) for view, group in groups)[:MAX_FINDINGS]
+
+
+def _headline(view: SuiteView, group: ScoreGroup, *, is_only: bool) -> Headline | None:
+    """Return a score of both models; None if one has none."""
+    rows = {row.model: row for row in group.rows}
+    before, after = rows.get(view.result.against_model), rows.get(view.ours or "")
+    if before is None or after is None or after.comparison is None:
+        return None
+    if (
+        before.score.mean is None
+        or after.score.mean is None
+        or not (_is_known(before.score) and _is_known(after.score))
+    ):
+        return None
+    name = group.scorer if is_only else f"{view.name}: {group.scorer}"
+    return Headline(name, before.score.mean, after.score.mean, after.comparison, after.verdict)
 
 
 def gallery_groups(section: EvaluationSection | None) -> list[GalleryGroup]:
     """Return the gallery by reason: images that a score picked first, then those that none did."""
     if section is None:
         return []
-    entries = shown_gallery(section)
-    contested = [each for each in entries if DISAGREE in each.why]
-    plain = [each for each in entries if set(each.why) == {SPECIMEN}]
-    picked = [each for each in entries if each not in contested and each not in plain]
-    others = ("Other prompts", "Spread over the suite, not chosen by a score.") if picked or contested else ("", "")
-    groups = (
-        ("Where models differ most", "Chosen by the score that is named: extremes, not averages.", picked),
-        ("Where judges disagree", "One primary score says better and another says worse.", contested),
-        (*others, plain),
-    )
-    results = section.record.results
-    return [
-        GalleryGroup(title, note, [_shown(entry, result_of(results, entry.suite)) for entry in found])
-        for title, note, found in groups
-        if found
-    ]
+    found: dict[str, list[ShownEntry]] = {PICKED: [], CONTESTED: [], PLAIN: []}
+    for entry in shown_gallery(section):
+        kind = CONTESTED if DISAGREE in entry.why else PLAIN if set(entry.why) == {SPECIMEN} else PICKED
+        found[kind].append(_shown(entry, result_of(section.record.results, entry.suite)))
+    groups = [GalleryGroup(kind, NOTES[kind], entries) for kind, entries in found.items() if entries]
+    if [each.title for each in groups] == [PLAIN]:  # there is nothing that they could be told from
+        return [GalleryGroup("", "", groups[0].entries)]
+    return groups
 
 
 def _shown(entry: GalleryEntry, result: SuiteResult | None) -> ShownEntry:
@@ -184,18 +195,21 @@ def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteV
     models = sorted(named, key=lambda model: model != result.against_model)
     scorers = sorted(result.scorers, key=lambda scorer: scorer not in result.primary)
     groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in scorers]
-    plots = [_plot(group) for group in groups]
     return SuiteView(
         name=name,
         result=result,
         models=models,
         ours=ours,
         groups=groups,
-        plots=[plot for plot in plots if plot is not None],
-        curves=[curve for scorer in scorers if (curve := _curve(scorer, result)) is not None],
+        plots=_present(_plot(group) for group in groups),
+        curves=_present(_curve(scorer, result) for scorer in scorers),
         tags=[row for scorer in scorers for row in _tag_rows(scorer, models, result, ours)],
-        silent=[group.scorer for group in groups if not any(_is_known(row.score) for row in group.rows)],
+        silent=[group.scorer for group in groups if _plot(group) is None],
     )
+
+
+def _present(found: Iterable[T | None]) -> list[T]:
+    return [each for each in found if each is not None]
 
 
 def _group(scorer: str, models: Sequence[str], result: SuiteResult, ours: str | None, judge: Judge) -> ScoreGroup:

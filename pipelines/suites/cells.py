@@ -56,6 +56,12 @@ class Cell:
         return sum(self.failures.values())
 
 
+def scorers_of(values: pa.Table, suite: Suite) -> tuple[str, ...]:
+    """Return the scorers of values: those of the suite in its order, then the others by name."""
+    found = set(values["scorer"].unique().to_pylist())
+    return tuple(dict.fromkeys((*(each for each in suite.scorers if each in found), *sorted(found))))
+
+
 class Cells:
     """The values of a suite, by model and scorer.
 
@@ -77,8 +83,7 @@ class Cells:
             values = values.filter(pc.field("suite") == suite.name)
         self._values = values
         self._check()
-        found = dict.fromkeys(values["scorer"].unique().to_pylist())
-        self.scorers = tuple(dict.fromkeys((*(each for each in suite.scorers if each in found), *sorted(found))))
+        self.scorers = scorers_of(values, suite)
         self.models = tuple(dict.fromkeys(values["model"].unique().to_pylist()))
 
     def _check(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.suites.cells import scorers_of
 from pipelines.suites.results import Judge
 from pipelines.suites.suite import Suite
 
@@ -103,29 +104,16 @@ def choose_gallery(
     """
     if "suite" in values.column_names:
         values = values.filter(pc.field("suite") == suite.name)
-    scores = _scores(values)
+    scores, scorers = _scores(values), scorers_of(values, suite)
     shown = tuple(models) if models is not None else _shown(scores, against)
-    present = set(values["scorer"].unique().to_pylist())
-    scorers = tuple(dict.fromkeys((*(each for each in suite.scorers if each in present), *sorted(present))))
-    primary = [each for each in suite.primary if each in present]
+    judged = {each: (judges or {}).get(each, Judge()) for each in scorers}
     reasons: dict[Place, list[str]] = defaultdict(list)
-    for scorer in (primary or scorers)[:MAX_JUDGES]:
-        for place in _largest(_spreads(scores, shown, scorer), num_each):
-            reasons[place].append(differs_most(scorer))
-    signs = {each: 1.0 if (judges or {}).get(each, Judge()).higher_is_better else -1.0 for each in primary}
-    for place in _largest(_disagreements(scores, signs, against, shown), num_each):
-        reasons[place].append(DISAGREE)
-    for place in _specimens(suite, reasons, num_plain):
-        reasons[place].append(SPECIMEN)
+    for why, sizes in _sizes(scores, suite, judged, against, shown).items():
+        for place in _largest(sizes, num_each):
+            reasons[place].append(why)
+    reasons |= {place: [SPECIMEN] for place in _specimens(suite, reasons, num_plain)}
     most = max(1, max_images // max(1, len(shown)))
     prompts = {each.prompt_id: each.prompt for each in suite.prompts}
-
-    def image(model: str, place: Place) -> GalleryImage:
-        values = scores.get(place, {})
-        return GalleryImage(
-            image_name(suite.name, model, *place), {name: values.get((model, name)) for name in scorers}
-        )
-
     return tuple(
         GalleryEntry(
             suite=suite.name,
@@ -133,7 +121,7 @@ def choose_gallery(
             prompt=prompts[place[0]],
             index=place[1],
             why=tuple(why),
-            images={model: image(model, place) for model in shown},
+            images=_images(suite, place, shown, scorers, scores.get(place, {})),
         )
         for place, why in list(reasons.items())[:most]
     )
@@ -141,6 +129,17 @@ def choose_gallery(
 
 Values = Mapping[tuple[str, str], float | None]
 """Model and scorer -> value of one place; None if it failed."""
+
+
+def _images(
+    suite: Suite, place: Place, models: Sequence[str], scorers: Sequence[str], values: Values
+) -> dict[str, GalleryImage]:
+    return {
+        model: GalleryImage(
+            image_name(suite.name, model, *place), {scorer: values.get((model, scorer)) for scorer in scorers}
+        )
+        for model in models
+    }
 
 
 def _scores(values: pa.Table) -> dict[Place, Values]:
@@ -164,6 +163,16 @@ def _complete(by_model: Values, models: Iterable[str], scorer: str) -> list[floa
     found = [by_model.get((model, scorer)) for model in models]
     known = [each for each in found if each is not None]
     return known if len(known) == len(found) else None
+
+
+def _sizes(
+    scores: Mapping[Place, Values], suite: Suite, judges: Mapping[str, Judge], against: str, models: Sequence[str]
+) -> dict[str, dict[Place, float]]:
+    """Return for each reason to show a place how strong it is there."""
+    primary = [each for each in judges if each in suite.primary]
+    signs = {each: 1.0 if judges[each].higher_is_better else -1.0 for each in primary}
+    spreads = {differs_most(each): _spreads(scores, models, each) for each in (primary or list(judges))[:MAX_JUDGES]}
+    return {**spreads, DISAGREE: _disagreements(scores, signs, against, models)}
 
 
 def _spreads(scores: Mapping[Place, Values], models: Sequence[str], scorer: str) -> dict[Place, float]:

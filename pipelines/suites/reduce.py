@@ -73,14 +73,8 @@ def reduce_suite(
         raise ValueError(f"reduce_suite: {against} is not one of the models {', '.join(names)}.")
     found = {model: {scorer: cells.cell(model, scorer) for scorer in cells.scorers} for model in names}
     work = _Reduction(suite, judges or {}, seed, num_draws)
-    references = found[against]
-    compared = {
-        model: {scorer: work.comparison(model, scorer, each[scorer], references[scorer]) for scorer in cells.scorers}
-        for model, each in found.items()
-        if model != against
-    }
     primary = tuple(scorer for scorer in cells.scorers if scorer in suite.primary)
-    compared, num_tests = with_holm(compared, primary)
+    compared, num_tests = with_holm(work.comparisons(found, against), primary)
     return SuiteResult(
         protocol="; ".join((suite.label, *suite.deviations)),
         num_prompts=len(suite.prompts),
@@ -139,6 +133,16 @@ class _Reduction:
             return None
         summary = mean_interval(values, seed=self.seed, num_draws=self.num_draws)
         return TagScore(summary.mean, summary.low, summary.high, summary.n)
+
+    def comparisons(self, found: Mapping[str, Mapping[str, Cell]], against: str) -> dict[str, dict[str, Comparison]]:
+        """Compare all models with one of them, by scorer."""
+        return {
+            model: {
+                scorer: self.comparison(model, scorer, cell, found[against][scorer]) for scorer, cell in cells.items()
+            }
+            for model, cells in found.items()
+            if model != against
+        }
 
     def comparison(self, model: str, scorer: str, cell: Cell, reference: Cell) -> Comparison:
         """Compare a model with the reference."""

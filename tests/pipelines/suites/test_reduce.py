@@ -344,11 +344,11 @@ def test_every_image_is_a_score_or_a_failure_and_every_prompt_compared_or_left_o
     assert Results.from_json(plain) == Results({"own": found})
 
 
-def test_models_that_are_alike_are_claimed_to_differ_in_one_suite_of_twenty() -> None:
-    """Of 300 suites with four comparisons each, 5 % with a claim are 15 +- 4."""
+def test_models_that_are_alike_are_rarely_claimed_to_differ() -> None:
+    """Of 1,500 such suites with 10,000 draws each, 5.6 % had a claim (5 +- 0.6 are due), and 6.7 % with 400 draws."""
     prompts = tuple(SuitePrompt.of(f"prompt {number}") for number in range(24))
     suite = suite_of(images=1, prompts=prompts, primary=("pick", "dark"))
-    rng, claims = np.random.default_rng(11), 0
+    rng, claims, differences = np.random.default_rng(11), 0, 0
     for _ in range(300):
         easy = rng.normal(0, 1, (24, 1))
         drawn = {
@@ -356,8 +356,10 @@ def test_models_that_are_alike_are_claimed_to_differ_in_one_suite_of_twenty() ->
             for model in ("base", "a", "b") for scorer in ("pick", "dark")
         }  # fmt: skip
         found = reduced(suite, table(suite, drawn), judges={}, num_draws=400)
-        claims += any(each.is_shown for by_scorer in found.against.values() for each in by_scorer.values())
-    assert claims <= 27
+        four = [each for by_scorer in found.against.values() for each in by_scorer.values()]
+        claims += any(each.is_shown for each in four)
+        differences += any(each.p_value is not None and each.p_value < 0.05 for each in four)
+    assert claims <= 30 < differences
 
 
 def audit_rows(scorer: str, first: Any, second: Any, labels: Any, prompts: Any = None) -> pa.Table:
