@@ -18,8 +18,9 @@ from orchestration.report.charts import curves
 from orchestration.report.course import RunState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
+from orchestration.report.gallery_view import NUM_OPEN, gallery_groups
 from orchestration.report.records import ReportData
-from orchestration.report.suite_view import NUM_OPEN, gallery_groups, headlines, suite_views
+from orchestration.report.suite_view import headlines, suite_views
 from orchestration.stages.stage import StageState
 
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB

@@ -6,20 +6,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
-from orchestration.report.evaluation import own_model, result_of, shown_gallery
+from orchestration.report.evaluation import own_model
 from orchestration.report.records import EvaluationSection, Interval
-from pipelines.suites.gallery import DISAGREE, SPECIMEN, GalleryEntry, step_of
+from pipelines.suites.gallery import step_of
 from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult, TagDifference, TagScore
 
 MAX_FINDINGS = 6  # in the head of the page
-MAX_SHOWN_SCORES = 4  # below an image
-NUM_OPEN = 12  # entries of the gallery that are not folded
-PICKED, CONTESTED, PLAIN = "Where models differ most", "Where judges disagree", "Other prompts"
-NOTES = {
-    PICKED: "Chosen by the score that is named: extremes, not averages.",
-    CONTESTED: "One primary score says better and another says worse.",
-    PLAIN: "Spread over the suite, not chosen by a score.",
-}
 BETTER, WORSE = "rose", "fell"  # classes of the style sheet
 
 
@@ -104,29 +96,6 @@ class Headline:
     verdict: str
 
 
-@dataclass(frozen=True)
-class ShownEntry:
-    """Entry of a gallery, the run's own model, and the scores to write below each model's image."""
-
-    entry: GalleryEntry
-    ours: str | None
-    scores: Mapping[str, Sequence[tuple[str, float]]]
-
-
-@dataclass(frozen=True)
-class GalleryGroup:
-    """Entries of a gallery that were chosen for one kind of reason."""
-
-    title: str
-    note: str
-    entries: Sequence[ShownEntry]
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return len(self.entries)
-
-
 def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
     """Return the view of each suite."""
     if section is None:
@@ -156,30 +125,6 @@ def _headline(view: SuiteView, group: ScoreGroup, *, is_only: bool) -> Headline 
         return None
     name = group.scorer if is_only else f"{view.name}: {group.scorer}"
     return Headline(name, before.score.mean, after.score.mean, after.comparison, after.verdict)
-
-
-def gallery_groups(section: EvaluationSection | None) -> list[GalleryGroup]:
-    """Return the gallery by reason: images that a score picked first, then those that none did."""
-    if section is None:
-        return []
-    found: dict[str, list[ShownEntry]] = {PICKED: [], CONTESTED: [], PLAIN: []}
-    for entry in shown_gallery(section):
-        kind = CONTESTED if DISAGREE in entry.why else PLAIN if set(entry.why) == {SPECIMEN} else PICKED
-        found[kind].append(_shown(entry, result_of(section.record.results, entry.suite)))
-    groups = [GalleryGroup(kind, NOTES[kind], entries) for kind, entries in found.items() if entries]
-    if [each.title for each in groups] == [PLAIN]:  # there is nothing that they could be told from
-        return [GalleryGroup("", "", groups[0].entries)]
-    return groups
-
-
-def _shown(entry: GalleryEntry, result: SuiteResult | None) -> ShownEntry:
-    """Return an entry with the primary scores of its suite, or the first few of all."""
-    wanted = (result.primary or result.scorers) if result else ()
-    scores = {
-        model: [(name, value) for name in wanted if (value := image.scores.get(name)) is not None][:MAX_SHOWN_SCORES]
-        for model, image in entry.images.items()
-    }
-    return ShownEntry(entry, own_model(result) if result else None, scores)
 
 
 def verdict(comparison: Comparison | None, judge: Judge) -> str:
