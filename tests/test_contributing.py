@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from recipes import Step, apply, recipes
 
-from training.evaluate import load_scorers
+from pipelines.scores.scorers import new_scorer
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -99,7 +99,7 @@ def test_what_the_recipes_add_is_clean(steps: dict[str, list[Step]], tree: Path)
 
 def test_the_scorer_of_the_recipe_scores(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tree)
-    (scorer,) = load_scorers(["lightness:LightnessScore"])
+    scorer = new_scorer("lightness:LightnessScore")
     light, dark = (Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (200, 50))
     scorer.fit([light], [dark], ["a wall"])
     assert scorer.score([light, dark], ["a wall"] * 2) == pytest.approx([1, 0.25])

@@ -28,7 +28,10 @@ def _show(options: argparse.Namespace) -> None:
 def table_text(scorers: "list[ListedScorer]") -> str:
     """Return one line for each scorer."""
     width = max(len(scorer.name) for scorer in scorers)
-    lines = [f"{each.name:<{width}}  {_cached(each):<10}  {(each.licence if each.parts else str()):<12}  {each.measures}" for each in scorers]
+    lines = [
+        f"{each.name:<{width}}  {_cached(each):<10}  {(each.licence if each.parts else ''):<12}  {each.measures}"
+        for each in scorers
+    ]
     return "\n".join([*lines, "", "`mapo scorers NAME` tells more; `mapo scorers fetch NAME` brings weights"])
 
 

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 from orchestration.run.context import Outcome, Run
 from orchestration.run.journal import StageRecord
 from orchestration.stages.stage import Look, Notes, digest
-from pipelines.config import ALIGNED, CHECKPOINTS
+from pipelines.config import ALIGNED, CHECKPOINTS, EvaluateConfig
 from pipelines.dataset.layout import pairs_table
+from pipelines.dataset.values import JsonObject
 
 if TYPE_CHECKING:
     from orchestration.stages.evaluation import Evaluation
     from pipelines.suites.evaluation import EvaluationRecord
 
 VERSION = 2
-"""Version of what is recorded. Version 1 drew other noise and kept no tables; its evaluations are made anew."""
+"""Version of what is recorded. Version 1 drew other noise and kept no tables; see `_look_of_before`."""
+BEFORE = {"num_samples": 64, "num_inference_steps": 30, "guidance_scale": 5.0, "batch_size": 16, "scorers": []}
+"""The settings of version 1, with their defaults."""
 NOT_IN_KEY = {"batch_size", "num_workers"}
 """Settings of `evaluate` that say how the work is done, not what comes out."""
 
@@ -24,20 +27,23 @@ NOT_IN_KEY = {"batch_size", "num_workers"}
 def look(run: Run) -> Look:
     """Compare the models, suites and scorers with those of the last evaluation."""
     from orchestration.stages.judged_models import models_identity, wanted_models
+    from orchestration.stages.judged_scorers import scorers_identity
     from orchestration.stages.judged_suites import suites_identity
 
     trained, exported = run.journal.record("train"), run.journal.record("export")
     needs = {ALIGNED, CHECKPOINTS}.intersection(model for model in wanted_models(run) if isinstance(model, str))
     if run.config.encode is None or (needs and (exported is None or trained is None)):
         return Look(waits_for="export")
+    record = run.journal.record("evaluate")
+    if exported is not None and (before := _look_of_before(run, record, exported)) is not None:
+        return before
     evaluation = _evaluation(run, trained, exported)
     version = evaluation.held_out.version
     settings = run.config.evaluate.model_dump(mode="json", exclude=NOT_IN_KEY)
     key = digest(
-        VERSION, models_identity(run, trained, exported), suites_identity(run.config), _scorers(run, evaluation),
+        VERSION, models_identity(run, trained, exported), suites_identity(run.config), scorers_identity(run, evaluation.held_out),
         settings, run.config.encode.resolution, run.config.seed, version,
     )  # fmt: skip
-    record = run.journal.record("evaluate")
     is_done = record is not None and record.key == key
     return Look(
         key,
@@ -46,6 +52,24 @@ def look(run: Run) -> Look:
         amount=lambda: {"samples": sum(evaluation.missing.values())},
         notes=lambda: Notes() if is_done else _notes(record),
     )
+
+
+def _look_of_before(run: Run, record: StageRecord | None, exported: StageRecord) -> Look | None:
+    """Return a look that finds the stage done, if version 1 evaluated this very model with these very settings."""
+    settings = settings_before(run.config.evaluate)
+    if record is None or "version" in record.details or settings is None or run.config.encode is None:
+        return None
+    weights = exported.details.get("weights", exported.key)
+    key = digest(weights, settings, run.config.encode.resolution, run.config.seed)
+    return Look(key, is_done=True) if record.key == key else None
+
+
+def settings_before(config: EvaluateConfig) -> JsonObject | None:
+    """Return the settings as version 1 recorded them; None if the configuration asks for something that it had not."""
+    found, defaults = config.model_dump(mode="json"), EvaluateConfig().model_dump(mode="json")
+    if any(found[key] != defaults[key] for key in found.keys() - BEFORE.keys()):
+        return None
+    return {key: default if found[key] is None else found[key] for key, default in BEFORE.items()}
 
 
 def _evaluation(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> Evaluation:
@@ -57,14 +81,6 @@ def _evaluation(run: Run, trained: StageRecord | None, exported: StageRecord | N
     else:
         trained, exported, version = None, None, pairs_table(run.storage).version
     return Evaluation(run, trained, exported, version)
-
-
-def _scorers(run: Run, evaluation: Evaluation) -> list[list[str]]:
-    """Return name and fingerprint of every scorer."""
-    from orchestration.stages.judged_scorers import judges_of
-
-    judges = judges_of(run, evaluation.suites, evaluation.held_out)
-    return sorted([judge.name, judge.fingerprint] for each in judges.values() for judge in each)
 
 
 def _evaluate(evaluation: Evaluation) -> Outcome:
@@ -107,7 +123,6 @@ def check(run: Run) -> None:
     """Check models, prompts and scorers before anything starts."""
     from orchestration.stages.judged_models import check_models
     from orchestration.stages.judged_scorers import check_scorers
-    from orchestration.stages.judged_suites import suites_without_pairs
 
     check_models(run)
-    check_scorers(run, suites_without_pairs(run.config))
+    check_scorers(run)

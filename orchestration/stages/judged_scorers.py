@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from orchestration.stages.judged_suites import suites_without_pairs
 from pipelines.config import ScorerEntry
 from pipelines.suites.results import Judge as ShownJudge
 
@@ -50,8 +51,29 @@ def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) ->
     return FitPairs(held_out.rows.slice(0, run.config.evaluate.max_audit_pairs))
 
 
-def check_scorers(run: Run, suites: Sequence[Suite]) -> None:
-    """Check the scorers of a run that has no pairs yet: names, needs and weights.
+def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
+    """Return name and fingerprint of every scorer; pairs are read only if one learns from them.
+
+    Raises:
+        ConfigError: A scorer is unknown, or needs what nothing provides.
+        ModelError: Weights are missing.
+    """
+    from pipelines.scores.judges import prepare_judges
+
+    entries = _entries_without_pairs(run)
+    judges = prepare_judges(entries, run.storage, fit_on=_fit_on(run, entries, held_out))
+    return sorted([judge.name, judge.fingerprint] for judge in judges)
+
+
+def _entries_without_pairs(run: Run) -> list[ScorerEntry]:
+    """Return every scorer; the suite of held-out prompts brings none."""
+    suites = suites_without_pairs(run.config)
+    found = {entry.name: entry for suite in suites for entry in entries_of(run, suite)}
+    return list((found | {entry.name: entry for entry in run.config.evaluate.scorer_entries}).values())
+
+
+def check_scorers(run: Run) -> None:
+    """Check the scorers of a run that may have no pairs yet: names, needs and weights.
 
     Raises:
         ConfigError: A scorer is unknown, or needs what nothing provides.
@@ -60,9 +82,8 @@ def check_scorers(run: Run, suites: Sequence[Suite]) -> None:
     from pipelines.scores.judges import prepare_judges
     from pipelines.scores.scorers import new_scorer
 
-    names = {entry.name: entry for suite in suites for entry in entries_of(run, suite)}
-    names |= {entry.name: entry for entry in run.config.evaluate.scorer_entries}
-    prepare_judges([entry for name, entry in names.items() if not hasattr(new_scorer(name), "fit")], run.storage)
+    entries = _entries_without_pairs(run)
+    prepare_judges([entry for entry in entries if not hasattr(new_scorer(entry.name), "fit")], run.storage)
 
 
 def shown_judges(judges: Iterable[Judge]) -> dict[str, ShownJudge]:

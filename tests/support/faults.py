@@ -25,7 +25,16 @@ from factories import photo_pairs, write_parquet
 from s3_faults import Fault as S3Fault
 from s3_faults import FaultyProxy
 
-from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
+from pipelines.dataset.layout import (
+    LATENTS,
+    SAMPLES,
+    TEXT,
+    fingerprints,
+    latents_table,
+    pairs_table,
+    samples_table,
+    text_table,
+)
 from pipelines.dataset.storage import PATIENCE, Storage
 
 OUTAGE = (S3Fault.SLOW_DOWN, S3Fault.RESET_UPLOAD, S3Fault.RESET_DOWNLOAD)
@@ -236,7 +245,10 @@ def contents(stage: str, storage: Storage) -> Any:
     if stage == "train":
         details = json.loads(storage.read("runs/small/stages/train.json"))["details"]
         return details["digest"], _digests(storage, details["checkpoint"])
-    return _digests(storage, "runs/small/" + ("model" if stage == "export" else "evaluation"))
+    if stage == "export":
+        return _digests(storage, "runs/small/model")
+    samples = [_table(samples_table(storage, each), storage) for each in fingerprints(storage, SAMPLES)]
+    return samples, _digests(storage, "runs/small/evaluation")
 
 
 def _table(table: Any, storage: Storage) -> Any:
@@ -246,6 +258,6 @@ def _table(table: Any, storage: Storage) -> Any:
 
 
 def _digests(storage: Storage, folder: str) -> dict[str, str]:
-    names = [name for name in storage.names(folder) if name.endswith((".safetensors", ".png", "evaluation.json"))]
+    names = [name for name in storage.names(folder) if name.endswith((".safetensors", ".png", "results.json"))]
     assert names
     return {name.removeprefix(folder): hashlib.sha256(storage.read(name)).hexdigest() for name in names}

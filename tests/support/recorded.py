@@ -46,6 +46,14 @@ ENCODE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Sections `encode` without their model."""
 
+EVALUATE: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "every key": {
+        "num_samples": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "batch_size": 1, "scorers": ["a:B"],
+    },
+}  # fmt: skip
+
+
 RUN = (
     "{name: n, storage: s, ingest: {sources: [{format: pickapic, path: p}]}, encode: {model: m}, "
     "train: {ema: {decay: 0.9}}}"
@@ -80,9 +88,11 @@ def fingerprints() -> dict[str, list[str]]:
 
 
 def digests() -> dict[str, str]:
-    """The base digest of the shipped model, and what export makes of its section."""
+    """The base digest of the shipped model, and what export and evaluate make of their sections."""
     from orchestration.config import comparable, parse_config
+    from orchestration.stages.evaluate import settings_before
     from orchestration.stages.stage import digest
+    from pipelines.config import EvaluateConfig
     from pipelines.dataset.model_files import ModelSource
     from training.config import ExportConfig
     from training.spec import base_digest
@@ -90,6 +100,8 @@ def digests() -> dict[str, str]:
     found = {"base": base_digest(ModelSource(str(MODEL)))}
     found["report"] = digest(comparable(parse_config(RUN)))
     found["export"] = digest(ExportConfig().model_dump(exclude={"push_to_hub"}))
+    for name, section in EVALUATE.items():
+        found[f"evaluate, {name}"] = digest(settings_before(EvaluateConfig.model_validate(section)))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,13 +12,15 @@ from pipelines.samples.drawing import DrawnModel, Sampling
 
 
 def draw_here(
-    model: str | Path, texts: Sequence[str], seeds: Sequence[int], *, steps: int = 2, side: int = 64,
+    model: str | Path | DrawnModel, texts: Sequence[str], seeds: Sequence[int], *, steps: int = 2, side: int = 64,
     prediction_type: str | None = None,
 ) -> list[bytes]:  # fmt: skip
     """Draw one sample for each text and its seed, in one batch."""
     from pipelines.samples.sampler import Sampler
 
-    drawn = DrawnModel("here", ModelSource(str(model)), prediction_type=prediction_type)
+    drawn = model if isinstance(model, DrawnModel) else DrawnModel("here", ModelSource(str(model)))
+    if prediction_type is not None:
+        drawn = replace(drawn, prediction_type=prediction_type)
     sampler = Sampler(drawn, Sampling(steps, 5.0, side, side))
     batch = sampler.draw([sampler.embed(text) for text in texts], seeds)
     found = []

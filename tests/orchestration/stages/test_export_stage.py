@@ -14,6 +14,7 @@ import yaml
 from checkpoints import trained_adapters, trained_weights, write_checkpoint
 from diffusers import UNet2DConditionModel
 from factories import new_pipeline
+from sampled import draw_here
 from torch import Tensor
 
 from orchestration.config import RunConfig, parse_config
@@ -21,12 +22,11 @@ from orchestration.driver.runner import run_stages
 from orchestration.driver.status import describe_run
 from orchestration.run.context import Run
 from orchestration.stages import train as train_stage
+from orchestration.stages.judged_models import judged_models
 from orchestration.stages.model_card import model_card
-from orchestration.stages.model_samples import SampleModel
 from orchestration.stages.registry import STAGES
 from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
-from pipelines.dataset.storage import Storage
 from training.config import LoraConfig
 from training.spec import base_digest
 
@@ -189,12 +189,14 @@ def test_a_unet_alone_is_sampled_as_the_whole_pipeline_is_and_unlike_the_base(
     prompts, seeds = ["a cat", "a red house"], [0, 1]
     samples = {}
     for config in (whole, alone):
-        where = Storage(str(exported(config)))
-        samples[config.export.parts] = SampleModel(config, where).sample(prompts, seeds)
+        exported(config)
+        run = Run.open(config, lambda line: None)
+        base, aligned = judged_models(run, *(run.journal.record(stage) for stage in ("train", "export")))
+        samples[config.export.parts] = draw_here(aligned.drawn, prompts, seeds)
     assert not (tmp_path / "runs" / "small" / "model" / "model_index.json").exists()
     assert samples["pipeline"] == samples["unet"]
-    base = SampleModel(whole, None).sample(prompts, seeds)
-    assert all(one != other for one, other in zip(base, samples["unet"], strict=True))
+    of_base = draw_here(base.drawn, prompts, seeds)
+    assert all(one != other for one, other in zip(of_base, samples["unet"], strict=True))
 
 
 def test_where_it_is_pushed_to_makes_the_export_stale_and_not_the_samples(tiny_pipeline: Path, tmp_path: Path) -> None:

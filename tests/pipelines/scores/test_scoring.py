@@ -1,24 +1,17 @@
 """Scoring on actors: each image once by each judge, incrementally; a failure is a row with a reason."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
-from scored_images import formula_files, png, write_images
-from scorer_twins import formula_image
+from scored_images import formula_files, write_images
 
 from pipelines.config import ScorerEntry
-from pipelines.dataset.errors import ModelError, SnapshotError
 from pipelines.dataset.storage import Storage
 from pipelines.scores.execution import score
-from pipelines.scores.fit import FIT_SCHEMA, FitPairs
 from pipelines.scores.judges import Judge, prepare_judges
-from pipelines.scores.plan import pending_scores, read_scores, table_of
-from pipelines.scores.scorers import new_scorer
+from pipelines.scores.plan import read_scores, table_of
 from pipelines.units.workers import Workers
 
 WORKERS = Workers("evaluate", num_workers=2, device="cpu")
