@@ -82,6 +82,7 @@ def _of_former(details: Mapping[str, Any]) -> EvaluationRecord:
         against={ALIGNED: {name: _change(each[BASE], each[ALIGNED]) for name, each in scores.items()}},
         against_model=BASE,
         scorers=tuple(scores),
+        primary=tuple(scores),
         num_inference_steps=details["num_inference_steps"],
         guidance_scale=details["guidance_scale"],
     )

@@ -125,6 +125,7 @@ def _former(data: ReportData) -> list[str]:
     states = {stage.name: stage.status for stage in data.stages}
     ended = (StageState.DONE, StageState.UP_TO_DATE)
     is_undone = {name: states.get(name, StageState.DONE) not in ended for name in ("train", "evaluate")}
+    is_undone["train"] &= data.training is not None  # a run may evaluate models without a training of its own
     found = ["training"] if is_undone["train"] and data.training and data.training.is_over else []
     return found + (["samples and scores"] if any(is_undone.values()) and data.evaluation else [])
 

@@ -27,7 +27,8 @@ class ScoreRow:
         is_ours: Whether it is the run's own model.
         score: Its mean.
         comparison: Its difference; None for the model that is compared with.
-        verdict: `rose` if it is better, `fell` if it is worse, empty if no difference is shown.
+        verdict: `rose` if it is better, `fell` if it is worse, empty if no difference
+            is shown, and for scores that describe.
     """
 
     model: str
@@ -105,9 +106,9 @@ def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
 
 
 def headlines(views: Sequence[SuiteView]) -> list[Headline]:
-    """Return what the head of the page says: the first scores of all suites, primary ones first."""
+    """Return what the head of the page says: of the first primary scores of all suites; if there is none, of any."""
     groups = [(view, group) for view in views for group in view.groups]
-    groups.sort(key=lambda each: not each[1].is_primary)
+    groups = [each for each in groups if each[1].is_primary] or groups
     return _present(_headline(view, group, is_only=len(views) == 1) for view, group in groups)[:MAX_FINDINGS]
 
 
@@ -158,12 +159,13 @@ def _present(found: Iterable[T | None]) -> list[T]:
 
 
 def _group(scorer: str, models: Sequence[str], result: SuiteResult, ours: str | None, judge: Judge) -> ScoreGroup:
-    rows = []
+    rows, is_primary = [], scorer in result.primary
     for model in models:
         if (score := result.models[model].scores.get(scorer)) is not None:
             comparison = result.against.get(model, {}).get(scorer)
-            rows.append(ScoreRow(model, model == ours, score, comparison, verdict(comparison, judge)))
-    return ScoreGroup(scorer, judge, scorer in result.primary, rows)
+            said = verdict(comparison, judge) if is_primary else ""  # the others describe
+            rows.append(ScoreRow(model, model == ours, score, comparison, said))
+    return ScoreGroup(scorer, judge, is_primary, rows)
 
 
 def _plot(group: ScoreGroup) -> IntervalPlot | None:

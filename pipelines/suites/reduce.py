@@ -158,14 +158,14 @@ class _Reduction:
         tolerance = tie_tolerance(cell, reference)
         sides = (both.a, both.b) if is_better_high else (both.b, both.a)
         won = win_rate(*sides, tolerance=tolerance)
-        words = in_words(found, name=model)
+        words = in_words(found, name=model) if np.any(both.a != both.b) else f"equal on all {found.n} prompts"
         return Comparison(
             difference=found.difference, low=found.low, high=found.high,
             win_rate=won.rate, win_low=won.low, win_high=won.high, ties=won.ties, n=found.n,
             wins=won.wins, losses=won.losses, num_left_out=num_prompts - found.n,
             p_value=found.p_value, win_p_value=won.p_value,
             detectable=found.detectable if math.isfinite(found.detectable) else None, tolerance=tolerance,
-            words=words if is_better_high else f"{words}; lower is better",
+            words=words if is_better_high or found.difference == 0 else f"{words}; lower is better",
             tags=self._tag_differences(both),
         )  # fmt: skip
 

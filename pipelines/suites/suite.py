@@ -124,19 +124,19 @@ class Suite:
     ) -> "Suite":
         """Return the suite with other settings, and with a word on each that is not the protocol's; None keeps it."""
         wanted = {
-            "images_per_prompt": (images_per_prompt, "images a prompt"),
-            "num_inference_steps": (num_inference_steps, "steps"),
-            "guidance_scale": (guidance_scale, "guidance"),
-            "resolution": (resolution, "pixels"),
+            "images_per_prompt": (images_per_prompt, "{:g} images a prompt instead of {:g}"),
+            "num_inference_steps": (num_inference_steps, "{:g} steps instead of {:g}"),
+            "guidance_scale": (guidance_scale, "guidance {:g} instead of {:g}"),
+            "resolution": (resolution, "{:g} pixels instead of {:g}"),
         }
         values, words = {}, list(self.deviations)
-        for field, (value, unit) in wanted.items():
+        for field, (value, sentence) in wanted.items():
             own = getattr(self, field)
             if value is None or value == own:
                 continue
             values[field] = value
             if own is not None:
-                words.append(f"{unit} {value:g} instead of {own:g}")
+                words.append(sentence.format(value, own))
         return dataclasses.replace(self, **values, deviations=tuple(words))  # type: ignore[arg-type]
 
     def limited(self, limit: int | None, *, seed: int) -> "Suite":

@@ -13,9 +13,10 @@ from report_sample import PROMPTS, Page, changed, evaluation_data, former_detail
 from orchestration.report.data import page_images
 from orchestration.report.evaluation import MAX_PAGE_IMAGES, evaluation_section, own_model, shown_gallery
 from orchestration.report.page import render_report
-from orchestration.report.records import EvaluationSection, ReportData
+from orchestration.report.records import EvaluationSection, ReportData, StageRow
 from orchestration.report.suite_view import suite_views
 from orchestration.report.summary import RunSummary, summary_of
+from orchestration.stages.stage import StageState
 from pipelines.dataset.storage import Storage
 from pipelines.suites.evaluation import EvaluationRecord
 from pipelines.suites.gallery import GalleryEntry, GalleryImage
@@ -51,7 +52,7 @@ def test_every_suite_has_a_table_of_scores_with_intervals(page: str) -> None:
         "aligned 0.328 0.301 to 0.354 +0.223 0.213 to 0.233 100.0 % 67.6 % to 100.0 % better: aligned is higher by",
         "no difference shown: -0.014 (-0.043 to 0.012); this run can see differences from 0.034 on",
         "after Holm\u2019s correction over 2 comparisons", "1 prompt left out: not scored for both",
-        "dark_share lower is better", "better: aligned is lower by 0.089 (0.068 to 0.108); lower is better",
+        "dark_share lower is better", "% aligned is lower by 0.089 (0.068 to 0.108); lower is better",
     ):  # fmt: skip
         assert said in text, said
 
@@ -90,6 +91,13 @@ def test_a_difference_that_holm_takes_back_is_no_claim(data: ReportData) -> None
     assert "p 0.0600 after Holm\u2019s correction over 2 comparisons" in text
     (view,) = (view for view in suite_views(weak.evaluation) if view.name == "own")
     assert [row.verdict for row in view.groups[0].rows] == ["", ""]
+
+
+def test_scores_that_describe_are_neither_better_nor_worse_and_not_in_the_head(page: str) -> None:
+    text = Page(page).text
+    assert "Score \u201cheld-out: style\u201d" in text
+    assert "Score \u201cheld-out: dark_share\u201d" not in text
+    assert not re.search(r"(better|worse): aligned is (higher|lower)[^;]*; lower is better", text)
 
 
 def test_a_score_without_a_number_is_named_and_not_drawn(data: ReportData) -> None:
@@ -152,8 +160,10 @@ def test_the_model_that_a_suite_is_about(steps: list[int], models: list[str], ou
 
 
 def test_a_run_that_only_evaluates_says_so(data: ReportData) -> None:
-    text = Page(render_report(replace(data, training=None), {})).text
+    stages = [StageRow("train", StageState.NOT_RUN), StageRow("evaluate", StageState.DONE)]
+    text = Page(render_report(replace(data, training=None, stages=stages), {})).text
     assert "Evaluated, without a training" in text
+    assert "earlier training" not in text
 
 
 def test_an_evaluation_of_an_earlier_version_keeps_its_numbers_and_samples(data: ReportData) -> None:

@@ -165,6 +165,14 @@ def test_failures_are_counted_with_reasons_and_are_never_numbers(
     )
 
 
+def test_equal_models_are_said_to_be_equal(suite: Suite, drawn: dict[tuple[str, str], Any]) -> None:
+    same = drawn | {("aligned", scorer): drawn["base", scorer] for scorer in ("pick", "dark")}
+    found = reduced(suite, table(suite, same)).against["aligned"]
+    for each in found.values():
+        assert (each.difference, each.ties, each.win_rate, each.p_value) == (0.0, 30, 0.5, 1.0)
+        assert each.words == "equal on all 30 prompts"
+
+
 def test_a_scorer_that_failed_everywhere_has_no_number(suite: Suite, drawn: dict[tuple[str, str], Any]) -> None:
     drawn["aligned", "pick"][:] = math.nan
     found = reduced(suite, table(suite, drawn))

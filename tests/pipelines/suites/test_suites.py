@@ -56,7 +56,7 @@ def test_a_prompt_has_the_id_that_pairs_know_it_by() -> None:
 
 def test_other_settings_are_said_and_the_suites_own_are_not() -> None:
     changed = suite(resolution=1024).changed(images_per_prompt=4, num_inference_steps=30, resolution=512)
-    assert changed.deviations == ("images a prompt 4 instead of 1", "pixels 512 instead of 1024")
+    assert changed.deviations == ("4 images a prompt instead of 1", "512 pixels instead of 1024")
     assert (changed.images_per_prompt, changed.resolution, changed.guidance_scale) == (4, 512, 5.0)
     assert suite().changed(resolution=512).deviations == ()  # the suite leaves it to the run
     assert suite().changed() == suite()
