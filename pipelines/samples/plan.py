@@ -74,17 +74,28 @@ def wanted_samples(
         variants: The ways to draw a prompt.
         shared_seed: Whether the variants of a prompt share their noise, so that only the prefix differs.
     """
-    columns: dict[str, list[object]] = {name: [] for name in WANTED_SCHEMA.names}
-    append = [columns[name].append for name in WANTED_SCHEMA.names]
+    keys, seeds = [], []
     for prompt in prompts:
         for variant in variants:
             text = variant.prefix + prompt.prompt
             for index in range(images_per_prompt):
                 noise = noise_seed(seed, prompt.prompt_id, index, None if shared_seed else variant.name)
-                key = _sample_key(fingerprint, prompt.prompt_id, text, variant.name, index, noise)
-                row = (key, text, prompt.prompt, prompt.prompt_id, variant.name, index, noise)
-                for add, value in zip(append, row, strict=True):
-                    add(value)
+                keys.append(_sample_key(fingerprint, prompt.prompt_id, text, variant.name, index, noise))
+                seeds.append(noise)
+    num_variants = len(variants)
+    of_prompt = np.repeat(np.arange(len(prompts)), num_variants * images_per_prompt)
+    of_variant = np.tile(np.repeat(np.arange(num_variants), images_per_prompt), len(prompts))
+    texts = pa.array([each.prompt for each in prompts], pa.string()).take(of_prompt)
+    prefixes = pa.array([each.prefix for each in variants], pa.string()).take(of_variant)
+    columns = {
+        "sample_key": pa.array(keys, pa.string()),
+        "text": pc.binary_join_element_wise(prefixes, texts, ""),
+        "prompt": texts,
+        "prompt_id": pa.array([each.prompt_id for each in prompts], pa.string()).take(of_prompt),
+        "variant": pa.array([each.name for each in variants], pa.string()).take(of_variant),
+        "index": np.tile(np.arange(images_per_prompt, dtype=np.int32), len(prompts) * num_variants),
+        "seed": pa.array(seeds, pa.int64()),
+    }
     return pa.table(columns, schema=WANTED_SCHEMA)
 
 
