@@ -23,6 +23,7 @@ class SampleCommitter:
 
     def __init__(self, table: Table, version: int | None) -> None:
         self._table, self._version = table, version
+        self._has_others = False
 
     def append(self, unit: str, rows: pa.Table) -> pa.Table:
         """Commit the rows of a unit that no other writer has committed; return them.
@@ -32,7 +33,9 @@ class SampleCommitter:
         """
         for _ in range(MAX_CONFLICTS):
             version = self._table.version
-            if version != self._version:
+            # What others committed may be among the rows of every later unit as well.
+            self._has_others |= version != self._version
+            if self._has_others:
                 rows = self._without_known(rows)
             landed = self._table.append_on(version, unit, rows)
             if landed is Commit.DONE:

@@ -176,11 +176,11 @@ class _Execution:
         return {fingerprint: account.result() for fingerprint, account in self._accounts.items()}
 
     def _start(self) -> Generator[WrittenUnit]:
-        from pipelines.samples.actor import DrawSamples, DrawSettings  # here, so that torch is loaded late
+        from pipelines.samples.actor import DrawSettings
 
         settings = DrawSettings(self._workers.stage, self._workers.batch_size, self._pool.num_threads)
         arguments = (self._models, self._storage, settings)
-        return run_units(DrawSamples, arguments, self._pool, units_dataset(self._units))  # type: ignore[arg-type]
+        return run_units(actor_class(), arguments, self._pool, units_dataset(self._units))
 
     def _start_next(self) -> None:
         """Start the clock of the first model that still has units."""
@@ -198,6 +198,13 @@ class _Execution:
         way_out += "; `start_timeout_s` allows a longer wait"
         demand, timeout_s = _demand_of(self._pool, self._workers), self._workers.start_timeout_s
         return wait_for(self._workers.stage, demand, timeout_s=timeout_s, way_out=way_out, say=self._say)
+
+
+def actor_class() -> Callable[[pa.Table], pa.Table]:
+    """Return the class of the actors, imported here so that torch is loaded late."""
+    from pipelines.samples.actor import DrawSamples
+
+    return DrawSamples  # type: ignore[return-value]
 
 
 def _demand_of(pool: Pool, workers: Workers) -> Demand:
