@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from pipelines.dataset.errors import SnapshotError, StorageError
-from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, TEXT, fingerprints
+from pipelines.dataset.layout import LATENTS, PAIRS, RUNS, SAMPLES, SCORES, TEXT, fingerprints
 from pipelines.dataset.storage import UNFINISHED, Storage
 from pipelines.dataset.values import JsonObject
 from pipelines.dataset.versions import LOG, Version, files_of, versions
@@ -82,7 +82,8 @@ def tables(storage: Storage) -> list[str]:
         raise SnapshotError(
             f"there is no data set at {storage.url}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
         )
-    found = [f"{folder}/{name}/table" for folder in (LATENTS, TEXT) for name in fingerprints(storage, folder)]
+    folders = (LATENTS, TEXT, SAMPLES, SCORES)
+    found = [f"{folder}/{name}/table" for folder in folders for name in fingerprints(storage, folder)]
     return [PAIRS, *found]
 
 
@@ -214,8 +215,10 @@ def _shards_in(storage: Storage, files: list[str]) -> set[str]:
     filesystem = PyFileSystem(FSSpecHandler(storage.fs))
 
     def shards(file: str) -> list[str]:
-        rows = ds.dataset(storage.path(file), filesystem=filesystem, format="parquet").to_table(["shard"])
-        return list(rows["shard"].drop_null().unique().to_pylist())
+        rows = ds.dataset(storage.path(file), filesystem=filesystem, format="parquet")
+        if "shard" not in rows.schema.names:  # scores point to nothing
+            return []
+        return list(rows.to_table(["shard"])["shard"].drop_null().unique().to_pylist())
 
     with ThreadPoolExecutor(READERS) as readers:
         return {shard for found in readers.map(shards, files) for shard in found}

@@ -171,6 +171,7 @@ class _Execution:
                 self._plans[fingerprint].committer.append(unit, rows)
                 self._accounts[fingerprint].add(rows, effort)
                 if self._accounts[fingerprint].is_done:
+                    self._accounts[fingerprint].close()
                     self._plans[fingerprint].committer.finish()
                     self._start_next()
         return {fingerprint: account.result() for fingerprint, account in self._accounts.items()}

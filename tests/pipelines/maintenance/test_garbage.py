@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from encoded import write_encoded
 from factories import photo_pairs
@@ -15,7 +16,17 @@ from kept import images_in, keep_rows, rows_in
 from orchestration.cli import main
 from orchestration.commands.data import grace_period
 from pipelines.dataset.errors import ConfigError, StorageError
-from pipelines.dataset.layout import PAIRS, SHARDS, pairs_table
+from pipelines.dataset.layout import (
+    PAIRS,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    SCORES,
+    SCORES_SCHEMA,
+    SHARDS,
+    pairs_table,
+    samples_table,
+    scores_table,
+)
 from pipelines.dataset.storage import Storage
 from pipelines.maintenance.compact import compact
 from pipelines.maintenance.gc import delete_garbage, find_garbage, stored_objects
@@ -79,6 +90,22 @@ def test_old_objects_stay_while_a_version_of_the_grace_period_needs_them(storage
     age(storage)  # the commits are new all the same
     assert collect(storage, WEEK) == set()
     assert {version: images_in(storage, version) for version in images} == images
+
+
+def test_samples_and_scores_stay_and_a_shard_of_samples_that_no_row_points_to_goes(storage: Storage) -> None:
+    shard = f"{SAMPLES}/{'c' * 32}/unit.tar"
+    for name in (shard, shard.replace("unit", "killed")):
+        storage.write(name, b"png and json")
+    rows = [{"sample_key": "1" * 32, "status": "kept", "unit": "unit", "shard": shard}]
+    samples, scores = samples_table(storage, "c" * 32), scores_table(storage, "pickscore", "d" * 32)
+    samples.append("unit", pa.Table.from_pylist(rows, SAMPLES_SCHEMA))
+    scores.append("unit", pa.Table.from_pylist([{"image_sha256": "e" * 64, "value": 0.5}], SCORES_SCHEMA))
+    storage.write(f"{SAMPLES}/{'f' * 32}/fingerprint.json", b"{}")  # of a drawing that has committed nothing yet
+    deleted = collect(storage)
+    assert {name for name in deleted if name.startswith((SAMPLES, SCORES))} == {shard.replace("unit", "killed")}
+    assert samples.read(["shard"])["shard"].to_pylist() == [shard]
+    assert storage.exists(shard)
+    assert scores.read(["value"])["value"].to_pylist() == [0.5]
 
 
 def test_a_young_object_stays_though_nothing_points_to_it(storage: Storage) -> None:

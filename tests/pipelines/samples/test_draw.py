@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,8 @@ def test_four_models_are_drawn_in_turn_by_one_worker_and_a_rerun_draws_nothing(
         drawing_of(tiny_pipeline, MANY, name="style", lora=str(lora)),
         drawing_of(sd_pipeline, MANY, name="sd"),
     ]
-    lines: list[str] = []
-    found = draw(storage, drawings, workers(), lines.append)
+    started = time.monotonic()
+    found = draw(storage, drawings, workers())
     assert [(each.name, each.num_drawn, each.num_quarantined) for each in found] == [
         (name, 36, 0) for name in ("base", "dpo", "style", "sd")
     ]
@@ -66,6 +67,7 @@ def test_four_models_are_drawn_in_turn_by_one_worker_and_a_rerun_draws_nothing(
         assert each.speed is not None
         assert each.speed.seconds_by_part["fetch"] > 0
         assert each.worker_s > 0
+        assert each.seconds > 0
         rows = rows_of(storage, drawing)
         assert [row["sample_key"] for row in rows] == drawing.wanted["sample_key"].to_pylist()
         assert {(row["status"], row["width"], row["height"]) for row in rows} == {("kept", 64, 64)}
@@ -73,6 +75,7 @@ def test_four_models_are_drawn_in_turn_by_one_worker_and_a_rerun_draws_nothing(
         parts = json.loads(storage.read(f"{SAMPLES}/{drawing.fingerprint}/fingerprint.json"))
         assert fingerprint_of(parts) == drawing.fingerprint
         assert str(tmp_path.parent) not in json.dumps(parts)
+    assert sum(each.seconds for each in found) <= time.monotonic() - started, "each has its own time"
     first = [pixels_of(storage, rows_of(storage, drawing)[0]) for drawing in drawings]
     assert all(np.abs(one - first[0]).max() > 20 for one in first[1:])
 
