@@ -108,9 +108,11 @@ def _sample_key(fingerprint: str, prompt_id: str, text: str, variant: str, index
 def distinct_samples(*tables: pa.Table) -> pa.Table:
     """Return the rows of several tables of wanted samples, each sample once, in the order of first appearance."""
     rows = pa.concat_tables(tables).combine_chunks()
+    if pc.count_distinct(rows["sample_key"]).as_py() == rows.num_rows:
+        return rows
     numbered = pa.table({"sample_key": rows["sample_key"], "place": np.arange(rows.num_rows)})
     firsts = numbered.group_by("sample_key").aggregate([("place", "min")])["place_min"]
-    return rows if len(firsts) == rows.num_rows else rows.take(np.sort(firsts.to_numpy()))
+    return rows.take(np.sort(firsts.to_numpy()))
 
 
 def unit_size(batch_size: int) -> int:
@@ -129,11 +131,12 @@ def pending_samples(storage: Storage, drawing: Drawing, batch_size: int) -> list
         drawing: The wanted samples.
         batch_size: Samples in one pipeline call.
     """
-    is_missing = _missing(storage, drawing)
+    wanted = distinct_samples(drawing.wanted)
+    is_missing = _missing(storage, drawing.fingerprint, wanted)
     places = np.flatnonzero(is_missing)
     if not len(places):
         return []
-    rows = drawing.wanted.combine_chunks().filter(pa.array(is_missing))
+    rows = wanted.filter(pa.array(is_missing))
     rows = rows.append_column(FINGERPRINT, pa.repeat(drawing.fingerprint, rows.num_rows))
     cuts = np.flatnonzero(np.diff(places // unit_size(batch_size))) + 1
     keys = keys_of(rows["sample_key"])
@@ -146,12 +149,12 @@ def pending_samples(storage: Storage, drawing: Drawing, batch_size: int) -> list
 
 def count_missing(storage: Storage, drawing: Drawing) -> int:
     """Count the wanted samples that are not in the table, drawn or quarantined."""
-    return int(_missing(storage, drawing).sum())
+    return int(_missing(storage, drawing.fingerprint, distinct_samples(drawing.wanted)).sum())
 
 
-def _missing(storage: Storage, drawing: Drawing) -> NDArray[np.bool_]:
+def _missing(storage: Storage, fingerprint: str, wanted: pa.Table) -> NDArray[np.bool_]:
     """Return for each wanted sample whether the table lacks it."""
-    done = samples_table(storage, drawing.fingerprint).read(["sample_key"])["sample_key"]
-    is_done = pc.is_in(drawing.wanted["sample_key"], done.combine_chunks())
+    done = samples_table(storage, fingerprint).read(["sample_key"])["sample_key"]
+    is_done = pc.is_in(wanted["sample_key"], done.combine_chunks())
     is_missing: NDArray[np.bool_] = ~is_done.to_numpy().astype(np.bool_)
     return is_missing

@@ -107,6 +107,12 @@ def test_a_lora_changes_unet_and_text_encoder_as_in_diffusers(tiny_pipeline: Pat
     assert differ(expected, drawn(model_of(tiny_pipeline)))
 
 
+def test_a_lora_in_bfloat16(tiny_pipeline: Path, lora: Path) -> None:
+    exact = drawn(model_of(tiny_pipeline, lora=str(lora)))
+    coarse = drawn(model_of(tiny_pipeline, lora=str(lora)), sampling_of(dtype="bfloat16"))
+    assert np.abs(exact - coarse).mean() < 6
+
+
 def test_another_vae_and_another_prediction_type(tiny_pipeline: Path, other_pipeline: Path) -> None:
     vae = diffusers.AutoencoderKL.from_pretrained(other_pipeline / "vae")
     model = DrawnModel("m", ModelSource(str(tiny_pipeline), vae=str(other_pipeline / "vae")))
