@@ -74,7 +74,7 @@ def score(
     if len(nodes()) > 1:
         wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
         publish([part for judge in wanted for part in judge.parts], storage, say)
-    counted = _Commits(storage, judges)
+    counted = Commits(storage, judges)
     with ProgressBar(f"{workers.stage}: scores", todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
@@ -85,7 +85,7 @@ def _run(
     judges: Sequence[Judge],
     units: list[Unit],
     workers: Workers,
-    commits: "_Commits",
+    commits: "Commits",
     progress: ProgressBar,
 ) -> Speed | None:
     from pipelines.scores.actor import ScoreImages
@@ -111,7 +111,7 @@ def _wait(workers: Workers, pool: Pool, progress: ProgressBar) -> None:
     wait_until_placed(demand, wait, count=pool.first)
 
 
-class _Commits:
+class Commits:
     """Commits the scores of units, each judge's to its own table, and counts them.
 
     Args:

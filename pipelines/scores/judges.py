@@ -44,6 +44,7 @@ class Judge:
         description: What it measures, as a question or a phrase.
         verified: What its values were checked against; None if against nothing published.
         parts: The files of its weights, by digest.
+        folder: The folder from which the driver imports a user's own scorer; None for a built-in one.
         fit: The pairs that it learns from; None if it has no `fit`.
     """
 
@@ -57,6 +58,7 @@ class Judge:
     description: str
     verified: str | None
     parts: tuple[LocatedPart, ...] = ()
+    folder: str | None = None
     fit: FitPairs | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -146,6 +148,7 @@ def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, prov
         str(getattr(scorer, "description", "")),
         verification_of(entry.name, parts, storage),
         parts,
+        None if entry.name in SCORERS else _import_folder(scorer),
         fit,
     )
 
@@ -211,8 +214,22 @@ def fingerprint_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: F
 
 def _source_digest(scorer: Any) -> str:
     """Return the digest of the module of a scorer's class; "" if it has no file."""
+    file = _source_file(scorer)
+    return "" if file is None else file_sha256(file)
+
+
+def _source_file(scorer: Any) -> Path | None:
     try:
         file = inspect.getsourcefile(importlib.import_module(type(scorer).__module__))
     except (TypeError, ImportError):
-        return ""
-    return file_sha256(Path(file)) if file is not None and Path(file).is_file() else ""
+        return None
+    return Path(file).absolute() if file is not None and Path(file).is_file() else None
+
+
+def _import_folder(scorer: Any) -> str | None:
+    """Return the folder on the path of modules from which the module of a scorer's class is imported."""
+    file = _source_file(scorer)
+    if file is None:
+        return None
+    depth = type(scorer).__module__.count(".") + (file.name == "__init__.py")
+    return str(file.parents[depth])

@@ -1,6 +1,8 @@
 """A judge's scorer on a node: weights found or brought, loaded, fitted, and checked to be the one that was planned."""
 
+import importlib.util
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
     Raises:
         ModelError: This node has another version of the scorer or of its weights, or they cannot be loaded.
     """
+    _make_importable(judge)
     scorer = new_scorer(judge.entry.name)
     if (found := fingerprint_of(scorer, judge.entry.name, judge.parts, judge.fit)) != judge.fingerprint:
         raise ModelError(
@@ -64,6 +67,18 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
             f"see `load` and `fit` of {judge.entry.name}" + _folder_hint(weights),
         ) from error
     return LoadedJudge(judge, scorer)
+
+
+def _make_importable(judge: Judge) -> None:
+    """Let a worker of the driver's machine import a user's own scorer from where the driver does.
+
+    Elsewhere its module arrives with the job (`mapo submit`) or is installed.
+    """
+    module = judge.entry.name.partition(":")[0]
+    if judge.folder is None or judge.folder in sys.path or not Path(judge.folder).is_dir():
+        return
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        sys.path.append(judge.folder)
 
 
 def _folder_hint(weights: object) -> str:
