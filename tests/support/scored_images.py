@@ -113,9 +113,9 @@ class Reading:
         return [self.factor * len(each["asked"]) for each in questions]
 
 
-def score_here(storage: Storage, judges: Sequence[Judge], images: pa.Table) -> ScoreWriter:
+def score_here(storage: Storage, judges: Sequence[Judge], images: pa.Table, num_threads: int = 1) -> ScoreWriter:
     """Score what is missing in this process, without Ray; the writer, with its scorers."""
-    writer = ScoreWriter(storage, [load_judge(judge, storage, "cpu") for judge in judges])
+    writer = ScoreWriter(storage, [load_judge(judge, storage, "cpu") for judge in judges], num_threads)
     commits = Commits(storage, judges)
     for unit in pending_scores(storage, judges, images).units:
         commits.add(writer.write(unit.id, unit.rows)[0])
