@@ -3,7 +3,8 @@
 The same PNGs are scored by these hands, with random weights in CLIP's architecture, float32, one batch size:
 
 - ours: `score` as a whole, with its rate from the first commit on (without the start of the actor) beside it;
-- a bare loop per scorer: prepared tensors lie in memory, and the towers run over them, in this process;
+- a bare loop per scorer: prepared tensors lie in memory, and the towers run over them, in this process; once before
+  and once after ours, and the mean counts;
 - one process per scorer for the family of CLIP-L/14 (aesthetic, clipscore), as scripts are run: each reads, decodes and
   prepares every image, and runs the tower by itself.
 
@@ -31,7 +32,7 @@ from scorer_twins import formula_image, formula_tensor, write_clip_tokenizer, wr
 
 from pipelines.config import ScorerEntry
 from pipelines.dataset.storage import Storage
-from pipelines.scores import execution
+from pipelines.scores import execution, plan
 from pipelines.scores.execution import score
 from pipelines.scores.judges import prepare_judges
 from pipelines.scores.plan import read_scores
@@ -41,9 +42,10 @@ from pipelines.scores.scorers.images import Picture
 from pipelines.units.workers import Workers
 
 RESULTS = Path(__file__).parent / "results" / "score.json"
-SIDE, BATCH_SIZE, NUM_CPUS, NUM_PROMPTS = 512, 32, 2, 16
+SIDE, BATCH_SIZE, NUM_CPUS, NUM_PROMPTS = 256, 32, 2, 16
+IMAGES_A_UNIT = 64  # so that the first commit comes soon
 FAMILY = ("aesthetic", "clipscore")
-WIDTH, LAYERS = 512, 8  # of the towers: enough work that decoding is a small part of it, as on a real model
+WIDTH, LAYERS = 512, 8  # of the towers: enough work that decoding is a small part of it, as of real models
 SINGLE = ("clipscore", "pickscore", "aesthetic")
 
 
@@ -58,7 +60,7 @@ def write_weights(root: Path) -> None:
                  "num_attention_heads": WIDTH // 64, "hidden_act": hidden_act}  # fmt: skip
         text = {**tower, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = CLIPConfig(
-            projection_dim=WIDTH, text_config=text, vision_config={**tower, "patch_size": 16, "image_size": 224}
+            projection_dim=WIDTH, text_config=text, vision_config={**tower, "patch_size": 32, "image_size": 224}
         )
         write_part(root / part, CLIPModel(config).state_dict(), config.to_dict())
     head = {"weight": formula_tensor("twin.head", (1, WIDTH)), "bias": torch.tensor([5.0])}
@@ -102,8 +104,8 @@ def entries(names: Sequence[str], weights: Path) -> list[ScorerEntry]:
     return [ScorerEntry(name=name, weights=str(weights), batch_size=BATCH_SIZE) for name in names]
 
 
-def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> dict[str, Any]:
-    """Nothing but the towers, over prepared tensors."""
+def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> float:
+    """Nothing but the towers, over prepared tensors; images a second."""
     import io
 
     from PIL import Image
@@ -120,7 +122,7 @@ def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> dict[str, Any
     started = time.monotonic()
     for each in batches:
         scorer.score_batch(Batch(pictures[each], prompts[each], {}))
-    return {"images_per_s": round(len(files) / (time.monotonic() - started), 2)}
+    return round(len(files) / (time.monotonic() - started), 2)
 
 
 def one_process(name: str, weights: Path, folder: Path) -> None:
@@ -165,8 +167,10 @@ def measure(work: Path, count: int) -> dict[str, dict[str, Any]]:
     for name in SINGLE:
         storage = Storage(str(work / name))
         images = write_images(storage, "a", files, prompts_of(count))
+        before = bare_loop(name, work / "weights", files)
         run(f"ours, {name}", ours([name], work / "weights", storage, images))
-        run(f"bare loop, {name}", bare_loop(name, work / "weights", files))
+        after = bare_loop(name, work / "weights", files)
+        run(f"bare loop, {name}", {"images_per_s": round((before + after) / 2, 2), "before": before, "after": after})
     storage = Storage(str(work / "family"))
     images = write_images(storage, "a", files, prompts_of(count))
     run("ours, family", ours(FAMILY, work / "weights", storage, images))
@@ -185,7 +189,7 @@ def ratios_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Run every hand over the same images."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--images", type=int, default=1536)
+    arguments.add_argument("--images", type=int, default=512)
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     arguments.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -195,6 +199,7 @@ def main() -> None:
         return
     import ray
 
+    plan.IMAGES_A_UNIT = IMAGES_A_UNIT
     ray.init(
         address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
@@ -204,7 +209,8 @@ def main() -> None:
     ratios = ratios_of(results)
     print(json.dumps(ratios, indent=1))
     conditions = {
-        "images": options.images, "side": SIDE, "batch_size": BATCH_SIZE, "cpus": NUM_CPUS, "width": WIDTH,
+        "images": options.images, "side": SIDE, "batch_size": BATCH_SIZE,
+        "images_a_unit": IMAGES_A_UNIT, "cpus": NUM_CPUS, "width": WIDTH,
         "layers": LAYERS, "torch": torch.__version__,
     }  # fmt: skip
     RESULTS.write_text(json.dumps({"conditions": conditions, "results": results, "ratios": ratios}, indent=1) + "\n")

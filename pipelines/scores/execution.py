@@ -5,12 +5,14 @@ committed once, as a whole; nothing is held in the driver but the plan and one u
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset.layout import SCORES
 from pipelines.dataset.secrets import write_line
 from pipelines.dataset.status import ScoreStatus
 from pipelines.dataset.storage import Storage
@@ -25,6 +27,8 @@ from pipelines.units.stats import Speed, Tally
 from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_for, wait_until_placed
 from pipelines.units.workers import Workers
+
+JUDGE_FILE = "judge.json"
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,19 @@ def score(
     if len(nodes()) > 1:
         wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
         publish([part for judge in wanted for part in judge.parts], storage, say)
+    for judge in judges:
+        note_judge(storage, judge)
     counted = Commits(storage, judges)
     with ProgressBar(f"{workers.stage}: scores", todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
+
+
+def note_judge(storage: Storage, judge: Judge) -> None:
+    """Write beside a table of scores which scorer made it and what its fingerprint is a hash of, unless it is there."""
+    name = f"{SCORES}/{judge.table_name}@{judge.fingerprint}/{JUDGE_FILE}"
+    if not storage.exists(name):
+        storage.write(name, (json.dumps(judge.to_json(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def _run(

@@ -46,6 +46,7 @@ class Judge:
         parts: The files of its weights, by digest.
         folder: The folder from which the driver imports a user's own scorer; None for a built-in one.
         fit: The pairs that it learns from; None if it has no `fit`.
+        shaping: What the fingerprint is a hash of.
     """
 
     name: str
@@ -60,11 +61,26 @@ class Judge:
     parts: tuple[LocatedPart, ...] = ()
     folder: str | None = None
     fit: FitPairs | None = field(default=None, compare=False, repr=False)
+    shaping: JsonObject = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def table_name(self) -> str:
         """The name of the folder of its scores, without the fingerprint."""
         return table_name(self.name)
+
+    def to_json(self) -> JsonObject:
+        """Return what readers of its scores need to know, as plain data."""
+        return {
+            "name": self.name,
+            "scorer": self.entry.name,
+            "description": self.description,
+            "scale": self.scale,
+            "higher_is_better": self.higher_is_better,
+            "licence": self.licence,
+            "needs": list(self.needs),
+            "fingerprint": self.fingerprint,
+            "shaping": self.shaping,
+        }
 
 
 def table_name(name: str) -> str:
@@ -136,11 +152,11 @@ def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, prov
         raise ConfigError(f"the scorer {entry.name} has no `score`", "see the guide on evaluation: Write a scorer")
     parts = _parts(scorer, entry, storage)
     fit = _pairs_for(scorer, name, fit_on)
-    fingerprint = fingerprint_of(scorer, entry.name, parts, fit)
+    shaping = shaping_of(scorer, entry.name, parts, fit)
     return Judge(
         name,
         entry,
-        fingerprint,
+        fingerprint_of(shaping),
         needs,
         str(getattr(scorer, "scale", "")),
         bool(getattr(scorer, "higher_is_better", True)),
@@ -150,6 +166,7 @@ def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, prov
         parts,
         None if entry.name in SCORERS else _import_folder(scorer),
         fit,
+        shaping,
     )
 
 
@@ -188,8 +205,13 @@ def _pairs_for(scorer: Any, name: str, fit_on: FitPairs | None) -> FitPairs | No
     return fit_on
 
 
-def fingerprint_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: FitPairs | None) -> str:
-    """Return 32 hex digits of everything that shapes a score, besides the image.
+def fingerprint_of(shaping: JsonObject) -> str:
+    """Return the 32 hex digits that stand for everything that shapes a score."""
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shaping_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: FitPairs | None) -> JsonObject:
+    """Return everything that shapes a score, besides the image.
 
     Args:
         scorer: A new scorer, not loaded.
@@ -209,7 +231,7 @@ def fingerprint_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: F
     if fit is not None:
         shaping["fit"] = fit.digest()
     shaping["code"] = CODE_VERSION
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+    return shaping
 
 
 def _source_digest(scorer: Any) -> str:

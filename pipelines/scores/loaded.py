@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.dataset.errors import MapoError, ModelError
 from pipelines.dataset.storage import Storage
 from pipelines.scores.cluster_weights import bring
-from pipelines.scores.judges import Judge, fingerprint_of
+from pipelines.scores.judges import Judge, fingerprint_of, shaping_of
 from pipelines.scores.scorers import load_scorer, new_scorer
 from pipelines.scores.scorers.scorer import BuiltIn
 
@@ -42,7 +42,8 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
     """
     _make_importable(judge)
     scorer = new_scorer(judge.entry.name)
-    if (found := fingerprint_of(scorer, judge.entry.name, judge.parts, judge.fit)) != judge.fingerprint:
+    found = fingerprint_of(shaping_of(scorer, judge.entry.name, judge.parts, judge.fit))
+    if found != judge.fingerprint:
         raise ModelError(
             f"the fingerprint of the scorer {judge.name} is {found} on the node {socket.gethostname()}, "
             f"but {judge.fingerprint} on the driver's",

@@ -14,10 +14,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from factories import new_pipeline, new_sd15_pipeline
 from torch import Tensor
 
+from pipelines.config import EvaluateConfig
 from pipelines.dataset.errors import MapoError, ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
-from pipelines.config import EvaluateConfig
 from training.config import ExportConfig, LoraConfig
 from training.evaluate import Sampler
 from training.export import correct_schedule, export_model, marker

@@ -56,6 +56,9 @@ def test_a_new_scorer_scores_only_itself_and_a_new_image_only_it(storage: Storag
         assert len(rows) == 11
         assert {row["status"] for row in rows} == {"scored"}
         assert len(values(storage, judge, more)) == 21
+        noted = json.loads(storage.read(f"dataset/scores/{judge.name}@{judge.fingerprint}/judge.json"))
+        assert noted == judge.to_json()
+        assert noted["shaping"]["scorer"] == judge.name
 
 
 @pytest.mark.usefixtures("ray_cluster")
