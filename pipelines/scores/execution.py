@@ -81,7 +81,7 @@ def score(
     for judge in judges:
         note_judge(storage, judge)
     counted = Commits(storage, judges)
-    with ProgressBar(f"{workers.stage}: scores", todo.total, "scores") as progress:
+    with ProgressBar(workers.stage, todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
 
@@ -105,7 +105,7 @@ def _run(
 
     pool = share_devices(workers, len(units))
     batch_size = max(judge.entry.batch_size for judge in judges)
-    tally = Tally(f"{workers.stage}: scores", batch_size, pool.most)
+    tally = Tally(workers.stage, batch_size, pool.most)
     done = run_units(ScoreImages, (storage, tuple(judges), pool.num_threads), pool, units_dataset(units))  # type: ignore[arg-type]
     with contextlib.closing(done):
         _wait(workers, pool, progress)
@@ -119,8 +119,7 @@ def _run(
 def _wait(workers: Workers, pool: Pool, progress: ProgressBar) -> None:
     demand = demand_of_part(pool)
     way_out = "add such a node, or score on CPUs; a longer `start_timeout_s` allows a longer wait"
-    stage = f"{workers.stage}: scores"
-    wait = wait_for(stage, demand, timeout_s=workers.start_timeout_s, way_out=way_out, say=progress.say)
+    wait = wait_for(workers.stage, demand, timeout_s=workers.start_timeout_s, way_out=way_out, say=progress.say)
     wait_until_placed(demand, wait, count=pool.first)
 
 

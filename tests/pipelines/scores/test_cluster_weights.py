@@ -109,6 +109,8 @@ def test_damaged_and_missing_blobs_leave_nothing_behind(published: Storage, cach
         bring(part, published, "clipscore")
     assert caught.value.hint == f"mapo scorers fetch clipscore --to {published.url}"
     assert [file.name for file in (cache / "scorers").iterdir() if not file.name.endswith(".lock")] == []
+    with pytest.raises(ModelError, match="the weights of the scorer clipscore are missing: clip-l14-openai not found"):
+        prepare_judges([ScorerEntry(name="clipscore")], published)
 
 
 def test_a_verification_holds_for_its_weights_alone(storage: Storage, twins: Path, cache: Path) -> None:
