@@ -5,6 +5,7 @@ committed once, as a whole; nothing is held in the driver but the plan and one u
 """
 
 import contextlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pipelines.resources import nodes
 from pipelines.scores.cluster_weights import publish
 from pipelines.scores.judges import Judge
 from pipelines.scores.plan import commit_id, pending_scores, table_of
+from pipelines.scores.scorers import new_scorer
+from pipelines.scores.scorers.text import clean_as_open_clip
 from pipelines.units.pool import Pool, demand_of_part, run_units, share_devices, units_dataset
 from pipelines.units.stats import Speed, Tally
 from pipelines.units.unit import Unit
@@ -74,6 +77,7 @@ def score(
     names = [judge.name for judge in judges]
     if not todo.units:
         return ScoringFigures(dict.fromkeys(names, 0), dict.fromkeys(names, 0), None)
+    _check_prompts(judges, images)
     storage.check_writable()
     if len(nodes()) > 1:
         wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
@@ -84,6 +88,18 @@ def score(
     with ProgressBar(workers.stage, todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
+
+
+def _check_prompts(judges: Sequence[Judge], images: pa.Table) -> None:
+    """Check that this machine can clean the prompts of judges that need it.
+
+    Raises:
+        ModelError: ftfy is not installed, and a prompt is not plain enough to do without.
+    """
+    cleans = any(getattr(new_scorer(judge.entry.name), "as_open_clip", False) for judge in judges)
+    if cleans and importlib.util.find_spec("ftfy") is None:
+        for prompt in pc.unique(images["prompt"]).drop_null().to_pylist():
+            clean_as_open_clip(prompt)
 
 
 def note_judge(storage: Storage, judge: Judge) -> None:

@@ -1,5 +1,6 @@
 """Scoring: each image once by each judge, incrementally; a failure is a row with a reason, a machine's fault not."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -92,6 +93,16 @@ def test_a_fault_of_the_machine_is_raised_and_leaves_no_row(storage: Storage) ->
         score(storage, judges, images_of(storage, 2), WORKERS)
     assert caught.value.hint
     assert table_of(storage, judges[0]).version is None
+
+
+def test_a_prompt_that_hps_cannot_clean_without_ftfy_is_refused_before_work(storage: Storage, twins: Path) -> None:
+    if importlib.util.find_spec("ftfy") is not None:
+        pytest.skip("ftfy is installed")
+    images = write_images(storage, "a", formula_files(2), ["a cat", "a \u201cdog\u201d"])
+    judges = prepare_judges(entries(twins, "hpsv2"), storage)
+    with pytest.raises(ModelError, match="HPS cleans prompts with ftfy, which is not installed") as caught:
+        score(storage, judges, images, WORKERS)
+    assert caught.value.hint == "pip install 'mapo[eval]'"
 
 
 def test_the_batch_size_changes_no_score(storage: Storage, twins: Path, tmp_path: Path) -> None:
