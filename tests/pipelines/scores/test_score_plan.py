@@ -18,7 +18,7 @@ from pipelines.dataset.layout import SCORES_SCHEMA
 from pipelines.dataset.storage import Storage
 from pipelines.scores.images import IMAGES_SCHEMA, PLACE, contexts, first_of_each, keys_of_images, places_in
 from pipelines.scores.judges import Judge
-from pipelines.scores.plan import IMAGES_A_UNIT, commit_id, pending_scores, read_scores, table_of
+from pipelines.scores.plan import IMAGES_A_UNIT, commit_id, images_a_unit, pending_scores, read_scores, table_of
 
 NUM_JUDGES = 5
 
@@ -81,7 +81,8 @@ def test_units_follow_from_all_images_and_a_commit_from_its_judge_alone(storage:
     images, (one, two) = made_up(1000), (judge(1), judge(2))
     first = pending_scores(storage, [one], images).units
     both = pending_scores(storage, [two, one], images.take(pa.array(np.random.default_rng(0).permutation(1000)))).units
-    assert [unit.rows.num_rows for unit in first] == [IMAGES_A_UNIT, IMAGES_A_UNIT, IMAGES_A_UNIT, 1000 - 3 * 256]
+    assert [unit.rows.num_rows for unit in first] == [IMAGES_A_UNIT] * 31 + [1000 - 31 * IMAGES_A_UNIT]
+    assert [images_a_unit(count) for count in (1, 4096, 10_000, 10**6)] == [32, 64, 128, 256]
     keys = [[unit.rows["image_sha256"].to_pylist() for unit in units] for units in (first, both)]
     assert keys[0] == keys[1]
     commit(storage, one, first[1].rows)
@@ -89,8 +90,8 @@ def test_units_follow_from_all_images_and_a_commit_from_its_judge_alone(storage:
     assert [unit.rows["image_sha256"].to_pylist() for unit in left.units] == keys[0], "the other judge needs all"
     assert left.num_missing == (1000 - IMAGES_A_UNIT, 1000)
     left = pending_scores(storage, [one], images)
-    assert [unit.rows["image_sha256"].to_pylist() for unit in left.units] == [keys[0][0], keys[0][2], keys[0][3]]
-    rows = first[0].rows.append_column("context", pa.repeat("", 256))
+    assert [unit.rows["image_sha256"].to_pylist() for unit in left.units] == [keys[0][0], *keys[0][2:]]
+    rows = first[0].rows.append_column("context", pa.repeat("", IMAGES_A_UNIT))
     assert commit_id(one, rows) == commit_id(one, rows.drop_columns(["prompt"]))
     assert commit_id(one, rows) != commit_id(two, rows)
     assert commit_id(one, rows) != commit_id(one, rows.slice(1))
@@ -101,8 +102,7 @@ def test_an_image_of_several_models_or_rows_is_scored_once(storage: Storage) -> 
     elsewhere = images.set_column(3, "shard", pa.repeat("dataset/samples/other.tar", 40))
     todo = pending_scores(storage, [judge(1)], pa.concat_tables([images, elsewhere, images]))
     assert todo.total == 40
-    (unit,) = todo.units
-    assert unit.rows.num_rows == 40
+    assert [unit.rows.num_rows for unit in todo.units] == [32, 8]
 
 
 def test_scores_come_back_in_the_order_of_the_images_and_a_missing_one_is_an_error(storage: Storage) -> None:
