@@ -75,7 +75,7 @@ COMMANDS_TAIL = """## Environment
 | `RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH`, `RAY_JOB_HEADERS` | What lets a client in; see [Jobs](../guides/jobs.md#what-lets-a-client-in). |
 | `RAY_ADDRESS` | The Ray cluster to connect to. Without it a command starts a Ray of its own on this machine, and stops it at the end. |
 | `MAPO_STORAGE_PATIENCE_S` | Seconds for which a run waits for an object store that does not answer; default 300 during a run, 0 otherwise. |
-| `MAPO_CACHE` | The node's folder for models fetched from a URL; default `~/.cache/mapo`. |
+| `MAPO_CACHE` | The node's folder for models fetched from a URL and weights of scorers; default `~/.cache/mapo`. |
 | `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` | Read by the hub's client, for models named by a hub id. |
 | `AWS_*`, `GOOGLE_APPLICATION_CREDENTIALS` | Credentials of an object store; see [On a cluster](../guides/cluster.md#object-storage). |
 | `TORCH_EXTENSIONS_DIR` | Where what DeepSpeed compiles for `train.offload: nvme` is kept; default `~/.cache/torch_extensions`. |

@@ -9,7 +9,7 @@ from orchestration.commands.options import JSON, Command, Option, place, say, sa
 if TYPE_CHECKING:
     from pipelines.scores.catalogue import ListedScorer
 
-ALL = ""
+ALL = "all"
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -28,10 +28,10 @@ def _show(options: argparse.Namespace) -> None:
 def table_text(scorers: "list[ListedScorer]") -> str:
     """Return one line for each scorer."""
     width = max(len(scorer.name) for scorer in scorers)
-    lines = [
-        f"{each.name:<{width}}  {_cached(each):<10}  {(each.licence if each.parts else ''):<12}  {each.measures}"
-        for each in scorers
-    ]
+    lines = []
+    for each in scorers:
+        licence = each.licence if each.parts else ""
+        lines.append(f"{each.name:<{width}}  {_cached(each):<10}  {licence:<12}  {each.measures}")
     return "\n".join([*lines, "", "`mapo scorers NAME` tells more; `mapo scorers fetch NAME` brings weights"])
 
 
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> None:
             say(f"{listed.name}: {listed.verified}; {golden.source} has some, for the images in {golden.images}")
 
 
-NAME = Option("NAME", "a scorer; all of them if it is left out", default=ALL)
+NAME = Option("NAME", "a scorer", default=ALL)
 ONE = Option("NAME", "a scorer")
 COMMANDS = (
     Command(

@@ -41,7 +41,8 @@ def look(run: Run) -> Look:
     version = evaluation.held_out.version
     settings = run.config.evaluate.model_dump(mode="json", exclude=NOT_IN_KEY)
     key = digest(
-        VERSION, models_identity(run, trained, exported), suites_identity(run.config), scorers_identity(run, evaluation.held_out),
+        VERSION, models_identity(run, trained, exported), suites_identity(run.config),
+        scorers_identity(run, evaluation.held_out),
         settings, run.config.encode.resolution, run.config.seed, version,
     )  # fmt: skip
     is_done = record is not None and record.key == key

@@ -124,5 +124,5 @@ def scores_table(storage: Storage, scorer: str, fingerprint: str, version: int |
 
 
 def fingerprints(storage: Storage, folder: str) -> list[str]:
-    """List the fingerprints below LATENTS or TEXT, sorted."""
+    """List the fingerprints below LATENTS, TEXT or SAMPLES, or the `<scorer>@<fingerprint>` below SCORES, sorted."""
     return sorted({name.removeprefix(f"{folder}/").split("/")[0] for name in storage.names(folder)})

@@ -67,6 +67,7 @@ class Account:
         self._batch_size, self._num_actors = batch_size, num_actors
         self._tally: Tally | None = None
         self._bar: ProgressBar | None = None
+        self._speed: Speed | None = None
 
     @property
     def is_done(self) -> bool:
@@ -75,7 +76,7 @@ class Account:
 
     def start(self) -> ProgressBar:
         """Start the clock and the bar, if they are not running."""
-        if self._bar is None:
+        if self._bar is None or self._tally is None:
             self._tally = Tally(self._title, self._batch_size, self._num_actors)
             self._bar = ProgressBar(self._title, self._num_planned, "samples")
         return self._bar
@@ -92,18 +93,19 @@ class Account:
         bar.advance(rows.num_rows, note=note, statuses=statuses)
 
     def close(self) -> None:
-        """Remove the bar, and say how many samples are no images."""
-        if self._bar is None:
+        """Stop the clock, remove the bar, and say how many samples are no images; a second call does nothing."""
+        if self._bar is None or self._tally is None:
             return
+        self._speed = self._tally.take()
         if self._num_quarantined:
             self._bar.say(
                 f"{self._title}: {self._num_quarantined:,} of {self._num_done:,} samples are not finite numbers and "
                 "have no image: damaged weights, or a type that overflows"
             )
         self._bar.__exit__(None, None, None)
+        self._bar = None
 
     def result(self) -> Drawn:
-        """Return what was drawn."""
-        speed = None if self._tally is None else self._tally.take()
+        """Return what was drawn, after `close`."""
         num_drawn = self._num_done - self._num_quarantined
-        return Drawn(self._name, self._fingerprint, num_drawn, self._num_quarantined, speed)
+        return Drawn(self._name, self._fingerprint, num_drawn, self._num_quarantined, self._speed)

@@ -6,7 +6,7 @@ are the same every time with the same batch and hardware.
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.encode.fingerprint import note_parts
 from pipelines.resources import Demand, uses_gpu
 from pipelines.samples.account import Account, Drawn
+from pipelines.samples.committer import SampleCommitter
 from pipelines.samples.drawing import Drawing, DrawnModel
 from pipelines.samples.fingerprint import samples_parts
 from pipelines.samples.plan import distinct_samples, pending_samples
@@ -54,12 +55,12 @@ def draw(
         StorageError: The storage cannot be read or written.
     """
     merged = _merge(drawings)
-    units = {each.fingerprint: pending_samples(storage, each, workers.batch_size) for each in merged}
-    todo = [each for each in merged if units[each.fingerprint]]
+    plans = [_Plan.of(storage, each, workers.batch_size) for each in merged]
+    todo = [plan for plan in plans if plan.units]
     found: dict[str, Drawn] = {}
     if todo:
         storage.check_writable()
-        found = _Execution(storage, todo, units, workers, say).run()
+        found = _Execution(storage, todo, workers, say).run()
     results = []
     for drawing in drawings:  # of one fingerprint, the first drawing has all that was drawn
         known = found.pop(drawing.fingerprint, Drawn("", drawing.fingerprint, 0, 0, None))
@@ -113,40 +114,51 @@ def with_absolute_paths(model: DrawnModel) -> DrawnModel:
     return replace(model, source=source, unet=absolute(model.unet), lora=absolute(model.lora))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The missing units of a drawing, and where they are committed."""
+
+    drawing: Drawing
+    units: list[Unit]
+    committer: SampleCommitter
+
+    @staticmethod
+    def of(storage: Storage, drawing: Drawing, batch_size: int) -> "_Plan":
+        """Plan a drawing."""
+        table = samples_table(storage, drawing.fingerprint)
+        committer = SampleCommitter(table, table.version)  # before the plan reads the rows
+        return _Plan(drawing, pending_samples(storage, drawing, batch_size), committer)
+
+
 class _Execution:
     """One execution: the units of every drawing in, committed rows out.
 
     Args:
         storage: The data set's storage.
-        drawings: Those with missing samples, with distinct fingerprints.
-        units: The missing units, by fingerprint.
+        plans: Those with missing samples, with distinct fingerprints.
         workers: The samplers.
         say: Takes lines for the user.
     """
 
-    def __init__(
-        self, storage: Storage, drawings: Sequence[Drawing], units: dict[str, list[Unit]], workers: Workers,
-        say: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self._storage, self._drawings, self._workers, self._say = storage, drawings, workers, say
-        self._models = {each.fingerprint: (each.model, each.sampling) for each in drawings}
-        self._units = [unit for each in drawings for unit in units[each.fingerprint]]
-        self._owners = {unit.id: each.fingerprint for each in drawings for unit in units[each.fingerprint]}
+    def __init__(self, storage: Storage, plans: Sequence[_Plan], workers: Workers, say: Callable[[str], None]) -> None:
+        self._storage, self._workers, self._say = storage, workers, say
+        self._plans = {plan.drawing.fingerprint: plan for plan in plans}
+        self._models = {name: (plan.drawing.model, plan.drawing.sampling) for name, plan in self._plans.items()}
+        self._units = [unit for plan in plans for unit in plan.units]
+        self._owners = {unit.id: name for name, plan in self._plans.items() for unit in plan.units}
         self._pool = room_for(list(self._models.values()), workers, len(self._units))
-        self._accounts = {
-            each.fingerprint: Account(
-                workers.stage, each.model.name, each.fingerprint,
-                sum(unit.rows.num_rows for unit in units[each.fingerprint]), workers.batch_size, self._pool.most,
-            )
-            for each in drawings
-        }  # fmt: skip
+        self._accounts = {name: self._account(plan) for name, plan in self._plans.items()}
+
+    def _account(self, plan: _Plan) -> Account:
+        num_planned = sum(unit.rows.num_rows for unit in plan.units)
+        names = self._workers.stage, plan.drawing.model.name, plan.drawing.fingerprint
+        return Account(*names, num_planned, self._workers.batch_size, self._pool.most)
 
     def run(self) -> dict[str, Drawn]:
         """Draw and commit every unit; return what was drawn by fingerprint."""
-        for drawing in self._drawings:
-            note_parts(self._storage, SAMPLES, samples_parts(drawing.model, drawing.sampling))
-            _say_what_is_off(drawing, self._workers.stage, self._say)
-        tables = {fingerprint: samples_table(self._storage, fingerprint) for fingerprint in self._models}
+        for model, sampling in self._models.values():
+            note_parts(self._storage, SAMPLES, samples_parts(model, sampling))
+        _say_what_is_off([model for model, _ in self._models.values()], self._workers.stage, self._say)
         done = self._start()
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(done))
@@ -156,18 +168,20 @@ class _Execution:
             self._start_next()
             for unit, rows, effort in done:
                 fingerprint = self._owners[unit]
-                tables[fingerprint].append(unit, rows)
+                self._plans[fingerprint].committer.append(unit, rows)
                 self._accounts[fingerprint].add(rows, effort)
                 if self._accounts[fingerprint].is_done:
+                    self._accounts[fingerprint].close()
+                    self._plans[fingerprint].committer.finish()
                     self._start_next()
         return {fingerprint: account.result() for fingerprint, account in self._accounts.items()}
 
     def _start(self) -> Generator[WrittenUnit]:
-        from pipelines.samples.actor import DrawSamples, DrawSettings  # here, so that torch is loaded late
+        from pipelines.samples.actor import DrawSettings
 
         settings = DrawSettings(self._workers.stage, self._workers.batch_size, self._pool.num_threads)
         arguments = (self._models, self._storage, settings)
-        return run_units(DrawSamples, arguments, self._pool, units_dataset(self._units))  # type: ignore[arg-type]
+        return run_units(actor_class(), arguments, self._pool, units_dataset(self._units))
 
     def _start_next(self) -> None:
         """Start the clock of the first model that still has units."""
@@ -187,17 +201,29 @@ class _Execution:
         return wait_for(self._workers.stage, demand, timeout_s=timeout_s, way_out=way_out, say=self._say)
 
 
+def actor_class() -> Callable[[pa.Table], pa.Table]:
+    """Return the class of the actors, imported here so that torch is loaded late."""
+    from pipelines.samples.actor import DrawSamples
+
+    return DrawSamples  # type: ignore[return-value]
+
+
 def _demand_of(pool: Pool, workers: Workers) -> Demand:
     """Return what one sampler asks Ray for."""
     memory = {"memory": pool.options["memory"]} if "memory" in pool.options else {}
     return Demand("GPU" if uses_gpu(workers.device) else "CPU", {**workers.resources, **memory})
 
 
-def _say_what_is_off(drawing: Drawing, stage: str, say: Callable[[str], None]) -> None:
-    """Say that a safety checker is left out, if the pipeline has one."""
-    source = drawing.model.source
-    if source.is_fetched() and (read_model_index(source.folder()).get("safety_checker") or [None])[0] is not None:
+def _say_what_is_off(models: Sequence[DrawnModel], stage: str, say: Callable[[str], None]) -> None:
+    """Say that safety checkers are left out, if pipelines have one."""
+    with_checker = [model.name for model in models if model.source.is_fetched() and _has_checker(model)]
+    if with_checker:
         say(
-            f"{stage} {drawing.model.name}: the pipeline's safety checker is off; it would paint samples black, and "
-            "scores would be the checker's"
+            f"{stage}: the safety checker of {', '.join(with_checker)} is off: it would paint samples black, and they "
+            "would be judged for that"
         )
+
+
+def _has_checker(model: DrawnModel) -> bool:
+    library, *_ = read_model_index(model.source.folder()).get("safety_checker") or [None]
+    return library is not None

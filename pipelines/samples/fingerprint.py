@@ -46,8 +46,16 @@ def samples_parts(model: DrawnModel, sampling: Sampling) -> JsonObject:
         "width": sampling.width,
         "dtype": sampling.dtype,
         "prediction_type": model.prediction_type,
-        "model": _model_parts(model),
+        "model": _named_parts(model),
     }
+
+
+def _named_parts(model: DrawnModel) -> JsonObject:
+    """Digest the model's files; an error names the model, for there may be several."""
+    try:
+        return _model_parts(model)
+    except ModelError as error:
+        raise ModelError(f"{model.name}: {error.message}", error.hint) from error
 
 
 def _model_parts(model: DrawnModel) -> JsonObject:

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_fetch import CACHE_VARIABLE, fetch_file
-from pipelines.dataset.model_files import resolve_model
+from pipelines.dataset.model_files import read_config, resolve_model
 from pipelines.dataset.safetensors_header import check_safetensors
 from pipelines.dataset.storage import Storage, file_sha256
 from pipelines.samples.drawing import DrawnModel
@@ -21,6 +21,8 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 """The file of a LoRA in its folder, as diffusers saves it."""
 SAFETENSORS = ".safetensors"
 UNET_CONFIG = "config.json"
+FITTING = ("in_channels", "cross_attention_dim", "addition_embed_type", "projection_class_embeddings_input_dim")
+"""Keys of a UNet's configuration that its pipeline relies on."""
 
 
 def unet_folder(model: DrawnModel) -> Path | None:
@@ -29,15 +31,30 @@ def unet_folder(model: DrawnModel) -> Path | None:
     Authors publish a UNet alone, with its `config.json` at the top, or below `unet/` as in a pipeline.
 
     Raises:
-        ModelError: There is no such folder, or it has no UNet.
+        ModelError: There is no such folder, it has no UNet, or one that does not fit the pipeline.
     """
     if model.unet is None:
         return None
     options = {"revision": model.unet_revision, "variant": model.unet_variant}
     try:
-        return resolve_model(model.unet, f"unet/{UNET_CONFIG}", **options) / "unet"
+        folder = resolve_model(model.unet, f"unet/{UNET_CONFIG}", **options) / "unet"
     except ModelError:
-        return resolve_model(model.unet, UNET_CONFIG, **options)
+        folder = resolve_model(model.unet, UNET_CONFIG, **options)
+    _check_fits(folder, model)
+    return folder
+
+
+def _check_fits(folder: Path, model: DrawnModel) -> None:
+    """Check that a UNet has the inputs that the pipeline gives it."""
+    own = read_config(model.source.folder() / "unet" / UNET_CONFIG)
+    other = read_config(folder / UNET_CONFIG)
+    for key in FITTING:
+        if own.get(key) != other.get(key):
+            raise ModelError(
+                f"the UNet {folder} does not fit {model.source.model}: its `{key}` is {other.get(key)}, not "
+                f"{own.get(key)}",
+                "use a UNet that was trained from a base of the same family",
+            )
 
 
 def lora_file(model: DrawnModel) -> Path | None:

@@ -74,17 +74,28 @@ def wanted_samples(
         variants: The ways to draw a prompt.
         shared_seed: Whether the variants of a prompt share their noise, so that only the prefix differs.
     """
-    columns: dict[str, list[object]] = {name: [] for name in WANTED_SCHEMA.names}
-    append = [columns[name].append for name in WANTED_SCHEMA.names]
+    keys, seeds = [], []
     for prompt in prompts:
         for variant in variants:
             text = variant.prefix + prompt.prompt
             for index in range(images_per_prompt):
                 noise = noise_seed(seed, prompt.prompt_id, index, None if shared_seed else variant.name)
-                key = _sample_key(fingerprint, prompt.prompt_id, text, variant.name, index, noise)
-                row = (key, text, prompt.prompt, prompt.prompt_id, variant.name, index, noise)
-                for add, value in zip(append, row, strict=True):
-                    add(value)
+                keys.append(_sample_key(fingerprint, prompt.prompt_id, text, variant.name, index, noise))
+                seeds.append(noise)
+    num_variants = len(variants)
+    of_prompt = np.repeat(np.arange(len(prompts)), num_variants * images_per_prompt)
+    of_variant = np.tile(np.repeat(np.arange(num_variants), images_per_prompt), len(prompts))
+    texts = pa.array([each.prompt for each in prompts], pa.string()).take(of_prompt)
+    prefixes = pa.array([each.prefix for each in variants], pa.string()).take(of_variant)
+    columns = {
+        "sample_key": pa.array(keys, pa.string()),
+        "text": pc.binary_join_element_wise(prefixes, texts, ""),
+        "prompt": texts,
+        "prompt_id": pa.array([each.prompt_id for each in prompts], pa.string()).take(of_prompt),
+        "variant": pa.array([each.name for each in variants], pa.string()).take(of_variant),
+        "index": np.tile(np.arange(images_per_prompt, dtype=np.int32), len(prompts) * num_variants),
+        "seed": pa.array(seeds, pa.int64()),
+    }
     return pa.table(columns, schema=WANTED_SCHEMA)
 
 
@@ -97,9 +108,11 @@ def _sample_key(fingerprint: str, prompt_id: str, text: str, variant: str, index
 def distinct_samples(*tables: pa.Table) -> pa.Table:
     """Return the rows of several tables of wanted samples, each sample once, in the order of first appearance."""
     rows = pa.concat_tables(tables).combine_chunks()
+    if pc.count_distinct(rows["sample_key"]).as_py() == rows.num_rows:
+        return rows
     numbered = pa.table({"sample_key": rows["sample_key"], "place": np.arange(rows.num_rows)})
     firsts = numbered.group_by("sample_key").aggregate([("place", "min")])["place_min"]
-    return rows if len(firsts) == rows.num_rows else rows.take(np.sort(firsts.to_numpy()))
+    return rows.take(np.sort(firsts.to_numpy()))
 
 
 def unit_size(batch_size: int) -> int:
@@ -118,11 +131,12 @@ def pending_samples(storage: Storage, drawing: Drawing, batch_size: int) -> list
         drawing: The wanted samples.
         batch_size: Samples in one pipeline call.
     """
-    is_missing = _missing(storage, drawing)
+    wanted = distinct_samples(drawing.wanted)
+    is_missing = _missing(storage, drawing.fingerprint, wanted)
     places = np.flatnonzero(is_missing)
     if not len(places):
         return []
-    rows = drawing.wanted.combine_chunks().filter(pa.array(is_missing))
+    rows = wanted.filter(pa.array(is_missing))
     rows = rows.append_column(FINGERPRINT, pa.repeat(drawing.fingerprint, rows.num_rows))
     cuts = np.flatnonzero(np.diff(places // unit_size(batch_size))) + 1
     keys = keys_of(rows["sample_key"])
@@ -135,12 +149,12 @@ def pending_samples(storage: Storage, drawing: Drawing, batch_size: int) -> list
 
 def count_missing(storage: Storage, drawing: Drawing) -> int:
     """Count the wanted samples that are not in the table, drawn or quarantined."""
-    return int(_missing(storage, drawing).sum())
+    return int(_missing(storage, drawing.fingerprint, distinct_samples(drawing.wanted)).sum())
 
 
-def _missing(storage: Storage, drawing: Drawing) -> NDArray[np.bool_]:
+def _missing(storage: Storage, fingerprint: str, wanted: pa.Table) -> NDArray[np.bool_]:
     """Return for each wanted sample whether the table lacks it."""
-    done = samples_table(storage, drawing.fingerprint).read(["sample_key"])["sample_key"]
-    is_done = pc.is_in(drawing.wanted["sample_key"], done.combine_chunks())
+    done = samples_table(storage, fingerprint).read(["sample_key"])["sample_key"]
+    is_done = pc.is_in(wanted["sample_key"], done.combine_chunks())
     is_missing: NDArray[np.bool_] = ~is_done.to_numpy().astype(np.bool_)
     return is_missing

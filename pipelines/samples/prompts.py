@@ -153,7 +153,8 @@ def _read_csv(data: bytes, file: PromptFile, delimiter: str) -> Iterator[Numbere
         for row in rows:
             yield rows.line_num, row[file.column], row.get(TAGS)
     except csv.Error as error:
-        raise _bad_line(file, rows.line_num, str(error), "is the line quoted properly?") from error
+        first = rows.line_num + 1  # of the row that failed
+        raise _bad_line(file, first, str(error), "is the line quoted properly?") from error
 
 
 def _read_parquet(data: bytes, file: PromptFile) -> Iterator[Numbered]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines.encode.encoders import usable_device
 from pipelines.samples.drawing import DrawnModel, Sampling
 from pipelines.samples.loading import load_pipeline
+from pipelines.units.actor import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,53 @@ class Sampler:
 
     def __init__(self, model: DrawnModel, sampling: Sampling, device: torch.device | None = None) -> None:
         self._device = device or usable_device()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+        torch.backends.cudnn.deterministic = True  # the same bytes when a unit is drawn again
         self._pipeline: Any = load_pipeline(model, sampling.dtype, self._device)
         self._sampling = sampling
         self._negative: dict[str, Tensor] | None = None
         self._is_finite: list[Tensor] = []
+        self._decode = self._pipeline.vae.decode
+        self._pipeline.vae.decode = self._decode_in_memory
         self._pipeline.vae.decoder.register_forward_hook(self._look)
 
     def _look(self, _: torch.nn.Module, __: Any, decoded_BCHW: Tensor) -> None:
         """Note which images are finite; afterwards the pipeline clamps infinity to white, and NaN becomes black."""
         self._is_finite.append(torch.isfinite(decoded_BCHW).flatten(1).all(1))
 
+    def _decode_in_memory(self, latents_BCHW: Tensor, **options: Any) -> Any:
+        """Decode a batch as `vae.decode` does; one sample after the other once there is no memory for a whole batch.
+
+        It needs far more memory than denoising: drawing smaller batches for it would only be slow.
+        """
+        vae = self._pipeline.vae
+        if not vae.use_slicing and len(latents_BCHW) > 1:
+            try:
+                return self._decode(latents_BCHW, **options)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._is_finite.clear()
+            vae.enable_slicing()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return self._decode(latents_BCHW, **options)
+
     @torch.no_grad()
     def embed(self, text: str) -> Embedding:
         """Embed one text, alone, so that its numbers do not depend on others; the negative prompt is embedded once."""
-        arguments = self._encode([text], is_guided=False)
+        arguments = self._encode(text, is_guided=False)
         if self._sampling.guidance_scale > 1:
             if self._negative is None:
-                found = self._encode([""], is_guided=True)
+                found = self._encode("", is_guided=True)
                 self._negative = {name: tensor for name, tensor in found.items() if name.startswith("negative")}
             arguments |= self._negative
         return Embedding(arguments)
 
-    def _encode(self, texts: list[str], *, is_guided: bool) -> dict[str, Tensor]:
+    def _encode(self, text: str, *, is_guided: bool) -> dict[str, Tensor]:
         """Call `encode_prompt` of the pipeline; return what it gives by the names of the pipeline's arguments."""
         found = self._pipeline.encode_prompt(
-            texts, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=is_guided,
+            text, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=is_guided,
             negative_prompt=self._sampling.negative_prompt if is_guided else None,
         )  # fmt: skip
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -137,7 +137,7 @@ def _in_folder(part: str, folder: Path) -> LocatedPart:
 
 
 def _on_storage(part: str, storage: Storage | None) -> LocatedPart | None:
-    """Read the record of a part in the storage's cache; None if there is none of this version's conversion."""
+    """Read the record of a part in the storage's cache; None without one of this version's conversion, or its files."""
     if storage is None:
         return None
     data = storage.read_if_there(f"{RECORDS}/{part}.json")

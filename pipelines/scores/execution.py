@@ -5,12 +5,15 @@ committed once, as a whole; nothing is held in the driver but the plan and one u
 """
 
 import contextlib
+import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset.layout import SCORES
 from pipelines.dataset.secrets import write_line
 from pipelines.dataset.status import ScoreStatus
 from pipelines.dataset.storage import Storage
@@ -20,11 +23,15 @@ from pipelines.resources import nodes
 from pipelines.scores.cluster_weights import publish
 from pipelines.scores.judges import Judge
 from pipelines.scores.plan import commit_id, pending_scores, table_of
+from pipelines.scores.scorers import new_scorer
+from pipelines.scores.scorers.text import clean_as_open_clip
 from pipelines.units.pool import Pool, demand_of_part, run_units, share_devices, units_dataset
 from pipelines.units.stats import Speed, Tally
 from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_for, wait_until_placed
 from pipelines.units.workers import Workers
+
+JUDGE_FILE = "judge.json"
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,36 @@ def score(
     names = [judge.name for judge in judges]
     if not todo.units:
         return ScoringFigures(dict.fromkeys(names, 0), dict.fromkeys(names, 0), None)
+    _check_prompts(judges, images)
     storage.check_writable()
     if len(nodes()) > 1:
         wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
         publish([part for judge in wanted for part in judge.parts], storage, say)
-    counted = _Commits(storage, judges)
-    with ProgressBar(f"{workers.stage}: scores", todo.total, "scores") as progress:
+    for judge in judges:
+        note_judge(storage, judge)
+    counted = Commits(storage, judges)
+    with ProgressBar(workers.stage, todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
+
+
+def _check_prompts(judges: Sequence[Judge], images: pa.Table) -> None:
+    """Check that this machine can clean the prompts of judges that need it.
+
+    Raises:
+        ModelError: ftfy is not installed, and a prompt is not plain enough to do without.
+    """
+    cleans = any(getattr(new_scorer(judge.entry.name), "as_open_clip", False) for judge in judges)
+    if cleans and importlib.util.find_spec("ftfy") is None:
+        for prompt in pc.unique(images["prompt"]).drop_null().to_pylist():
+            clean_as_open_clip(prompt)
+
+
+def note_judge(storage: Storage, judge: Judge) -> None:
+    """Write beside a table of scores which scorer made it and what its fingerprint is a hash of, unless it is there."""
+    name = f"{SCORES}/{judge.table_name}@{judge.fingerprint}/{JUDGE_FILE}"
+    if not storage.exists(name):
+        storage.write(name, (json.dumps(judge.to_json(), indent=1, sort_keys=True) + "\n").encode())
 
 
 def _run(
@@ -85,14 +114,14 @@ def _run(
     judges: Sequence[Judge],
     units: list[Unit],
     workers: Workers,
-    commits: "_Commits",
+    commits: "Commits",
     progress: ProgressBar,
 ) -> Speed | None:
     from pipelines.scores.actor import ScoreImages
 
     pool = share_devices(workers, len(units))
     batch_size = max(judge.entry.batch_size for judge in judges)
-    tally = Tally(f"{workers.stage}: scores", batch_size, pool.most)
+    tally = Tally(workers.stage, batch_size, pool.most)
     done = run_units(ScoreImages, (storage, tuple(judges), pool.num_threads), pool, units_dataset(units))  # type: ignore[arg-type]
     with contextlib.closing(done):
         _wait(workers, pool, progress)
@@ -106,12 +135,11 @@ def _run(
 def _wait(workers: Workers, pool: Pool, progress: ProgressBar) -> None:
     demand = demand_of_part(pool)
     way_out = "add such a node, or score on CPUs; a longer `start_timeout_s` allows a longer wait"
-    stage = f"{workers.stage}: scores"
-    wait = wait_for(stage, demand, timeout_s=workers.start_timeout_s, way_out=way_out, say=progress.say)
+    wait = wait_for(workers.stage, demand, timeout_s=workers.start_timeout_s, way_out=way_out, say=progress.say)
     wait_until_placed(demand, wait, count=pool.first)
 
 
-class _Commits:
+class Commits:
     """Commits the scores of units, each judge's to its own table, and counts them.
 
     Args:

@@ -44,7 +44,9 @@ class Judge:
         description: What it measures, as a question or a phrase.
         verified: What its values were checked against; None if against nothing published.
         parts: The files of its weights, by digest.
+        folder: The folder from which the driver imports a user's own scorer; None for a built-in one.
         fit: The pairs that it learns from; None if it has no `fit`.
+        shaping: What the fingerprint is a hash of.
     """
 
     name: str
@@ -57,12 +59,28 @@ class Judge:
     description: str
     verified: str | None
     parts: tuple[LocatedPart, ...] = ()
+    folder: str | None = None
     fit: FitPairs | None = field(default=None, compare=False, repr=False)
+    shaping: JsonObject = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def table_name(self) -> str:
         """The name of the folder of its scores, without the fingerprint."""
         return table_name(self.name)
+
+    def to_json(self) -> JsonObject:
+        """Return what readers of its scores need to know, as plain data."""
+        return {
+            "name": self.name,
+            "scorer": self.entry.name,
+            "description": self.description,
+            "scale": self.scale,
+            "higher_is_better": self.higher_is_better,
+            "licence": self.licence,
+            "needs": list(self.needs),
+            "fingerprint": self.fingerprint,
+            "shaping": self.shaping,
+        }
 
 
 def table_name(name: str) -> str:
@@ -134,11 +152,11 @@ def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, prov
         raise ConfigError(f"the scorer {entry.name} has no `score`", "see the guide on evaluation: Write a scorer")
     parts = _parts(scorer, entry, storage)
     fit = _pairs_for(scorer, name, fit_on)
-    fingerprint = fingerprint_of(scorer, entry.name, parts, fit)
+    shaping = shaping_of(scorer, entry.name, parts, fit)
     return Judge(
         name,
         entry,
-        fingerprint,
+        fingerprint_of(shaping),
         needs,
         str(getattr(scorer, "scale", "")),
         bool(getattr(scorer, "higher_is_better", True)),
@@ -146,7 +164,9 @@ def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, prov
         str(getattr(scorer, "description", "")),
         verification_of(entry.name, parts, storage),
         parts,
+        None if entry.name in SCORERS else _import_folder(scorer),
         fit,
+        shaping,
     )
 
 
@@ -185,8 +205,13 @@ def _pairs_for(scorer: Any, name: str, fit_on: FitPairs | None) -> FitPairs | No
     return fit_on
 
 
-def fingerprint_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: FitPairs | None) -> str:
-    """Return 32 hex digits of everything that shapes a score, besides the image.
+def fingerprint_of(shaping: JsonObject) -> str:
+    """Return the 32 hex digits that stand for everything that shapes a score."""
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shaping_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: FitPairs | None) -> JsonObject:
+    """Return everything that shapes a score, besides the image.
 
     Args:
         scorer: A new scorer, not loaded.
@@ -206,13 +231,27 @@ def fingerprint_of(scorer: Any, given: str, parts: Sequence[LocatedPart], fit: F
     if fit is not None:
         shaping["fit"] = fit.digest()
     shaping["code"] = CODE_VERSION
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:32]
+    return shaping
 
 
 def _source_digest(scorer: Any) -> str:
     """Return the digest of the module of a scorer's class; "" if it has no file."""
+    file = _source_file(scorer)
+    return "" if file is None else file_sha256(file)
+
+
+def _source_file(scorer: Any) -> Path | None:
     try:
         file = inspect.getsourcefile(importlib.import_module(type(scorer).__module__))
     except (TypeError, ImportError):
-        return ""
-    return file_sha256(Path(file)) if file is not None and Path(file).is_file() else ""
+        return None
+    return Path(file).absolute() if file is not None and Path(file).is_file() else None
+
+
+def _import_folder(scorer: Any) -> str | None:
+    """Return the folder on the path of modules from which the module of a scorer's class is imported."""
+    file = _source_file(scorer)
+    if file is None:
+        return None
+    depth = type(scorer).__module__.count(".") + (file.name == "__init__.py")
+    return str(file.parents[depth])

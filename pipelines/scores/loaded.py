@@ -1,6 +1,8 @@
 """A judge's scorer on a node: weights found or brought, loaded, fitted, and checked to be the one that was planned."""
 
+import importlib.util
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from pipelines.dataset.errors import MapoError, ModelError
 from pipelines.dataset.storage import Storage
 from pipelines.scores.cluster_weights import bring
-from pipelines.scores.judges import Judge, fingerprint_of
+from pipelines.scores.judges import Judge, fingerprint_of, shaping_of
 from pipelines.scores.scorers import load_scorer, new_scorer
 from pipelines.scores.scorers.scorer import BuiltIn
 
@@ -38,8 +40,10 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
     Raises:
         ModelError: This node has another version of the scorer or of its weights, or they cannot be loaded.
     """
+    _make_importable(judge)
     scorer = new_scorer(judge.entry.name)
-    if (found := fingerprint_of(scorer, judge.entry.name, judge.parts, judge.fit)) != judge.fingerprint:
+    found = fingerprint_of(shaping_of(scorer, judge.entry.name, judge.parts, judge.fit))
+    if found != judge.fingerprint:
         raise ModelError(
             f"the fingerprint of the scorer {judge.name} is {found} on the node {socket.gethostname()}, "
             f"but {judge.fingerprint} on the driver's",
@@ -64,6 +68,18 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
             f"see `load` and `fit` of {judge.entry.name}" + _folder_hint(weights),
         ) from error
     return LoadedJudge(judge, scorer)
+
+
+def _make_importable(judge: Judge) -> None:
+    """Let a worker of the driver's machine import a user's own scorer from where the driver does.
+
+    Elsewhere its module arrives with the job (`mapo submit`) or is installed.
+    """
+    module = judge.entry.name.partition(":")[0]
+    if judge.folder is None or judge.folder in sys.path or not Path(judge.folder).is_dir():
+        return
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        sys.path.append(judge.folder)
 
 
 def _folder_hint(weights: object) -> str:

@@ -32,7 +32,9 @@ from pipelines.scores.images import (
 from pipelines.scores.judges import Judge
 from pipelines.units.unit import Unit, unit_id
 
-IMAGES_A_UNIT = 256
+IMAGES_A_UNIT = 32
+MAX_IMAGES_A_UNIT = 8 * IMAGES_A_UNIT
+MANY_UNITS = 64  # enough to keep actors busy and to show progress; more images make larger units first
 WANTED = "wanted_by_"
 """Prefix of the columns of a unit that say which judges, by position, an image lacks."""
 KEY_COLUMNS = ["image_sha256", "prompt_id", "context"]
@@ -121,6 +123,11 @@ def _order(images: pa.Table) -> Rows:
     return np.asarray(found.to_numpy(), np.int64)
 
 
+def images_a_unit(num_images: int) -> int:
+    """Return the size of a unit for so many distinct images: few make small units, for many actors to share."""
+    return min(MAX_IMAGES_A_UNIT, IMAGES_A_UNIT * max(1, num_images // (MANY_UNITS * IMAGES_A_UNIT)))
+
+
 def _units(images: pa.Table, order: Rows, is_first: Mask, missing: Mask) -> list[Unit]:
     """Cut all distinct images into units, and keep those rows, and units, that lack a score.
 
@@ -130,7 +137,8 @@ def _units(images: pa.Table, order: Rows, is_first: Mask, missing: Mask) -> list
         is_first: By row, whether the image with its prompt is in no row before.
         missing: By judge and row, whether the score is missing.
     """
-    number = np.maximum(np.cumsum(is_first[order]) - 1, 0) // IMAGES_A_UNIT
+    counted = np.cumsum(is_first[order])
+    number = np.maximum(counted - 1, 0) // images_a_unit(int(counted[-1]))
     is_wanted = np.asarray(missing.any(axis=0))[order]
     rows, number = order[is_wanted], number[is_wanted]
     columns = [name for name in (*REQUIRED.names, *OPTIONAL.names) if name in images.column_names]

@@ -114,8 +114,8 @@ def share_devices(settings: WorkerSettings, num_units: int) -> Pool:
     having = [node for node in nodes() if node.get("GPU") and all(name in node for name in settings.resources)]
     num_gpus, (low, high) = max(1, int(sum(node["GPU"] for node in having))), settings.worker_range
     sharers = max(1, min(MAX_SHARERS, math.ceil(high / num_gpus)))
-    num_cpus = min((int(node.get("CPU", 0) // (node["GPU"] * sharers)) for node in having), default=1)
-    num_cpus = min(num_cpus, MAX_CPUS_A_SHARER)
+    shares = (int((node.get("CPU", 0) - 1) // (node["GPU"] * sharers)) for node in having)  # one is left for others
+    num_cpus = max(0, min((*shares, MAX_CPUS_A_SHARER)))
     room = max(1, num_gpus * sharers)
     least = min(low, num_units, room)
     most = least if low == high else max(least, min(high, num_units))

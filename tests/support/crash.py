@@ -1,7 +1,7 @@
-"""A stage that is killed at a seeded point and started again; for the crash matrices of ingest and encode.
+"""A stage that is killed at a seeded point and started again; for the crash matrices of ingest, encode and scores.
 
 Each run has a Ray of its own. Killed is the driver, a worker, an actor or a node, at a commit or when so many shards
-are there, whole or half written.
+(of scores, commits) are there, whole or half written.
 """
 
 import os
@@ -61,13 +61,11 @@ ray.shutdown()
 os._exit(0)
 """
 )
-ENCODE = (
-    COMMITS
-    + f"nodes = {[CPUS_A_NODE] * NUM_NODES}"
+CLUSTER = (
+    f"nodes = {[CPUS_A_NODE] * NUM_NODES}"
     + """
 from ray.cluster_utils import Cluster
 
-config, storage = EncodeConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
 quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 3,
          "health_check_initial_delay_ms": 0}
 cluster = Cluster(initialize_head=True, head_node_args={
@@ -76,7 +74,38 @@ for num_cpus in nodes:  # one may be lost
     cluster.add_node(num_cpus=num_cpus, object_store_memory=100 << 20)
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 print("ready", flush=True)
+"""
+)
+ENCODE = (
+    COMMITS
+    + """
+config, storage = EncodeConfig.model_validate_json(sys.argv[1]), Storage(sys.argv[2])
+"""
+    + CLUSTER
+    + """
 encode(config, storage)
+os._exit(0)
+"""
+)
+SCORE = (
+    COMMITS
+    + """
+import json
+import pyarrow.parquet as pq
+from pipelines.config import ScorerEntry
+from pipelines.scores import plan
+from pipelines.scores.execution import score
+from pipelines.scores.judges import prepare_judges
+from pipelines.units.workers import Workers
+
+given, storage = json.loads(sys.argv[1]), Storage(sys.argv[2])
+plan.IMAGES_A_UNIT = given["images_a_unit"]
+entries = [ScorerEntry.model_validate(each) for each in given["scorers"]]
+"""
+    + CLUSTER
+    + """
+judges = prepare_judges(entries, storage)
+score(storage, judges, pq.read_table(given["images"]), Workers("evaluate", num_workers=2, device="cpu"))
 os._exit(0)
 """
 )
@@ -91,6 +120,8 @@ class Job:
     folder: str
     table: str
     """The end of the URI of the table whose commits count."""
+    pattern: str = "*.tar*"
+    """Of the files in the folder, whole or half written, that count."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +159,9 @@ def run_killed(job: Job, storage: Storage, kill: Kill, environment: dict[str, st
     with _Driver(job, storage, kill, environment) as driver:
         if "commit" not in kill.victim:
             folder = Path(storage.path()) / job.folder if storage.is_local else None
-            count = (lambda: len(list(folder.glob("*.tar*")))) if folder else (lambda: len(storage.names(job.folder)))
+            count = (
+                (lambda: len(list(folder.glob(job.pattern)))) if folder else (lambda: len(storage.names(job.folder)))
+            )
             driver.wait_until(lambda: count() > kill.moment)
             time.sleep(kill.delay_s)
             driver.kill(kill.victim)

@@ -28,10 +28,12 @@ class RayHead:
     Args:
         url: Of the dashboard.
         token: Of Ray's authentication.
+        address: Of its GCS, where other nodes join.
     """
 
     url: str
     token: str
+    address: str
 
     def environment(self, **changes: str) -> dict[str, str]:
         """The environment of a user of this cluster; `changes` are set beside."""
@@ -48,7 +50,8 @@ class RayHead:
 def ray_head(num_cpus: int = 6, **environment: str) -> Iterator[RayHead]:
     """A head of so many CPUs whose jobs find the `mapo` of this Python on their PATH."""
     ports = dict(zip(PORTS, _free_ports(len(PORTS)), strict=True))
-    head = RayHead(f"http://127.0.0.1:{ports['dashboard-port']}", secrets.token_hex(16))
+    address = f"127.0.0.1:{ports['port']}"
+    head = RayHead(f"http://127.0.0.1:{ports['dashboard-port']}", secrets.token_hex(16), address)
     patience = {"RAY_raylet_start_wait_time_s": str(START_S)}
     settings = head.environment(PATH=f"{BIN}:{os.environ['PATH']}", **patience | environment)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie below, whose paths have a limit
@@ -61,6 +64,35 @@ def ray_head(num_cpus: int = 6, **environment: str) -> Iterator[RayHead]:
     try:
         _wait_until_ready(head, process, Path(folder, "start.log"))
         yield head
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(started, timeout=10)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def other_node(head: RayHead, *, num_cpus: int = 4, **environment: str) -> Iterator[None]:
+    """A second node of so many CPUs, with an environment of its own."""
+    settings = head.environment(PATH=f"{BIN}:{os.environ['PATH']}", **environment)
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    command = [BIN / "ray", "start", f"--address={head.address}", "--block", "--disable-usage-stats"]
+    command += [f"--num-cpus={num_cpus}", f"--temp-dir={folder}", f"--object-store-memory={200 << 20}"]
+    command += ["--node-ip-address=127.0.0.1"]
+    with Path(folder, "start.log").open("wb") as log:
+        process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
+    started: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + START_S
+        while "This command will now block" not in Path(folder, "start.log").read_text():
+            assert process.poll() is None, Path(folder, "start.log").read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             started = psutil.Process(process.pid).children(recursive=True)

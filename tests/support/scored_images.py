@@ -14,7 +14,13 @@ from scorer_twins import formula_image
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
+from pipelines.scores.actor import ScoreWriter
+from pipelines.scores.execution import Commits
+from pipelines.scores.fit import FIT_SCHEMA, FitPairs
 from pipelines.scores.images import IMAGES_SCHEMA
+from pipelines.scores.judges import Judge
+from pipelines.scores.loaded import load_judge
+from pipelines.scores.plan import pending_scores, table_of
 
 NAMES = ["image_sha256", "prompt_id", "prompt", "shard", "offset", "length"]
 
@@ -56,10 +62,6 @@ def formula_files(count: int, *, side: int = 64, first: int = 0) -> list[bytes]:
     return [png(formula_image(side + seed % 7, side, seed)) for seed in range(first, first + count)]
 
 
-TRACE = "MAPO_TEST_TRACE"
-"""Environment variable: a file to which `Lightness` appends the number of images of each call."""
-
-
 class Lightness:
     """A user's scorer of today: no `load`, no `needs`; learns from pairs."""
 
@@ -96,7 +98,7 @@ class Broken:
 
 
 class Reading:
-    """A user's scorer with weights, questions and an upper bound of one image at a time."""
+    """A user's scorer with weights and questions, for which more than two images at a time are too many."""
 
     name = "reading"
     needs = ("image", "prompt", "questions")
@@ -109,3 +111,30 @@ class Reading:
         if len(images) > 2:
             raise MemoryError("more than two")
         return [self.factor * len(each["asked"]) for each in questions]
+
+
+def score_here(storage: Storage, judges: Sequence[Judge], images: pa.Table, num_threads: int = 1) -> ScoreWriter:
+    """Score what is missing in this process, without Ray; the writer, with its scorers."""
+    writer = ScoreWriter(storage, [load_judge(judge, storage, "cpu") for judge in judges], num_threads)
+    commits = Commits(storage, judges)
+    for unit in pending_scores(storage, judges, images).units:
+        commits.add(writer.write(unit.id, unit.rows)[0])
+    return writer
+
+
+def rows_of(storage: Storage, judge: Judge) -> list[dict[str, Any]]:
+    """All rows of a judge's table, in the order of images."""
+    rows = table_of(storage, judge).read().to_pylist()
+    return sorted(rows, key=lambda row: (row["image_sha256"], row["prompt_id"], row["context"]))
+
+
+def pairs_to_fit(images: pa.Table) -> FitPairs:
+    """Pairs of neighbouring rows of a table of images; the first of two is preferred in every second pair."""
+    rows = images.to_pylist()
+    pairs = [
+        {"prompt": first["prompt"], "label_0": float(number % 2), "shard": first["shard"],
+         "image_0_sha256": first["image_sha256"], "offset_0": first["offset"], "length_0": first["length"],
+         "image_1_sha256": second["image_sha256"], "offset_1": second["offset"], "length_1": second["length"]}
+        for number, (first, second) in enumerate(zip(rows[::2], rows[1::2], strict=True))
+    ]  # fmt: skip
+    return FitPairs(pa.Table.from_pylist(pairs, schema=FIT_SCHEMA))

@@ -92,6 +92,22 @@ def test_old_objects_stay_while_a_version_of_the_grace_period_needs_them(storage
     assert {version: images_in(storage, version) for version in images} == images
 
 
+def test_samples_and_scores_stay_and_a_shard_of_samples_that_no_row_points_to_goes(storage: Storage) -> None:
+    shard = f"{SAMPLES}/{'c' * 32}/unit.tar"
+    for name in (shard, shard.replace("unit", "killed")):
+        storage.write(name, b"png and json")
+    rows = [{"sample_key": "1" * 32, "status": "kept", "unit": "unit", "shard": shard}]
+    samples, scores = samples_table(storage, "c" * 32), scores_table(storage, "pickscore", "d" * 32)
+    samples.append("unit", pa.Table.from_pylist(rows, SAMPLES_SCHEMA))
+    scores.append("unit", pa.Table.from_pylist([{"image_sha256": "e" * 64, "value": 0.5}], SCORES_SCHEMA))
+    storage.write(f"{SAMPLES}/{'f' * 32}/fingerprint.json", b"{}")  # of a drawing that has committed nothing yet
+    deleted = collect(storage)
+    assert {name for name in deleted if name.startswith((SAMPLES, SCORES))} == {shard.replace("unit", "killed")}
+    assert samples.read(["shard"])["shard"].to_pylist() == [shard]
+    assert storage.exists(shard)
+    assert scores.read(["value"])["value"].to_pylist() == [0.5]
+
+
 def test_a_young_object_stays_though_nothing_points_to_it(storage: Storage) -> None:
     collect(storage)
     storage.write(f"{SHARDS}/young.tar", b"of an ingest that runs")

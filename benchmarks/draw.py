@@ -1,0 +1,161 @@
+"""Drawing beside a bare diffusers loop, in one run: `python -m benchmarks.draw [--samples 512]`.
+
+The same prompts and seeds go through these hands with the same model, batch and threads:
+
+- ours: units on Ray Data, from the prompts to committed rows and uploaded PNG shards; once as a whole, with the start
+  of the actor and the loading of the model, and once from the first committed unit to the last;
+- a bare loop in a process of its own: the loaded pipeline is called with batch after batch, to PIL images that nobody
+  keeps; in the environment of our actors, which keeps freed memory.
+
+Prints images a second and ratios; writes results/draw.json.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for all hands, in this process and in Ray's workers; before torch
+
+import torch
+
+import pipelines.samples.execution as execution
+from pipelines.dataset.model_files import ModelSource
+from pipelines.dataset.pair import prompt_id
+from pipelines.dataset.processes import TORCH_ENVIRONMENT
+from pipelines.dataset.storage import Storage
+from pipelines.samples.drawing import Drawing, DrawnModel, Sampling
+from pipelines.samples.fingerprint import samples_fingerprint
+from pipelines.samples.plan import wanted_samples
+from pipelines.samples.prompts import Prompt
+from pipelines.units.workers import Workers
+
+RESULTS = Path(__file__).parent / "results" / "draw.json"
+SIDE, STEPS, BATCH_SIZE, NUM_CPUS, IMAGES_A_PROMPT = 128, 10, 8, 2, 2
+SAMPLING = Sampling(num_inference_steps=STEPS, guidance_scale=5.0, height=SIDE, width=SIDE)
+
+
+def texts(num_samples: int) -> list[str]:
+    """Distinct prompts."""
+    return [f"a photo of a cat on hill {number} at night" for number in range(num_samples // IMAGES_A_PROMPT)]
+
+
+def ours(storage: Storage, drawing: Drawing) -> tuple[float, float, dict[str, Any]]:
+    """Seconds of the whole execution; images a second from the first committed unit to the last; and what it says."""
+    moments: list[tuple[float, int]] = []
+    append = execution.SampleCommitter.append
+
+    def noted(self: Any, unit: str, rows: Any) -> Any:
+        done = append(self, unit, rows)
+        moments.append((time.monotonic(), rows.num_rows))
+        return done
+
+    execution.SampleCommitter.append = noted  # type: ignore[method-assign]
+    started = time.monotonic()
+    try:
+        (drawn,) = execution.draw(storage, [drawing], Workers("evaluate", batch_size=BATCH_SIZE))
+    finally:
+        execution.SampleCommitter.append = append  # type: ignore[method-assign]
+    seconds = time.monotonic() - started
+    assert drawn.num_drawn == drawing.wanted.num_rows
+    assert drawn.speed is not None
+    steady = sum(count for _, count in moments[1:]) / (moments[-1][0] - moments[0][0])
+    return seconds, steady, drawn.speed.to_json()
+
+
+def bare_loop(model: Path, num_samples: int) -> tuple[int, float]:
+    """Images and seconds of the loop, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.draw", "--bare", str(model), "--samples", str(num_samples)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TORCH_ENVIRONMENT}, check=False)
+    assert done.returncode == 0, done.stderr
+    count, seconds = json.loads(done.stdout.splitlines()[-1])
+    return count, seconds
+
+
+def bare_process(model: Path, num_samples: int) -> None:
+    """What that process does."""
+    from diffusers import StableDiffusionXLPipeline
+
+    torch.set_num_threads(NUM_CPUS)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = [(text, index) for text in texts(num_samples) for index in range(IMAGES_A_PROMPT)]
+
+    def call(part: list[tuple[str, int]]) -> int:
+        generators = [torch.Generator().manual_seed(index) for _, index in part]
+        options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "height": SIDE, "width": SIDE}
+        return len(pipeline([text for text, _ in part], generator=generators, **options).images)
+
+    call(wanted[:BATCH_SIZE])
+    started = time.monotonic()
+    count = sum(call(wanted[start : start + BATCH_SIZE]) for start in range(0, len(wanted), BATCH_SIZE))
+    print(json.dumps([count, time.monotonic() - started]))
+
+
+def rounds(work: Path, num_samples: int, num_rounds: int) -> Iterator[dict[str, Any]]:
+    """Both hands, round after round; which one is first changes."""
+    from factories import new_pipeline
+
+    model = work / "model"
+    new_pipeline().save_pretrained(model)
+    drawn = DrawnModel("base", ModelSource(str(model)))
+    name = samples_fingerprint(drawn, SAMPLING)
+    prompts = [Prompt(prompt_id(text), text) for text in texts(num_samples)]
+    wanted = wanted_samples(prompts, name, seed=0, images_per_prompt=IMAGES_A_PROMPT)
+    ours(Storage(str(work / "warm")), Drawing(drawn, SAMPLING, name, wanted.slice(0, 64)))  # modules in the page cache
+    for number in range(num_rounds):
+        result: dict[str, Any] = {}
+        for hand in ("ours", "bare")[:: 1 if number % 2 else -1]:
+            if hand == "bare":
+                count, seconds = bare_loop(model, num_samples)
+                result["bare"] = round(count / seconds, 2)
+                continue
+            drawing = Drawing(drawn, SAMPLING, name, wanted)
+            whole_s, steady, said = ours(Storage(str(work / f"storage-{number}")), drawing)
+            result |= {"ours": round(steady, 2), "ours, whole": round(num_samples / whole_s, 2), "speed": said}
+        yield result
+
+
+def main() -> None:
+    """Run both hands over the same samples, round after round; the best round of each counts."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--samples", type=int, default=512)
+    arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.bare:
+        bare_process(options.bare, options.samples)
+        return
+    import ray
+
+    ray.init(
+        address="local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    best: dict[str, float] = {}
+    speed: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="mapo-bench-", dir=Path.cwd()) as work:
+        for result in rounds(Path(work), options.samples, options.rounds):
+            print({hand: rate for hand, rate in result.items() if hand != "speed"}, flush=True)
+            speed = result["speed"] if result["ours"] > best.get("ours", -math.inf) else speed
+            best = {hand: max(result[hand], best.get(hand, 0.0)) for hand in ("ours", "ours, whole", "bare")}
+    ray.shutdown()
+    ratios = {f"{hand} / bare": round(best[hand] / best["bare"], 3) for hand in ("ours", "ours, whole")}
+    print(json.dumps(ratios, indent=1))
+    conditions = {
+        "samples": options.samples, "side": SIDE, "steps": STEPS, "batch_size": BATCH_SIZE, "cpus": NUM_CPUS,
+        "rounds": options.rounds, "torch": torch.__version__,
+    }  # fmt: skip
+    found = {"conditions": conditions, "images_per_s": best, "speed": speed, "ratios": ratios}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
