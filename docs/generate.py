@@ -145,6 +145,8 @@ def _type(field: FieldInfo, section: type[BaseModel] | None, key: str) -> str:
     if section is not None:
         anchor = key.replace(".", "")  # as GitHub makes it from the heading
         link = f"list of [sections](#{anchor})" if _is_list(field.annotation) else f"[section](#{anchor})"
+        if _is_list(field.annotation) and str in typing.get_args(typing.get_args(field.annotation)[0]):
+            link = f"list of text or [sections](#{anchor})"
         return f"{link} or null" if _is_optional(field.annotation) else link
     bounds = []
     for limit in field.metadata:
@@ -189,7 +191,9 @@ def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *typing.get_args(annotation)):
+    """Return the section that a key holds, perhaps in a list, perhaps beside text."""
+    inside = typing.get_args(annotation)
+    for candidate in (annotation, *inside, *(each for inner in inside for each in typing.get_args(inner))):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None

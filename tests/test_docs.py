@@ -1,17 +1,20 @@
 """The documentation against the code: nothing stale, nothing left out, no link that leads nowhere."""
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import doc_names
 import generate as reference
 import pytest
 import python_page
 import yaml
+from PIL import Image
 
 from orchestration.cli import COMMANDS, parser
 from orchestration.commands.options import Command
@@ -20,6 +23,8 @@ from orchestration.demo.run import CONFIG
 from pipelines.dataset.errors import ConfigError, JobError, MapoError
 from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA
 from pipelines.dataset.pair import PAIRS_SCHEMA, Reason
+from pipelines.dataset.storage import Storage
+from pipelines.suites.results import Comparison, ModelScore, SuiteResult
 from training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -268,3 +273,39 @@ def test_the_python_page_computes_losses_as_it_says() -> None:
     for block in blocks(PYTHON, "python")[:2]:
         exec(compile(block, PYTHON.name, "exec"), names)
     assert names["prediction"].grad is not None
+
+
+def test_the_python_page_compares_models_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [block for block in blocks(PYTHON, "python") if "pipelines.suites" in block]
+    for block in examples:
+        exec(compile(block, PYTHON.name, "exec"), {})
+    sentence, rate, words = capsys.readouterr().out.splitlines()
+    assert sentence.startswith("aligned is higher by 0.")
+    assert rate == "1.0"
+    assert words.startswith("aligned is higher by 0.")
+
+
+def test_results_are_read_as_their_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example of a file is one, and the example of a program reads it; the tables name every field."""
+    page = DOCS / "reference" / "results.md"
+    (example,), (program,) = blocks(page, ""), blocks(page, "python")
+    monkeypatch.chdir(tmp_path)
+    Storage("runs/photos").write("runs/photos/evaluation/results.json", example.encode())
+    exec(compile(program, page.name, "exec"), {})
+    assert capsys.readouterr().out == "held-out, pickscore: aligned is higher by 0.39 (0.24 to 0.54)\n"
+    text = page.read_text()
+    for record in (SuiteResult, ModelScore, Comparison):
+        for field in dataclasses.fields(record):
+            assert f"`{field.name}`" in text, f"{record.__name__}.{field.name}"
+
+
+def test_the_scorer_of_the_guide_scores() -> None:
+    (block,) = blocks(DOCS / "guides" / "evaluate.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(block, "colour_scores.py", "exec"), names)
+    grey, red = (Image.new("RGB", (8, 8), colour) for colour in ("grey", "red"))
+    scorer = names["ColourfulnessScore"]()
+    scorer.fit([red, grey], [grey, grey], ["a", "b"])
+    assert scorer.score([red, grey], ["a", "b"]) == [1.0, 0.0]

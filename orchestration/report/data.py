@@ -13,7 +13,7 @@ from orchestration.config import RunConfig
 from orchestration.report.cost import Used, cost_of
 from orchestration.report.course import STAGES_SHOWN, UNDONE, Course, JournalEvent, is_alive, read_course
 from orchestration.report.encoding import described, recorded_fingerprints, with_own_work
-from orchestration.report.evaluation import evaluation_section
+from orchestration.report.evaluation import evaluation_section, shown_gallery
 from orchestration.report.live_curves import read_json
 from orchestration.report.records import (
     DatasetSection,
@@ -246,12 +246,15 @@ def page_images(storage: Storage, folder: str, data: ReportData) -> dict[str, by
 
     A sample that is not there is left out, and the page says that it is missing.
     """
-    gallery = data.evaluation.record.gallery if data.evaluation else ()
     contact = data.encoding.contact if data.encoding else ()
     grids = data.training.samples if data.training else ()
     names = {grid.image: grid.image for grid in grids}
     names |= {name: name for image in contact for name in (image.source, image.decoded)}
-    samples = {image.name: f"{EVALUATION}/{image.name}" for entry in gallery for image in entry.images.values()}
+    samples = {
+        image.name: f"{EVALUATION}/{image.name}"
+        for entry in shown_gallery(data.evaluation)
+        for image in entry.images.values()
+    }
     there = set(storage.names(f"{folder}/{EVALUATION}")) if samples else set()
     names |= {name: where for name, where in samples.items() if f"{folder}/{where}" in there}
     return {name: storage.read(f"{folder}/{where}") for name, where in names.items()}

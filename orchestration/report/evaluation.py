@@ -1,6 +1,8 @@
 """Evaluation of a run as its record has it, whichever version wrote it, and which of its models is the run's own."""
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from orchestration.report.records import EvaluationSection
@@ -9,6 +11,9 @@ from pipelines.suites.evaluation import EvaluationRecord
 from pipelines.suites.gallery import SPECIMEN, GalleryEntry, GalleryImage, step_of
 from pipelines.suites.registry import HELD_OUT
 from pipelines.suites.results import Comparison, Judge, ModelResult, ModelScore, Results, SuiteResult
+
+MAX_PAGE_IMAGES = 192
+"""Images of the gallery on the page: at 60 KB each, 12 MB."""
 
 
 def evaluation_section(details: Mapping[str, Any], *, has_samples: bool) -> EvaluationSection | None:
@@ -39,6 +44,27 @@ def own_model(result: SuiteResult) -> str | None:
     named = [name for name in others if step_of(name) is None]
     checkpoints = sorted((name for name in others if name not in named), key=lambda name: step_of(name) or 0)
     return next(iter([*reversed(named), *reversed(checkpoints)]), None)
+
+
+def result_of(results: Results, suite: str) -> SuiteResult | None:
+    """Return the results of a gallery's suite, which a configuration may have named with its version."""
+    return next((found for name, found in results.suites.items() if name.partition("@")[0] == suite), None)
+
+
+def shown_gallery(section: EvaluationSection | None) -> tuple[GalleryEntry, ...]:
+    """Return the entries of the gallery that the page has room for: of each suite the first ones."""
+    gallery = section.record.gallery if section else ()
+    if section is None or section.is_former:
+        return gallery
+    seen: Counter[str] = Counter()
+    ranks = []
+    for entry in gallery:
+        ranks.append(seen[entry.suite])
+        seen[entry.suite] += 1
+    turns = sorted(range(len(gallery)), key=lambda place: ranks[place])  # the first ones of all suites, then the next
+    sizes = accumulate(len(gallery[place].images) for place in turns)
+    chosen = {place for place, size in zip(turns, sizes, strict=True) if size <= MAX_PAGE_IMAGES}
+    return tuple(entry for place, entry in enumerate(gallery) if place in chosen)
 
 
 def _of_former(details: Mapping[str, Any]) -> EvaluationRecord:

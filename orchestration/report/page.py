@@ -18,8 +18,9 @@ from orchestration.report.charts import curves
 from orchestration.report.course import RunState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
+from orchestration.report.gallery_view import NUM_OPEN, gallery_groups
 from orchestration.report.records import ReportData
-from orchestration.report.suite_view import NUM_OPEN, gallery_groups, headlines, shown_scores, suite_views
+from orchestration.report.suite_view import headlines, suite_views
 from orchestration.stages.stage import StageState
 
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
@@ -94,7 +95,6 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
             missing.
     """
     training, widths, views = data.training, _widths(data), suite_views(data.evaluation)
-    results = {view.name: view.result for view in views}
     css = part("page.css") + widths.rules()
     is_live = training is not None and not training.is_over
     return template("report.html.j2").render(
@@ -110,10 +110,8 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         created=datetime.fromisoformat(data.created_at),
         outcome=held_out_change(training),
         views=views,
-        own={view.name: view.ours for view in views},
         headlines=headlines(views),
         galleries=gallery_groups(data.evaluation),
-        shown_scores=lambda entry, model: shown_scores(entry, model, results),
         num_open=NUM_OPEN,
         curves=curves(training) if training else [],
         speed=training_speed(training) if training else None,

@@ -1,19 +1,21 @@
 """View of a suite's results: the rows, plots and curves that the page shows; `evaluation.html.j2` has the markup."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
 from orchestration.report.evaluation import own_model
 from orchestration.report.records import EvaluationSection, Interval
-from pipelines.suites.gallery import DISAGREE, SPECIMEN, GalleryEntry, step_of
+from pipelines.suites.gallery import step_of
 from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult, TagDifference, TagScore
 
 MAX_FINDINGS = 6  # in the head of the page
-MAX_SHOWN_SCORES = 4  # below an image
-NUM_OPEN = 12  # entries of the gallery that are not folded
 BETTER, WORSE = "rose", "fell"  # classes of the style sheet
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SuiteView:
         result: Its results.
         models: The models that are no checkpoints, the one that is compared with first.
         ours: The run's own model.
-        groups: The scores.
+        groups: The scores, primary ones first.
         plots: The intervals of scores that have numbers.
         curves: A learning curve for each score, if checkpoints were judged.
         tags: The scores by tag.
@@ -94,15 +96,6 @@ class Headline:
     verdict: str
 
 
-@dataclass(frozen=True)
-class GalleryGroup:
-    """Entries of a gallery that were chosen for one kind of reason."""
-
-    title: str
-    note: str
-    entries: Sequence[GalleryEntry]
-
-
 def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
     """Return the view of each suite."""
     if section is None:
@@ -113,39 +106,25 @@ def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
 
 def headlines(views: Sequence[SuiteView]) -> list[Headline]:
     """Return what the head of the page says: the first scores of all suites, primary ones first."""
-    found = []
     groups = [(view, group) for view in views for group in view.groups]
-    for view, group in sorted(groups, key=lambda each: not each[1].is_primary):
-        before = next((row for row in group.rows if row.model == view.result.against_model), None)
-        after = next((row for row in group.rows if row.is_ours), None)
-        if before and after and after.comparison and _is_known(before.score) and _is_known(after.score):
-            name = group.scorer if len(views) == 1 else f"{view.name}: {group.scorer}"
-            means = before.score.mean or 0.0, after.score.mean or 0.0
-            found.append(Headline(name, *means, after.comparison, after.verdict))
-    return found[:MAX_FINDINGS]
+    groups.sort(key=lambda each: not each[1].is_primary)
+    return _present(_headline(view, group, is_only=len(views) == 1) for view, group in groups)[:MAX_FINDINGS]
 
 
-def gallery_groups(section: EvaluationSection | None) -> list[GalleryGroup]:
-    """Return the gallery by reason: images that a score picked first, then those that none did."""
-    entries = section.record.gallery if section else ()
-    contested = [each for each in entries if DISAGREE in each.why]
-    plain = [each for each in entries if set(each.why) == {SPECIMEN}]
-    picked = [each for each in entries if each not in contested and each not in plain]
-    others = ("Other prompts", "Spread over the suite, not chosen by a score.") if picked or contested else ("", "")
-    groups = (
-        GalleryGroup("Where models differ most", "Chosen by the score that is named: extremes, not averages.", picked),
-        GalleryGroup("Where judges disagree", "One primary score says better and another says worse.", contested),
-        GalleryGroup(*others, plain),
-    )
-    return [each for each in groups if each.entries]
-
-
-def shown_scores(entry: GalleryEntry, model: str, results: Mapping[str, SuiteResult]) -> list[tuple[str, float]]:
-    """Return the scores to write below an image: the primary ones, or the first few."""
-    scores = entry.images[model].scores
-    result = results.get(entry.suite)
-    wanted = (result.primary or result.scorers) if result else tuple(scores)
-    return [(name, value) for name in wanted if (value := scores.get(name)) is not None][:MAX_SHOWN_SCORES]
+def _headline(view: SuiteView, group: ScoreGroup, *, is_only: bool) -> Headline | None:
+    """Return a score of both models; None if one has none."""
+    rows = {row.model: row for row in group.rows}
+    before, after = rows.get(view.result.against_model), rows.get(view.ours or "")
+    if before is None or after is None or after.comparison is None:
+        return None
+    if (
+        before.score.mean is None
+        or after.score.mean is None
+        or not (_is_known(before.score) and _is_known(after.score))
+    ):
+        return None
+    name = group.scorer if is_only else f"{view.name}: {group.scorer}"
+    return Headline(name, before.score.mean, after.score.mean, after.comparison, after.verdict)
 
 
 def verdict(comparison: Comparison | None, judge: Judge) -> str:
@@ -159,19 +138,23 @@ def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteV
     ours = own_model(result)
     named = [model for model in result.models if step_of(model) is None]
     models = sorted(named, key=lambda model: model != result.against_model)
-    groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in result.scorers]
-    plots = [_plot(group) for group in groups]
+    scorers = sorted(result.scorers, key=lambda scorer: scorer not in result.primary)
+    groups = [_group(scorer, models, result, ours, judges.get(scorer, Judge())) for scorer in scorers]
     return SuiteView(
         name=name,
         result=result,
         models=models,
         ours=ours,
         groups=groups,
-        plots=[plot for plot in plots if plot is not None],
-        curves=[curve for scorer in result.scorers if (curve := _curve(scorer, result)) is not None],
-        tags=[row for scorer in result.scorers for row in _tag_rows(scorer, models, result, ours)],
-        silent=[group.scorer for group in groups if not any(_is_known(row.score) for row in group.rows)],
+        plots=_present(_plot(group) for group in groups),
+        curves=_present(_curve(scorer, result) for scorer in scorers),
+        tags=[row for scorer in scorers for row in _tag_rows(scorer, models, result, ours)],
+        silent=[group.scorer for group in groups if _plot(group) is None],
     )
+
+
+def _present(found: Iterable[T | None]) -> list[T]:
+    return [each for each in found if each is not None]
 
 
 def _group(scorer: str, models: Sequence[str], result: SuiteResult, ours: str | None, judge: Judge) -> ScoreGroup:

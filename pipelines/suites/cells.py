@@ -56,6 +56,12 @@ class Cell:
         return sum(self.failures.values())
 
 
+def scorers_of(values: pa.Table, suite: Suite) -> tuple[str, ...]:
+    """Return the scorers of values: those of the suite in its order, then the others by name."""
+    found = set(values["scorer"].unique().to_pylist())
+    return tuple(dict.fromkeys((*(each for each in suite.scorers if each in found), *sorted(found))))
+
+
 class Cells:
     """The values of a suite, by model and scorer.
 
@@ -64,8 +70,8 @@ class Cells:
         suite: The suite.
 
     Raises:
-        ValueError: A column is missing, an image occurs twice, a prompt is not of the suite, or a scorer is called
-            `tags`.
+        ValueError: A column is missing, an image occurs twice, a prompt or the number of an image is not of the suite,
+            or a scorer is called `tags`.
     """
 
     def __init__(self, values: pa.Table, suite: Suite) -> None:
@@ -77,8 +83,7 @@ class Cells:
             values = values.filter(pc.field("suite") == suite.name)
         self._values = values
         self._check()
-        found = dict.fromkeys(values["scorer"].unique().to_pylist())
-        self.scorers = tuple(dict.fromkeys((*(each for each in suite.scorers if each in found), *sorted(found))))
+        self.scorers = scorers_of(values, suite)
         self.models = tuple(dict.fromkeys(values["model"].unique().to_pylist()))
 
     def _check(self) -> None:
@@ -93,6 +98,9 @@ class Cells:
         distinct = keys.group_by(keys.column_names, use_threads=False).aggregate([]).num_rows
         if distinct < keys.num_rows:
             raise ValueError(f"values: {keys.num_rows - distinct} of {keys.num_rows} rows repeat an image.")
+        index, count = self._values["index"], self._suite.images_per_prompt
+        if beyond := pc.sum(pc.or_(pc.less(index, 0), pc.greater_equal(index, count))).as_py():
+            raise ValueError(f"values: {beyond} of {keys.num_rows} rows are not of the {count} images of a prompt.")
         if pc.any(pc.equal(self._values["scorer"], TAGS)).as_py():
             raise ValueError(f"values: a scorer is called {TAGS}, which has another meaning in results.json.")
 
@@ -106,7 +114,7 @@ class Cells:
             (reasons[place] or UNKNOWN) if is_null[place] else NOT_FINITE for place in np.flatnonzero(~is_scored)
         )
         if missing := len(self._suite.prompts) * self._suite.images_per_prompt - len(values):
-            failures[MISSING] += max(0, missing)
+            failures[MISSING] += missing
         prompt_ids = rows["prompt_id"].to_pylist()
         scored = values[is_scored]
         return Cell(

@@ -1,5 +1,6 @@
 """Record of the stage `evaluate`: results, gallery, audit and cost, and what a reader must be warned of."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,9 +85,15 @@ def warnings_of(results: Results, judges: Mapping[str, Judge], *, made_by: Colle
     ]
     unverified = [name for name in scorers if name in judges and judges[name].verified is False]
     found = [*circular, *(each for name, suite in results.suites.items() for each in _of_suite(name, suite))]
+    found += [f"licence of {name}: {judges[name].licence}" for name in scorers if _restricts(judges.get(name, Judge()))]
     if unverified:
         found.append(f"not verified against a published value: {', '.join(unverified)}")
     return tuple(found)
+
+
+def _restricts(judge: Judge) -> bool:
+    """Return whether a licence forbids commercial use, or demands more than attribution."""
+    return re.search(r"\b(AGPL|GPL|NC)\b|non-?commercial|research", judge.licence, re.IGNORECASE) is not None
 
 
 def _of_suite(name: str, suite: SuiteResult) -> Iterator[str]:

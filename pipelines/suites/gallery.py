@@ -1,14 +1,16 @@
 """Gallery: which images of an evaluation a person should see, chosen from the values alone."""
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.suites.cells import scorers_of
 from pipelines.suites.results import Judge
 from pipelines.suites.suite import Suite
 
@@ -102,64 +104,88 @@ def choose_gallery(
     """
     if "suite" in values.column_names:
         values = values.filter(pc.field("suite") == suite.name)
-    scores = _scores(values)
+    scores, scorers = _scores(values), scorers_of(values, suite)
     shown = tuple(models) if models is not None else _shown(scores, against)
-    scorers = tuple(dict.fromkeys(values["scorer"].to_pylist()))
-    primary = [each for each in suite.primary if each in scorers] or list(scorers)
-    signs = {each: 1.0 if (judges or {}).get(each, Judge()).higher_is_better else -1.0 for each in primary}
+    judged = {each: (judges or {}).get(each, Judge()) for each in scorers}
     reasons: dict[Place, list[str]] = defaultdict(list)
-    for scorer in primary[:MAX_JUDGES]:
-        spread = {
-            place: max(found) - min(found)
-            for place, by_model in scores.items()
-            if (found := _complete(by_model, shown, scorer)) is not None
-        }
-        for place in _largest(spread, num_each):
-            reasons[place].append(differs_most(scorer))
-    for place in _largest(_disagreements(scores, signs, against, shown), num_each) if suite.primary else ():
-        reasons[place].append(DISAGREE)
-    for place in _specimens(suite, reasons, num_plain):
-        reasons[place].append(SPECIMEN)
+    for why, sizes in _sizes(scores, suite, judged, against, shown).items():
+        for place in _largest(sizes, num_each):
+            reasons[place].append(why)
+    reasons |= {place: [SPECIMEN] for place in _specimens(suite, reasons, num_plain)}
+    most = max(1, max_images // max(1, len(shown)))
     prompts = {each.prompt_id: each.prompt for each in suite.prompts}
-    entries = [
+    return tuple(
         GalleryEntry(
-            suite.name, prompt_id, prompts[prompt_id], index, tuple(why),
-            {model: GalleryImage(image_name(suite.name, model, prompt_id, index),
-                                 {scorer: scores[prompt_id, index].get((model, scorer)) for scorer in scorers})
-             for model in shown},
+            suite=suite.name,
+            prompt_id=place[0],
+            prompt=prompts[place[0]],
+            index=place[1],
+            why=tuple(why),
+            images=_images(suite, place, shown, scorers, scores.get(place, {})),
         )
-        for (prompt_id, index), why in reasons.items()
-    ]  # fmt: skip
-    return tuple(entries[: max(1, max_images // max(1, len(shown)))])
+        for place, why in list(reasons.items())[:most]
+    )
 
 
-def _scores(values: pa.Table) -> dict[Place, dict[tuple[str, str], float | None]]:
-    """Return place -> model and scorer -> value; a value that is not finite is None."""
+Values = Mapping[tuple[str, str], float | None]
+"""Model and scorer -> value of one place; None if it failed."""
+
+
+def _images(
+    suite: Suite, place: Place, models: Sequence[str], scorers: Sequence[str], values: Values
+) -> dict[str, GalleryImage]:
+    return {
+        model: GalleryImage(
+            image_name(suite.name, model, *place), {scorer: values.get((model, scorer)) for scorer in scorers}
+        )
+        for model in models
+    }
+
+
+def _scores(values: pa.Table) -> dict[Place, Values]:
+    """Return the values of each place, ordered by place; one that is not finite is None."""
     found: dict[Place, dict[tuple[str, str], float | None]] = defaultdict(dict)
     columns = (values[name].to_pylist() for name in ("prompt_id", "index", "model", "scorer", "value"))
     for prompt_id, index, model, scorer, value in zip(*columns, strict=True):
-        found[prompt_id, index][model, scorer] = value if value is not None and np.isfinite(value) else None
-    return defaultdict(dict, sorted(found.items()))
+        found[prompt_id, index][model, scorer] = value if value is not None and math.isfinite(value) else None
+    return dict(sorted(found.items()))
 
 
-def _shown(scores: Mapping[Place, Mapping[tuple[str, str], float | None]], against: str) -> tuple[str, ...]:
-    models = dict.fromkeys(model for by_model in scores.values() for model, _ in by_model)
+def _shown(scores: Mapping[Place, Values], against: str) -> tuple[str, ...]:
+    models = sorted({model for by_model in scores.values() for model, _ in by_model})
     named = [each for each in models if step_of(each) is None]
-    chosen = named if len(named) > 1 else list(models)
+    chosen = named if len(named) > 1 else models
     return tuple(sorted(chosen, key=lambda each: each != against))
 
 
-def _complete(
-    by_model: Mapping[tuple[str, str], float | None], models: Iterable[str], scorer: str
-) -> list[float] | None:
+def _complete(by_model: Values, models: Iterable[str], scorer: str) -> list[float] | None:
     """Return a value for each model; None if one has none."""
     found = [by_model.get((model, scorer)) for model in models]
     known = [each for each in found if each is not None]
     return known if len(known) == len(found) else None
 
 
+def _sizes(
+    scores: Mapping[Place, Values], suite: Suite, judges: Mapping[str, Judge], against: str, models: Sequence[str]
+) -> dict[str, dict[Place, float]]:
+    """Return for each reason to show a place how strong it is there."""
+    primary = [each for each in judges if each in suite.primary]
+    signs = {each: 1.0 if judges[each].higher_is_better else -1.0 for each in primary}
+    spreads = {differs_most(each): _spreads(scores, models, each) for each in (primary or list(judges))[:MAX_JUDGES]}
+    return {**spreads, DISAGREE: _disagreements(scores, signs, against, models)}
+
+
+def _spreads(scores: Mapping[Place, Values], models: Sequence[str], scorer: str) -> dict[Place, float]:
+    """Return the largest difference between two models at each place where all have a value."""
+    return {
+        place: max(found) - min(found)
+        for place, by_model in scores.items()
+        if (found := _complete(by_model, models, scorer))
+    }
+
+
 def _disagreements(
-    scores: Mapping[Place, Mapping[tuple[str, str], float | None]],
+    scores: Mapping[Place, Values],
     signs: Mapping[str, float],
     against: str,
     models: Sequence[str],
@@ -175,7 +201,7 @@ def _disagreements(
             gains = {
                 place: sign * (both[0] - both[1])
                 for place, by_model in scores.items()
-                if (both := _complete(by_model, (model, against), scorer)) is not None
+                if (both := _complete(by_model, (model, against), scorer))
             }
             scale = float(np.std(list(gains.values()))) if gains else 0.0
             for place, gain in gains.items() if scale > 0 else ():
@@ -204,5 +230,4 @@ def _specimens(suite: Suite, taken: Mapping[Place, Sequence[str]], count: int) -
         if (each.prompt_id, index) not in taken
     ]
     first = free[: len(suite.prompts)] if len(free) > len(suite.prompts) >= count else free
-    step: Callable[[int], int] = lambda number: number * len(first) // count  # noqa: E731
-    return [first[step(number)] for number in range(count)] if len(first) > count else first
+    return [first[number * len(first) // count] for number in range(count)] if len(first) > count else first

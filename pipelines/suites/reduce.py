@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.suites.cells import Cell, Cells
+from pipelines.suites.gallery import step_of
 from pipelines.suites.results import (
     Comparison,
     CutPrompts,
@@ -72,14 +73,8 @@ def reduce_suite(
         raise ValueError(f"reduce_suite: {against} is not one of the models {', '.join(names)}.")
     found = {model: {scorer: cells.cell(model, scorer) for scorer in cells.scorers} for model in names}
     work = _Reduction(suite, judges or {}, seed, num_draws)
-    references = found[against]
-    compared = {
-        model: {scorer: work.comparison(model, scorer, each[scorer], references[scorer]) for scorer in cells.scorers}
-        for model, each in found.items()
-        if model != against
-    }
     primary = tuple(scorer for scorer in cells.scorers if scorer in suite.primary)
-    compared, num_tests = with_holm(compared, primary)
+    compared, num_tests = with_holm(work.comparisons(found, against), primary)
     return SuiteResult(
         protocol="; ".join((suite.label, *suite.deviations)),
         num_prompts=len(suite.prompts),
@@ -139,6 +134,16 @@ class _Reduction:
         summary = mean_interval(values, seed=self.seed, num_draws=self.num_draws)
         return TagScore(summary.mean, summary.low, summary.high, summary.n)
 
+    def comparisons(self, found: Mapping[str, Mapping[str, Cell]], against: str) -> dict[str, dict[str, Comparison]]:
+        """Compare all models with one of them, by scorer."""
+        return {
+            model: {
+                scorer: self.comparison(model, scorer, cell, found[against][scorer]) for scorer, cell in cells.items()
+            }
+            for model, cells in found.items()
+            if model != against
+        }
+
     def comparison(self, model: str, scorer: str, cell: Cell, reference: Cell) -> Comparison:
         """Compare a model with the reference."""
         num_prompts = len(self.suite.prompts)
@@ -191,17 +196,31 @@ def tie_tolerance(cell: Cell, reference: Cell) -> float:
 def with_holm(
     compared: Mapping[str, Mapping[str, Comparison]], primary: Sequence[str]
 ) -> tuple[dict[str, dict[str, Comparison]], int]:
-    """Add Holm's p values of the primary scorers, over all models; return the number of tests, too."""
+    """Add Holm's p values of the primary scorers, over all models but checkpoints; return the number of tests, too.
+
+    Checkpoints make a learning curve, which describes: a dozen of them would take the claims of the others away. Words
+    of a difference that does not survive the correction say so.
+    """
     places = [
-        (model, scorer) for model, each in compared.items() for scorer in primary if each[scorer].p_value is not None
+        (model, scorer)
+        for model, each in compared.items()
+        for scorer in primary
+        if step_of(model) is None and each[scorer].p_value is not None
     ]
     adjusted = holm([compared[model][scorer].p_value or 0.0 for model, scorer in places])
     by_place = dict(zip(places, adjusted, strict=True))
 
-    def adjust(model: str, each: Mapping[str, Comparison]) -> dict[str, Comparison]:
-        return {name: dataclasses.replace(found, p_holm=by_place.get((model, name))) for name, found in each.items()}
+    def adjust(place: tuple[str, str], found: Comparison) -> Comparison:
+        after = dataclasses.replace(found, p_holm=by_place.get(place))
+        if after.is_shown or not found.is_shown:
+            return after
+        words = f"not enough for a claim after Holm's correction over {len(places)} comparisons: {found.words}"
+        return dataclasses.replace(after, words=words)
 
-    return {model: adjust(model, each) for model, each in compared.items()}, len(places)
+    return {
+        model: {scorer: adjust((model, scorer), found) for scorer, found in each.items()}
+        for model, each in compared.items()
+    }, len(places)
 
 
 def _failures(found: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, Mapping[str, int]]]:

@@ -114,7 +114,8 @@ class Comparison:
         num_left_out: Prompts that only one of the two, or neither, has a value of.
         p_value: Two-sided, for no difference.
         win_p_value: Two-sided sign test.
-        p_holm: `p_value` after Holm's correction over the suite's primary scorers and all models; None for others.
+        p_holm: `p_value` after Holm's correction over the suite's primary scorers and all models but checkpoints; None
+            for others.
         detectable: The smallest true difference that 80 % of such runs would show.
         tolerance: In the scorer's unit.
         words: The difference as a sentence.
@@ -128,7 +129,7 @@ class Comparison:
     win_low: float | None
     win_high: float | None
     ties: int
-    n: int
+    n: int = 0
     wins: int = 0
     losses: int = 0
     num_left_out: int = 0

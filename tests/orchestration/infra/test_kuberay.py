@@ -151,20 +151,27 @@ def _secrets_in(value: Any) -> list[str]:
     return [name for each in value for name in _secrets_in(each)] if isinstance(value, list) else []
 
 
-@pytest.mark.parametrize(("workers", "encoders", "gpus"), [("8", "1", 8), ("2..12", "4", 4), ("1", "1..9", 2)])
-def test_gpu_nodes_hold_the_workers(workers: str, encoders: str, gpus: int) -> None:
-    overrides = (f"train.num_workers={workers}", f"encode.num_workers={encoders}")
+@pytest.mark.parametrize(
+    ("workers", "encoders", "samplers", "gpus"),
+    [("8", "1", "1", 8), ("2..12", "4", "2", 4), ("1", "1..9", "1", 2), ("1", "1", "1", 1), ("2", "1", "4..16", 4)],
+)
+def test_gpu_nodes_hold_the_workers(workers: str, encoders: str, samplers: str, gpus: int) -> None:
+    overrides = tuple(
+        f"{section}.num_workers={number}"
+        for section, number in (("train", workers), ("encode", encoders), ("evaluate", samplers))
+    )
     config = load_config(EXAMPLE, overrides)
     assert config.train
     assert config.encode
-    most = max(config.train.worker_range[1], config.encode.worker_range[1])
+    ranges = [section.worker_range for section in (config.train, config.encode, config.evaluate)]
+    fewest, most = (max(each[end] for each in ranges) for end in (0, 1))
     for settings in ({}, {"warm": True}, {"queue": "gpus"}):
         spec = spec_of(stream("kuberay", *overrides, gpus_per_node=gpus, **settings), "kuberay")
         (group,) = [each for each in spec["workerGroupSpecs"] if each["groupName"] == "gpu"]
         (container,) = group["template"]["spec"]["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
-        assert group["maxReplicas"] == math.ceil(max(most, 2) / gpus)
-        least = {"warm": math.ceil(max(config.train.worker_range[0], config.encode.worker_range[0]) / gpus)}
+        assert group["maxReplicas"] == math.ceil(most / gpus)
+        least = {"warm": math.ceil(fewest / gpus)}
         expected = least.get(next(iter(settings), ""), group["maxReplicas"] if "queue" in settings else 0)
         assert group["minReplicas"] == group["replicas"] == expected
         assert spec["enableInTreeAutoscaling"] is ("queue" not in settings)

@@ -11,7 +11,7 @@ import pytest
 from report_sample import PROMPTS, Page, changed, evaluation_data, former_details, sample_data, sample_images
 
 from orchestration.report.data import page_images
-from orchestration.report.evaluation import evaluation_section, own_model
+from orchestration.report.evaluation import MAX_PAGE_IMAGES, evaluation_section, own_model, shown_gallery
 from orchestration.report.page import render_report
 from orchestration.report.records import EvaluationSection, ReportData
 from orchestration.report.suite_view import suite_views
@@ -87,7 +87,7 @@ def test_a_difference_that_holm_takes_back_is_no_claim(data: ReportData) -> None
     place = f"{RESULTS}.own.against.aligned.style"
     weak = changed(data, {f"{place}.p_value": 0.03, f"{place}.p_holm": 0.06})
     text = section(render_report(weak, {}), "scores")
-    assert "p 0.0600 after Holm\u2019s correction over 2 comparisons: not enough for a claim" in text
+    assert "p 0.0600 after Holm\u2019s correction over 2 comparisons" in text
     (view,) = (view for view in suite_views(weak.evaluation) if view.name == "own")
     assert [row.verdict for row in view.groups[0].rows] == ["", ""]
 
@@ -200,6 +200,27 @@ def test_samples_are_not_shown_while_the_next_evaluation_replaces_them(data: Rep
 def test_a_damaged_record_costs_only_the_evaluation(details: dict[str, Any], data: ReportData) -> None:
     assert evaluation_section(details, has_samples=True) is None
     assert "no scores yet" in render_report(with_evaluation(data, None), {})
+
+
+def test_a_gallery_of_many_suites_is_cut_to_what_a_page_can_hold(data: ReportData) -> None:
+    (first, *_) = data.evaluation.record.gallery
+    entries = tuple(replace(first, suite=suite, index=index) for suite in ("x", "y") for index in range(90))
+    record = replace(data.evaluation.record, gallery=entries)
+    kept = shown_gallery(EvaluationSection(record))
+    assert [entry.suite for entry in kept] == ["x"] * 48 + ["y"] * 48
+    assert sum(len(entry.images) for entry in kept) == MAX_PAGE_IMAGES
+    assert kept == tuple(entry for entry in entries if entry.index < 48)
+    text = section(render_report(with_evaluation(data, EvaluationSection(record)), {}), "samples")
+    assert "84 more prompts of the gallery are in the run\u2019s folder evaluation/." in text
+    assert shown_gallery(EvaluationSection(record, is_former=True)) == entries
+
+
+def test_a_suite_that_is_named_with_its_version_finds_its_gallery(data: ReportData) -> None:
+    results = data.evaluation.record.results.suites
+    record = replace(data.evaluation.record, results=Results({"held-out@1": results["held-out"]}))
+    page = render_report(with_evaluation(data, EvaluationSection(record)), {})
+    assert "style 0." in section(page, "samples")
+    assert '<small class="ours">aligned</small>' in page
 
 
 def test_a_record_in_the_journal_is_the_section_of_the_page(data: ReportData) -> None:

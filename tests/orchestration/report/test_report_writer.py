@@ -162,6 +162,19 @@ def test_the_cost_counts_every_execution_and_names_those_it_cannot_count(
     assert (cost.gpu_hours, cost.num_lost, cost.stages[0].num_executions) == (0, 1, 3)
 
 
+@pytest.mark.parametrize(("num_workers", "count"), [("4", 4), ("2..8", 8)])
+def test_the_cost_of_an_evaluation_follows_its_workers(
+    num_workers: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{{name: p, storage: {tmp_path}, encode: {{model: m}}, evaluate: {{num_workers: {num_workers}}}}}"
+    run = Run.open(parse_config(text), lambda line: None)
+    for minute, event in ((0, "began"), (30, "stopped")):
+        monkeypatch.setattr("orchestration.run.journal.now", lambda minute=minute: f"2026-11-24T12:{minute:02}:00Z")
+        run.journal.event(event, stage="evaluate")
+    cost = report_data(run.config, run.storage, run.journal, command="", is_driven=False).cost
+    assert cost.cpu_hours == pytest.approx(count / 2)
+
+
 def wait_for(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
