@@ -12,8 +12,8 @@ from pipelines.suites.gallery import SPECIMEN, GalleryEntry, GalleryImage, step_
 from pipelines.suites.registry import HELD_OUT
 from pipelines.suites.results import Comparison, Judge, ModelResult, ModelScore, Results, SuiteResult
 
-MAX_PAGE_IMAGES = 192
-"""Images of the gallery on the page: at 60 KB each, 12 MB."""
+MAX_PAGE_IMAGES = 144
+"""Images of the gallery on the page: at 60 KB each, 9 MB."""
 
 
 def evaluation_section(details: Mapping[str, Any], *, has_samples: bool) -> EvaluationSection | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipelines.suites.evaluation import EvaluationRecord
 from pipelines.suites.gallery import GalleryEntry, GalleryImage
 from pipelines.suites.results import Judge, ModelResult, ModelScore, Results, SuiteResult
 
+OLD_STORAGE = Path(__file__).parents[2] / "data" / "old_storage.tar.xz"
 RESULTS = "evaluation.record.results.suites"
 
 
@@ -183,6 +185,23 @@ def test_an_evaluation_of_an_earlier_version_keeps_its_numbers_and_samples(data:
     assert page.count('alt="aligned: ') == 2 * len(PROMPTS)
 
 
+def test_what_the_version_of_november_2026_wrote_is_shown_with_all_its_images(data: ReportData, tmp_path: Path) -> None:
+    with tarfile.open(OLD_STORAGE) as archive:
+        wanted = [
+            each for each in archive.getmembers() if "/runs/finished/" in each.name and "/checkpoints/" not in each.name
+        ]
+        archive.extractall(tmp_path, members=wanted, filter="data")
+    storage = Storage(str(tmp_path / "bucket" / "storage"))
+    details = json.loads(storage.read("runs/finished/stages/evaluate.json"))["details"]
+    former = replace(data, encoding=None, training=None, evaluation=evaluation_section(details, has_samples=True))
+    images = page_images(storage, "runs/finished", former)
+    assert len(images) == 2 * len(details["samples"]) > 0
+    page = render_report(former, images)
+    assert "is missing" not in section(page, "samples")
+    assert all(score["name"] in section(page, "scores") for score in details["scores"])
+    assert len(summary_of(former).samples) == min(12, len(details["samples"]))
+
+
 def test_the_summary_of_an_earlier_evaluation_is_as_it_was(data: ReportData) -> None:
     summary = summary_of(with_evaluation(data, evaluation_section(former_details(), has_samples=True)))
     assert [(each.name, each.base.mean, each.aligned.high) for each in summary.scores] == [
@@ -217,11 +236,11 @@ def test_a_gallery_of_many_suites_is_cut_to_what_a_page_can_hold(data: ReportDat
     entries = tuple(replace(first, suite=suite, index=index) for suite in ("x", "y") for index in range(90))
     record = replace(data.evaluation.record, gallery=entries)
     kept = shown_gallery(EvaluationSection(record))
-    assert [entry.suite for entry in kept] == ["x"] * 48 + ["y"] * 48
+    assert [entry.suite for entry in kept] == ["x"] * 36 + ["y"] * 36
     assert sum(len(entry.images) for entry in kept) == MAX_PAGE_IMAGES
-    assert kept == tuple(entry for entry in entries if entry.index < 48)
+    assert kept == tuple(entry for entry in entries if entry.index < 36)
     text = section(render_report(with_evaluation(data, EvaluationSection(record)), {}), "samples")
-    assert "84 more prompts of the gallery are in the run\u2019s folder evaluation/." in text
+    assert "108 more prompts of the gallery are in the run\u2019s folder evaluation/." in text
     assert shown_gallery(EvaluationSection(record, is_former=True)) == entries
 
 
