@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.dataset.pair import VALIDATION
@@ -22,25 +23,24 @@ def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
         SnapshotError: `held-out` is wanted, and there are no pairs.
     """
     evaluate = config.evaluate
-    found = []
-    for name in evaluate.suite_names:
-        suite = _suite(name, config, held_out)
-        suite = suite.changed(
-            images_per_prompt=evaluate.images_per_prompt,
-            num_inference_steps=evaluate.num_inference_steps,
-            guidance_scale=evaluate.guidance_scale,
-            resolution=evaluate.resolution,
-        )
-        found.append(suite.limited(evaluate.limit_prompts, seed=config.seed))
-    return found
+    suites = (_suite(name, config, held_out) for name in evaluate.suite_names)
+    return [suite.limited(evaluate.limit_prompts, seed=config.seed) for suite in suites]
 
 
 def _suite(name: str, config: RunConfig, held_out: HeldOutPairs) -> Suite:
-    if name == HELD_OUT:
-        return held_out_suite(held_out, config.evaluate.num_samples)
-    if name == PROMPTS:
-        return _own_prompts(config)
-    return load_suite(name)
+    """Return a suite with the settings of `evaluate`, which are a departure from a benchmark, not from own prompts."""
+    evaluate, is_own = config.evaluate, name in (HELD_OUT, PROMPTS)
+    if is_own:
+        suite = held_out_suite(held_out, evaluate.num_samples) if name == HELD_OUT else _own_prompts(config)
+    else:
+        suite = load_suite(name)
+    changed = suite.changed(
+        images_per_prompt=evaluate.images_per_prompt,
+        num_inference_steps=evaluate.num_inference_steps,
+        guidance_scale=evaluate.guidance_scale,
+        resolution=evaluate.resolution,
+    )
+    return replace(changed, deviations=()) if is_own else changed
 
 
 def held_out_suite(held_out: HeldOutPairs, num_samples: int) -> Suite:

@@ -15,7 +15,6 @@ from factories import new_pipeline, new_sd15_pipeline
 from sampled import draw_here
 from torch import Tensor
 
-from pipelines.config import EvaluateConfig
 from pipelines.dataset.errors import MapoError, ModelError, ShardCorrupt, TrainingError
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.storage import Storage
