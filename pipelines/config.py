@@ -229,15 +229,20 @@ class EvaluateConfig(Config):
     def models_are_known(self) -> Self:
         """Check the names of the models, and that there is one to compare with."""
         names = self.model_names
-        for model in self.models:
-            if isinstance(model, str) and model not in (BASE, ALIGNED, CHECKPOINTS):
-                raise ValueError(
-                    f"models: {model} is not base, aligned or checkpoints; name others as {{name: ..., model: ...}}"
-                )
+        unknown = [each for each in self.models if isinstance(each, str) and each not in (BASE, ALIGNED, CHECKPOINTS)]
+        if unknown:
+            raise ValueError(
+                f"models: {unknown[0]} is not base, aligned or checkpoints; name others as {{name: ..., model: ...}}"
+            )
         if not names or len(set(names)) < len(names):
             raise ValueError(f"models: {'there is none' if not names else 'two models have the same name'}")
         if self.against not in names or self.against == CHECKPOINTS:
             raise ValueError(f"against: {self.against} is not one of the models {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def prompts_and_sizes_fit(self) -> Self:
+        """Check that the suite `prompts` has prompts, and that a VAE divides the resolution."""
         if "prompts" in self.suite_names and self.prompts is None:
             raise ValueError("suites: the suite `prompts` needs the key `prompts`, a file of prompts")
         if self.resolution is not None and self.resolution % VAE_FACTOR:

@@ -98,15 +98,19 @@ def prepare(
         )
     for name, value in (environment or {}).items():
         _check_plain(name, value)
-    given = [Path(path) for path in included]
-    known = {path.resolve() for path in given}
-    sent = (*given, *(path for path in named_files(config) if path not in known))
+    sent = _sent(config, [Path(path) for path in included])
     submission = Submission(
         Path(file), (*every, *job_overrides(config)), config, command, sent,
         {STOP_WAIT_VARIABLE: str(STOP_WAIT_S), **(environment or {})}, dict(resources or {}),
     )  # fmt: skip
     check_size(submission.file, submission.included)
     return submission
+
+
+def _sent(config: RunConfig, included: Sequence[Path]) -> tuple[Path, ...]:
+    """Return the files that were asked for, and those that the configuration names."""
+    known = {path.resolve() for path in included}
+    return (*included, *(path for path in named_files(config) if path not in known))
 
 
 def submit(submission: Submission, jobs: Jobs) -> Job:
