@@ -108,7 +108,7 @@ COMMANDS = (
     Command(
         "scorers show",
         "list the scorers: what they measure, scale, weights, licence, whether they are here and verified; "
-        "`mapo scorers [NAME]` does the same",
+        "the word `show` may be left out",
         _show,
         (NAME, JSON),
     ),
