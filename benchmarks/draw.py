@@ -7,10 +7,12 @@ The same prompts and seeds go through these hands with the same model, batch and
 - a bare loop in a process of its own: the loaded pipeline is called with batch after batch, to PIL images that nobody
   keeps; in the environment of our actors, which keeps freed memory.
 
-Prints images a second and ratios; writes results/draw.json.
+Prints images a second and ratios; writes results/draw.json. With `--alternate` both hands run in one process in turn,
+without Ray, for a machine that is busy with something else.
 """
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -19,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ from pipelines.dataset.processes import TORCH_ENVIRONMENT
 from pipelines.dataset.storage import Storage
 from pipelines.samples.drawing import Drawing, DrawnModel, Sampling
 from pipelines.samples.fingerprint import samples_fingerprint
-from pipelines.samples.plan import wanted_samples
+from pipelines.samples.plan import pending_samples, wanted_samples
 from pipelines.samples.prompts import Prompt
 from pipelines.units.workers import Workers
 
@@ -80,24 +83,64 @@ def bare_loop(model: Path, num_samples: int) -> tuple[int, float]:
     return count, seconds
 
 
-def bare_process(model: Path, num_samples: int) -> None:
-    """What that process does."""
+def new_loop(model: Path) -> Callable[[list[tuple[str, int]]], int]:
+    """The loop over texts and seeds with a loaded pipeline, once warm; gives the number of images."""
     from diffusers import StableDiffusionXLPipeline
 
     torch.set_num_threads(NUM_CPUS)
     pipeline = StableDiffusionXLPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    wanted = [(text, index) for text in texts(num_samples) for index in range(IMAGES_A_PROMPT)]
+    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "height": SIDE, "width": SIDE}
 
     def call(part: list[tuple[str, int]]) -> int:
-        generators = [torch.Generator().manual_seed(index) for _, index in part]
-        options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "height": SIDE, "width": SIDE}
+        generators = [torch.Generator().manual_seed(seed) for _, seed in part]
         return len(pipeline([text for text, _ in part], generator=generators, **options).images)
 
-    call(wanted[:BATCH_SIZE])
+    def loop(wanted: list[tuple[str, int]]) -> int:
+        return sum(call(wanted[start : start + BATCH_SIZE]) for start in range(0, len(wanted), BATCH_SIZE))
+
+    loop([(text, 0) for text in texts(2 * BATCH_SIZE)])
+    return loop
+
+
+def bare_process(model: Path, num_samples: int) -> None:
+    """What that process does."""
+    loop = new_loop(model)
+    wanted = [(text, index) for text in texts(num_samples) for index in range(IMAGES_A_PROMPT)]
     started = time.monotonic()
-    count = sum(call(wanted[start : start + BATCH_SIZE]) for start in range(0, len(wanted), BATCH_SIZE))
+    count = loop(wanted)
     print(json.dumps([count, time.monotonic() - started]))
+
+
+def alternate(model: Path, num_samples: int) -> dict[str, float]:
+    """Both hands in this process, unit after unit in turn, without Ray: whatever else runs here slows both alike.
+
+    Nothing of ours overlaps here: a unit is drawn, compressed and stored before the next begins.
+    """
+    from pipelines.samples.actor import DrawSettings, SampleWriter
+
+    loop, drawn = new_loop(model), DrawnModel("base", ModelSource(str(model)))
+    name = samples_fingerprint(drawn, SAMPLING)
+    prompts = [Prompt(prompt_id(text), text) for text in texts(num_samples)]
+    wanted = wanted_samples(prompts, name, seed=0, images_per_prompt=IMAGES_A_PROMPT)
+    seconds: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="mapo-bench-", dir=Path.cwd()) as work:
+        storage = Storage(work)
+        writer = SampleWriter({name: (drawn, SAMPLING)}, storage, DrawSettings("evaluate", BATCH_SIZE, NUM_CPUS))
+        units = pending_samples(storage, Drawing(drawn, SAMPLING, name, wanted), BATCH_SIZE)
+        writer.write(units[0].id, units[0].rows)  # loads the model
+        for number, unit in enumerate(units[1:]):
+            rows = list(zip(unit.rows["text"].to_pylist(), unit.rows["seed"].to_pylist(), strict=True))
+            hands: dict[str, Callable[[], object]] = {
+                "ours": functools.partial(writer.write, unit.id, unit.rows), "bare": functools.partial(loop, rows)
+            }  # fmt: skip
+            for hand in list(hands)[:: 1 if number % 2 else -1]:
+                started, busy = time.monotonic(), time.process_time()
+                hands[hand]()
+                seconds[hand] += time.monotonic() - started  # type: ignore[assignment]
+                seconds[f"{hand}, CPU"] += time.process_time() - busy  # type: ignore[assignment]
+    count = sum(unit.rows.num_rows for unit in units[1:])
+    return {hand: round(count / spent, 2) for hand, spent in seconds.items()}
 
 
 def rounds(work: Path, num_samples: int, num_rounds: int) -> Iterator[dict[str, Any]]:
@@ -129,10 +172,20 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--samples", type=int, default=512)
     arguments.add_argument("--rounds", type=int, default=2)
+    arguments.add_argument("--alternate", action="store_true", help="both in one process, in turn, without Ray")
     arguments.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     if options.bare:
         bare_process(options.bare, options.samples)
+        return
+    if options.alternate:
+        from factories import new_pipeline
+
+        with tempfile.TemporaryDirectory() as model:
+            new_pipeline().save_pretrained(model)
+            rates = alternate(Path(model), options.samples)
+        ratio = {kind: round(rates[f"ours{kind}"] / rates[f"bare{kind}"], 3) for kind in ("", ", CPU")}
+        print(json.dumps({"images_per_s": rates, "ours / bare": ratio[""], "of CPU time": ratio[", CPU"]}))
         return
     import ray
 
