@@ -8,10 +8,12 @@ The same PNGs are scored by these hands, with random weights in CLIP's architect
 - one process per scorer for the family of CLIP-L/14 (aesthetic, clipscore), as scripts are run: each reads, decodes and
   prepares every image, and runs the tower by itself.
 
-Prints images a second and ratios; writes results/score.json.
+Prints images a second and ratios, also by the CPU time of the processes that score, which other work on the machine
+disturbs less; writes results/score.json.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ from typing import Any
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for all hands, in this process and in Ray's workers; before torch
 
+import psutil
 import pyarrow as pa
 import torch
 from scored_images import png, write_images
@@ -75,12 +78,12 @@ def prompts_of(count: int) -> list[str]:
 def ours(names: Sequence[str], weights: Path, storage: Storage, images: pa.Table) -> dict[str, Any]:
     """`score` on one actor with both cores; the rate as a whole, and from the first commit on."""
     judges = prepare_judges(entries(names, weights), storage)
-    times: list[tuple[float, int]] = []
+    times: list[tuple[float, float, int]] = []
     add = execution.Commits.add
 
     def timed(self: execution.Commits, rows: pa.Table) -> None:
         add(self, rows)
-        times.append((time.monotonic(), rows.num_rows))
+        times.append((time.monotonic(), cpu_of_actors(), rows.num_rows))
 
     execution.Commits.add = timed  # type: ignore[method-assign]
     started = time.monotonic()
@@ -91,12 +94,23 @@ def ours(names: Sequence[str], weights: Path, storage: Storage, images: pa.Table
     seconds = time.monotonic() - started
     assert set(figures.num_scored.values()) == {images.num_rows}
     assert all(read_scores(storage, judge, images)["value"].null_count == 0 for judge in judges)
-    steady = sum(count for _, count in times[1:]) / len(names) / (times[-1][0] - times[0][0])
+    steady = sum(count for *_, count in times[1:]) / len(names)
     return {
-        "images_per_s": round(steady, 2),
+        "images_per_s": round(steady / (times[-1][0] - times[0][0]), 2),
+        "images_per_cpu_s": round(steady / (times[-1][1] - times[0][1]), 2),
         "images_per_s_with_start": round(images.num_rows / seconds, 2),
         "busy_ratio": figures.speed.busy_ratio if figures.speed else 0.0,
     }
+
+
+def cpu_of_actors() -> float:
+    """CPU seconds of the scoring actors so far."""
+    seconds = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "MapWorker" in " ".join(process.cmdline()):
+                seconds += process.cpu_times().user + process.cpu_times().system
+    return seconds
 
 
 def entries(names: Sequence[str], weights: Path) -> list[ScorerEntry]:
@@ -104,8 +118,8 @@ def entries(names: Sequence[str], weights: Path) -> list[ScorerEntry]:
     return [ScorerEntry(name=name, weights=str(weights), batch_size=BATCH_SIZE) for name in names]
 
 
-def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> float:
-    """Nothing but the towers, over prepared tensors; images a second."""
+def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> tuple[float, float]:
+    """Nothing but the towers, over prepared tensors; seconds, and CPU seconds."""
     import io
 
     from PIL import Image
@@ -119,10 +133,10 @@ def bare_loop(name: str, weights: Path, files: Sequence[bytes]) -> float:
     prompts = prompts_of(len(files))
     batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(files), BATCH_SIZE)]
     scorer.score_batch(Batch(pictures[batches[0]], prompts[batches[0]], {}))
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     for each in batches:
         scorer.score_batch(Batch(pictures[each], prompts[each], {}))
-    return round(len(files) / (time.monotonic() - started), 2)
+    return time.monotonic() - started, time.process_time() - used
 
 
 def one_process(name: str, weights: Path, folder: Path) -> None:
@@ -134,21 +148,27 @@ def one_process(name: str, weights: Path, folder: Path) -> None:
     scorer.load(weights, "cpu")
     files = sorted(folder.glob("*.png"))
     prompts = prompts_of(len(files))
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     for start in range(0, len(files), BATCH_SIZE):
         opened = [Image.open(file) for file in files[start : start + BATCH_SIZE]]
         scorer.score(opened, prompts[start : start + BATCH_SIZE])
-    print(json.dumps(time.monotonic() - started))
+    print(json.dumps([time.monotonic() - started, time.process_time() - used]))
 
 
 def processes(names: Sequence[str], weights: Path, folder: Path, count: int) -> dict[str, Any]:
     """One process for each scorer, one after the other; their starts are not counted."""
-    seconds = 0.0
+    found = []
     for name in names:
         command = [sys.executable, "-m", "benchmarks.score", "--one", name, "--weights", str(weights)]
         done = subprocess.run([*command, "--folder", str(folder)], check=True, capture_output=True, text=True)
-        seconds += float(json.loads(done.stdout.splitlines()[-1]))
-    return {"images_per_s": round(count / seconds, 2)}
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return rates(count, [(sum(each[0] for each in found), sum(each[1] for each in found))])
+
+
+def rates(count: int, found: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Images a second, by the mean of several measurements of seconds and CPU seconds."""
+    seconds, used = (sum(each[place] for each in found) / len(found) for place in (0, 1))
+    return {"images_per_s": round(count / seconds, 2), "images_per_cpu_s": round(count / used, 2)}
 
 
 def measure(work: Path, count: int) -> dict[str, dict[str, Any]]:
@@ -170,7 +190,7 @@ def measure(work: Path, count: int) -> dict[str, dict[str, Any]]:
         before = bare_loop(name, work / "weights", files)
         run(f"ours, {name}", ours([name], work / "weights", storage, images))
         after = bare_loop(name, work / "weights", files)
-        run(f"bare loop, {name}", {"images_per_s": round((before + after) / 2, 2), "before": before, "after": after})
+        run(f"bare loop, {name}", rates(count, [before, after]))
     storage = Storage(str(work / "family"))
     images = write_images(storage, "a", files, prompts_of(count))
     run("ours, family", ours(FAMILY, work / "weights", storage, images))
@@ -179,10 +199,13 @@ def measure(work: Path, count: int) -> dict[str, dict[str, Any]]:
 
 
 def ratios_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Ours by the others."""
-    rate = {hand: result["images_per_s"] for hand, result in results.items()}
-    found = {f"ours / bare loop, {name}": rate[f"ours, {name}"] / rate[f"bare loop, {name}"] for name in SINGLE}
-    found["ours / one process per scorer"] = rate["ours, family"] / rate["one process per scorer"]
+    """Ours by the others, by time and by CPU time."""
+    found = {}
+    for per in ("images_per_s", "images_per_cpu_s"):
+        rate = {hand: result[per] for hand, result in results.items()}
+        for name in SINGLE:
+            found[f"ours / bare loop, {name}, {per}"] = rate[f"ours, {name}"] / rate[f"bare loop, {name}"]
+        found[f"ours / one process per scorer, {per}"] = rate["ours, family"] / rate["one process per scorer"]
     return {name: round(each, 3) for name, each in found.items()}
 
 

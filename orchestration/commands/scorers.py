@@ -107,8 +107,8 @@ ONE = Option("NAME", "a scorer")
 COMMANDS = (
     Command(
         "scorers show",
-        "list the scorers: what they measure, scale, weights, licence, whether they are here and verified; "
-        "the word `show` may be left out",
+        "list the scorers: what they measure, scale, weights, licence, whether they are here and verified; the word "
+        "`show` may be left out",
         _show,
         (NAME, JSON),
     ),

@@ -128,29 +128,16 @@ def _aligned_model(run: Run, trained: StageRecord | None, exported: StageRecord 
 
 
 def _named_model(run: Run, named: NamedModel) -> DrawnModel:
-    base, other = _base(run), None
-    if named.model is not None:
-        other = ModelSource(_absolute(named.model), revision=named.revision, variant=named.variant)
+    """Return another model: a pipeline, or the run's base with another UNet or a LoRA."""
     lora = None if named.lora is None else _absolute(named.lora)
-    if other is None or named.unet:
-        unet = None if other is None else str(_unet_folder(named, other))
-        return DrawnModel(named.name, base, unet, lora, _prediction_type(run))
-    return DrawnModel(named.name, other, lora=lora)
-
-
-def _unet_folder(named: NamedModel, other: ModelSource) -> Path:
-    """Return the folder of a UNet: a pipeline's part `unet`, or a folder that is one itself.
-
-    Raises:
-        ModelError: There is no such model.
-    """
-    from pipelines.dataset.model_files import resolve_model
-
-    path = Path(other.model)
-    if path.is_dir() and (path / "config.json").is_file():
-        return path
-    marker = "unet/config.json"
-    return resolve_model(other.model, marker, revision=named.revision, variant=named.variant) / "unet"
+    if named.model is None or named.unet:
+        return DrawnModel(
+            named.name, _base(run), None if named.model is None else _absolute(named.model), lora,
+            _prediction_type(run), unet_revision=named.revision, unet_variant=named.variant,
+        )  # fmt: skip
+    return DrawnModel(
+        named.name, ModelSource(_absolute(named.model), revision=named.revision, variant=named.variant), lora=lora
+    )
 
 
 def _absolute(place: str) -> str:

@@ -147,9 +147,8 @@ def _on_storage(part: str, storage: Storage | None) -> LocatedPart | None:
     if record.get("conversion_version") != VERSION:
         return None
     files = {name: record["files"][name] for name in sorted(files_of(part))}
-    return LocatedPart(
-        part, tuple(LocatedFile(name, each["sha256"], each["num_bytes"]) for name, each in files.items())
-    )
+    located = tuple(LocatedFile(name, each["sha256"], each["num_bytes"]) for name, each in files.items())
+    return LocatedPart(part, located) if all(_has_blob(storage, file) for file in located) else None
 
 
 def publish(parts: Sequence[LocatedPart], storage: Storage, say: Callable[[str], None]) -> int:

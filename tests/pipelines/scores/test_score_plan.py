@@ -68,10 +68,10 @@ def test_planning_five_scorers_of_a_million_samples_takes_seconds(storage: Stora
     for each in judges[:-1]:
         commit(storage, each, images)
     commit(storage, judges[-1], images.slice(0, count // 2))
-    process, started = psutil.Process(os.getpid()), time.monotonic()
+    process, started = psutil.Process(os.getpid()), time.process_time()
     before = process.memory_info().rss
     todo = pending_scores(storage, judges, images)
-    assert time.monotonic() - started < 20 * count / 1_000_000 + 2
+    assert time.process_time() - started < 20 * count / 1_000_000 + 2, "of CPU time, whatever else runs"
     assert process.memory_info().rss - before < 2e9
     assert todo.num_missing == (0, 0, 0, 0, count - count // 2)
     assert sum(unit.rows.num_rows for unit in todo.units) == count - count // 2
