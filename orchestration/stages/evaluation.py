@@ -27,7 +27,7 @@ from pipelines.samples.fingerprint import samples_fingerprint
 from pipelines.samples.plan import count_missing, distinct_samples, wanted_samples
 from pipelines.samples.prompts import Prompt
 from pipelines.scores.execution import score
-from pipelines.scores.images import REQUIRED
+from pipelines.scores.images import JUDGES, REQUIRED
 from pipelines.scores.plan import read_scores
 from pipelines.suites.audit import JudgeAgreement, audit
 from pipelines.suites.evaluation import EvaluationCost, EvaluationRecord, warnings_of
@@ -244,21 +244,13 @@ class _Scored:
         return bool(self._auditors) and self._evaluation.held_out.is_there
 
     def _score(self) -> None:
-        """Score what is missing: suites with the same judges together, and pairs with them if they audit all."""
-        groups: dict[tuple[str, ...], list[pa.Table]] = {}
-        judges: dict[tuple[str, ...], Sequence[Judge]] = {}
-        for suite, each in self.judges.items():
-            key = tuple(judge.name for judge in each)
-            judges[key] = each
-            groups.setdefault(key, []).extend(images for place, images in self._images.items() if place[0] == suite)
+        """Score what is missing in one execution: samples by the judges of their suite, pairs by those that audit."""
+        tables = [_judged(images, self.judges[suite]) for (suite, _), images in self._images.items()]
         if self._sides is not None:
-            key = tuple(judge.name for judge in self._auditors)
-            judges[key] = self._auditors
-            groups.setdefault(key, []).append(self._sides.select(REQUIRED.names))
-        for key, tables in groups.items():
-            if key:
-                images = pa.concat_tables(tables)
-                score(self._storage, judges[key], images, self._evaluation.workers, self._evaluation.say)
+            tables.append(_judged(self._sides.select(REQUIRED.names), self._auditors))
+        if every := self._every():
+            images = pa.concat_tables(tables, promote_options="default")
+            score(self._storage, every, images, self._evaluation.workers, self._evaluation.say)
 
     def _values(self, suite: str) -> pa.Table:
         found = [
@@ -286,3 +278,9 @@ class _Scored:
             return None
         place = found[0]
         return self._storage.read_range(place["shard"], place["offset"], place["length"], place["sha256"])
+
+
+def _judged(images: pa.Table, judges: Sequence[Judge]) -> pa.Table:
+    """Return the images with the names of their judges."""
+    names = "\n".join(judge.name for judge in judges)
+    return images.append_column(JUDGES, pa.array([names] * images.num_rows, pa.string()))

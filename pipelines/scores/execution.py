@@ -61,7 +61,7 @@ def score(
     Args:
         storage: The storage of images, scores and weights.
         judges: From `prepare_judges`.
-        images: Rows of IMAGES_SCHEMA.
+        images: Rows of IMAGES_SCHEMA; the column JUDGES may say who scores which image.
         workers: Number, device and resources of the scoring actors; the batch size is each judge's own.
         say: Takes lines for the user.
 

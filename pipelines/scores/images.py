@@ -44,6 +44,8 @@ OPTIONAL = pa.schema(
 )
 IMAGES_SCHEMA = pa.schema([*REQUIRED, *OPTIONAL])
 """The columns of a table of images; those of OPTIONAL may be left out if no scorer needs them."""
+JUDGES = "judges"
+"""An optional column: the names of the judges that score the image, with a newline between; null or absent for all."""
 
 IMAGE_LISTS, TEXTS = ("siblings", "references"), ("metadata", "questions")
 OWN_NEEDS = ("image", "prompt")
@@ -154,6 +156,22 @@ def _keys(image_sha256: pa.Array, prompt_id: pa.Array, context: pa.Array) -> Key
         ) from error
     keys: Keys = images + prompts * PROMPT_FACTOR + others * CONTEXT_FACTOR
     return keys
+
+
+def is_judged_by(images: pa.Table, judge: str) -> Mask:
+    """Return for each image whether a judge scores it.
+
+    Args:
+        images: Rows of IMAGES_SCHEMA, perhaps with the column JUDGES.
+        judge: The judge's name.
+    """
+    if JUDGES not in images.column_names:
+        return np.ones(images.num_rows, np.bool_)
+    encoded = images[JUDGES].cast(pa.string()).combine_chunks().dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    wanted = pa.array([judge in text.split("\n") for text in names], pa.bool_()).take(encoded.indices)
+    found: Mask = pc.fill_null(wanted, fill_value=True).to_numpy(zero_copy_only=False)
+    return found
 
 
 def first_of_each(keys: Keys) -> Mask:

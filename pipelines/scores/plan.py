@@ -25,6 +25,7 @@ from pipelines.scores.images import (
     Rows,
     check_images,
     first_of_each,
+    is_judged_by,
     keys_of_images,
     keys_of_scores,
     places_in,
@@ -73,7 +74,7 @@ def pending_scores(storage: Storage, judges: Sequence[Judge], images: pa.Table) 
     Args:
         storage: The storage of the scores.
         judges: The judges.
-        images: Rows of IMAGES_SCHEMA; an image may be in several rows.
+        images: Rows of IMAGES_SCHEMA; an image may be in several rows, and the column JUDGES may say who scores it.
 
     Raises:
         ConfigError: A judge needs a column that the images do not have.
@@ -86,9 +87,12 @@ def pending_scores(storage: Storage, judges: Sequence[Judge], images: pa.Table) 
     for judge in judges:
         needs = needs_beside(judge)
         if needs not in keys:
-            of_images = keys_of_images(images, needs)
-            keys[needs] = of_images, first_of_each(of_images)
+            keys[needs] = _with_first(keys_of_images(images, needs))
         of_images, is_first = keys[needs]
+        is_wanted = is_judged_by(images, judge.name)
+        if not is_wanted.all():
+            is_first = is_wanted.copy()
+            is_first[is_wanted] = first_of_each(of_images[is_wanted])
         missing.append(np.logical_and(is_first, places_in(_known(storage, judge), of_images) < 0))
     if not any(each.any() for each in missing):
         return Pending([], tuple(0 for _ in judges))
