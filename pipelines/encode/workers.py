@@ -12,6 +12,7 @@ from pipelines.dataset.errors import DropBudgetExceeded
 from pipelines.dataset.pair import Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
+from pipelines.units.lazy import actor_by_name
 from pipelines.units.pool import Pool, WrittenUnit, demand_of, run_units
 from pipelines.units.waiting import Wait, wait_for
 
@@ -44,14 +45,9 @@ def encode_units(
 
 
 def actor_class(kind: str) -> Callable[[pa.Table], pa.Table]:
-    """Return the class of the actors, imported here so that torch is loaded late."""
-    if kind == "text":
-        from pipelines.encode.texts import WriteTexts
-
-        return WriteTexts  # type: ignore[return-value]
-    from pipelines.encode.latents import WriteLatents
-
-    return WriteLatents  # type: ignore[return-value]
+    """Return the class of the actors of `text` or of `latents`; the driver does not load torch for it."""
+    places = {"text": "pipelines.encode.texts:WriteTexts", "latents": "pipelines.encode.latents:WriteLatents"}
+    return actor_by_name(places[kind])
 
 
 def check_dropped(kind: str, item: str, table: Table, config: EncodeConfig) -> None:

@@ -4,9 +4,7 @@ import ctypes
 import gc
 import json
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from pipelines.dataset.layout import SAMPLES, SAMPLES_SCHEMA
 from pipelines.dataset.pair import Reason
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import Row
-from pipelines.samples.drawing import DrawnModel, Sampling
+from pipelines.samples.drawing import DrawSettings, Models
 from pipelines.samples.fingerprint import samples_fingerprint
 from pipelines.samples.plan import FINGERPRINT
 from pipelines.samples.png import to_png
@@ -32,24 +30,6 @@ from pipelines.units.stats import Effort
 PACKERS = 2  # threads that compress PNG files: one keeps up with a GPU
 MEMBER_COLUMNS = ("text", "prompt", "prompt_id", "variant", "index", "seed", FINGERPRINT)
 """Columns of a unit's rows that are repeated in the JSON beside each PNG."""
-
-Models = Mapping[str, tuple[DrawnModel, Sampling]]
-"""Models and settings by fingerprint."""
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """The settings of an execution for its actors.
-
-    Args:
-        stage: The stage's name, whose section of the configuration hints name.
-        batch_size: Samples in one pipeline call.
-        num_threads: Number of torch threads.
-    """
-
-    stage: str
-    batch_size: int
-    num_threads: int
 
 
 class DrawSamples(UnitActor):

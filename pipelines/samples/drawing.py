@@ -3,6 +3,7 @@
 Light: needs neither ray, torch nor diffusers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -85,3 +86,22 @@ class Drawing:
     sampling: Sampling
     fingerprint: str
     wanted: pa.Table
+
+
+Models = Mapping[str, tuple[DrawnModel, Sampling]]
+"""Models and settings by fingerprint."""
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """The settings of an execution for its actors.
+
+    Args:
+        stage: The stage's name, whose section of the configuration hints name.
+        batch_size: Samples in one pipeline call.
+        num_threads: Number of torch threads.
+    """
+
+    stage: str
+    batch_size: int
+    num_threads: int

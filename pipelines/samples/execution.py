@@ -21,10 +21,11 @@ from pipelines.encode.fingerprint import note_parts
 from pipelines.resources import Demand, uses_gpu
 from pipelines.samples.account import Account, Drawn
 from pipelines.samples.committer import SampleCommitter
-from pipelines.samples.drawing import Drawing, DrawnModel
+from pipelines.samples.drawing import Drawing, DrawnModel, DrawSettings
 from pipelines.samples.fingerprint import samples_parts
 from pipelines.samples.plan import distinct_samples, pending_samples
 from pipelines.samples.room import room_for
+from pipelines.units.lazy import actor_by_name
 from pipelines.units.pool import Pool, WrittenUnit, run_units, units_dataset
 from pipelines.units.unit import Unit
 from pipelines.units.waiting import Wait, wait_for, wait_until_placed
@@ -177,8 +178,6 @@ class _Execution:
         return {fingerprint: account.result() for fingerprint, account in self._accounts.items()}
 
     def _start(self) -> Generator[WrittenUnit]:
-        from pipelines.samples.actor import DrawSettings
-
         settings = DrawSettings(self._workers.stage, self._workers.batch_size, self._pool.num_threads)
         arguments = (self._models, self._storage, settings)
         return run_units(actor_class(), arguments, self._pool, units_dataset(self._units))
@@ -202,10 +201,8 @@ class _Execution:
 
 
 def actor_class() -> Callable[[pa.Table], pa.Table]:
-    """Return the class of the actors, imported here so that torch is loaded late."""
-    from pipelines.samples.actor import DrawSamples
-
-    return DrawSamples  # type: ignore[return-value]
+    """Return the class of the actors; the driver does not load torch for it."""
+    return actor_by_name("pipelines.samples.actor:DrawSamples")
 
 
 def _demand_of(pool: Pool, workers: Workers) -> Demand:

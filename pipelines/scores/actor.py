@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from pipelines.dataset.layout import SCORES_SCHEMA
 from pipelines.dataset.storage import Storage
@@ -16,6 +15,7 @@ from pipelines.scores.loaded import LoadedJudge, load_judge
 from pipelines.scores.passes import Passes, row_of
 from pipelines.scores.pictures import ImageReader
 from pipelines.scores.plan import WANTED, needs_beside
+from pipelines.scores.scorers import SCORERS, new_scorer
 from pipelines.units.actor import BatchSize, Device, UnitActor
 from pipelines.units.stats import Effort
 
@@ -56,9 +56,22 @@ class ScoreImages(UnitActor):
 
     def new_writer(self) -> "ScoreWriter":
         """Load the scorers."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device() if any(_loads(judge) for judge in self._judges) else "cpu"
         loaded = [load_judge(judge, self._storage, device) for judge in self._judges]
         return ScoreWriter(self._storage, loaded, self._num_threads)
+
+
+def _loads(judge: Judge) -> bool:
+    """Return whether a judge loads something onto a device; statistics of pixels do not."""
+    name = judge.entry.name
+    return bool(judge.parts) or (name not in SCORERS and hasattr(new_scorer(name), "load"))
+
+
+def _device() -> str:
+    """Return the GPU that Ray assigned to this process, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ScoreWriter:

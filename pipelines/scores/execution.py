@@ -25,6 +25,7 @@ from pipelines.scores.judges import Judge
 from pipelines.scores.plan import commit_id, pending_scores, table_of
 from pipelines.scores.scorers import new_scorer
 from pipelines.scores.scorers.text import clean_as_open_clip
+from pipelines.units.lazy import actor_by_name
 from pipelines.units.pool import Pool, demand_of_part, run_units, share_devices, units_dataset
 from pipelines.units.stats import Speed, Tally
 from pipelines.units.unit import Unit
@@ -117,12 +118,11 @@ def _run(
     commits: "Commits",
     progress: ProgressBar,
 ) -> Speed | None:
-    from pipelines.scores.actor import ScoreImages
-
     pool = share_devices(workers, len(units))
     batch_size = max(judge.entry.batch_size for judge in judges)
     tally = Tally(workers.stage, batch_size, pool.most)
-    done = run_units(ScoreImages, (storage, tuple(judges), pool.num_threads), pool, units_dataset(units))  # type: ignore[arg-type]
+    arguments = (storage, tuple(judges), pool.num_threads)
+    done = run_units(actor_by_name("pipelines.scores.actor:ScoreImages"), arguments, pool, units_dataset(units))
     with contextlib.closing(done):
         _wait(workers, pool, progress)
         for _, rows, effort in done:

@@ -2,11 +2,10 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from pipelines.dataset.errors import MapoError, ModelError
 from pipelines.dataset.status import ScoreStatus
@@ -131,13 +130,18 @@ def _raise_if_of_the_machine(loaded: LoadedJudge, error: Exception) -> None:
     """Raise an error again unless it may be due to an image."""
     if isinstance(error, MapoError) or is_out_of_memory(error):
         raise error
-    is_of_device = isinstance(error, RuntimeError) and "CUDA" in str(error)
-    if is_of_device or isinstance(error, (*OF_THE_MACHINE, torch.AcceleratorError)):
+    if _is_of_device(error) or isinstance(error, OF_THE_MACHINE):
         whose = "" if isinstance(loaded.scorer, BuiltIn) else f"; if not, see `score` of {loaded.judge.entry.name}"
         raise ModelError(
             f"the scorer {loaded.judge.name} failed on this machine: {describe(error)}",
             f"finished scores are kept; check the device and the files it names, then rerun the command{whose}",
         ) from error
+
+
+def _is_of_device(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    is_of_torch = torch is not None and isinstance(error, torch.AcceleratorError)
+    return is_of_torch or (isinstance(error, RuntimeError) and "CUDA" in str(error))
 
 
 def row_of(result: Result) -> Row:

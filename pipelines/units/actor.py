@@ -4,6 +4,7 @@ A stage subclasses `UnitActor` to define what it writes, and with which model; `
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
-import torch
 
 from pipelines.dataset.errors import EncodingError, ModelError
 from pipelines.dataset.ipc import from_ipc, to_ipc
@@ -76,9 +76,15 @@ def check_same_model(planned: str, found: str, model: str) -> None:
         )
 
 
+def _loaded_torch() -> Any:
+    """Return torch if this process has loaded it; actors that compute without it start faster."""
+    return sys.modules.get("torch")
+
+
 def use_threads(num_threads: int) -> None:
     """Set torch's threads in an actor: Ray allows one per assigned CPU, and may count CPUs that do not exist."""
-    torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
+    if (torch := _loaded_torch()) is not None:
+        torch.set_num_threads(max(1, min(num_threads, len(os.sched_getaffinity(0)))))
 
 
 class Device:
@@ -91,7 +97,8 @@ class Device:
     @property
     def name(self) -> str:
         """`cpu`, or the name of the GPU."""
-        return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+        torch = _loaded_torch()
+        return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else "cpu"
 
     def run(self, encode: Callable[[], T], effort: Effort) -> T:
         """Run `encode` when its turn comes; time not counted as encoding is idle time."""
@@ -117,7 +124,8 @@ NO_MEMORY = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a pass failed because the device, or on a CPU the machine, ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    torch = _loaded_torch()
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
@@ -149,6 +157,6 @@ class BatchSize:
                 raise EncodingError(f"not enough memory to {one}: {str(error).splitlines()[0]}", way_out) from error
         # Here the failed pass is forgotten, with what it held.
         self.size = max(1, min(self.size, count // 2))
-        if torch.cuda.is_available():
+        if (torch := _loaded_torch()) is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None

@@ -27,8 +27,8 @@ from pipelines.encode.fingerprint import fingerprint_of
 from pipelines.resources import Demand
 from pipelines.samples import actor as drawing_actor
 from pipelines.samples import execution, room
-from pipelines.samples.actor import DrawSettings, SampleWriter
-from pipelines.samples.drawing import Drawing, DrawnModel
+from pipelines.samples.actor import SampleWriter
+from pipelines.samples.drawing import Drawing, DrawnModel, DrawSettings
 from pipelines.samples.execution import draw, read_samples
 from pipelines.samples.plan import count_missing, pending_samples
 from pipelines.samples.sampler import Sampler
