@@ -113,11 +113,12 @@ def _notes(record: StageRecord | None) -> Notes:
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:
-    """Bound the samples of all models from above, as far as the prompts are known."""
+    """Bound the samples of all models but checkpoints from above."""
     from orchestration.stages.judged_models import wanted_models
+    from orchestration.stages.judged_suites import max_samples
 
     num_models = sum(model != CHECKPOINTS for model in wanted_models(run))
-    return {"samples": num_models * run.config.evaluate.num_samples}
+    return {"samples": num_models * max_samples(run.config)}
 
 
 def check(run: Run) -> None:

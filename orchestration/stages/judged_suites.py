@@ -76,6 +76,18 @@ def suites_without_pairs(config: RunConfig) -> list[Suite]:
     return [_own_prompts(config) if name == PROMPTS else load_suite(name) for name in names]
 
 
+def max_samples(config: RunConfig) -> int:
+    """Bound the samples of one model from above, without a look at the data set."""
+    evaluate = config.evaluate
+    each = {HELD_OUT: evaluate.num_samples * (evaluate.images_per_prompt or 1)}
+    for name, suite in zip(
+        (name for name in evaluate.suite_names if name != HELD_OUT), suites_without_pairs(config), strict=True
+    ):
+        num_prompts = min(len(suite.prompts), evaluate.limit_prompts or len(suite.prompts))
+        each[name] = num_prompts * (evaluate.images_per_prompt or suite.images_per_prompt)
+    return sum(each[name] for name in evaluate.suite_names)
+
+
 def suites_identity(config: RunConfig) -> list[Any]:
     """Return plain data that changes whenever a prompt of a suite does; that of `held-out` follows from the pairs."""
     return [list(config.evaluate.suite_names), [[each.label, each.sha256] for each in suites_without_pairs(config)]]
