@@ -1,5 +1,6 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -111,6 +112,7 @@ class EncodeConfig(Config):
 
 
 BASE, ALIGNED, CHECKPOINTS = "base", "aligned", "checkpoints"
+OF_CHECKPOINT = re.compile(r"step-\d+")
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -128,7 +130,7 @@ class PromptFile(Config):
 class NamedModel(Config):
     """Another model to judge: a whole pipeline, a UNet for the base pipeline, or a LoRA for it."""
 
-    name: str = Field(pattern=MODEL_NAME)
+    name: str = Field(pattern=MODEL_NAME, max_length=60)
     """Its name in the results."""
     model: str | None = Field(None, min_length=1)
     """Path, fsspec URL or Hugging Face id of a diffusers pipeline; by default the run's base model."""
@@ -148,7 +150,7 @@ class NamedModel(Config):
             raise ValueError("set `model`, `lora` or both")
         if self.model is None and (self.unet or self.revision or self.variant):
             raise ValueError("`unet`, `revision` and `variant` belong to `model`, which is not set")
-        if self.name in (BASE, ALIGNED, CHECKPOINTS):
+        if self.name in (BASE, ALIGNED, CHECKPOINTS) or OF_CHECKPOINT.fullmatch(self.name):
             raise ValueError(f"the name {self.name} is taken: give the model another one")
         return self
 
@@ -242,7 +244,13 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def prompts_and_sizes_fit(self) -> Self:
-        """Check that the suite `prompts` has prompts, and that a VAE divides the resolution."""
+        """Check that suites and scorers are named once, that `prompts` has prompts, and that a VAE divides the size."""
+        suites, scorers = [each.partition("@")[0] for each in self.suite_names], [e.name for e in self.scorer_entries]
+        for key, names in (("suites", suites), ("scorers", scorers)):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{key}: {twice[0]} is there twice")
+        if not suites:
+            raise ValueError("suites: name at least one")
         if "prompts" in self.suite_names and self.prompts is None:
             raise ValueError("suites: the suite `prompts` needs the key `prompts`, a file of prompts")
         if self.resolution is not None and self.resolution % VAE_FACTOR:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from orchestration.run.context import Outcome, Run
+from orchestration.run.context import EVALUATION, RESULTS, Outcome, Run
 from orchestration.run.journal import StageRecord
 from orchestration.stages.stage import Look, Notes, digest
 from pipelines.config import ALIGNED, CHECKPOINTS, EvaluateConfig
@@ -20,8 +21,8 @@ VERSION = 2
 """Version of what is recorded. Version 1 drew other noise and kept no tables; see `_look_of_before`."""
 BEFORE = {"num_samples": 64, "num_inference_steps": 30, "guidance_scale": 5.0, "batch_size": 16, "scorers": []}
 """The settings of version 1, with their defaults."""
-NOT_IN_KEY = {"batch_size", "num_workers"}
-"""Settings of `evaluate` that say how the work is done, not what comes out."""
+NOT_IN_KEY: Any = {"batch_size": True, "num_workers": True, "prompts": {"path"}}
+"""Settings of `evaluate` that say how the work is done, not what comes out; prompts count by their content."""
 
 
 def look(run: Run) -> Look:
@@ -39,18 +40,18 @@ def look(run: Run) -> Look:
         return before
     evaluation = _evaluation(run, trained, exported)
     version = evaluation.held_out.version
-    settings = run.config.evaluate.model_dump(mode="json", exclude=NOT_IN_KEY)
+    settings = run.config.evaluate.model_dump(mode="json", exclude=NOT_IN_KEY, exclude_defaults=True)
     key = digest(
         VERSION, models_identity(run, trained, exported), suites_identity(run.config),
         scorers_identity(run, evaluation.held_out),
         settings, run.config.encode.resolution, run.config.seed, version,
     )  # fmt: skip
-    is_done = record is not None and record.key == key
+    is_done = record is not None and record.key == key and _are_results_there(run, record)
     return Look(
         key,
         is_done,
         lambda: _evaluate(evaluation),
-        amount=lambda: {"samples": sum(evaluation.missing.values())},
+        amount=lambda: _amount(run, evaluation),
         notes=lambda: Notes() if is_done else _notes(record),
     )
 
@@ -84,6 +85,20 @@ def _evaluation(run: Run, trained: StageRecord | None, exported: StageRecord | N
     return Evaluation(run, trained, exported, version)
 
 
+def _are_results_there(run: Run, record: StageRecord) -> bool:
+    """Return whether `results.json` is what was recorded: a later evaluation that failed may have replaced it."""
+    data = run.storage.read_if_there(f"{run.folder}/{EVALUATION}/{RESULTS}")
+    try:
+        return data is not None and json.loads(data) == record.details.get("results")
+    except ValueError:
+        return False
+
+
+def _amount(run: Run, evaluation: Evaluation) -> Mapping[str, int]:
+    """Count the missing samples if that needs neither a cluster nor a download; else bound them from above."""
+    return {"samples": sum(evaluation.missing.values())} if evaluation.is_sampling_known else estimate(run, 0)
+
+
 def _evaluate(evaluation: Evaluation) -> Outcome:
     record = evaluation.run()
     return Outcome(_summary(record), record.to_json())
@@ -91,9 +106,13 @@ def _evaluate(evaluation: Evaluation) -> Outcome:
 
 def _summary(record: EvaluationRecord) -> str:
     """Return the first suite's numbers in one line: samples, and each scorer's means."""
+    from orchestration.stages.judged_suites import NONE_HELD_OUT
+
     suite = next(iter(record.results.suites.values()))
     count = suite.num_prompts * suite.images_per_prompt
     parts = [f"{count} sample{'s' if count != 1 else ''} each"]
+    if NONE_HELD_OUT in suite.about:
+        parts[0] += " of training prompts (none are held out)"
     for scorer in suite.scorers:
         means = [model.scores[scorer].mean for model in suite.models.values()]
         if len(means) <= 2 and None not in means:

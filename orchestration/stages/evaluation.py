@@ -16,10 +16,16 @@ from orchestration.run.context import EVALUATION, RESULTS
 from orchestration.stages.evaluation_cost import gpu_hours
 from orchestration.stages.evaluation_images import audit_rows, can_audit, images_of, no_values, values_of
 from orchestration.stages.held_out import HeldOutPairs
-from orchestration.stages.judged_models import JudgedModel, judged_models, remove_unets, write_unets
+from orchestration.stages.judged_models import (
+    JudgedModel,
+    check_against,
+    is_here,
+    judged_models,
+    remove_unets,
+    write_unets,
+)
 from orchestration.stages.judged_scorers import judges_of, shown_judges
 from orchestration.stages.judged_suites import judged_suites
-from pipelines.dataset.errors import ConfigError
 from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
@@ -84,12 +90,7 @@ class Evaluation:
             ConfigError: The model to compare with is not among them.
         """
         found = judged_models(self._run, self._trained, self._exported)
-        against = self._run.config.evaluate.against
-        if against not in [model.name for model in found]:
-            raise ConfigError(
-                f"evaluate.against: there is no model {against} without training",
-                "set `evaluate.against` to one of " + ", ".join(model.name for model in found),
-            )
+        check_against(self._run.config.evaluate.against, [model.name for model in found])
         return found
 
     @cached_property
@@ -115,6 +116,13 @@ class Evaluation:
             return config.evaluate.dtype
         return "float16" if self.on_gpu else "float32"
 
+    @property
+    def is_sampling_known(self) -> bool:
+        """Whether the samples' fingerprints are known without a cluster, which `auto` asks for its GPUs."""
+        config = self._run.config
+        is_explicit = config.encode is not None and (config.evaluate.dtype != "auto" or config.encode.device != "auto")
+        return is_explicit and all(is_here(model) for model in config.evaluate.models)
+
     @cached_property
     def on_gpu(self) -> bool:
         """Whether samplers run on GPUs."""
@@ -135,14 +143,16 @@ class Evaluation:
         """Draw and score what is missing, write `results.json` and the gallery, and return the record of the stage."""
         started = time.monotonic()
         judges = judges_of(self._run, self.suites, self.held_out)  # before an image is drawn
+        assert self.cells, "there is always a suite and a model"
         self._run.storage.delete(f"{self._folder}/{RESULTS}")  # of samples that may be others now
         drawn = self._draw()
         shown = shown_judges(judge for each in judges.values() for judge in each)
         scored = _Scored(self, judges)
         results, gallery = self._reduce(scored, shown)
-        cost = self._cost(drawn, time.monotonic() - started)
+        agreed = scored.audit(shown)
         self._write(results, gallery, scored)
-        return EvaluationRecord(results, gallery, scored.audit(shown), shown, warnings_of(results, shown), cost)
+        cost = self._cost(drawn, time.monotonic() - started)
+        return EvaluationRecord(results, gallery, agreed, shown, warnings_of(results, shown), cost)
 
     @property
     def _folder(self) -> str:
@@ -197,10 +207,16 @@ class Evaluation:
         gallery: list[GalleryEntry] = []
         for name, drawn in zip(config.evaluate.suite_names, self.suites, strict=True):
             values = scored.values[drawn.name]
-            suite = drawn.with_scorers(judge.name for judge in scored.judges[drawn.name])
+            suite = self._with_judges(drawn, scored.judges[drawn.name])
             results[name] = reduce_suite(values, suite, against=against, judges=shown, models=names, seed=config.seed)
             gallery += choose_gallery(values, suite, against=against, judges=shown, models=in_gallery)
         return Results(results), tuple(gallery)
+
+    def _with_judges(self, suite: Suite, judges: Sequence[Judge]) -> Suite:
+        """Return a suite with its judges; those of the configuration are primary if it declares none itself."""
+        own = {entry.name for entry in self._run.config.evaluate.scorer_entries}
+        primary = suite.primary or tuple(judge.name for judge in judges if judge.entry.name in own)
+        return replace(suite.with_scorers(judge.name for judge in judges), primary=primary)
 
     def _write(self, results: Results, gallery: Sequence[GalleryEntry], scored: _Scored) -> None:
         """Write the images of the gallery, then the results; then delete what earlier evaluations left there."""
@@ -241,7 +257,7 @@ class _Scored:
         return list({judge.name: judge for each in self.judges.values() for judge in each}.values())
 
     def _has_pairs(self) -> bool:
-        return bool(self._auditors) and self._evaluation.held_out.is_there
+        return bool(self._auditors) and self._evaluation.held_out.is_held_out
 
     def _score(self) -> None:
         """Score what is missing in one execution: samples by the judges of their suite, pairs by those that audit."""
@@ -253,12 +269,16 @@ class _Scored:
             score(self._storage, every, images, self._evaluation.workers, self._evaluation.say)
 
     def _values(self, suite: str) -> pa.Table:
-        found = [
-            values_of(model, judge, samples, read_scores(self._storage, judge, self._images[suite, model]))
-            for (of_suite, model), samples in self._samples.items()
-            if of_suite == suite
-            for judge in self.judges[suite]
-        ]
+        """Read the values of a suite, each judge's table once."""
+        models = {model: samples for (of_suite, model), samples in self._samples.items() if of_suite == suite}
+        images = {model: self._images[suite, model] for model in models}
+        found = []
+        for judge in self.judges[suite]:
+            scores = read_scores(self._storage, judge, pa.concat_tables(images.values()))
+            for model, samples in models.items():
+                own = scores.slice(0, images[model].num_rows)
+                scores = scores.slice(images[model].num_rows)
+                found.append(values_of(model, judge, samples, own))
         return pa.concat_tables(found, promote_options="default") if found else no_values()
 
     def audit(self, shown: Mapping[str, ShownJudge]) -> dict[str, JudgeAgreement]:

@@ -55,9 +55,9 @@ class HeldOutPairs:
         )
 
     @property
-    def is_there(self) -> bool:
-        """Whether there is such a pair."""
-        return bool(self._rows(self.split).num_rows)
+    def is_held_out(self) -> bool:
+        """Whether there is a pair that training does not see."""
+        return self.split == VALIDATION
 
     def _rows(self, split: str) -> pa.Table:
         if self.version is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,13 @@ def wanted_models(run: Run) -> list[str | NamedModel]:
     return wanted
 
 
+def is_here(model: str | NamedModel) -> bool:
+    """Return whether a model is on this machine or the run's storage, so that nothing is fetched for its digest."""
+    if isinstance(model, str):
+        return True
+    return all(place is None or Path(place).expanduser().exists() for place in (model.model, model.lora))
+
+
 def models_identity(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> list[Any]:
     """Return plain data that changes whenever a model of the evaluation does; fetches nothing but the base."""
     return [_identity(run, model, trained, exported) for model in wanted_models(run)]
@@ -56,11 +63,18 @@ def _identity(run: Run, model: str | NamedModel, trained: StageRecord | None, ex
     if model == ALIGNED:
         return [ALIGNED, _aligned_identity(trained, exported)]
     if model == CHECKPOINTS:
-        return [CHECKPOINTS, [manifest.folder for manifest in _checkpoints(run, trained)]]
+        return [CHECKPOINTS, _exported_kind(run, trained), [manifest.folder for manifest in _checkpoints(run, trained)]]
     if model == BASE:
-        return [BASE, base_digest_of(run)]
+        return [BASE, base_digest_of(run), _prediction_type(run)]
     assert isinstance(model, NamedModel)
-    return [model.model_dump(mode="json"), *(_state(place) for place in (model.model, model.lora))]
+    base = [base_digest_of(run), _prediction_type(run)] if model.model is None or model.unet else None
+    return [model.model_dump(mode="json"), base, *(_state(place) for place in (model.model, model.lora))]
+
+
+def _exported_kind(run: Run, trained: StageRecord | None) -> str:
+    from orchestration.rounds.series import exported_of
+
+    return "" if trained is None else exported_of(run, trained)[1]
 
 
 def base_digest_of(run: Run) -> str:
@@ -197,6 +211,19 @@ def remove_unets(run: Run) -> None:
         run.storage.delete(name)
 
 
+def check_against(against: str, names: Sequence[str]) -> None:
+    """Check that the model to compare with is judged.
+
+    Raises:
+        ConfigError: It is not, because it needs a training.
+    """
+    if against not in names:
+        known = f"one of {', '.join(names)}" if names else "a model of `evaluate.models`, where there is none now"
+        raise ConfigError(
+            f"evaluate.against: there is no model {against} without training", f"set `evaluate.against` to {known}"
+        )
+
+
 def check_models(run: Run) -> None:
     """Check before any work that local models of the configuration exist.
 
@@ -205,6 +232,8 @@ def check_models(run: Run) -> None:
     """
     from pipelines.dataset.model_fetch import HUB_ID
 
+    names = [model if isinstance(model, str) else model.name for model in wanted_models(run)]
+    check_against(run.config.evaluate.against, names)
     for model in run.config.evaluate.models:
         if not isinstance(model, NamedModel):
             continue

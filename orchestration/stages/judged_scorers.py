@@ -52,7 +52,7 @@ def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) ->
 
 
 def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
-    """Return name and fingerprint of every scorer; pairs are read only if one learns from them.
+    """Return name, fingerprint and check of every scorer; pairs are read only if one learns from them.
 
     Raises:
         ConfigError: A scorer is unknown, or needs what nothing provides.
@@ -62,7 +62,7 @@ def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
 
     entries = _entries_without_pairs(run)
     judges = prepare_judges(entries, run.storage, fit_on=_fit_on(run, entries, held_out))
-    return sorted([judge.name, judge.fingerprint] for judge in judges)
+    return sorted([judge.name, judge.fingerprint, judge.verified or ""] for judge in judges)
 
 
 def _entries_without_pairs(run: Run) -> list[ScorerEntry]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from orchestration.stages.held_out import HeldOutPairs
 
 
+NONE_HELD_OUT = "none are held out"
+
+
 def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
     """Return the suites as this run draws them, with the settings of `evaluate`.
 
@@ -48,7 +51,7 @@ def held_out_suite(held_out: HeldOutPairs, num_samples: int) -> Suite:
     rows = held_out.rows
     prompts = dict(zip(rows["prompt_id"].to_pylist(), rows["prompt"].to_pylist(), strict=True))
     chosen = sorted(prompts)[:num_samples]
-    whose = "held-out prompts" if held_out.split == VALIDATION else "training prompts, because none are held out"
+    whose = "held-out prompts" if held_out.split == VALIDATION else f"training prompts, because {NONE_HELD_OUT},"
     return Suite(
         HELD_OUT,
         1,

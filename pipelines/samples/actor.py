@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -86,7 +88,7 @@ class SampleWriter:
         wanted = rows.to_pylist()
         with self._turns.turn(fingerprint):
             drawn = self._device.run(lambda: self._draw(fingerprint, wanted, effort), effort)
-        name = f"{SAMPLES}/{fingerprint}/{unit}.tar"
+        name = f"{SAMPLES}/{fingerprint}/{unit}-{_digest_of(drawn)}.tar"
         _, sampling = self._models[fingerprint]
         size = {"width": sampling.width, "height": sampling.height}
         with UnitShard(self._storage, name, unit, SAMPLES_SCHEMA, effort) as shard:
@@ -152,6 +154,18 @@ class SampleWriter:
     def _way_out(self) -> str:
         stage = self._settings.stage
         return f"set `{stage}.dtype` to bfloat16, lower `{stage}.resolution`, or use machines with more memory"
+
+
+def _digest_of(drawn: Sequence[Future[bytes] | Reason]) -> str:
+    """Return 16 hex digits of the images of a unit.
+
+    They go into the shard's name: another batch or another kind of GPU draws other bytes, which must not replace those
+    of a writer that has committed the unit already.
+    """
+    digest = hashlib.sha256()
+    for each in drawn:
+        digest.update(str(each).encode() if isinstance(each, Reason) else hashlib.sha256(each.result()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _write_sample(row: Row, found: Future[bytes] | Reason, shard: UnitShard) -> None:

@@ -33,6 +33,7 @@ from pipelines.units.waiting import wait_for, wait_until_placed
 from pipelines.units.workers import Workers
 
 JUDGE_FILE = "judge.json"
+MAX_TABLE_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,21 @@ def score(
     names = [judge.name for judge in judges]
     if not todo.units:
         return ScoringFigures(dict.fromkeys(names, 0), dict.fromkeys(names, 0), None)
+    wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
+    if len(wanted) < len(judges):  # no actor loads what nobody asks
+        found = score(storage, wanted, images, workers, say)
+        nothing = dict.fromkeys(names, 0)
+        return ScoringFigures(nothing | found.num_scored, nothing | found.num_failed, found.speed)
     _check_prompts(judges, images)
     storage.check_writable()
     if len(nodes()) > 1:
-        wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
-        publish([part for judge in wanted for part in judge.parts], storage, say)
+        publish([part for judge in judges for part in judge.parts], storage, say)
     for judge in judges:
         note_judge(storage, judge)
     counted = Commits(storage, judges)
     with ProgressBar(workers.stage, todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
+    counted.finish()
     return ScoringFigures(counted.num_scored, counted.num_failed, speed)
 
 
@@ -152,6 +158,12 @@ class Commits:
         self._tables: list[Table] = [table_of(storage, judge) for judge in judges]
         self.num_scored = {judge.name: 0 for judge in judges}
         self.num_failed = {judge.name: 0 for judge in judges}
+
+    def finish(self) -> None:
+        """Merge the files of tables that have many."""
+        for table in self._tables:
+            if len(table.files()) > MAX_TABLE_FILES:
+                table.merge_files()
 
     def add(self, rows: pa.Table) -> None:
         """Commit the rows of one unit, of schema `JUDGED_SCHEMA`."""

@@ -179,6 +179,10 @@ def own_name(scorer: Any, given: str) -> str:
     name = getattr(scorer, "name", None)
     if not isinstance(name, str):
         raise ConfigError(f"the scorer {given} has no `name`", "set `name` of its class to a short text")
+    if name == "tags" or "\n" in name:
+        raise ConfigError(
+            f"the scorer {given} is called {name!r}, which has another meaning in results", "give it another `name`"
+        )
     return name
 
 

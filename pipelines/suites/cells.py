@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,7 @@ class Cell:
 
     Args:
         means: prompt_id -> mean over its images that have a score, ordered by prompt_id.
+        values: prompt_id and number of the image -> its score.
         num_images: Number of images that have one.
         failures: Number of images that have none, by reason.
         is_binary: Whether every value is 0 or 1.
@@ -45,6 +46,7 @@ class Cell:
     """
 
     means: Mapping[str, float]
+    values: Mapping[tuple[str, int], float]
     num_images: int
     failures: Mapping[str, int]
     is_binary: bool
@@ -54,6 +56,23 @@ class Cell:
     def num_failed(self) -> int:
         """Number of images without a score."""
         return sum(self.failures.values())
+
+    def means_beside(self, other: "Cell") -> Mapping[str, float]:
+        """Return prompt_id -> mean over the images that have a score of both cells: the same noise on both sides."""
+        if self.values.keys() == other.values.keys():
+            return self.means
+        places = [place for place in self.values if place in other.values]
+        return means_of(places, [self.values[place] for place in places])
+
+
+def means_of(places: Sequence[tuple[str, int]], values: Sequence[float]) -> Mapping[str, float]:
+    """Return prompt_id -> mean of its values, ordered by prompt_id.
+
+    Args:
+        places: prompt_id and number of each image.
+        values: Its value.
+    """
+    return per_prompt(values, [prompt_id for prompt_id, _ in places]) if places else {}
 
 
 def scorers_of(values: pa.Table, suite: Suite) -> tuple[str, ...]:
@@ -116,9 +135,11 @@ class Cells:
         if missing := len(self._suite.prompts) * self._suite.images_per_prompt - len(values):
             failures[MISSING] += missing
         prompt_ids = rows["prompt_id"].to_pylist()
-        scored = values[is_scored]
+        scored, indices = values[is_scored], rows["index"].to_pylist()
+        places = [(prompt_ids[place], int(indices[place])) for place in np.flatnonzero(is_scored)]
         return Cell(
-            means=per_prompt(scored, [prompt_ids[place] for place in np.flatnonzero(is_scored)]) if len(scored) else {},
+            means=means_of(places, scored.tolist()),
+            values=dict(zip(places, scored.tolist(), strict=True)),
             num_images=len(scored),
             failures=dict(sorted(failures.items())),
             is_binary=bool(np.isin(scored, (0.0, 1.0)).all()) if len(scored) else False,

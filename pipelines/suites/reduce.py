@@ -147,10 +147,11 @@ class _Reduction:
     def comparison(self, model: str, scorer: str, cell: Cell, reference: Cell) -> Comparison:
         """Compare a model with the reference."""
         num_prompts = len(self.suite.prompts)
-        if not cell.means.keys() & reference.means.keys():
+        ours, theirs = cell.means_beside(reference), reference.means_beside(cell)
+        if not ours.keys() & theirs.keys():
             nothing = (None,) * 6
             return Comparison(*nothing, ties=0, n=0, num_left_out=num_prompts, words=NO_PAIRS)
-        both = paired(cell.means, reference.means)
+        both = paired(ours, theirs)
         strata, is_better_high = self._strata(both.prompt_ids), self.judges.get(scorer, Judge()).higher_is_better
         found = paired_bootstrap(
             both.a, both.b, seed=self.seed, num_draws=self.num_draws, strata=strata, macro=self.suite.macro

@@ -75,7 +75,7 @@ def new_scorer(name: str) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # of a module that anybody may have written
         raise ConfigError(
             f"cannot load the scorer {name}: {error}", "name a class as `module:Class` that can be imported"
         ) from error

@@ -135,7 +135,8 @@ class BuiltIn:
 
 def needs_of(scorer: Any) -> tuple[str, ...]:
     """Return what a scorer needs; image and prompt if it does not say."""
-    return tuple(getattr(scorer, "needs", DEFAULT_NEEDS))
+    needs = getattr(scorer, "needs", DEFAULT_NEEDS)
+    return (needs,) if isinstance(needs, str) else tuple(needs)
 
 
 def load_scorer(scorer: Any, weights: Path | None, device: Any) -> None:

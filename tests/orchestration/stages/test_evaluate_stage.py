@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def configuration(folder: Path, base: Path, evaluate: Mapping[str, Any], **sections: Any) -> RunConfig:
     """A run that judges models, with its file of prompts."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    settings = {
+    settings: dict[str, Any] = {
         "name": "small",
         "storage": str(folder / "storage"),
         "encode": {"model": str(base), "resolution": 64, "device": "cpu"},
@@ -91,6 +91,13 @@ def test_own_prompts_are_judged_without_training_and_only_what_is_new_is_made(
     drawn, files = keys(config), written(tmp_path)
     assert len(drawn) == 6
     assert STAGES["evaluate"].look(Run.open(config, lambda line: None)).is_done
+
+    results_file = tmp_path / "storage" / "runs" / "small" / "evaluation" / "results.json"
+    written_results = results_file.read_bytes()
+    results_file.unlink()  # as a later evaluation that failed leaves it
+    assert not STAGES["evaluate"].look(Run.open(config, lambda line: None)).is_done
+    assert evaluated(config).cost.images == 0  # type: ignore[union-attr]
+    assert results_file.read_bytes() == written_results
 
     more = configuration(tmp_path, tiny_pipeline, {"images_per_prompt": 2, "scorers": [*PIXELS, "edge_density"]})
     assert evaluated(more).cost.images == 0  # type: ignore[union-attr]
@@ -207,12 +214,11 @@ def test_held_out_prompts_checkpoints_and_the_agreement_of_judges_with_people(
         ({"scorers": ["pickscore"]}, ModelError, "pickscore"),
         ({"scorers": ["nothing"]}, ConfigError, "there is no scorer nothing"),
         ({"scorers": ["none.such:Scorer"]}, ConfigError, "none.such"),
-        ({"scorers": ["saturation", {"name": "saturation", "batch_size": 1}]}, ConfigError, "saturation"),
         ({"suites": ["nothing"]}, ConfigError, "there is no suite nothing"),
         ({"prompts": "none.txt"}, ConfigError, "none.txt"),
         ({"models": ["base", {"name": "x", "model": "/none/such"}]}, ConfigError, "the model of x is not there"),
         ({"models": ["base", {"name": "x", "lora": "/none/such"}]}, ConfigError, "the lora of x is not there"),
-        ({"against": "aligned"}, ConfigError, "aligned"),
+        ({"against": "aligned"}, ConfigError, "there is no model aligned without training"),
     ],
 )
 def test_what_cannot_work_is_refused_before_ray_is_asked_for_anything(
@@ -228,11 +234,34 @@ def test_what_cannot_work_is_refused_before_ray_is_asked_for_anything(
     assert not (tmp_path / "storage" / "dataset").exists()
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"scorers": ["saturation", {"name": "saturation", "batch_size": 1}]}, "saturation is there twice"),
+        ({"suites": ["starter", "starter@1"]}, "starter is there twice"),
+        ({"suites": [], "prompts": None}, "name at least one"),
+        ({"models": ["base", {"name": "step-4", "model": "m"}]}, "step-4"),
+        ({"models": ["base", {"name": "x"}]}, "set `model`, `lora` or both"),
+        ({"models": ["aligned"]}, "against: base is not one of the models aligned"),
+        ({"models": ["base", "other"]}, "other is not base, aligned or checkpoints"),
+        ({"resolution": 65}, "resolution must be a multiple of 8"),
+    ],
+)
+def test_what_a_configuration_cannot_mean_is_an_error(
+    tiny_pipeline: Path, tmp_path: Path, evaluate: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configuration(tmp_path, tiny_pipeline, evaluate)
+
+
 def test_a_dry_run_tells_how_many_samples_are_missing_and_what_blocks(tiny_pipeline: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, tiny_pipeline, {"images_per_prompt": 2})
     (plan,) = [each for each in plan_run(config).stages if each.stage == "evaluate"]
     assert plan.state is StageState.TO_DO
     assert plan.work == {"samples": 6}
+    asks = configuration(tmp_path, tiny_pipeline, {}, encode={"model": str(tiny_pipeline), "resolution": 64})
+    (plan,) = [each for each in plan_run(asks).stages if each.stage == "evaluate"]
+    assert plan.work == {"samples": 3}, "`device: auto` asks the cluster, which a plan does not need"
     blocked = configuration(tmp_path, tiny_pipeline, {"scorers": ["nothing"]})
     (plan,) = [each for each in plan_run(blocked).stages if each.stage == "evaluate"]
     assert plan.state is StageState.BLOCKED

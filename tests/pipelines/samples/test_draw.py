@@ -31,6 +31,7 @@ from pipelines.samples.actor import SampleWriter
 from pipelines.samples.drawing import Drawing, DrawnModel, DrawSettings
 from pipelines.samples.execution import draw, read_samples
 from pipelines.samples.plan import count_missing, pending_samples
+from pipelines.samples.png import to_png
 from pipelines.samples.sampler import Sampler
 from pipelines.units.workers import Workers
 
@@ -177,6 +178,21 @@ def test_two_drawings_of_one_fingerprint_are_drawn_once(
 def writer_of(storage: Storage, drawing: Drawing, batch_size: int = 4) -> SampleWriter:
     models = {drawing.fingerprint: (drawing.model, drawing.sampling)}
     return SampleWriter(models, storage, DrawSettings("evaluate", batch_size, 1))
+
+
+def test_a_writer_that_draws_other_bytes_leaves_those_that_are_committed(
+    storage: Storage, tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run on the storage, with another batch or GPU: the same unit, other pixels in the last place."""
+    drawing = drawing_of(tiny_pipeline)
+    (unit,) = pending_samples(storage, drawing, 4)
+    rows, _ = writer_of(storage, drawing).write(unit.id, unit.rows)
+    samples_table(storage, drawing.fingerprint).append(unit.id, rows)
+    monkeypatch.setattr(drawing_actor, "to_png", lambda pixels_HWC: to_png(pixels_HWC ^ 1))
+    others, _ = writer_of(storage, drawing).write(unit.id, unit.rows)
+    assert set(others["sha256"].to_pylist()).isdisjoint(rows["sha256"].to_pylist())
+    for row in read_samples(storage, drawing).to_pylist():
+        assert storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"]).startswith(b"\x89PNG")
 
 
 def test_a_sample_that_is_not_finite_is_a_row_with_a_reason_and_its_mates_are_drawn(

@@ -165,6 +165,20 @@ def test_failures_are_counted_with_reasons_and_are_never_numbers(
     )
 
 
+def test_models_are_compared_on_the_images_that_both_have() -> None:
+    """An image that failed must not set its twin, of the same noise, against the mean of other images."""
+    suite = suite_of(8)
+    base = np.random.default_rng(0).normal(0, 1, (8, 2)) + np.array([0, 10])
+    aligned = base.copy()
+    aligned[:, 1] = math.nan
+    aligned[0, 0] = math.nan
+    tables = [rows_of(suite, "base", "pick", base), rows_of(suite, "aligned", "pick", aligned)]
+    found = reduce_suite(pa.concat_tables(tables), suite, against="base", num_draws=NUM_DRAWS).against["aligned"][
+        "pick"
+    ]
+    assert (found.difference, found.n, found.num_left_out, found.ties) == (0.0, 7, 1, 7)
+
+
 def test_equal_models_are_said_to_be_equal(suite: Suite, drawn: dict[tuple[str, str], Any]) -> None:
     same = drawn | {("aligned", scorer): drawn["base", scorer] for scorer in ("pick", "dark")}
     found = reduced(suite, table(suite, same)).against["aligned"]
