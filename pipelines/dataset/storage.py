@@ -183,7 +183,7 @@ class Storage:
         try:
             return self.read(name)
         except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 return None
             raise
 

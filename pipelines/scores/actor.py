@@ -11,7 +11,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import Row
 from pipelines.scores.images import contexts
 from pipelines.scores.judges import Judge
-from pipelines.scores.loaded import LoadedJudge, load_judge
+from pipelines.scores.loaded import LoadedJudge, load_judge, make_importable
 from pipelines.scores.passes import Passes, row_of
 from pipelines.scores.pictures import ImageReader
 from pipelines.scores.plan import WANTED, needs_beside
@@ -64,6 +64,7 @@ class ScoreImages(UnitActor):
 def _loads(judge: Judge) -> bool:
     """Return whether a judge loads something onto a device; statistics of pixels do not."""
     name = judge.entry.name
+    make_importable(judge)
     return bool(judge.parts) or (name not in SCORERS and hasattr(new_scorer(name), "load"))
 
 

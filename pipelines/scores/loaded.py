@@ -40,7 +40,7 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
     Raises:
         ModelError: This node has another version of the scorer or of its weights, or they cannot be loaded.
     """
-    _make_importable(judge)
+    make_importable(judge)
     scorer = new_scorer(judge.entry.name)
     found = fingerprint_of(shaping_of(scorer, judge.entry.name, judge.parts, judge.fit))
     if found != judge.fingerprint:
@@ -70,7 +70,7 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
     return LoadedJudge(judge, scorer)
 
 
-def _make_importable(judge: Judge) -> None:
+def make_importable(judge: Judge) -> None:
     """Let a worker of the driver's machine import a user's own scorer from where the driver does.
 
     Elsewhere its module arrives with the job (`mapo submit`) or is installed.

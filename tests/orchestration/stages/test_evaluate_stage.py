@@ -13,7 +13,7 @@ from factories import new_pipeline, photo_pairs
 from kept import keep_rows
 
 from orchestration.config import RunConfig, parse_config
-from orchestration.driver.runner import plan_run, run_stages
+from orchestration.driver.runner import run_stages
 from orchestration.run.context import Run
 from orchestration.stages.registry import STAGES
 from orchestration.stages.stage import StageState
@@ -28,6 +28,7 @@ PIXELS = ["saturation", "dark_share"]
 PROMPTS = ["a red house", "a blue sea", "two dogs in the snow"]
 WORKER = {
     "rank": 0, "world_size": 1, "node": "n", "pid": 1, "device": "cpu", "backend": "gloo", "zero_stage": 2,
+    "num_pairs": 64, "digest": "d" * 16,
 }  # fmt: skip
 CHECKPOINTS = "runs/small/checkpoints/0123"
 SNAPSHOT = {"pairs_version": 0, "latents_fingerprint": "l" * 32, "latents_version": 0, "text_fingerprint": "t" * 32}
@@ -254,18 +255,23 @@ def test_what_a_configuration_cannot_mean_is_an_error(
         configuration(tmp_path, tiny_pipeline, evaluate)
 
 
-def test_a_dry_run_tells_how_many_samples_are_missing_and_what_blocks(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_plan_counts_the_missing_samples_without_a_cluster(tiny_pipeline: Path, tmp_path: Path) -> None:
     config = configuration(tmp_path, tiny_pipeline, {"images_per_prompt": 2})
-    (plan,) = [each for each in plan_run(config).stages if each.stage == "evaluate"]
-    assert plan.state is StageState.TO_DO
-    assert plan.work == {"samples": 6}
+    assert amount_of(config) == {"samples": 6}
     asks = configuration(tmp_path, tiny_pipeline, {}, encode={"model": str(tiny_pipeline), "resolution": 64})
-    (plan,) = [each for each in plan_run(asks).stages if each.stage == "evaluate"]
-    assert plan.work == {"samples": 3}, "`device: auto` asks the cluster, which a plan does not need"
-    blocked = configuration(tmp_path, tiny_pipeline, {"scorers": ["nothing"]})
-    (plan,) = [each for each in plan_run(blocked).stages if each.stage == "evaluate"]
-    assert plan.state is StageState.BLOCKED
-    assert "hint: " in plan.note
+    assert amount_of(asks) == {"samples": 3}, "`device: auto` asks the cluster, which a plan does not need"
+
+
+def amount_of(config: RunConfig) -> Mapping[str, int]:
+    return STAGES["evaluate"].look(Run.open(config, lambda line: None)).amount()
+
+
+def test_a_plan_says_what_blocks(tiny_pipeline: Path, tmp_path: Path) -> None:
+    config = configuration(tmp_path, tiny_pipeline, {"scorers": ["nothing"]})
+    keep_rows(Storage(config.storage), tmp_path / "photos.parquet", photo_pairs(4, num_prompts=2))
+    with pytest.raises(ConfigError, match="there is no scorer nothing") as caught:
+        STAGES["evaluate"].look(Run.open(config, lambda line: None))
+    assert caught.value.hint
 
 
 def test_a_sample_is_of_its_bare_prompt(ray_cluster: None, tiny_pipeline: Path, tmp_path: Path) -> None:

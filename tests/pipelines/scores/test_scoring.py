@@ -17,6 +17,7 @@ from pipelines.dataset.errors import ConfigError, EncodingError, ModelError, Sha
 from pipelines.dataset.storage import Storage
 from pipelines.scores.execution import score
 from pipelines.scores.judges import Judge, prepare_judges, table_name
+from pipelines.scores.loaded import load_judge
 from pipelines.scores.plan import pending_scores, read_scores, table_of
 from pipelines.scores.scorers import new_scorer
 from pipelines.units.workers import Workers
@@ -122,10 +123,11 @@ def test_the_batch_size_changes_no_score(storage: Storage, twins: Path, tmp_path
 def test_judges_of_one_trunk_run_it_once_and_equal_each_alone(storage: Storage, twins: Path, tmp_path: Path) -> None:
     images = images_of(storage, 40)
     judges = prepare_judges(entries(twins, "aesthetic", "clipscore", "clipscore-l14"), storage)
+    before = load_judge(judges[0], storage, "cpu").scorer._images.num_forwards  # by other tests of this process
     writer = score_here(storage, judges, images)
     trunks = [loaded.scorer._images for loaded in writer._judges]
     assert trunks[0] is trunks[1] is trunks[2]
-    assert trunks[0].num_forwards == 2, "40 images in batches of 32"
+    assert trunks[0].num_forwards - before == 2, "40 images in batches of 32"
     for judge in judges:
         alone = Storage(str(tmp_path / judge.name))
         alike = images_of(alone, 40)
