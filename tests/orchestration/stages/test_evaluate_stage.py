@@ -179,7 +179,7 @@ def test_held_out_prompts_checkpoints_and_the_agreement_of_judges_with_people(
         ingest={"sources": [{"format": "pickapic", "path": str(tmp_path / "*.parquet")}]},
     )  # fmt: skip
     storage = Storage(config.storage)
-    keep_rows(storage, tmp_path / "photos.parquet", photo_pairs(16, num_prompts=4))
+    keep_rows(storage, tmp_path / "photos.parquet", photo_pairs(16, num_prompts=4), validation_ratio=0.5)
     trained(config)
     run_stages(config, ["export"], lambda line: None)
     record = evaluated(config)
