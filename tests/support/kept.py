@@ -11,6 +11,7 @@ from pipelines.dataset.storage import Storage
 from pipelines.ingest.committer import Committer
 from pipelines.ingest.execution import pending_of, plan_units
 from pipelines.ingest.pair_shards import write_unit
+from pipelines.ingest.policy import Policy
 
 
 def keep(storage: Storage, *files: Path, **settings: Any) -> int:
@@ -18,7 +19,7 @@ def keep(storage: Storage, *files: Path, **settings: Any) -> int:
     sources = tuple(SourceConfig(format="pickapic", path=str(file)) for file in files)
     config = IngestConfig(sources=sources, max_drop_ratio=1.0, **{"max_shard_bytes": 65_536, **settings})
     units = pending_of(plan_units(config), storage)
-    committer = Committer(pairs_table(storage))
+    committer = Committer(pairs_table(storage), Policy.of(config))
     for unit in units:
         committer.append(unit.id, write_unit(unit, storage))
     return len(units)
