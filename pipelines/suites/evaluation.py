@@ -14,10 +14,6 @@ EVALUATION_VERSION = 2
 """Version of the details that the stage records; those of before have none."""
 
 
-RESULTS_FILE = "results.json"
-"""Name of the results below the run's `evaluation/`."""
-
-
 @dataclass(frozen=True)
 class EvaluationCost:
     """What an evaluation took.
