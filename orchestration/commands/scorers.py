@@ -84,10 +84,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from pipelines.dataset.errors import ModelError
     from pipelines.scores.catalogue import list_scorers
     from pipelines.scores.golden import GOLDEN, check_golden
     from pipelines.scores.scorers import scorer_names
 
+    if options.images is not None and not Path(options.images).expanduser().is_dir():
+        raise ModelError(f"{options.images} is no folder", "--images names the folder with the published images")
     names = scorer_names() if options.name == ALL else [options.name]
     for listed in list_scorers(names):
         if options.images is not None and listed.name in GOLDEN and (listed.is_cached or options.name != ALL):

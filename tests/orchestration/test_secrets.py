@@ -37,6 +37,9 @@ HERE = {
     "data gc": ["data", "gc", "{secret}", "--grace", "{secret}"],
     "data history": ["data", "history", "{secret}/none"],
     "data export": ["data", "export", "{secret}", "--parquet", "{secret}/pairs.parquet"],
+    "scorers show": ["scorers", "show", "{secret}"],
+    "scorers fetch": ["scorers", "fetch", "aesthetic", "--from", "{secret}/none"],
+    "scorers check": ["scorers", "check", "--images", "{secret}/none"],
     "infra render": ["infra", "render", "{config}", "--target", "docker", "-o", "storage=s3://{secret}/x"],
 }
 """For each command, arguments with which it shows a path or a value that holds the secret."""
