@@ -45,15 +45,15 @@ from pipelines.scores.scorers.images import Picture
 from pipelines.units.workers import Workers
 
 RESULTS = Path(__file__).parent / "results" / "score.json"
-SIDE, BATCH_SIZE, NUM_CPUS, NUM_PROMPTS = 256, 32, 2, 16
-IMAGES_A_UNIT = 64  # so that the first commit comes soon
+SIDE, BATCH_SIZE, NUM_CPUS, NUM_PROMPTS = 256, 16, 2, 16
+IMAGES_A_UNIT = 32  # so that the first commit comes soon
 FAMILY = ("aesthetic", "clipscore")
-WIDTH, LAYERS = 512, 8  # of the towers: enough work that decoding is a small part of it, as of real models
+WIDTH, LAYERS, PATCH = 768, 12, 16  # ViT-B/16: enough work that decoding is a small part of it, as of ViT-L and ViT-H
 SINGLE = ("clipscore", "pickscore", "aesthetic")
 
 
 def write_weights(root: Path) -> None:
-    """Random weights in CLIP's architecture, smaller than ViT-B/32, under the names of the parts."""
+    """Random weights in CLIP's architecture, with the image tower of ViT-B/16, under the names of the parts."""
     from transformers import CLIPConfig, CLIPModel
 
     write_clip_tokenizer(root)
@@ -63,7 +63,7 @@ def write_weights(root: Path) -> None:
                  "num_attention_heads": WIDTH // 64, "hidden_act": hidden_act}  # fmt: skip
         text = {**tower, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = CLIPConfig(
-            projection_dim=WIDTH, text_config=text, vision_config={**tower, "patch_size": 32, "image_size": 224}
+            projection_dim=WIDTH, text_config=text, vision_config={**tower, "patch_size": PATCH, "image_size": 224}
         )
         write_part(root / part, CLIPModel(config).state_dict(), config.to_dict())
     head = {"weight": formula_tensor("twin.head", (1, WIDTH)), "bias": torch.tensor([5.0])}
@@ -212,7 +212,7 @@ def ratios_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     """Run every hand over the same images."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--images", type=int, default=512)
+    arguments.add_argument("--images", type=int, default=160)
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     arguments.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -234,7 +234,7 @@ def main() -> None:
     conditions = {
         "images": options.images, "side": SIDE, "batch_size": BATCH_SIZE,
         "images_a_unit": IMAGES_A_UNIT, "cpus": NUM_CPUS, "width": WIDTH,
-        "layers": LAYERS, "torch": torch.__version__,
+        "layers": LAYERS, "patch": PATCH, "torch": torch.__version__,
     }  # fmt: skip
     RESULTS.write_text(json.dumps({"conditions": conditions, "results": results, "ratios": ratios}, indent=1) + "\n")
 
