@@ -19,6 +19,7 @@ from orchestration.report.course import RunState
 from orchestration.report.findings import held_out_change, time_left, training_speed
 from orchestration.report.format import duration, moment, money, number
 from orchestration.report.gallery_view import NUM_OPEN, gallery_groups
+from orchestration.report.leaderboard import Leaderboard, leaderboard_of
 from orchestration.report.records import ReportData
 from orchestration.report.suite_view import headlines, suite_views
 from orchestration.stages.stage import StageState
@@ -113,10 +114,35 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         headlines=headlines(views),
         galleries=gallery_groups(data.evaluation),
         num_open=NUM_OPEN,
+        has_leaderboard=leaderboard_of(data.evaluation) is not None,
         curves=curves(training) if training else [],
         speed=training_speed(training) if training else None,
         pictures=_pictures(data, images),
         config_yaml=yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
+    )
+
+
+def render_leaderboard(data: ReportData, board: Leaderboard) -> str:
+    """Render the leaderboard of a run's evaluation.
+
+    Args:
+        data: The run's data.
+        board: From `leaderboard_of` of the same data.
+    """
+    assert data.evaluation is not None, "a leaderboard is of an evaluation"
+    css, price = part("page.css"), data.config.get("report", {})
+    return template("leaderboard.html.j2").render(
+        name=data.name,
+        created_at=data.created_at,
+        created=datetime.fromisoformat(data.created_at),
+        record=data.evaluation.record,
+        board=board,
+        is_former="samples and scores" in _former(data),
+        gpu_hour_price=price.get("gpu_hour_price"),
+        currency=price.get("currency"),
+        versions=data.versions,
+        css=Markup(css),  # noqa: S704  # ours
+        css_digest=source_digest(css),
     )
 
 

@@ -31,7 +31,7 @@ def write_report(
     gathered: Gathered | None = None,
     is_stopped: threading.Event | None = None,
 ) -> str:
-    """Write the run's report, its summary and the index of runs, as of now.
+    """Write the run's report, its leaderboard if models were judged, its summary and the index of runs, as of now.
 
     Can be called at any time: before any stage has run, while one runs (from another machine, too), after a failure.
 
@@ -46,13 +46,17 @@ def write_report(
         The page's name on the storage.
     """
     from orchestration.report.index import write_index
-    from orchestration.report.page import render_report  # Pillow, NumPy and Jinja: not before they are needed
+    from orchestration.report.leaderboard import leaderboard_of
+    from orchestration.report.page import render_leaderboard, render_report  # Pillow, NumPy and Jinja: once needed
     from orchestration.report.summary import summary_of
 
     data = report_data(run.config, run.storage, run.journal, command=command, is_driven=is_driven, gathered=gathered)
     page = render_report(data, page_images(run.storage, run.folder, data)).encode()
+    board = leaderboard_of(data.evaluation)
     may_write = (lambda: True) if is_stopped is None else (lambda: not is_stopped.is_set())
     if may_write():
+        if board is not None:
+            run.storage.write(run.leaderboard, render_leaderboard(data, board).encode())
         run.storage.write(run.report, page)
         write_index(run.storage, summary_of(data), may_write=may_write)
     if data.state == RunState.FINISHED:

@@ -73,6 +73,11 @@ class Run:
         return f"{self.folder}/report/index.html"
 
     @property
+    def leaderboard(self) -> str:
+        """The name of the evaluation's leaderboard on the storage; an evaluation deletes the one before it."""
+        return f"{self.folder}/{EVALUATION}/leaderboard.html"
+
+    @property
     def model(self) -> str:
         """The exported model's name on the storage."""
         return f"{self.folder}/model"

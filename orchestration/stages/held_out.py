@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,8 @@ from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import pairs_table
 from pipelines.dataset.pair import TRAIN, VALIDATION, Status
 from pipelines.dataset.storage import Storage
+from pipelines.suites.leaks import leaked_prompts
+from pipelines.suites.suite import Suite
 
 PREFERRED = 0.5
 """Label of a pair without a preference; above it the first image is the chosen one."""
@@ -65,6 +68,10 @@ class HeldOutPairs:
         where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
         where &= pc.field("label_0") != PREFERRED
         return pairs_table(self.storage, self.version).read(COLUMNS, where).sort_by("pair_key")
+
+    def leaked(self, suites: Iterable[Suite]) -> dict[str, int]:
+        """Count the prompts of each suite, by its name, that pairs for training have; empty without a table."""
+        return {} if self.version is None else leaked_prompts(self.storage, self.version, suites)
 
     def sides(self, most: int) -> pa.Table:
         """Return both images of the first pairs: IMAGES_SCHEMA's columns, `pair_key`, `label_0` and `side` (0 or 1)."""

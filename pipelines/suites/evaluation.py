@@ -93,6 +93,12 @@ def _restricts(judge: Judge) -> bool:
 
 
 def _of_suite(name: str, suite: SuiteResult) -> Iterator[str]:
+    if suite.leaked_prompts:
+        yield (
+            f"suite {name}: {suite.leaked_prompts:,} of its {suite.num_prompts:,} prompts"
+            f" ({suite.leaked_prompts / suite.num_prompts:.1%}) are prompts of training pairs: a gain on those need not"
+            " show on prompts that are new to the model"
+        )
     if suite.deviations:
         yield f"suite {name} departs from its protocol: {'; '.join(suite.deviations)}"
     for model, by_scorer in suite.failures.items():

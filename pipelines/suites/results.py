@@ -185,6 +185,8 @@ class SuiteResult:
         source: Where they come from.
         prompts_sha256: Digest of the prompts.
         seed: Seed of the bootstrap.
+        leaked_prompts: Number of prompts that the run's model was trained on; None if it is not known, or the run has
+            no training.
     """
 
     protocol: str
@@ -209,6 +211,7 @@ class SuiteResult:
     source: str = ""
     prompts_sha256: str = ""
     seed: int = 0
+    leaked_prompts: int | None = None
 
 
 @dataclass(frozen=True)
