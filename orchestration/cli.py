@@ -9,21 +9,36 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from orchestration import __version__
-from orchestration.commands import data, demo, infra, lineage, logs, report, run, scorers, stages, status, stop, submit
+from orchestration.commands import (
+    data,
+    demo,
+    infra,
+    lineage,
+    logs,
+    report,
+    run,
+    scorers,
+    stages,
+    status,
+    stop,
+    submit,
+    suites,
+)
 from orchestration.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, MaskedFormatter, note
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.secrets import redact
 
-ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, scorers, infra)
+ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, suites, scorers, infra)
 COMMANDS = tuple(command for room in ROOMS for command in room.COMMANDS)
 """Every command, in the order of `mapo --help`."""
 GROUPS = {
     "data": "inspect and maintain a data set",
+    "suites": "list suites, fetch their prompts",
     "scorers": "list scorers, fetch their weights, check their values",
     "infra": "bring up a cluster",
 }
 """First words of two-word commands, with their help."""
-SECOND_WORDS = {"scorers": "show"}
+SECOND_WORDS = {"suites": "show", "scorers": "show"}
 """Second words that may be left out, by the first."""
 
 

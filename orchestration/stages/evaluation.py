@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 
 from orchestration.run.context import EVALUATION, RESULTS
 from orchestration.stages.evaluation_cost import gpu_hours
-from orchestration.stages.evaluation_images import audit_rows, can_audit, images_of, no_values, values_of
+from orchestration.stages.evaluation_images import (
+    audit_rows,
+    can_audit,
+    images_of,
+    no_values,
+    sample_of,
+    samples_of,
+    values_of,
+    with_rows_of,
+)
 from orchestration.stages.held_out import HeldOutPairs
 from orchestration.stages.judged_models import (
     JudgedModel,
@@ -25,13 +34,12 @@ from orchestration.stages.judged_models import (
     write_unets,
 )
 from orchestration.stages.judged_scorers import judges_of, shown_judges
-from orchestration.stages.judged_suites import judged_suites
+from orchestration.stages.judged_suites import judged_suites, names_of_suites
 from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
 from pipelines.samples.fingerprint import samples_fingerprint
-from pipelines.samples.plan import count_missing, distinct_samples, wanted_samples
-from pipelines.samples.prompts import Prompt
+from pipelines.samples.plan import count_missing, distinct_samples
 from pipelines.scores.execution import score
 from pipelines.scores.images import JUDGES, REQUIRED
 from pipelines.scores.plan import read_scores
@@ -104,8 +112,7 @@ class Evaluation:
         side = suite.resolution or config.encode.resolution
         sampling = Sampling(suite.num_inference_steps, suite.guidance_scale, side, side, dtype=self._dtype)
         fingerprint = samples_fingerprint(model.drawn, sampling)
-        prompts = [Prompt(each.prompt_id, each.prompt, each.tags) for each in suite.prompts]
-        wanted = wanted_samples(prompts, fingerprint, seed=config.seed, images_per_prompt=suite.images_per_prompt)
+        wanted = samples_of(suite, fingerprint, config.seed)
         return Cell(suite, model, Drawing(model.drawn, sampling, fingerprint, wanted))
 
     @cached_property
@@ -205,10 +212,12 @@ class Evaluation:
         in_gallery = sorted(in_gallery if len(in_gallery) > 1 else names, key=lambda name: name != against)
         results: dict[str, SuiteResult] = {}
         gallery: list[GalleryEntry] = []
-        for name, drawn in zip(config.evaluate.suite_names, self.suites, strict=True):
+        leaked = {} if self._trained is None else self.held_out.leaked(self.suites)
+        for name, drawn in zip(names_of_suites(config), self.suites, strict=True):
             values = scored.values[drawn.name]
             suite = self._with_judges(drawn, scored.judges[drawn.name])
-            results[name] = reduce_suite(values, suite, against=against, judges=shown, models=names, seed=config.seed)
+            reduced = reduce_suite(values, suite, against=against, judges=shown, models=names, seed=config.seed)
+            results[name] = replace(reduced, leaked_prompts=leaked.get(drawn.name))
             gallery += choose_gallery(values, suite, against=against, judges=shown, models=in_gallery)
         return Results(results), tuple(gallery)
 
@@ -246,7 +255,11 @@ class _Scored:
         self._samples = {
             (cell.suite.name, cell.model.name): read_samples(self._storage, cell.drawing) for cell in evaluation.cells
         }
-        self._images = {place: images_of(samples, judges[place[0]]) for place, samples in self._samples.items()}
+        self._suites = {cell.suite.name: cell.suite for cell in evaluation.cells}
+        self._images = {
+            place: images_of(samples, judges[place[0]], self._suites[place[0]])
+            for place, samples in self._samples.items()
+        }
         self._auditors = [judge for judge in self._every() if can_audit(judge)] if evaluation.max_audit_pairs else []
         self._sides = evaluation.held_out.sides(evaluation.max_audit_pairs) if self._has_pairs() else None
         self._score()
@@ -279,7 +292,8 @@ class _Scored:
                 own = scores.slice(0, images[model].num_rows)
                 scores = scores.slice(images[model].num_rows)
                 found.append(values_of(model, judge, samples, own))
-        return pa.concat_tables(found, promote_options="default") if found else no_values()
+        values = pa.concat_tables(found, promote_options="default") if found else no_values()
+        return with_rows_of(self._suites[suite], values)
 
     def audit(self, shown: Mapping[str, ShownJudge]) -> dict[str, JudgeAgreement]:
         """Compare the judges with the human labels of held-out pairs."""
@@ -292,12 +306,13 @@ class _Scored:
     def png(self, suite: str, model: str, prompt_id: str, index: int) -> bytes | None:
         """Return the bytes of a sample; None if it could not be drawn."""
         samples = self._samples[suite, model]
-        where = (pc.field("prompt_id") == prompt_id) & (pc.field("index") == index) & pc.field("shard").is_valid()
+        sample_id, place = sample_of(self._suites[suite], prompt_id, index)
+        where = (pc.field("prompt_id") == sample_id) & (pc.field("index") == place) & pc.field("shard").is_valid()
         found = samples.filter(where).to_pylist()
         if not found:
             return None
-        place = found[0]
-        return self._storage.read_range(place["shard"], place["offset"], place["length"], place["sha256"])
+        row = found[0]
+        return self._storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
 
 
 def _judged(images: pa.Table, judges: Sequence[Judge]) -> pa.Table:

@@ -11,16 +11,61 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.pair import Status
 from pipelines.dataset.status import ScoreStatus
-from pipelines.scores.images import PLACE, REQUIRED
+from pipelines.samples.plan import wanted_samples
+from pipelines.samples.prompts import Prompt
+from pipelines.scores.images import PLACE, REQUIRED, TEXTS
 from pipelines.suites.audit import AUDIT_SCHEMA
 from pipelines.suites.cells import VALUES_SCHEMA
+from pipelines.suites.suite import REPEAT
 
 if TYPE_CHECKING:
     from pipelines.scores.judges import Judge
+    from pipelines.suites.suite import Suite
 
 NO_IMAGE = "no image"
 """Beginning of the reason why a sample that could not be drawn has no score."""
 SIBLINGS = "siblings"
+
+
+def samples_of(suite: Suite, fingerprint: str, seed: int) -> pa.Table:
+    """Return the samples that a suite wants of one model, as rows of `WANTED_SCHEMA`.
+
+    A prompt that a benchmark has several times is drawn as often, with other noise each time: the n images of its row
+    number r have the indices n r to n r + n - 1.
+
+    Args:
+        suite: The suite.
+        fingerprint: Of the model and the settings of the sampler.
+        seed: The run's seed.
+    """
+    distinct = {each.sample_id: Prompt(each.sample_id, each.prompt, each.tags, each.text) for each in suite.prompts}
+    count, rows = suite.images_per_prompt, {(each.sample_id, each.occurrence) for each in suite.prompts}
+    most = count * (1 + max(row for _, row in rows))
+    wanted = wanted_samples(list(distinct.values()), fingerprint, seed=seed, images_per_prompt=most)
+    if most == count:
+        return wanted
+    places = zip(wanted["prompt_id"].to_pylist(), wanted["index"].to_pylist(), strict=True)
+    return wanted.filter(pa.array([(identity, index // count) in rows for identity, index in places]))
+
+
+def sample_of(suite: Suite, prompt_id: str, index: int) -> tuple[str, int]:
+    """Return the prompt_id and the index under which the samples have an image of a row of a suite."""
+    sample_id, _, repeat = prompt_id.partition(REPEAT)
+    return sample_id, index + suite.images_per_prompt * int(repeat or 0)
+
+
+def with_rows_of(suite: Suite, values: pa.Table) -> pa.Table:
+    """Return values under the ids and image numbers of the rows of a suite, not of its samples: see `samples_of`."""
+    if not any(each.occurrence for each in suite.prompts):
+        return values
+    count = suite.images_per_prompt
+    rows = pc.divide(values["index"], count)
+    repeats = pc.binary_join_element_wise(values["prompt_id"], pc.cast(rows, pa.string()), REPEAT)
+    found = values.set_column(
+        values.column_names.index("prompt_id"), "prompt_id", pc.if_else(pc.equal(rows, 0), values["prompt_id"], repeats)
+    )
+    index = pc.subtract(values["index"], pc.multiply(rows, count)).cast(pa.int32())
+    return found.set_column(values.column_names.index("index"), "index", index)
 
 
 def is_drawn(samples: pa.Table) -> pa.ChunkedArray:
@@ -28,17 +73,23 @@ def is_drawn(samples: pa.Table) -> pa.ChunkedArray:
     return pc.equal(samples["status"], str(Status.KEPT))
 
 
-def images_of(samples: pa.Table, judges: Sequence[Judge]) -> pa.Table:
+def images_of(samples: pa.Table, judges: Sequence[Judge], suite: Suite) -> pa.Table:
     """Return the images of samples of one model, for `score`.
 
     Args:
         samples: Rows of the table of samples; those without an image are left out.
-        judges: The judges; only if one compares the images of a prompt is there a column for that.
+        judges: The judges; only what one of them needs beside image and prompt has a column.
+        suite: The suite that knows it.
     """
     kept = samples.filter(is_drawn(samples))
     images = pa.table({name: kept["sha256" if name == "image_sha256" else name] for name in REQUIRED.names})
     if any(SIBLINGS in judge.needs for judge in judges):
         images = images.append_column(SIBLINGS, _siblings(kept))
+    for name in TEXTS:
+        if any(name in judge.needs for judge in judges):
+            told = {each.sample_id: getattr(each, name) for each in suite.prompts}
+            texts = [told[each] for each in kept["prompt_id"].to_pylist()]
+            images = images.append_column(name, pa.array(texts, pa.string()))
     return images
 
 

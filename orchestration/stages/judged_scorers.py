@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from orchestration.stages.judged_suites import suites_without_pairs
 from pipelines.config import ScorerEntry
+from pipelines.dataset.errors import ConfigError
+from pipelines.scores.images import TEXTS
+from pipelines.suites.registry import HELD_OUT
 from pipelines.suites.results import Judge as ShownJudge
 
 if TYPE_CHECKING:
@@ -18,9 +21,41 @@ if TYPE_CHECKING:
 
 
 def entries_of(run: Run, suite: Suite) -> list[ScorerEntry]:
-    """Return the scorers of a suite; one that the configuration names too has the settings given there."""
+    """Return the scorers of a suite; one that the configuration names too has the settings given there.
+
+    A scorer of the configuration that needs what the suite does not have, such as questions, is not among them.
+    """
     own = {entry.name: entry for entry in run.config.evaluate.scorer_entries}
-    return [own.get(name, ScorerEntry(name=name)) for name in dict.fromkeys((*suite.scorers, *own))]
+    served = [name for name in own if not lacking(suite, name)]
+    return [own.get(name, ScorerEntry(name=name)) for name in dict.fromkeys((*suite.scorers, *served))]
+
+
+def lacking(suite: Suite, scorer: str) -> list[str]:
+    """Return what a scorer needs of each prompt and a suite does not have.
+
+    Raises:
+        ConfigError: The scorer is unknown.
+    """
+    from pipelines.scores.scorers import needs_of, new_scorer
+
+    has = {name for name in TEXTS if all(getattr(each, name) is not None for each in suite.prompts)}
+    return [name for name in needs_of(new_scorer(scorer)) if name in TEXTS and name not in has]
+
+
+def check_served(run: Run, suites: Sequence[Suite]) -> None:
+    """Check that each scorer of the configuration has a suite that it can judge.
+
+    Raises:
+        ConfigError: One has none.
+    """
+    for entry in run.config.evaluate.scorer_entries:
+        lacks = [lacking(suite, entry.name) for suite in suites]
+        if suites and all(lacks):
+            raise ConfigError(
+                f"the scorer {entry.name} needs {' and '.join(lacks[0])} of each prompt, which none of the suites"
+                f" {', '.join(suite.name for suite in suites)} has",
+                "leave it out, or add a suite that it is made for",
+            )
 
 
 def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict[str, list[Judge]]:
@@ -32,6 +67,7 @@ def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict
     """
     from pipelines.scores.judges import prepare_judges
 
+    check_served(run, suites)
     entries = {suite.name: entries_of(run, suite) for suite in suites}
     distinct = {entry.name: entry for each in entries.values() for entry in each}
     if not distinct:
@@ -82,6 +118,8 @@ def check_scorers(run: Run) -> None:
     from pipelines.scores.judges import prepare_judges
     from pipelines.scores.scorers import new_scorer
 
+    if HELD_OUT not in run.config.evaluate.suite_names:
+        check_served(run, suites_without_pairs(run.config))
     entries = _entries_without_pairs(run)
     prepare_judges([entry for entry in entries if not hasattr(new_scorer(entry.name), "fit")], run.storage)
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.dataset.pair import VALIDATION
+from pipelines.dataset.storage import Storage
 from pipelines.samples.prompts import read_prompts
-from pipelines.suites.registry import HELD_OUT, PROMPTS, load_suite
+from pipelines.suites.registry import HELD_OUT, PROMPTS, expanded, load_suite
 from pipelines.suites.suite import Suite, SuitePrompt
 
 if TYPE_CHECKING:
@@ -18,15 +19,21 @@ if TYPE_CHECKING:
 NONE_HELD_OUT = "none are held out"
 
 
+def names_of_suites(config: RunConfig) -> list[str]:
+    """Return the names of the suites, with the members of a group in its place."""
+    return expanded(config.evaluate.suite_names)
+
+
 def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
     """Return the suites as this run draws them, with the settings of `evaluate`.
 
     Raises:
         ConfigError: A suite is unknown, or the file of prompts cannot be read.
+        ModelError: The prompts of a suite were not fetched.
         SnapshotError: `held-out` is wanted, and there are no pairs.
     """
     evaluate = config.evaluate
-    suites = (_suite(name, config, held_out) for name in evaluate.suite_names)
+    suites = (_suite(name, config, held_out) for name in names_of_suites(config))
     return [suite.limited(evaluate.limit_prompts, seed=config.seed) for suite in suites]
 
 
@@ -36,7 +43,7 @@ def _suite(name: str, config: RunConfig, held_out: HeldOutPairs) -> Suite:
     if is_own:
         suite = held_out_suite(held_out, evaluate.num_samples) if name == HELD_OUT else _own_prompts(config)
     else:
-        suite = load_suite(name)
+        suite = load_suite(name, Storage(config.storage))
     changed = suite.changed(
         images_per_prompt=evaluate.images_per_prompt,
         num_inference_steps=evaluate.num_inference_steps,
@@ -74,9 +81,10 @@ def suites_without_pairs(config: RunConfig) -> list[Suite]:
 
     Raises:
         ConfigError: A suite is unknown, or the file of prompts cannot be read.
+        ModelError: The prompts of a suite were not fetched.
     """
-    names = (name for name in config.evaluate.suite_names if name != HELD_OUT)
-    return [_own_prompts(config) if name == PROMPTS else load_suite(name) for name in names]
+    names, storage = (name for name in names_of_suites(config) if name != HELD_OUT), Storage(config.storage)
+    return [_own_prompts(config) if name == PROMPTS else load_suite(name, storage) for name in names]
 
 
 def max_samples(config: RunConfig) -> int:
@@ -84,13 +92,13 @@ def max_samples(config: RunConfig) -> int:
     evaluate = config.evaluate
     each = {HELD_OUT: evaluate.num_samples * (evaluate.images_per_prompt or 1)}
     for name, suite in zip(
-        (name for name in evaluate.suite_names if name != HELD_OUT), suites_without_pairs(config), strict=True
+        (name for name in names_of_suites(config) if name != HELD_OUT), suites_without_pairs(config), strict=True
     ):
         num_prompts = min(len(suite.prompts), evaluate.limit_prompts or len(suite.prompts))
         each[name] = num_prompts * (evaluate.images_per_prompt or suite.images_per_prompt)
-    return sum(each[name] for name in evaluate.suite_names)
+    return sum(each[name] for name in names_of_suites(config))
 
 
 def suites_identity(config: RunConfig) -> list[Any]:
     """Return plain data that changes whenever a prompt of a suite does; that of `held-out` follows from the pairs."""
-    return [list(config.evaluate.suite_names), [[each.label, each.sha256] for each in suites_without_pairs(config)]]
+    return [names_of_suites(config), [[each.label, each.sha256] for each in suites_without_pairs(config)]]

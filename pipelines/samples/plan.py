@@ -67,7 +67,7 @@ def wanted_samples(
     """Return the samples of these prompts as rows of `WANTED_SCHEMA`: by prompt, then variant, then index.
 
     Args:
-        prompts: Distinct prompts.
+        prompts: Prompts with distinct ids.
         fingerprint: From `samples_fingerprint`.
         seed: The run's seed.
         images_per_prompt: Images of each variant of a prompt.
@@ -77,7 +77,7 @@ def wanted_samples(
     keys, seeds = [], []
     for prompt in prompts:
         for variant in variants:
-            text = variant.prefix + prompt.prompt
+            text = variant.prefix + prompt.drawn
             for index in range(images_per_prompt):
                 noise = noise_seed(seed, prompt.prompt_id, index, None if shared_seed else variant.name)
                 keys.append(_sample_key(fingerprint, prompt.prompt_id, text, variant.name, index, noise))
@@ -85,12 +85,12 @@ def wanted_samples(
     num_variants = len(variants)
     of_prompt = np.repeat(np.arange(len(prompts)), num_variants * images_per_prompt)
     of_variant = np.tile(np.repeat(np.arange(num_variants), images_per_prompt), len(prompts))
-    texts = pa.array([each.prompt for each in prompts], pa.string()).take(of_prompt)
+    texts = pa.array([each.drawn for each in prompts], pa.string()).take(of_prompt)
     prefixes = pa.array([each.prefix for each in variants], pa.string()).take(of_variant)
     columns = {
         "sample_key": pa.array(keys, pa.string()),
         "text": pc.binary_join_element_wise(prefixes, texts, ""),
-        "prompt": texts,
+        "prompt": pa.array([each.prompt for each in prompts], pa.string()).take(of_prompt),
         "prompt_id": pa.array([each.prompt_id for each in prompts], pa.string()).take(of_prompt),
         "variant": pa.array([each.name for each in variants], pa.string()).take(of_variant),
         "index": np.tile(np.arange(images_per_prompt, dtype=np.int32), len(prompts) * num_variants),

@@ -34,11 +34,18 @@ class Prompt:
         prompt_id: From `pipelines.dataset.pair.prompt_id`.
         prompt: The text, exactly as in its file.
         tags: What kind of prompt it is, for results by tag.
+        text: What images are drawn from, if they are judged against another text, such as one without a rare token.
     """
 
     prompt_id: str
     prompt: str
     tags: tuple[str, ...] = ()
+    text: str | None = None
+
+    @property
+    def drawn(self) -> str:
+        """The text that images are drawn from."""
+        return self.prompt if self.text is None else self.text
 
 
 def read_prompts(file: PromptFile, seed: int) -> list[Prompt]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipelines.suites.cells import scorers_of
 from pipelines.suites.results import Judge
-from pipelines.suites.suite import Suite
+from pipelines.suites.suite import REPEAT, Suite
 
 NUM_EACH = 3
 """Images for each reason."""
@@ -72,7 +72,8 @@ def step_of(model: str) -> int | None:
 
 def image_name(suite: str, model: str, prompt_id: str, index: int) -> str:
     """Return the file name of a gallery's image; the same image always has the same one."""
-    return f"{suite}-{model}-{prompt_id[:16]}-{index}.png"
+    sample_id, _, repeat = prompt_id.partition(REPEAT)
+    return f"{suite}-{model}-{sample_id[:16]}-{f'{repeat}-' if repeat else ''}{index}.png"
 
 
 def choose_gallery(

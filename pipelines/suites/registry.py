@@ -1,38 +1,80 @@
-"""The registry of suites that ship or can be fetched, by name.
+"""The registry of suites, by name: what a name in a configuration stands for.
 
-A suite is one entry here: its name with the version, and a function without arguments that builds it. `held-out` and
-`prompts` are no entries, because their prompts come from a run.
+`starter` ships. Benchmarks are fetched first: `benchmarks.BENCHMARKS` has one entry for each. `held-out` and `prompts`
+are no entries, because their prompts come from a run.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 from pipelines.dataset.errors import ConfigError
-from pipelines.suites.starter import starter
+from pipelines.dataset.storage import Storage
+from pipelines.suites.benchmarks import BENCHMARKS, GROUPS, Benchmark
+from pipelines.suites.prompt_files import find_questions, find_set
+from pipelines.suites.starter import STARTER, starter
 from pipelines.suites.suite import Suite
 
-SUITES: dict[str, Callable[[], Suite]] = {"starter@1": starter}
-"""Builders of the suites by `name@version`; the last one of a name is what the name alone stands for."""
 HELD_OUT, PROMPTS = "held-out", "prompts"
 """Suites of a run's own prompts: its held-out pairs, and its file of prompts."""
+_BENCHMARKS = {each.label: each for each in BENCHMARKS}
 
 
 def suite_names() -> list[str]:
-    """Return the names of the suites with their versions, in the order of the registry."""
-    return list(SUITES)
+    """Return the names of the suites with their versions, in the order of the registry; groups are left out."""
+    return [STARTER, *_BENCHMARKS]
 
 
-def load_suite(name: str) -> Suite:
+def expanded(names: Iterable[str]) -> list[str]:
+    """Return the names of suites with every group replaced by its members; each suite once.
+
+    Args:
+        names: Names of suites and groups, with a version or without.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        members: Sequence[str] = GROUPS.get(_newest(name, GROUPS), (name,))
+        known = {_newest(each, suite_names()) for each in found}
+        found.update(dict.fromkeys(each for each in members if _newest(each, suite_names()) not in known))
+    return list(found)
+
+
+def benchmark(name: str) -> Benchmark | None:
+    """Return the protocol of a benchmark; None if the name stands for none.
+
+    Args:
+        name: `name@version`, or the name alone for its newest version.
+    """
+    return _BENCHMARKS.get(_newest(name, _BENCHMARKS))
+
+
+def load_suite(name: str, storage: Storage | None = None) -> Suite:
     """Build a suite.
 
     Args:
         name: `name@version`, or the name alone for its newest version.
+        storage: The storage whose cache may hold the prompts; this machine's is looked in as well.
 
     Raises:
         ConfigError: There is no such suite, or no such version of it.
+        ModelError: Its prompts, or the questions that its judges ask, were not fetched.
     """
-    newest = {full.partition("@")[0]: full for full in SUITES}
-    build = SUITES.get(newest.get(name, name))
-    if build is None:
-        known = ", ".join((HELD_OUT, PROMPTS, *SUITES))
-        raise ConfigError(f"there is no suite {name}", f"choose from {known}")
-    return build()
+    if _newest(name, [STARTER]) == STARTER:
+        return starter()
+    found = benchmark(name)
+    if found is None:
+        raise unknown(name)
+    rows = find_set(found.set, storage, found.label)
+    questions = find_questions(found.set, storage, found.label) if found.needs_questions else None
+    return found.suite(rows, questions)
+
+
+def unknown(name: str) -> ConfigError:
+    """Return the error about a name that stands for no suite."""
+    listed = [each for each in _BENCHMARKS if not any(each in members for members in GROUPS.values())]
+    known = ", ".join((HELD_OUT, PROMPTS, STARTER, *listed, *GROUPS))
+    return ConfigError(f"there is no suite {name}", f"choose from {known}; `mapo suites` lists all")
+
+
+def _newest(name: str, labels: Iterable[str]) -> str:
+    """Return the label that a name stands for: itself, or the newest version of the name alone."""
+    newest = {label.partition("@")[0]: label for label in labels}
+    return newest.get(name, name)

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pipelines.suites.suite import Suite, SuitePrompt
 
 FILE = "starter.jsonl"
+STARTER = "starter@1"
 PIXEL_SCORERS = ("dark_share", "saturation", "edge_density", "colour_entropy")
 
 

@@ -9,19 +9,56 @@ from dataclasses import dataclass
 
 from pipelines.dataset.pair import prompt_id
 
+REPEAT = "#"
+"""Between the id of a prompt and the number of its repetition."""
+
 
 @dataclass(frozen=True)
 class SuitePrompt:
-    """Prompt of a suite; the first of its tags is its category."""
+    """Prompt of a suite; the first of its tags is its category.
+
+    Args:
+        prompt_id: Its id in this suite: that of its samples, with REPEAT and a number where a benchmark has the prompt
+            again, which then is judged on images of its own.
+        prompt: The text that images are judged against.
+        tags: Its tags.
+        text: The text that images are drawn from; None for the prompt itself.
+        metadata: What judges must know of it beside the text, as canonical JSON; None if there is nothing.
+        questions: Questions about its images, as a JSON list of texts; None if there are none.
+    """
 
     prompt_id: str
     prompt: str
     tags: tuple[str, ...] = ()
+    text: str | None = None
+    metadata: str | None = None
+    questions: str | None = None
 
     @staticmethod
-    def of(prompt: str, *tags: str) -> "SuitePrompt":
+    def of(prompt: str, *tags: str, **more: str | None) -> "SuitePrompt":
         """Return a prompt with the id that samples and scores know it by."""
-        return SuitePrompt(prompt_id(prompt), prompt, tags)
+        return SuitePrompt(prompt_id(prompt), prompt, tags, **more)
+
+    @property
+    def sample_id(self) -> str:
+        """The prompt_id of its samples."""
+        return self.prompt_id.partition(REPEAT)[0]
+
+    @property
+    def occurrence(self) -> int:
+        """How many rows of the suite before this one have the same prompt."""
+        return int(self.prompt_id.partition(REPEAT)[2] or 0)
+
+
+def numbered(prompts: Iterable[SuitePrompt]) -> tuple[SuitePrompt, ...]:
+    """Give repeated prompts of a benchmark ids of their own, so that every row counts once."""
+    seen: Counter[str] = Counter()
+    found = []
+    for each in prompts:
+        place = seen[each.prompt_id]
+        seen[each.prompt_id] += 1
+        found.append(dataclasses.replace(each, prompt_id=f"{each.prompt_id}{REPEAT}{place}") if place else each)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -45,6 +82,7 @@ class Suite:
         source: Where the prompts come from.
         deviations: How this differs from the protocol, such as `4 steps instead of 30`; see `changed`.
         protocol_prompts: Number of prompts of the whole protocol; None for all of `prompts`.
+        differs: How the protocol itself differs from what its authors publish, in sentences.
 
     Raises:
         ValueError: There is no prompt, a prompt occurs twice, a number is out of range, a primary scorer is not among
@@ -66,6 +104,7 @@ class Suite:
     source: str = ""
     deviations: tuple[str, ...] = ()
     protocol_prompts: int | None = None
+    differs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -110,8 +149,8 @@ class Suite:
 
     @property
     def sha256(self) -> str:
-        """Digest of the prompts with their tags, in order."""
-        lines = [json.dumps([each.prompt, list(each.tags)], ensure_ascii=False) for each in self.prompts]
+        """Digest of the prompts with their tags and all that is known of them, in order."""
+        lines = [json.dumps(_parts(each), ensure_ascii=False) for each in self.prompts]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def changed(
@@ -168,3 +207,10 @@ class Suite:
         own = dict.fromkeys((*self.scorers, *scorers))
         added = tuple(each for each in own if each not in self.scorers)
         return dataclasses.replace(self, scorers=tuple(own), primary=self.primary or added)
+
+
+def _parts(prompt: SuitePrompt) -> list[object]:
+    """Return what a digest is of; what a prompt does not have is left out."""
+    more = {"text": prompt.text, "metadata": prompt.metadata, "questions": prompt.questions}
+    told = {name: value for name, value in more.items() if value is not None}
+    return [prompt.prompt, list(prompt.tags), *([told] if told else [])]

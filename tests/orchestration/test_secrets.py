@@ -37,6 +37,8 @@ HERE = {
     "data gc": ["data", "gc", "{secret}", "--grace", "{secret}"],
     "data history": ["data", "history", "{secret}/none"],
     "data export": ["data", "export", "{secret}", "--parquet", "{secret}/pairs.parquet"],
+    "suites show": ["suites", "show", "{secret}"],
+    "suites fetch": ["suites", "fetch", "geneval", "--from", "{secret}/none"],
     "scorers show": ["scorers", "show", "{secret}"],
     "scorers fetch": ["scorers", "fetch", "aesthetic", "--from", "{secret}/none"],
     "scorers check": ["scorers", "check", "--images", "{secret}/none"],

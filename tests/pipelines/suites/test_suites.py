@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.pair import prompt_id
-from pipelines.suites.registry import SUITES, load_suite, suite_names
-from pipelines.suites.suite import Suite, SuitePrompt
+from pipelines.suites.registry import load_suite, suite_names
+from pipelines.suites.suite import Suite, SuitePrompt, numbered
 
 STARTER_SHA256 = "f484e8518879686d446ab474ba0c9f97b2d4ce81bc038755074f21ac991930ae"
 """Of the prompts and kinds of `starter@1`. Another one is another suite: raise the version, keep this one."""
@@ -37,10 +37,22 @@ def test_the_prompts_of_starter_are_read_whole_by_clip() -> None:
     assert all(each.prompt == each.prompt.strip() and each.prompt.isascii() for each in load_suite("starter").prompts)
 
 
-def test_every_suite_of_the_registry_can_be_built_under_its_name() -> None:
-    for name in suite_names():
-        assert load_suite(name).label == name
-    assert all(name.partition("@")[2].isdigit() for name in SUITES)
+def test_every_suite_has_a_version() -> None:
+    assert all(name.partition("@")[2].isdigit() for name in suite_names())
+
+
+def test_rows_that_a_benchmark_repeats_count_each() -> None:
+    prompts = numbered([SuitePrompt.of("a", "x"), SuitePrompt.of("b", "x"), SuitePrompt.of("a", "y")])
+    own = suite(prompts=prompts)
+    assert [(each.sample_id, each.occurrence) for each in own.prompts] == [
+        (prompt_id("a"), 0), (prompt_id("b"), 0), (prompt_id("a"), 1)
+    ]  # fmt: skip
+    assert {tag: len(members) for tag, members in own.tags.items()} == {"x": 2, "y": 1}
+
+
+def test_what_judges_know_of_a_prompt_is_in_the_digest() -> None:
+    told = [suite(prompts=(SuitePrompt.of("a", "x", metadata=each),)).sha256 for each in (None, "{}", '{"n":1}')]
+    assert len(set(told)) == 3
 
 
 @pytest.mark.parametrize("name", ["starter@2", "geneval-of-mine", ""])

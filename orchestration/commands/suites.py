@@ -1,0 +1,102 @@
+"""`mapo suites`: list the suites, and fetch the prompts of benchmarks."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestration.commands.options import JSON, Command, Option, place, say, say_json
+
+if TYPE_CHECKING:
+    from pipelines.suites.catalogue import ListedSuite
+
+ALL = "all"
+
+
+def _show(options: argparse.Namespace) -> None:
+    from pipelines.suites.catalogue import list_suites
+
+    found = list_suites(None if options.name == ALL else [options.name])
+    if options.json:
+        say_json([suite.to_json() for suite in found])
+    elif options.name == ALL:
+        say(table_text(found))
+    else:
+        say(suite_text(found[0]))
+
+
+def table_text(suites: "list[ListedSuite]") -> str:
+    """Return one line for each suite."""
+    width = max(len(suite.name) for suite in suites)
+    lines = []
+    for each in suites:
+        images = "" if each.images_per_prompt is None else f"x {each.images_per_prompt}"
+        here = "here" if each.is_cached else "not here"
+        judges = ", ".join(each.scorers)
+        lines.append(f"{each.name:<{width}}  {each.num_prompts:>6,} {images:<4}  {here:<8}  {judges}")
+    more = "`mapo suites NAME` tells more; `mapo suites fetch NAME` brings prompts"
+    return "\n".join([*lines, "", f"{more}; `held-out` and `prompts` are suites of a run's own prompts"])
+
+
+def suite_text(suite: "ListedSuite") -> str:
+    """Describe one suite for a terminal."""
+    facts = [("prompts", f"{suite.num_prompts:,} ({suite.licence}), from {suite.source}")]
+    if suite.images_per_prompt is not None:
+        facts.append(("images", f"{suite.images_per_prompt} of each prompt"))
+    if suite.num_inference_steps is not None:
+        side = "the side of the training images" if suite.resolution is None else f"{suite.resolution} pixels"
+        facts.append(("sampling", f"{suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}, {side}"))
+    facts.append(("judges", ", ".join(suite.scorers) or "none in process"))
+    facts += [("differs", each) for each in suite.differs]
+    facts += [("suite", each) for each in suite.members]
+    if suite.sha256 is not None:
+        facts.append(("sha256", suite.sha256))
+    facts.append(("here", "yes" if suite.is_cached else f"no: mapo suites fetch {suite.name}"))
+    if suite.needs_questions:
+        made = "no: make questions.jsonl with benchmarks/compbench_questions.py, and fetch with --from"
+        facts.append(("questions", "yes" if suite.has_questions else made))
+    return "\n".join([f"{suite.name}: {suite.about}", *(f"{name:<9} {told}" for name, told in facts)])
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from pipelines.dataset.storage import Storage
+    from pipelines.suites.catalogue import sets_of
+    from pipelines.suites.prompt_files import fetch_questions, fetch_set, is_fetched, publish_set
+
+    found = sets_of(options.name)
+    if not found:
+        say(f"{options.name} ships with mapo")
+    source = None if options.source is None else Path(options.source).expanduser()
+    for each in found:
+        if source is None and is_fetched(each.set):
+            say(f"{each.prompts}: {each.set.count:,} prompts are here")
+        else:
+            say(f"{each.prompts}: {each.set.count:,} prompts in {fetch_set(each.prompts, source)}")
+        if source is not None and (questions := fetch_questions(each.set, source)) is not None:
+            say(f"{each.prompts}: questions in {questions}")
+        if options.to is not None:
+            storage = Storage(options.to)
+            publish_set(each.prompts, storage)
+            say(f"{storage.uri('cache')}: runs on this storage find {each.prompts} there")
+
+
+NAME = Option("NAME", "a suite", default=ALL)
+ONE = Option("NAME", "a suite, or a group such as seed")
+COMMANDS = (
+    Command(
+        "suites show",
+        "list the suites: prompts, images, sampling, judges, licence, whether they are here; the word `show` may be "
+        "left out",
+        _show,
+        (NAME, JSON),
+    ),
+    Command(
+        "suites fetch",
+        "bring the prompts of a suite to this machine, checked by their digest",
+        _fetch,
+        (
+            ONE,
+            Option("--from", "take the published files from here instead of the network", "FOLDER", dest="source"),
+            Option("--to", "copy them to this storage's cache too, for drivers on a cluster", "STORAGE", type=place),
+        ),
+    ),
+)

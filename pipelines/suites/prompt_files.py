@@ -1,0 +1,240 @@
+"""Fetched prompt sets: brought from their public place or a folder, checked by digest, found again by later runs.
+
+A set is one file of canonical JSON lines, under its digest in the storage's cache and in this machine's. Light: needs
+neither ray nor torch.
+"""
+
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipelines.dataset.errors import ModelError
+from pipelines.dataset.layout import CACHE
+from pipelines.dataset.storage import Storage
+from pipelines.scores.weights import default_cache
+from pipelines.suites.prompt_sets import (
+    PROMPT_SETS,
+    Layout,
+    PromptSet,
+    SetRow,
+    canonical,
+    digest_of,
+    prompt_set,
+    read_canonical,
+)
+from pipelines.suites.questions import Questions, read_questions
+
+FOLDER = "prompts"
+QUESTIONS = "questions.jsonl"
+TIMEOUT_S = 60.0
+ATTEMPTS = 3
+
+
+def find_set(wanted: PromptSet, storage: Storage | None, suite: str) -> tuple[SetRow, ...]:
+    """Return the rows of a fetched set, from the storage's cache or this machine's.
+
+    Args:
+        wanted: The set.
+        storage: The storage; None to look on this machine alone.
+        suite: The suite that needs it, for the hint.
+
+    Raises:
+        ModelError: It was not fetched, or its file is damaged.
+    """
+    data = None if storage is None else storage.read_if_there(stored_name(wanted))
+    place = local_file(wanted)
+    if data is None and place.is_file():
+        data = place.read_bytes()
+    if data is None:
+        cache = "" if storage is None else f" or in {storage.uri(CACHE)}"
+        raise ModelError(
+            f"the prompts of {suite} are missing: {wanted.name} was not found in {place.parent}{cache}",
+            f"mapo suites fetch {suite}" + ("" if storage is None else f" --to {storage.url}"),
+        )
+    if wanted.sha256 is not None and hashlib.sha256(data).hexdigest() != wanted.sha256:
+        raise ModelError(f"the fetched prompts {wanted.name} are damaged", f"mapo suites fetch {suite}")
+    return read_canonical(data)
+
+
+def find_questions(wanted: PromptSet, storage: Storage | None, suite: str) -> Questions:
+    """Return the fetched questions about a set's images, from the storage's cache or this machine's.
+
+    Args:
+        wanted: The set.
+        storage: The storage; None to look on this machine alone.
+        suite: The suite whose judges ask them, for the hint.
+
+    Raises:
+        ModelError: They were not fetched.
+        SourceError: They are damaged, or about other prompts.
+    """
+    place = questions_file(wanted)
+    data = None if storage is None else storage.read_if_there(f"{CACHE}/{FOLDER}/{place.name}")
+    if data is None and place.is_file():
+        data = place.read_bytes()
+    if data is None:
+        raise ModelError(
+            f"the judges of {suite} ask questions about each prompt, which were not fetched: there is no {place}",
+            f"make {QUESTIONS} with benchmarks/compbench_questions.py, put it beside the prompts, and run "
+            f"`mapo suites fetch {suite} --from FOLDER`",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder) / place.name
+        copied.write_bytes(data)
+        return read_questions(copied)
+
+
+def questions_file(wanted: PromptSet) -> Path:
+    """Return the file of questions about a set on this machine."""
+    return default_cache() / FOLDER / f"{wanted.name}.{QUESTIONS}"
+
+
+def fetch_questions(wanted: PromptSet, folder: Path) -> Path | None:
+    """Bring the file of questions in a folder to this machine, if there is one; return where it is.
+
+    Args:
+        wanted: The set, which must be fetched.
+        folder: The folder.
+
+    Raises:
+        SourceError: It is damaged, or about a prompt that the set does not have.
+    """
+    given, target = folder / QUESTIONS, questions_file(wanted)
+    if not given.is_file():
+        return None
+    known = {row.prompt for row in read_canonical(local_file(wanted).read_bytes())}
+    read_questions(given, known & read_questions(given).asked.keys())
+    _put(given.read_bytes(), target)
+    return target
+
+
+def is_fetched(wanted: PromptSet, storage: Storage | None = None) -> bool:
+    """Return whether a set is on this machine, or in the storage's cache."""
+    return local_file(wanted).is_file() or (storage is not None and storage.exists(stored_name(wanted)))
+
+
+def local_file(wanted: PromptSet) -> Path:
+    """Return the file of a set on this machine."""
+    return default_cache() / FOLDER / f"{wanted.sha256 or wanted.name}.jsonl"
+
+
+def stored_name(wanted: PromptSet) -> str:
+    """Return the name of a set's file in the storage's cache: its digest, or its name if it has none."""
+    return f"{CACHE}/{wanted.sha256 or f'{FOLDER}/{wanted.name}.jsonl'}"
+
+
+def fetch_set(name: str, source: Path | None = None) -> Path:
+    """Bring a set to this machine and check it; it appears in full or not at all.
+
+    Args:
+        name: The set's name.
+        source: A folder with its files, under the names of any layout in which it is published, or one file of it; None
+            for the network.
+
+    Returns:
+        The file on this machine.
+
+    Raises:
+        ModelError: The files are missing, cannot be brought or read, or hold other rows.
+        ConfigError: There is no such set.
+    """
+    wanted = prompt_set(name)
+    rows = _from_network(wanted) if source is None else _from_folder(wanted, source)
+    target = local_file(wanted)
+    _put(canonical(rows), target)
+    return target
+
+
+def _put(data: bytes, target: Path) -> None:
+    """Write a file that appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".fetch-", delete=False) as unfinished:
+        unfinished.write(data)
+    Path(unfinished.name).replace(target)
+
+
+def publish_set(name: str, storage: Storage) -> None:
+    """Copy a fetched set to the storage's cache, where every driver on this storage finds it."""
+    wanted = prompt_set(name)
+    storage.write(stored_name(wanted), local_file(wanted).read_bytes())
+    if questions_file(wanted).is_file():
+        storage.write(f"{CACHE}/{FOLDER}/{questions_file(wanted).name}", questions_file(wanted).read_bytes())
+
+
+def _from_folder(wanted: PromptSet, source: Path) -> list[SetRow]:
+    folder, names = (source, None) if source.is_dir() else (source.parent, source.name)
+    if not source.exists():
+        raise ModelError(f"there is no {source.absolute()}", "give a folder with the published files")
+    for layout in wanted.layouts:
+        is_meant = names is None or layout.files == (names,)
+        if is_meant and all((folder / name).is_file() for name in layout.files):
+            return _rows(wanted, layout, lambda name: (folder / name).read_bytes(), str(folder))
+    listed = " or ".join(", ".join(layout.files) for layout in wanted.layouts)
+    raise ModelError(f"{source} lacks the files of {wanted.name}: {listed}", "give them under their published names")
+
+
+def _from_network(wanted: PromptSet) -> list[SetRow]:
+    failures = []
+    for layout in wanted.layouts:
+        if layout.url is None:
+            continue
+        try:
+            return _rows(wanted, layout, functools.partial(_download, layout.url), layout.url)
+        except ModelError as error:
+            failures.append(error.args[0].splitlines()[0])
+    raise ModelError(
+        f"cannot fetch the prompts {wanted.name}: {'; '.join(failures)}",
+        "on a machine without a network: `--from FOLDER`, with the files in FOLDER",
+    )
+
+
+def _rows(wanted: PromptSet, layout: Layout, read: Callable[[str], bytes], place: str) -> list[SetRow]:
+    """Read and check the rows of one layout."""
+    files = {name: read(name) for name in layout.files}
+    try:
+        rows = list(layout.read(files))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
+        raise ModelError(
+            f"{place} holds no prompts {wanted.name}: {type(error).__name__}: {error}",
+            f"take them from {wanted.source}",
+        ) from error
+    found = digest_of(rows)
+    if len(rows) != wanted.count or wanted.sha256 not in (None, found):
+        told = f", expected {wanted.count:,}" + (f" with {wanted.sha256[:12]}" if wanted.sha256 else "")
+        raise ModelError(
+            f"{', '.join(layout.files)} in {place} hold other prompts than {wanted.name}: {len(rows):,} rows with the "
+            f"digest {found[:12]}{told}",
+            f"the files are damaged or another version; take them from {wanted.source}",
+        )
+    return rows
+
+
+def _download(base: str, name: str) -> bytes:
+    """Download a small file; a connection that is cut is tried again.
+
+    Raises:
+        ModelError: It cannot be brought.
+    """
+    import urllib3
+
+    url = base + name
+    retries = urllib3.Retry(total=ATTEMPTS - 1, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504))
+    for attempt in range(ATTEMPTS):
+        try:
+            with urllib3.PoolManager() as pool:
+                answer = pool.request("GET", url, timeout=TIMEOUT_S, retries=retries, enforce_content_length=True)
+        except urllib3.exceptions.HTTPError as error:
+            if attempt == ATTEMPTS - 1:
+                raise ModelError(f"{url}: {type(error).__name__}: {error}", "is there a network?") from error
+            continue
+        if answer.status != 200:
+            raise ModelError(f"{url}: HTTP {answer.status}", "has its publisher moved it?")
+        return answer.data
+    raise AssertionError("unreachable")
+
+
+__all__ = ["PROMPT_SETS", "fetch_set", "find_set", "is_fetched", "local_file", "publish_set"]
