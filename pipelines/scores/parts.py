@@ -89,6 +89,7 @@ PARTS = {
     "csd-vit-l": Part(
         "tomg-group-umd/CSD-ViT-L", (File(MODEL, also=("pytorch_model.bin", "checkpoint.pth")),), "MIT", "csd"
     ),
+    "mask2former-swin-s-coco": Part("facebook/mask2former-swin-small-coco-instance", CLIP_FILES, "MIT"),
     "vgg19-features": Part(None, (File("vgg19-dcbb9e9d.pth", url=VGG19),), "BSD-3-Clause", "vgg"),
 }
 """The parts by name. Weights under AGPL or for non-commercial use alone are not in this table."""

@@ -47,6 +47,7 @@ SCORERS = {
     "edge_density": f"{_HERE}.pixels:EdgeDensity",
     "colour_entropy": f"{_HERE}.pixels:ColourEntropy",
     "grid_energy": f"{_HERE}.pixels:GridEnergy",
+    "geneval": f"{_HERE}.geneval.scorer:GenEval",
     "near_duplicates": f"{_HERE}.duplicates:NearDuplicates",
 }
 """Built-in scorers by name, as `module:Class`. None has a licence that forbids commercial use or demands more than
