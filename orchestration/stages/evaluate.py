@@ -52,7 +52,7 @@ def look(run: Run) -> Look:
         is_done,
         lambda: _evaluate(evaluation),
         amount=lambda: _amount(run, evaluation),
-        notes=lambda: Notes() if is_done else _notes(record),
+        notes=lambda: Notes() if is_done else _notes(record, evaluation),
     )
 
 
@@ -120,24 +120,44 @@ def _summary(record: EvaluationRecord) -> str:
     return ", ".join(parts)
 
 
-def _notes(record: StageRecord | None) -> Notes:
+def _notes(record: StageRecord | None, evaluation: Evaluation) -> Notes:
+    remarks = evaluation.remarks() if evaluation.is_sampling_known else ()
     if record is None or record.details.get("version", 1) >= VERSION:
-        return Notes()
-    return Notes(
-        remarks=(
-            "an earlier version evaluated this model: its samples had other noise, so all of them are drawn and scored "
-            "once more",
-        )
+        return Notes(remarks=remarks)
+    again = (
+        "an earlier version evaluated this model: its samples had other noise, so all of them are drawn and scored "
+        "once more"
     )
+    return Notes(remarks=(again, *remarks))
+
+
+def notes(run: Run) -> Notes:
+    """Say what drawing every sample would take of an H200, if the base is on this machine."""
+    from orchestration.stages.evaluation_cost import bounded_hours, cost_line
+    from orchestration.stages.judged_suites import planned_suites
+    from pipelines.samples.plan import unit_size
+
+    encode, suites = run.config.encode, planned_suites(run.config)
+    hours = None if encode is None else bounded_hours(encode.source, suites, encode.resolution)
+    if not hours:
+        return Notes()
+    size, models = unit_size(run.config.evaluate.batch_size), _num_models(run)
+    units = sum(-(-len(suite.prompts) * suite.images_per_prompt // size) for suite in suites)
+    return Notes(remarks=(cost_line(models * units, models * hours),))
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:
     """Bound the samples of all models but checkpoints from above."""
-    from orchestration.stages.judged_models import wanted_models
     from orchestration.stages.judged_suites import max_samples
 
-    num_models = sum(model != CHECKPOINTS for model in wanted_models(run))
-    return {"samples": num_models * max_samples(run.config)}
+    return {"samples": _num_models(run) * max_samples(run.config)}
+
+
+def _num_models(run: Run) -> int:
+    """Count the models but checkpoints, of which there may be any number."""
+    from orchestration.stages.judged_models import wanted_models
+
+    return sum(model != CHECKPOINTS for model in wanted_models(run))
 
 
 def check(run: Run) -> None:

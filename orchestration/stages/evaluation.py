@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from orchestration.run.context import EVALUATION, RESULTS
-from orchestration.stages.evaluation_cost import gpu_hours
+from orchestration.stages.evaluation_cost import cost_line, gpu_hours
 from orchestration.stages.evaluation_images import (
     audit_rows,
     can_audit,
@@ -39,7 +39,7 @@ from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
 from pipelines.samples.fingerprint import samples_fingerprint
-from pipelines.samples.plan import count_missing, distinct_samples
+from pipelines.samples.plan import count_missing, distinct_samples, unit_size
 from pipelines.scores.execution import score
 from pipelines.scores.images import JUDGES, REQUIRED
 from pipelines.scores.plan import read_scores
@@ -200,6 +200,14 @@ class Evaluation:
         if missing and self.on_gpu:
             line += f", about {gpu_hours(self._drawings, self.missing):.2g} GPU hours on an H200"
         return line
+
+    def remarks(self) -> tuple[str, ...]:
+        """Say how many units are missing, and what drawing them would take of an H200."""
+        missing = self.missing
+        if not any(missing.values()):
+            return ()
+        size = unit_size(self._run.config.evaluate.batch_size)
+        return (cost_line(sum(-(-each // size) for each in missing.values()), gpu_hours(self._drawings, missing)),)
 
     def _cost(self, drawn: Sequence[Drawn], seconds: float) -> EvaluationCost:
         gpu_hours = sum(each.worker_s for each in drawn) / 3600 if self.on_gpu else None

@@ -38,19 +38,21 @@ def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
 
 
 def _suite(name: str, config: RunConfig, held_out: HeldOutPairs) -> Suite:
+    if name == HELD_OUT:
+        return _as_drawn(held_out_suite(held_out, config.evaluate.num_samples), config)
+    return _as_drawn(_own_prompts(config) if name == PROMPTS else load_suite(name, Storage(config.storage)), config)
+
+
+def _as_drawn(suite: Suite, config: RunConfig) -> Suite:
     """Return a suite with the settings of `evaluate`, which are a departure from a benchmark, not from own prompts."""
-    evaluate, is_own = config.evaluate, name in (HELD_OUT, PROMPTS)
-    if is_own:
-        suite = held_out_suite(held_out, evaluate.num_samples) if name == HELD_OUT else _own_prompts(config)
-    else:
-        suite = load_suite(name, Storage(config.storage))
+    evaluate = config.evaluate
     changed = suite.changed(
         images_per_prompt=evaluate.images_per_prompt,
         num_inference_steps=evaluate.num_inference_steps,
         guidance_scale=evaluate.guidance_scale,
         resolution=evaluate.resolution,
     )
-    return replace(changed, deviations=()) if is_own else changed
+    return replace(changed, deviations=()) if suite.name in (HELD_OUT, PROMPTS) else changed
 
 
 def held_out_suite(held_out: HeldOutPairs, num_samples: int) -> Suite:
@@ -87,16 +89,22 @@ def suites_without_pairs(config: RunConfig) -> list[Suite]:
     return [_own_prompts(config) if name == PROMPTS else load_suite(name, storage) for name in names]
 
 
+def planned_suites(config: RunConfig) -> list[Suite]:
+    """Return the suites that need no data set, as this run draws them.
+
+    Raises:
+        ConfigError: A suite is unknown, or the file of prompts cannot be read.
+        ModelError: The prompts of a suite were not fetched.
+    """
+    suites = (_as_drawn(suite, config) for suite in suites_without_pairs(config))
+    return [suite.limited(config.evaluate.limit_prompts, seed=config.seed) for suite in suites]
+
+
 def max_samples(config: RunConfig) -> int:
     """Bound the samples of one model from above, without a look at the data set."""
     evaluate = config.evaluate
-    each = {HELD_OUT: evaluate.num_samples * (evaluate.images_per_prompt or 1)}
-    for name, suite in zip(
-        (name for name in names_of_suites(config) if name != HELD_OUT), suites_without_pairs(config), strict=True
-    ):
-        num_prompts = min(len(suite.prompts), evaluate.limit_prompts or len(suite.prompts))
-        each[name] = num_prompts * (evaluate.images_per_prompt or suite.images_per_prompt)
-    return sum(each[name] for name in names_of_suites(config))
+    held_out = evaluate.num_samples * (evaluate.images_per_prompt or 1) if HELD_OUT in evaluate.suite_names else 0
+    return held_out + sum(len(suite.prompts) * suite.images_per_prompt for suite in planned_suites(config))
 
 
 def suites_identity(config: RunConfig) -> list[Any]:
