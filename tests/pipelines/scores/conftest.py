@@ -11,6 +11,7 @@ import torch
 if importlib.util.find_spec("torchvision") and torch.version.cuda is None:  # before transformers imports it
     import benchmarks.torchvision_stub  # noqa: F401
 
+from geneval_twins import write_mask2former
 from PIL import Image
 from safetensors.torch import load_file
 from scorer_twins import (
@@ -83,6 +84,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory, recorded: dict[str, Any]) ->
         "intermediate_size": 256, "patch_size": 32, "image_size": 224, "layer_norm_eps": 1e-12, "qkv_bias": True,
     }  # fmt: skip
     write_part(root / "dino-vits16", hf_dino_names(formula_weights(recorded["dino"]["shapes"])), config)
+    write_mask2former(root)
     assert len(BERT_VOCAB) < 100
     return root
 
@@ -96,8 +98,10 @@ def all_loaded(twins: Path) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def extra(images: list[Image.Image]) -> dict[str, list[list[Image.Image]]]:
+def extra(images: list[Image.Image]) -> dict[str, list[Any]]:
+    dog = {"tag": "single_object", "exclude": [{"class": "dog", "count": 1}]}
     return {
+        "metadata": [dog if place in (1, 3, 6) else None for place in range(len(images))],  # the detector is slow
         "references": [[images[0], images[1]]] * len(images),
         "siblings": [[other for other in images if other is not image] for image in images],
     }

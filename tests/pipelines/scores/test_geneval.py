@@ -173,7 +173,9 @@ def detections64(classes_QK: Any, masks_QHW: Any, sizes: Sizes) -> list[tuple[st
         logits = resized64(padded[: sizes.resized[0], : sizes.resized[1]], sizes.original)
         mask = logits > 0
         mean = (1 / (1 + np.exp(-logits[mask]))).mean() if mask.any() else 0.0
-        found += [(name, float(power / powers.sum() * mean), mask) for name, power in zip(OBJECTS, powers, strict=False)]
+        found += [
+            (name, float(power / powers.sum() * mean), mask) for name, power in zip(OBJECTS, powers, strict=False)
+        ]
     return found
 
 
@@ -216,7 +218,9 @@ def test_a_whole_detection_equals_a_computation_in_float64(tmp_path: Path) -> No
     width, height = 300, 200
     model, image = mask2former_model(sureness=10), formula_image(width, height)
     size = {"shortest_edge": 800, "longest_edge": 1333}
-    pixels = Mask2FormerImageProcessorPil(size=size, size_divisor=32)(images=image, return_tensors="pt").pixel_values
+    resized = Mask2FormerImageProcessorPil(size=size, size_divisor=1)(images=image, return_tensors="pt").pixel_values
+    pixels = torch.zeros(1, 3, 800, 1216)  # to multiples of 32, as Meta pads; transformers would stretch the image
+    pixels[..., :1200] = resized
     sizes = Sizes.of(width, height)
     torch.testing.assert_close(prepared(image, sizes)[None], pixels, rtol=0, atol=2e-6)
     with torch.no_grad():

@@ -59,6 +59,7 @@ def test_a_failure_is_never_a_number_and_stays_with_its_image(
     lists = {
         "references": [*extra["references"][:3], []],
         "siblings": [extra["siblings"][0], [images[0]], [broken], []],
+        "metadata": [extra["metadata"][1]] * 3 + [None],
     }
     for scorer in all_loaded:
         passed = {name: lists[name] for name in scorer.needs if name in lists}
@@ -73,12 +74,15 @@ def test_a_failure_is_never_a_number_and_stays_with_its_image(
 
 
 def _expected_failures(needs: tuple[str, ...]) -> int:
-    return 1 + ("prompt" in needs) + ("references" in needs) + 2 * ("siblings" in needs)
+    lists = ("references" in needs) + ("metadata" in needs) + 2 * ("siblings" in needs)
+    return 1 + ("prompt" in needs) + lists
 
 
 def test_a_batch_of_failures_runs_no_model(all_loaded: list[Any]) -> None:
     broken = Image.fromarray(np.zeros((8, 8), dtype=np.float32))
-    results = score_together(all_loaded, [broken], ["a cat"], references=[[broken]], siblings=[[broken]])
+    results = score_together(
+        all_loaded, [broken], ["a cat"], references=[[broken]], siblings=[[broken]], metadata=[None]
+    )
     assert all(isinstance(each[0], Failure) for each in results.values())
 
 

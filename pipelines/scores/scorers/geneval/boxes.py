@@ -86,8 +86,8 @@ def box_of(mask_HW: Mask) -> Floats:
 def relations(box_4: Floats, target_4: Floats) -> set[str]:
     """Return where a box lies, seen from a target: none, one or two of `names.RELATIONS`.
 
-    The offset of the centres is lessened by a tenth of both sizes in each direction; what is left must be more than half
-    of the whole distance.
+    In each direction the offset of the centres is lessened by a tenth of both sizes; what is left must be more than
+    half of the distance between the centres.
     """
     offset_2 = _centre(box_4) - _centre(target_4)
     margin_2 = POSITION_MARGIN * (_size(box_4) + _size(target_4))

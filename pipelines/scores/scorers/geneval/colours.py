@@ -24,8 +24,8 @@ TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {nam
 class ColourClassifier:
     """Zero-shot classifier of colours by CLIP.
 
-    cos(crop, colour) is compared, where a colour's embedding is the mean of three normalised prompts. The official script
-    calls open_clip's `ViT-L-14` of `openai` under autocast; these weights need QuickGELU, and here they run in float32.
+    cos(crop, colour) is compared, where a colour's embedding is the mean of three normalised prompts. The official
+    script runs open_clip's `ViT-L-14` of `openai` under autocast; the weights need QuickGELU, and run in float32 here.
 
     Args:
         images: CLIP's vision tower.

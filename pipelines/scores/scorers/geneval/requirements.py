@@ -92,7 +92,7 @@ def _position(position: Any, where: str, num_before: int) -> tuple[str | None, i
     """Return the relation and its target, which must come before the requirement itself."""
     if position is None:
         return None, 0
-    is_pair = isinstance(position, list | tuple) and len(position) == 2  # noqa: PLR2004 - relation and target
+    is_pair = isinstance(position, list | tuple) and len(position) == 2
     if not is_pair or position[0] not in RELATIONS or position[1] not in range(num_before):
         raise UnusableMetadata(
             f"metadata: {where} has position {position!r}, not a relation ({', '.join(RELATIONS)}) "
