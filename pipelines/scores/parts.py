@@ -57,6 +57,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 MODEL = "model.safetensors"
 CLIP_FILES = (File(MODEL, also=("pytorch_model.bin",)), File("config.json"))
 SAC_LOGOS_AVA = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd8/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+BLIP_VQA = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_base_vqa_capfilt_large.pth"
 VGG19 = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 PARTS = {
@@ -90,6 +91,9 @@ PARTS = {
         "tomg-group-umd/CSD-ViT-L", (File(MODEL, also=("pytorch_model.bin", "checkpoint.pth")),), "MIT", "csd"
     ),
     "mask2former-swin-s-coco": Part("facebook/mask2former-swin-small-coco-instance", CLIP_FILES, "MIT"),
+    "blip-vqa-capfilt-large": Part(
+        None, (File("model_base_vqa_capfilt_large.pth", url=BLIP_VQA),), "BSD-3-Clause", "blip_vqa"
+    ),
     "vgg19-features": Part(None, (File("vgg19-dcbb9e9d.pth", url=VGG19),), "BSD-3-Clause", "vgg"),
 }
 """The parts by name. Weights under AGPL or for non-commercial use alone are not in this table."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.conversions.affine import collapse_affine
-from pipelines.scores.conversions.blip import imagereward
+from pipelines.scores.conversions.blip import blip_vqa, imagereward
 from pipelines.scores.conversions.clip import csd, open_clip
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ CONVERSIONS: "dict[str, Callable[[Weights], tuple[Weights, JsonObject | None]]]"
     "copy": _copy,
     "open_clip": open_clip,
     "imagereward": imagereward,
+    "blip_vqa": blip_vqa,
     "affine": _affine,
     "csd": csd,
     "vgg": _vgg,

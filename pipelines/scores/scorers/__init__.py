@@ -32,6 +32,7 @@ SCORERS = {
     "hpsv2.1": f"{_HERE}.hps:HpsV21",
     "hpsv2.1-noantialias": f"{_HERE}.hps:HpsV21NoAntialias",
     "imagereward": f"{_HERE}.imagereward:ImageReward",
+    "blip-vqa": f"{_HERE}.blip_vqa:BlipVqa",
     "aesthetic": f"{_HERE}.aesthetic:Aesthetic",
     "clipscore": f"{_HERE}.clipscore:ClipScore",
     "clipscore-b32": f"{_HERE}.clipscore:ClipScoreB32",

@@ -21,6 +21,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE = 224
 STYLE_SIDE = 512
+VQA_SIDE = 480
 
 
 class UnreadableImage(Exception):
@@ -178,6 +179,12 @@ def _style(picture: Picture) -> Pixels:
     return _normalised(scaled(centre), IMAGENET_MEAN, IMAGENET_STD)
 
 
+def _squash(picture: Picture) -> Pixels:
+    """Prepare as T2I-CompBench's transform for BLIP: a square, whatever the shape of the image."""
+    squashed = picture.rgb.resize((VQA_SIDE, VQA_SIDE), Image.Resampling.BICUBIC)
+    return _normalised(scaled(squashed), CLIP_MEAN, CLIP_STD)
+
+
 def _letterbox(picture: Picture, *, antialias: bool) -> Pixels:
     """Prepare as HPSv2's transform: resize 0..1 so that the longer side fits, add black bars, then normalise.
 
@@ -206,6 +213,7 @@ PREPROCESSINGS: dict[str, Callable[[Picture], Pixels]] = {
     "hps-224-noantialias": lambda picture: _letterbox(picture, antialias=False),
     "dino-224": _dino,
     "vgg-512": _style,
+    "blip-480": _squash,
 }
 """Preprocessings by the name that goes into a scorer's fingerprint."""
 

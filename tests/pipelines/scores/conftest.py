@@ -77,6 +77,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory, recorded: dict[str, Any]) ->
     ):
         state, config = convert(kind, formula_weights(recorded[name]["shapes"]), Path(name))
         write_part(root / part, state, config)
+    vqa = json.loads((DATA.parent / "compbench" / "recorded.json").read_text())["vqa"]["shapes"]
+    state, config = convert("blip_vqa", formula_weights(vqa), Path("blip-vqa"))
+    write_part(root / "blip-vqa-capfilt-large", state, config)
     head = {"weight": formula_tensor("twin.head", (1, 32)), "bias": torch.tensor([5.0])}
     write_part(root / "aesthetic-sac-logos-ava1", head)
     config = {
@@ -103,5 +106,6 @@ def extra(images: list[Image.Image]) -> dict[str, list[Any]]:
     return {
         "metadata": [dog if place in (1, 3, 6) else None for place in range(len(images))],  # the detector is slow
         "references": [[images[0], images[1]]] * len(images),
+        "questions": [["a red cat?", "the house?"]] * len(images),
         "siblings": [[other for other in images if other is not image] for image in images],
     }

@@ -58,6 +58,7 @@ def test_a_failure_is_never_a_number_and_stays_with_its_image(
     prompts = ["a cat", "a dog", None, "a house"]
     lists = {
         "references": [*extra["references"][:3], []],
+        "questions": extra["questions"][:4],
         "siblings": [extra["siblings"][0], [images[0]], [broken], []],
         "metadata": [extra["metadata"][1]] * 3 + [None],
     }

@@ -87,12 +87,13 @@ def load_blip(folder: Path, tokenizer: Path, preprocessing: str, device: Any) ->
         raise ModelError(f"{folder} is not a converted ImageReward: {error}", DAMAGED) from error
 
     def build() -> BlipImages:
-        vision = load_state(BlipVisionModel(vision_config), _below(state, "vision_model."), folder)
+        vision = load_state(BlipVisionModel(vision_config), below(state, "vision_model."), folder)
         return BlipImages(key, preprocessing, vision, place)
 
-    load_state(text, _below(state, "text_model."), folder)
+    load_state(text, below(state, "text_model."), folder)
     return shared(key, place, build), RewardHead(text, BertTokens(tokenizer), affine, place)
 
 
-def _below(state: State, prefix: str) -> State:
+def below(state: State, prefix: str) -> State:
+    """Return the weights below a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
