@@ -1,6 +1,7 @@
 """T2I-CompBench++ without its detectors: our rules against the official scripts (`record_compbench.py`)."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from compbench_cases import (
     tagged,
 )
 
+from benchmarks.compbench_questions import main as make_questions
+from benchmarks.compbench_questions import prompts_in, questions_of
 from pipelines.dataset.errors import SourceError
 from pipelines.suites.compbench.detections import Box, Detected, Protocol, as_detected, box_depth
 from pipelines.suites.compbench.numeracy import NUMBERS, ONE, PLURALS, counted_in, score_numeracy
@@ -213,3 +216,18 @@ def test_other_questions_are_refused(tmp_path: Path, rows: list[Any], message: s
     assert caught.value.hint
     with pytest.raises(SourceError, match="cannot read the questions"):
         read_questions(tmp_path / "none.jsonl")
+
+
+def test_the_questions_of_a_prompt_are_its_noun_chunks_but_for_places() -> None:
+    chunks = ["a green bench", "the left", "a blue bowl", "the side", "top", "the right", "the top"]
+    assert questions_of(chunks) == ["a green bench?", "a blue bowl?", "the top?"]
+    assert len(questions_of(str(number) for number in range(20))) == 8
+
+
+@needs_prompts
+def test_without_spacy_the_script_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_in(SHARED)
+    assert len(prompts) == len(set(prompts)) > 2300
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(SystemExit, match=r"spaCy is not installed(.|\n)*en_core_web_sm-3.5.0"):
+        make_questions([str(SHARED)])
