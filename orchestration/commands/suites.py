@@ -61,6 +61,7 @@ def _fetch(options: argparse.Namespace) -> None:
     from pipelines.dataset.storage import Storage
     from pipelines.suites.catalogue import sets_of
     from pipelines.suites.prompt_files import fetch_questions, fetch_set, is_fetched, publish_set
+    from pipelines.suites.reference_images import fetch_references, publish_references
 
     found = sets_of(options.name)
     if not found:
@@ -73,9 +74,13 @@ def _fetch(options: argparse.Namespace) -> None:
             say(f"{each.prompts}: {each.set.count:,} prompts in {fetch_set(each.prompts, source)}")
         if source is not None and (questions := fetch_questions(each.set, source)) is not None:
             say(f"{each.prompts}: questions in {questions}")
+        if source is not None and each.subject is not None and (count := fetch_references(each.set, source)):
+            say(f"{each.prompts}: {count:,} images of subjects")
         if options.to is not None:
             storage = Storage(options.to)
             publish_set(each.prompts, storage)
+            if each.subject is not None:
+                publish_references(each.set, storage)
             say(f"{storage.uri('cache')}: runs on this storage find {each.prompts} there")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 NO_IMAGE = "no image"
 """Beginning of the reason why a sample that could not be drawn has no score."""
-SIBLINGS = "siblings"
+SIBLINGS, REFERENCES = "siblings", "references"
 
 
 def samples_of(suite: Suite, fingerprint: str, seed: int) -> pa.Table:
@@ -90,6 +91,10 @@ def images_of(samples: pa.Table, judges: Sequence[Judge], suite: Suite) -> pa.Ta
             told = {each.sample_id: getattr(each, name) for each in suite.prompts}
             texts = [told[each] for each in kept["prompt_id"].to_pylist()]
             images = images.append_column(name, pa.array(texts, pa.string()))
+    if any(REFERENCES in judge.needs for judge in judges):
+        places = {each.sample_id: json.loads(each.references or "[]") for each in suite.prompts}
+        listed = [places[each] for each in kept["prompt_id"].to_pylist()]
+        images = images.append_column(REFERENCES, pa.array(listed, pa.list_(PLACE)))
     return images
 
 

@@ -9,6 +9,7 @@ from orchestration.stages.judged_suites import suites_without_pairs
 from pipelines.config import ScorerEntry
 from pipelines.dataset.errors import ConfigError
 from pipelines.scores.images import TEXTS
+from pipelines.scores.scorers.scorer import REFERENCES
 from pipelines.suites.registry import HELD_OUT
 from pipelines.suites.results import Judge as ShownJudge
 
@@ -38,8 +39,9 @@ def lacking(suite: Suite, scorer: str) -> list[str]:
     """
     from pipelines.scores.scorers import needs_of, new_scorer
 
-    has = {name for name in TEXTS if all(getattr(each, name) is not None for each in suite.prompts)}
-    return [name for name in needs_of(new_scorer(scorer)) if name in TEXTS and name not in has]
+    known = (*TEXTS, REFERENCES)
+    has = {name for name in known if all(getattr(each, name) is not None for each in suite.prompts)}
+    return [name for name in needs_of(new_scorer(scorer)) if name in known and name not in has]
 
 
 def check_served(run: Run, suites: Sequence[Suite]) -> None:

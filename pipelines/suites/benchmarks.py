@@ -36,6 +36,7 @@ class Benchmark:
         macro: Whether the score is the mean of the categories' means.
         differs: How it differs from what its authors publish.
         needs_questions: Whether its judges ask questions, which come as a file beside the prompts.
+        subject: The subject whose images its own are compared with; None for no comparison.
         on_request: Whether it is in no group, because of what its prompts ask for.
         version: Version of the protocol.
     """
@@ -53,6 +54,7 @@ class Benchmark:
     macro: bool = False
     differs: tuple[str, ...] = (SEEDS,)
     needs_questions: bool = False
+    subject: str | None = None
     on_request: bool = False
     version: int = 1
 
@@ -71,12 +73,13 @@ class Benchmark:
         """Side of the images, in pixels."""
         return SDXL_SIDE
 
-    def suite(self, rows: Iterable[SetRow], questions: Questions | None = None) -> Suite:
+    def suite(self, rows: Iterable[SetRow], questions: Questions | None = None, references: str | None = None) -> Suite:
         """Build the suite.
 
         Args:
             rows: All rows of the prompt set.
             questions: Questions about the images of its prompts, if its judges ask any.
+            references: The images of its subject, as in `SuitePrompt`.
 
         Raises:
             SourceError: A prompt has no questions.
@@ -89,6 +92,8 @@ class Benchmark:
                 dataclasses.replace(each, questions=asked) for each, asked in zip(prompts, column, strict=True)
             )
             parsed = (f"Questions by {questions.parser}.",)
+        if references is not None:
+            prompts = tuple(dataclasses.replace(each, references=references) for each in prompts)
         return Suite(
             name=self.name,
             version=self.version,
@@ -193,6 +198,7 @@ DREAMBENCH = tuple(
         images_per_prompt=4,
         scorers=("dino", "clip-i", "clip-t"),
         differs=("The subject's word is `sks`; images are judged against the prompt without it.", SEEDS),
+        subject=subject,
     )
     for subject in SUBJECTS
 )
@@ -268,3 +274,5 @@ GROUPS = {
     "seed@1": (*SEED, *(each.label for each in COMPBENCH)),
 }
 """Names that stand for several suites."""
+FAMILIES = ("t2i-compbench@1", "dreambench@1")
+"""Groups of suites that make up one benchmark."""

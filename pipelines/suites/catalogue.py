@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.suites.benchmarks import GROUPS, Benchmark
+from pipelines.suites.benchmarks import FAMILIES, GROUPS, Benchmark
 from pipelines.suites.prompt_files import is_fetched, questions_file
 from pipelines.suites.registry import benchmark, suite_names, unknown
 from pipelines.suites.starter import STARTER, starter
-
-FAMILIES = ("t2i-compbench@1", "dreambench@1")
-"""Groups of suites that make up one benchmark."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.storage import Storage
-from pipelines.suites.benchmarks import BENCHMARKS, GROUPS, Benchmark
+from pipelines.suites.benchmarks import BENCHMARKS, FAMILIES, GROUPS, Benchmark
 from pipelines.suites.prompt_files import find_questions, find_set
+from pipelines.suites.reference_images import find_references
 from pipelines.suites.starter import STARTER, starter
 from pipelines.suites.suite import Suite
 
@@ -55,7 +56,7 @@ def load_suite(name: str, storage: Storage | None = None) -> Suite:
 
     Raises:
         ConfigError: There is no such suite, or no such version of it.
-        ModelError: Its prompts, or the questions that its judges ask, were not fetched.
+        ModelError: Its prompts, the questions that its judges ask, or the images of its subject were not fetched.
     """
     if _newest(name, [STARTER]) == STARTER:
         return starter()
@@ -64,12 +65,14 @@ def load_suite(name: str, storage: Storage | None = None) -> Suite:
         raise unknown(name)
     rows = find_set(found.set, storage, found.label)
     questions = find_questions(found.set, storage, found.label) if found.needs_questions else None
-    return found.suite(rows, questions)
+    subject = found.subject
+    references = None if subject is None else find_references(found.set, subject, storage, found.label)
+    return found.suite(rows, questions, references)
 
 
 def unknown(name: str) -> ConfigError:
     """Return the error about a name that stands for no suite."""
-    listed = [each for each in _BENCHMARKS if not any(each in members for members in GROUPS.values())]
+    listed = [each for each in _BENCHMARKS if not any(each in GROUPS[family] for family in FAMILIES)]
     known = ", ".join((HELD_OUT, PROMPTS, STARTER, *listed, *GROUPS))
     return ConfigError(f"there is no suite {name}", f"choose from {known}; `mapo suites` lists all")
 

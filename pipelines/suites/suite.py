@@ -25,6 +25,8 @@ class SuitePrompt:
         text: The text that images are drawn from; None for the prompt itself.
         metadata: What judges must know of it beside the text, as canonical JSON; None if there is nothing.
         questions: Questions about its images, as a JSON list of texts; None if there are none.
+        references: Images that its own are compared with, as a JSON list of places (`shard`, `length`, `sha256`); None
+            if there are none.
     """
 
     prompt_id: str
@@ -33,6 +35,7 @@ class SuitePrompt:
     text: str | None = None
     metadata: str | None = None
     questions: str | None = None
+    references: str | None = None
 
     @staticmethod
     def of(prompt: str, *tags: str, **more: str | None) -> "SuitePrompt":
@@ -211,6 +214,8 @@ class Suite:
 
 def _parts(prompt: SuitePrompt) -> list[object]:
     """Return what a digest is of; what a prompt does not have is left out."""
-    more = {"text": prompt.text, "metadata": prompt.metadata, "questions": prompt.questions}
+    more: dict[str, object] = {"text": prompt.text, "metadata": prompt.metadata, "questions": prompt.questions}
+    if prompt.references is not None:
+        more["references"] = [each["sha256"] for each in json.loads(prompt.references)]
     told = {name: value for name, value in more.items() if value is not None}
     return [prompt.prompt, list(prompt.tags), *([told] if told else [])]

@@ -16,6 +16,7 @@ from pipelines.suites import prompt_files, prompt_sets
 from pipelines.suites.benchmarks import BENCHMARKS, GROUPS
 from pipelines.suites.prompt_files import fetch_set, find_set, is_fetched, local_file, publish_set
 from pipelines.suites.prompt_sets import PROMPT_SETS, SetRow, canonical, digest_of, read_canonical
+from pipelines.suites.reference_images import fetch_references, publish_references
 from pipelines.suites.registry import expanded, load_suite, suite_names
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "benchmarks"
@@ -139,13 +140,6 @@ def test_every_benchmark_has_the_prompts_that_it_states(tmp_path: Path) -> None:
 
 
 @needs_sets
-def test_a_subject_is_drawn_with_its_word_and_judged_without() -> None:
-    fetch_set("dreambench", SHARED / "dreambooth")
-    first = load_suite("dreambench-cat2").prompts[10]
-    assert (first.text, first.prompt) == ("a sks cat wearing a red hat", "a cat wearing a red hat")
-
-
-@needs_sets
 def test_questions_are_needed_by_name() -> None:
     fetch_set("t2i-compbench", SHARED / "t2i-compbench")
     with pytest.raises(ModelError, match="t2i-compbench-color@1 ask questions"):
@@ -254,3 +248,46 @@ def test_a_server_that_always_cuts_ends_in_one_error(serve: Callable[..., None],
 def test_an_unfinished_file_is_never_seen(cache: Path) -> None:
     prompt_files._put(b"x", cache / "prompts" / "a.jsonl")
     assert [each.name for each in (cache / "prompts").iterdir()] == ["a.jsonl"]
+
+
+def _subject_images(folder: Path) -> Path:
+    from skimage import data, io
+
+    for number, name in enumerate(("chelsea", "coffee")):
+        (folder / "cat2").mkdir(parents=True, exist_ok=True)
+        io.imsave(folder / "cat2" / f"{number:02d}.jpg", getattr(data, name)())
+    shutil.copyfile(SHARED / "dreambooth/prompts_and_classes.txt", folder / "prompts_and_classes.txt")
+    return folder
+
+
+@needs_sets
+def test_a_subject_needs_its_images_by_name(tmp_path: Path) -> None:
+    fetch_set("dreambench", SHARED / "dreambooth")
+    with pytest.raises(ModelError, match="images of cat2, with which dreambench-cat2@1 compares"):
+        load_suite("dreambench-cat2")
+    wanted = PROMPT_SETS["dreambench"]
+    assert fetch_references(wanted, _subject_images(tmp_path / "dataset")) == 2
+    first = load_suite("dreambench-cat2").prompts[10]
+    assert (first.text, first.prompt) == ("a sks cat wearing a red hat", "a cat wearing a red hat")
+    assert [Path(each["shard"]).name for each in json.loads(str(first.references))] == ["00.jpg", "01.jpg"]
+    with pytest.raises(ModelError, match="images of dog,"):
+        load_suite("dreambench-dog")
+
+
+@needs_sets
+def test_the_storage_serves_a_subject_to_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, storage = PROMPT_SETS["dreambench"], Storage(str(tmp_path / "storage"))
+    folder = _subject_images(tmp_path / "dataset")
+    fetch_set("dreambench", folder)
+    fetch_references(wanted, folder)
+    publish_set("dreambench", storage)
+    publish_references(wanted, storage)
+    here = load_suite("dreambench-cat2")
+    monkeypatch.setenv("MAPO_CACHE", str(tmp_path / "empty"))
+    there = load_suite("dreambench-cat2", storage)
+    assert there.sha256 == here.sha256
+    (tmp_path / "dataset" / "cat2" / "01.jpg").write_bytes(b"another")
+    monkeypatch.setenv("MAPO_CACHE", str(tmp_path / "other"))
+    fetch_set("dreambench", folder)
+    fetch_references(wanted, folder)
+    assert load_suite("dreambench-cat2").sha256 != here.sha256
