@@ -22,6 +22,8 @@ from orchestration.commands.options import Command, Option
 from orchestration.config import RunConfig
 from pipelines.sources.kind import Field
 from pipelines.sources.registry import KINDS
+from pipelines.suites.benchmarks import BENCHMARKS, FAMILIES, GROUPS
+from pipelines.suites.catalogue import ListedSuite, list_suites
 from training import losses
 from training.methods import METHODS
 from training.tracking.backends import BACKENDS
@@ -36,7 +38,18 @@ Three floors; inside a floor, rooms (folders) with one job each. `orchestration`
 import-linter checks the floors and the layers of the rooms (`make lint`).
 """
 BOUNDS: dict[type, tuple[str, str]] = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
+NAMES = {Any: "value", str: "text", int: "whole number", float: "number", bool: "true or false", types.NoneType: "null"}
+SUITES_HEAD = """# Suites
+
+Protocols of public benchmarks, pinned under a version: prompts by digest, images of each, sampling and judges. mapo
+ships none of their prompts; `mapo suites fetch NAME` brings them from their public place or from a folder, checks them
+against the digest, and `--to STORAGE` serves them to drivers on a cluster. Numbers of one version of a suite compare.
+Those of papers do not: for the same SDXL, published PickScores differ by more than any method gains, because sampling
+differs. Draw the base, DPO and your own model in one table.
+
+The digest is that of the parsed rows as JSON lines, so every layout in which a set is published gives the same one.
+"""
+
 CONFIGURATION_HEAD = """# Configuration
 
 One YAML file describes a run. Unknown keys are errors, and so are values out of range; nothing is ignored. The resolved
@@ -286,6 +299,44 @@ def _head(function: str) -> str:
     return f"<!-- Written by `python docs/generate.py` ({function}); do not edit. -->\n"
 
 
+def suites_page() -> str:
+    """docs/reference/suites.md."""
+    hidden = {name for family in FAMILIES for name in GROUPS[family][1:]}
+    shown = [each for each in BENCHMARKS if each.label not in hidden]
+    parts = [_head("suites_page"), SUITES_HEAD]
+    rows = [(f"`{each.name}`", f"{each.num_prompts:,}", _images(each), _names(each.scorers)) for each in list_suites()]
+    parts.append(_table(("suite", "prompts", "images of each", "judges"), rows))
+    for each in list_suites([each.label for each in shown]):
+        family = next((family for family in FAMILIES if each.name in GROUPS[family]), None)
+        parts.append(_suite(each, family))
+    return "\n".join(parts)
+
+
+def _suite(suite: ListedSuite, family: str | None) -> str:
+    head = f"## `{suite.name}`\n\n{suite.about}\n"
+    if family is not None:
+        others = _names(GROUPS[family])
+        head = f"## `{family}`\n\nIts suites: {others}. The first of them:\n\n{suite.about}\n"
+    sampling = f"{suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}, {suite.resolution} pixels"
+    rows = [
+        ("prompts", f"{suite.num_prompts:,}; images of each: {suite.images_per_prompt}"),
+        ("sampling", sampling),
+        ("judges", _names(suite.scorers) or "foreign: `mapo scores import`"),
+        ("source", f"{suite.source} ({suite.licence})"),
+        ("digest", f"`{suite.sha256}`" if suite.sha256 else "not pinned: the number of rows is checked"),
+    ]
+    told = "\n".join(f"- {each}" for each in suite.differs)
+    return f"{head}\n{_table(('', ''), rows)}\nHow it differs from what its authors publish:\n\n{told}\n"
+
+
+def _images(suite: ListedSuite) -> str:
+    return "" if suite.images_per_prompt is None else str(suite.images_per_prompt)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def architecture_page() -> str:
     """Return the map of floors, rooms and modules, from their docstrings."""
     lines = [_head("architecture_page"), ARCHITECTURE_HEAD]
@@ -314,6 +365,7 @@ def pages() -> dict[Path, str]:
     return {
         FOLDER / "configuration.md": configuration_page(),
         FOLDER / "commands.md": commands_page(),
+        FOLDER / "suites.md": suites_page(),
         FOLDER / "python.md": with_blocks(FOLDER / "python.md", losses=losses_of_python()),
         CONCEPTS / "losses.md": with_blocks(CONCEPTS / "losses.md", losses=losses_table()),
         CONCEPTS / "metrics.md": with_blocks(CONCEPTS / "metrics.md", trackers=trackers_table()),
