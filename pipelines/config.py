@@ -1,9 +1,9 @@
 """Configuration of the data stages. Imports neither ray nor torch."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipelines.dataset.config import Config, Device, Resources, WorkerCount, worker_range
 from pipelines.dataset.model_files import ModelSource
@@ -164,6 +164,14 @@ class ScorerEntry(Config):
     """A folder of weights; by default those that `mapo scorers fetch` brought."""
     batch_size: int = Field(32, ge=1)
     """Images in one pass; halved automatically when memory runs out."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the scorer itself, for those that have some."""
+
+    @model_serializer(mode="wrap")
+    def _without_no_options(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave empty options out, so that the digests of configurations without them stay as they were."""
+        found: dict[str, Any] = serialize(self)
+        return found if found.get("options") else {name: each for name, each in found.items() if name != "options"}
 
 
 def _prompt_file(value: object) -> object:

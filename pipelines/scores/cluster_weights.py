@@ -23,7 +23,7 @@ from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.dataset.storage import Storage, file_sha256
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.conversions.convert import VERSION
-from pipelines.scores.parts import MODEL
+from pipelines.scores.parts import PARTS
 from pipelines.scores.weights import RECORD, combined_digest, default_cache, files_of, is_fetched, part_folder
 
 RECORDS = f"{CACHE}/scorers"
@@ -125,11 +125,11 @@ def _in_folder(part: str, folder: Path) -> LocatedPart:
         is_known = known.get("num_bytes") == size
         sha256 = str(known["sha256"]) if is_known else file_digests([folder / name])[name]
         files.append(LocatedFile(name, sha256, size))
-    if MODEL in names:
-        check_safetensors(folder / MODEL)
-        if "BF16" in tensor_types([folder / MODEL]):
+    for name in (name for name in names if name.endswith(".safetensors")):
+        check_safetensors(folder / name)
+        if not PARTS[part].is_bfloat16 and "BF16" in tensor_types([folder / name]):
             raise ModelError(
-                f"{folder / MODEL} is bfloat16: scores would move by 4 % of their standard deviation, "
+                f"{folder / name} is bfloat16: scores would move by 4 % of their standard deviation, "
                 "which flips close pairs",
                 "give the published weights in float32 or float16",
             )

@@ -1,14 +1,15 @@
 """Scores missing images on Ray Data actors and commits them, judge by judge.
 
 Invariants: what has a row under a judge's fingerprint is never scored again by it; a unit's scores of one judge are
-committed once, as a whole; nothing is held in the driver but the plan and one unit.
+committed once, as a whole, without those that a server left unanswered, which the next run tries again; nothing is held
+in the driver but the plan and one unit.
 """
 
 import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +25,7 @@ from pipelines.scores.cluster_weights import publish
 from pipelines.scores.judges import Judge
 from pipelines.scores.plan import commit_id, pending_scores, table_of
 from pipelines.scores.scorers import new_scorer
+from pipelines.scores.scorers.result import UNANSWERED
 from pipelines.scores.scorers.text import clean_as_open_clip
 from pipelines.units.lazy import actor_by_name
 from pipelines.units.pool import Pool, demand_of_part, run_units, share_devices, units_dataset
@@ -43,12 +45,15 @@ class ScoringFigures:
     Args:
         num_scored: New scores by the judge's name, failed ones included.
         num_failed: New failed ones by the judge's name.
+        num_unanswered: Scores that are still missing because a server did not answer, by the judge's name; counted in
+            neither of the others.
         speed: Scores a second and where the time went; None if nothing was missing.
     """
 
     num_scored: dict[str, int]
     num_failed: dict[str, int]
     speed: Speed | None
+    num_unanswered: dict[str, int] = field(default_factory=dict)
 
 
 def score(
@@ -83,7 +88,10 @@ def score(
     if len(wanted) < len(judges):  # no actor loads what nobody asks
         found = score(storage, wanted, images, workers, say)
         nothing = dict.fromkeys(names, 0)
-        return ScoringFigures(nothing | found.num_scored, nothing | found.num_failed, found.speed)
+        return replace(
+            found, num_scored=nothing | found.num_scored, num_failed=nothing | found.num_failed,
+            num_unanswered=nothing | found.num_unanswered,
+        )  # fmt: skip
     _check_prompts(judges, images)
     storage.check_writable()
     if len(nodes()) > 1:
@@ -94,7 +102,8 @@ def score(
     with ProgressBar(workers.stage, todo.total, "scores") as progress:
         speed = _run(storage, judges, todo.units, workers, counted, progress)
     counted.finish()
-    return ScoringFigures(counted.num_scored, counted.num_failed, speed)
+    counted.tell(say)
+    return ScoringFigures(counted.num_scored, counted.num_failed, speed, counted.num_unanswered)
 
 
 def _check_prompts(judges: Sequence[Judge], images: pa.Table) -> None:
@@ -158,6 +167,8 @@ class Commits:
         self._tables: list[Table] = [table_of(storage, judge) for judge in judges]
         self.num_scored = {judge.name: 0 for judge in judges}
         self.num_failed = {judge.name: 0 for judge in judges}
+        self.num_unanswered = {judge.name: 0 for judge in judges}
+        self._reasons: dict[str, str] = {}
 
     def finish(self) -> None:
         """Merge the files of tables that have many."""
@@ -165,13 +176,27 @@ class Commits:
             if len(table.files()) > MAX_TABLE_FILES:
                 table.merge_files()
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say how many scores are missing because a server did not answer, and why."""
+        for name, reason in self._reasons.items():
+            count = self.num_unanswered[name]
+            say(f"scores: {name} has no answer for {count:,} images, which a rerun asks again; such as: {reason}")
+
     def add(self, rows: pa.Table) -> None:
-        """Commit the rows of one unit, of schema `JUDGED_SCHEMA`."""
+        """Commit the rows of one unit, of schema `JUDGED_SCHEMA`, but not those that a server left unanswered."""
         for position, judge in enumerate(self._judges):
-            own = rows.filter(pc.equal(rows["judge"], position)).drop_columns(["judge"])
+            own = self._answered(judge, rows.filter(pc.equal(rows["judge"], position)).drop_columns(["judge"]))
             if not own.num_rows:
                 continue
             unit = commit_id(judge, own)
             self._tables[position].append(unit, own.append_column("unit", pa.repeat(unit, own.num_rows)))
             self.num_scored[judge.name] += own.num_rows
             self.num_failed[judge.name] += int(pc.sum(pc.equal(own["status"], str(ScoreStatus.FAILED))).as_py() or 0)
+
+    def _answered(self, judge: Judge, rows: pa.Table) -> pa.Table:
+        """Count and leave out the rows that a server left unanswered."""
+        is_unanswered = pc.equal(rows["status"], UNANSWERED)
+        if count := int(pc.sum(is_unanswered).as_py() or 0):
+            self.num_unanswered[judge.name] += count
+            self._reasons.setdefault(judge.name, rows["reason"].filter(is_unanswered)[0].as_py())
+        return rows.filter(pc.invert(is_unanswered))

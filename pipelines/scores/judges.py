@@ -35,7 +35,7 @@ class Judge:
 
     Args:
         name: The scorer's own name, which is that of its results.
-        entry: What the configuration says: name, weights, batch size.
+        entry: What the configuration says: name, weights, batch size, options.
         fingerprint: 32 hex digits of everything that shapes a score, besides the image.
         needs: What it needs of each image, such as `image` and `prompt`.
         scale: Unit and usual range.
@@ -139,7 +139,7 @@ def prepare_judges(
 
 
 def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, provided: Collection[str]) -> Judge:
-    scorer = new_scorer(entry.name)
+    scorer = new_scorer(entry.name, entry.options)
     name, needs = own_name(scorer, entry.name), needs_of(scorer)
     if missing := [need for need in needs if need not in provided]:
         has = "" if set(missing) - set(ALL_NEEDS) else ", which these images do not have"

@@ -41,7 +41,7 @@ def load_judge(judge: Judge, storage: Storage, device: Any) -> LoadedJudge:
         ModelError: This node has another version of the scorer or of its weights, or they cannot be loaded.
     """
     make_importable(judge)
-    scorer = new_scorer(judge.entry.name)
+    scorer = new_scorer(judge.entry.name, judge.entry.options)
     found = fingerprint_of(shaping_of(scorer, judge.entry.name, judge.parts, judge.fit))
     if found != judge.fingerprint:
         raise ModelError(

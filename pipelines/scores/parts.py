@@ -46,6 +46,13 @@ class Part:
     licence: str
     convert: str = "copy"
     revision: str = "main"
+    is_bfloat16: bool = False
+    """Whether it was published in bfloat16; elsewhere that type means that somebody has rounded the weights."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are in several files, which keep their names."""
+        return sum(file.name.endswith(WEIGHTS) for file in self.files) > 1
 
     @property
     def has_model(self) -> bool:
@@ -53,12 +60,22 @@ class Part:
         return self.files[0].name.endswith(WEIGHTS)
 
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".p")
 MODEL = "model.safetensors"
 CLIP_FILES = (File(MODEL, also=("pytorch_model.bin",)), File("config.json"))
 SAC_LOGOS_AVA = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd8/sac%2Blogos%2Bava1-l14-linearMSE.pth"
 BLIP_VQA = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_base_vqa_capfilt_large.pth"
+Q16_PROMPTS = "https://github.com/ml-research/i2p/raw/5176a1e/checkpoints/Q16-prompt/prompts.p"
 VGG19 = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+QWEN_PROCESSOR = (File("tokenizer.json"), File("tokenizer_config.json"), File("preprocessor_config.json"))
+
+
+def _shards(count: int) -> tuple[File, ...]:
+    """Return the files of a model whose weights are in several, as transformers names them."""
+    names = (f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1))
+    return (*map(File, names), File("model.safetensors.index.json"), File("config.json"))
+
 
 PARTS = {
     "clip-tokenizer": Part("openai/clip-vit-large-patch14", (File("vocab.json"), File("merges.txt")), "MIT"),
@@ -90,10 +107,17 @@ PARTS = {
     "csd-vit-l": Part(
         "tomg-group-umd/CSD-ViT-L", (File(MODEL, also=("pytorch_model.bin", "checkpoint.pth")),), "MIT", "csd"
     ),
-    "mask2former-swin-s-coco": Part("facebook/mask2former-swin-small-coco-instance", CLIP_FILES, "MIT"),
     "blip-vqa-capfilt-large": Part(
         None, (File("model_base_vqa_capfilt_large.pth", url=BLIP_VQA),), "BSD-3-Clause", "blip_vqa"
     ),
+    "q16-prompts": Part(None, (File("prompts.p", url=Q16_PROMPTS),), "MIT", "q16"),
+    "hpsv3": Part("MizzenAI/HPSv3", (File("HPSv3.safetensors"),), "MIT", is_bfloat16=True),
+    "qwen2-vl-7b": Part("Qwen/Qwen2-VL-7B-Instruct", _shards(5), "Apache-2.0", is_bfloat16=True),
+    "qwen3-vl-2b": Part("Qwen/Qwen3-VL-2B-Instruct", CLIP_FILES, "Apache-2.0", is_bfloat16=True),
+    "qwen3-vl-8b": Part("Qwen/Qwen3-VL-8B-Instruct", _shards(4), "Apache-2.0", is_bfloat16=True),
+    "qwen2-vl-processor": Part("Qwen/Qwen2-VL-7B-Instruct", (*QWEN_PROCESSOR, File("config.json")), "Apache-2.0"),
+    "qwen3-vl-processor": Part("Qwen/Qwen3-VL-8B-Instruct", QWEN_PROCESSOR, "Apache-2.0"),
+    "mask2former-swin-s-coco": Part("facebook/mask2former-swin-small-coco-instance", CLIP_FILES, "MIT"),
     "vgg19-features": Part(None, (File("vgg19-dcbb9e9d.pth", url=VGG19),), "BSD-3-Clause", "vgg"),
 }
 """The parts by name. Weights under AGPL or for non-commercial use alone are not in this table."""

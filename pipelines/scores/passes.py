@@ -13,7 +13,7 @@ from pipelines.dataset.values import Row
 from pipelines.scores.loaded import LoadedJudge, describe
 from pipelines.scores.pictures import Item
 from pipelines.scores.scorers.batch import Batch
-from pipelines.scores.scorers.result import Failure, Result, Score
+from pipelines.scores.scorers.result import UNANSWERED, Failure, Result, Score
 from pipelines.scores.scorers.scorer import BuiltIn
 from pipelines.scores.scorers.together import score_batch
 from pipelines.units.actor import BatchSize, is_out_of_memory
@@ -145,9 +145,10 @@ def _is_of_device(error: Exception) -> bool:
 
 
 def row_of(result: Result) -> Row:
-    """Return the columns of a result: value, components, status and reason."""
+    """Return the columns of a result: value, components, status and reason; a transient failure is UNANSWERED."""
     if isinstance(result, Failure):
-        return {"value": None, "components": "{}", "status": str(ScoreStatus.FAILED), "reason": result.reason}
+        status = UNANSWERED if result.transient else str(ScoreStatus.FAILED)
+        return {"value": None, "components": "{}", "status": status, "reason": result.reason}
     value, components = (result.value, result.components) if isinstance(result, Score) else (result, {})
     told: dict[str, Any] = {name: _finite(each) for name, each in components.items()}
     return {

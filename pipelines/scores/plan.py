@@ -1,7 +1,8 @@
 """The plan of scoring: which images lack a score of which judge, cut into units; and the scores that are there.
 
 Needs neither ray nor torch. A score is known by its image's bytes, its prompt, and its context (see `contexts`); one
-that failed is not tried again under the same fingerprint.
+that failed is not tried again under the same fingerprint. What a server left unanswered (`Failure.transient`) has no
+row, and is planned again.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from pipelines.dataset.model_files import file_digests
 from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.dataset.storage import file_sha256
 from pipelines.dataset.values import JsonObject
-from pipelines.scores.conversions.convert import VERSION, convert, read_weights
+from pipelines.scores.conversions.convert import GIVES_CONFIG, VERSION, convert, read_weights
 from pipelines.scores.downloads import bring, find_given
 from pipelines.scores.parts import MODEL, PARTS, WEIGHTS, File, Part
 
@@ -96,8 +96,10 @@ def files_of(name: str) -> list[str]:
     part = PARTS[name]
     if not part.has_model:
         return [file.name for file in part.files]
-    has_config = part.convert not in ("affine", "vgg")
-    return [MODEL, "config.json"] if has_config else [MODEL]
+    if part.is_sharded:
+        return [file.name for file in part.files]
+    is_published = any(file.name == "config.json" for file in part.files)
+    return [MODEL, "config.json"] if is_published or part.convert in GIVES_CONFIG else [MODEL]
 
 
 def files_digest(folder: Path, names: Sequence[str]) -> str:
@@ -164,7 +166,7 @@ def _fetch_part(name: str, root: Path, given: Mapping[str, Path], scorer: str) -
             _check_digest(file, path, sha256)
             sources.append({"name": path.name, "from": origin or str(path.absolute()), "sha256": sha256})
             if file.name.endswith(WEIGHTS):
-                _convert(part, path, finished)
+                _convert(part, path, finished / (file.name if part.is_sharded else MODEL))
             else:
                 shutil.copyfile(path, finished / file.name)
         record: JsonObject = {
@@ -202,16 +204,16 @@ def _check_digest(file: File, path: Path, found: str) -> None:
         )
 
 
-def _convert(part: Part, path: Path, finished: Path) -> None:
-    """Write the weights of a part as safetensors, with its configuration; those that are so already are copied."""
+def _convert(part: Part, path: Path, target: Path) -> None:
+    """Write weights of a part as safetensors, with its configuration; those that are so already are copied."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
-        if part.convert == "copy" and "BF16" not in tensor_types([path]):
-            shutil.copyfile(path, finished / MODEL)
+        if part.convert == "copy" and (part.is_bfloat16 or "BF16" not in tensor_types([path])):
+            shutil.copyfile(path, target)
             return
     from safetensors.torch import save_file
 
     tensors, config = convert(part.convert, read_weights(path), path)
-    save_file(tensors, finished / MODEL, metadata={"format": "pt"})
+    save_file(tensors, target, metadata={"format": "pt"})
     if config is not None:
-        (finished / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (target.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -9,6 +9,7 @@ from pipelines.dataset.values import JsonObject
 from pipelines.scores.conversions.affine import collapse_affine
 from pipelines.scores.conversions.blip import blip_vqa, imagereward
 from pipelines.scores.conversions.clip import csd, open_clip
+from pipelines.scores.conversions.numpy_pickle import read_array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Raise it when a conversion would give other tensors."""
+GIVES_CONFIG = ("open_clip", "imagereward", "blip_vqa", "csd")
+"""Conversions that also give the configuration of the model."""
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts put a state dict."""
 
 
 def read_weights(file: Path) -> "Weights":
-    """Read a state dict from a safetensors file, or from a pickle of tensors alone.
+    """Read a state dict from a safetensors file, from a pickle of tensors alone, or one array from a NumPy pickle.
 
     Raises:
         ModelError: The file is damaged, or holds anything else than tensors: it would have to run code.
@@ -33,6 +36,8 @@ def read_weights(file: Path) -> "Weights":
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
+        if file.suffix == ".p":
+            return {"array": torch.from_numpy(read_array(file))}
         found: Any = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle, zip, torch and safetensors have no common tree
         cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -101,6 +106,14 @@ def _vgg(weights: "Weights") -> "tuple[Weights, None]":
     return found, None
 
 
+def _q16(weights: "Weights") -> "tuple[Weights, None]":
+    """Keep the two prompts of Q16: appropriate, then inappropriate."""
+    prompts_2D = weights["array"] if "array" in weights else weights["prompts"]
+    if prompts_2D.ndim != 2 or len(prompts_2D) != 2:
+        raise ValueError(f"the prompts have the shape {tuple(prompts_2D.shape)}, not (2, width)")
+    return {"prompts": prompts_2D.float()}, None
+
+
 def _copy(weights: "Weights") -> "tuple[Weights, None]":
     return dict(weights), None
 
@@ -113,4 +126,5 @@ CONVERSIONS: "dict[str, Callable[[Weights], tuple[Weights, JsonObject | None]]]"
     "affine": _affine,
     "csd": csd,
     "vgg": _vgg,
+    "q16": _q16,
 }

@@ -4,6 +4,7 @@ Importing the registry or the file of a family loads neither torch nor transform
 """
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dataset.errors import ConfigError
@@ -48,11 +49,18 @@ SCORERS = {
     "edge_density": f"{_HERE}.pixels:EdgeDensity",
     "colour_entropy": f"{_HERE}.pixels:ColourEntropy",
     "grid_energy": f"{_HERE}.pixels:GridEnergy",
+    "hpsv3": f"{_HERE}.hpsv3:HpsV3",
+    "vqascore-qwen2-vl-7b": f"{_HERE}.vqascore:VqaScoreQwen2Vl7b",
+    "vqascore-qwen3-vl-2b": f"{_HERE}.vqascore:VqaScoreQwen3Vl2b",
+    "vqascore-qwen3-vl-8b": f"{_HERE}.vqascore:VqaScoreQwen3Vl8b",
+    "graded_vlm": f"{_HERE}.graded_vlm:GradedVlm",
+    "q16": f"{_HERE}.q16:Q16",
+    "nudenet": f"{_HERE}.nudenet:NudeNet",
     "geneval": f"{_HERE}.geneval.scorer:GenEval",
     "near_duplicates": f"{_HERE}.duplicates:NearDuplicates",
 }
-"""Built-in scorers by name, as `module:Class`. None has a licence that forbids commercial use or demands more than
-attribution."""
+"""Built-in scorers by name, as `module:Class`. None brings anything whose licence forbids commercial use or demands
+more than attribution: `nudenet` needs a package that the user installs, `graded_vlm` a server that the user names."""
 
 
 def scorer_names() -> list[str]:
@@ -60,15 +68,31 @@ def scorer_names() -> list[str]:
     return list(SCORERS)
 
 
-def new_scorer(name: str) -> Any:
+def new_scorer(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Return a new scorer that is not loaded yet.
 
     Args:
         name: The name of a built-in scorer, or `module:Class`.
+        options: Settings for its `configure`, which a scorer that has one needs before it scores; None to only look at
+            its class.
 
     Raises:
-        ConfigError: The name is unknown, or the class cannot be imported.
+        ConfigError: The name is unknown, the class cannot be imported, or it does not take the options.
     """
+    scorer = _imported(name)
+    if options is None:
+        return scorer
+    if hasattr(scorer, "configure"):
+        scorer.configure(options)
+    elif options:
+        raise ConfigError(
+            f"the scorer {name} has no options, but {', '.join(options)} is set",
+            "leave its `options` out; a scorer with options has a method `configure`",
+        )
+    return scorer
+
+
+def _imported(name: str) -> Any:
     place = SCORERS.get(name, name)
     module, _, attribute = place.partition(":")
     if not attribute:

@@ -16,13 +16,22 @@ class Score:
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why an image has no score; never a number."""
+    """The reason why an image has no score; never a number.
+
+    Args:
+        reason: The reason.
+        transient: Whether the reason lies outside the image and its scorer, such as a server that did not answer. Such
+            a failure is counted and told, but not committed: the next run tries the image again.
+    """
 
     reason: str
+    transient: bool = False
 
 
 Result = float | Score | Failure
 """What a scorer returns for one image."""
+UNANSWERED = "unanswered"
+"""The status of a transient failure on its way to the driver; no table has it."""
 NOT_FINITE = "the score is not a finite number"
 
 

@@ -13,6 +13,7 @@ if importlib.util.find_spec("torchvision") and torch.version.cuda is None:  # be
 
 from geneval_twins import write_mask2former
 from PIL import Image
+from qwen_twins import write_qwen_twins
 from safetensors.torch import load_file
 from scorer_twins import (
     BERT_VOCAB,
@@ -31,6 +32,8 @@ from scorer_twins import (
 from pipelines.scores.conversions.convert import convert
 from pipelines.scores.scorers import new_scorer, scorer_names
 
+NOT_HERE = ("graded_vlm", "nudenet")
+"""Scorers whose model is a server's, or a package that is not installed."""
 DATA = Path(__file__).parents[2] / "data" / "scorers"
 
 
@@ -87,6 +90,9 @@ def twins(tmp_path_factory: pytest.TempPathFactory, recorded: dict[str, Any]) ->
         "intermediate_size": 256, "patch_size": 32, "image_size": 224, "layer_norm_eps": 1e-12, "qkv_bias": True,
     }  # fmt: skip
     write_part(root / "dino-vits16", hf_dino_names(formula_weights(recorded["dino"]["shapes"])), config)
+    prompts = {"prompts": formula_tensor("twin.q16", (2, 32))}
+    write_part(root / "q16-prompts", prompts)
+    write_qwen_twins(root)
     write_mask2former(root)
     assert len(BERT_VOCAB) < 100
     return root
@@ -94,7 +100,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory, recorded: dict[str, Any]) ->
 
 @pytest.fixture(scope="session")
 def all_loaded(twins: Path) -> list[Any]:
-    scorers = [new_scorer(name) for name in scorer_names()]
+    scorers = [new_scorer(name) for name in scorer_names() if name not in NOT_HERE]
     for scorer in scorers:
         scorer.load(twins if scorer.parts else None, "cpu")
     return scorers
