@@ -26,6 +26,28 @@ def _bytes_of(strings: pa.Array) -> bytes:
     return memoryview(strings.buffers()[2])[ends[0] : ends[-1]].tobytes()
 
 
+def places_in_sorted(known: Keys, wanted: Keys) -> NDArray[np.int64]:
+    """Return the first position of each wanted key; -1 where it is not there.
+
+    Args:
+        known: Keys in ascending order.
+        wanted: Keys in any order.
+    """
+    found = np.full(len(wanted), -1, np.int64)
+    if not len(known) or not len(wanted):
+        return found
+    start = np.searchsorted(known[:, 0], wanted[:, 0])
+    inside = np.minimum(start, len(known) - 1)
+    is_near = known[inside, 0] == wanted[:, 0]
+    is_there = is_near & (known[inside, 1] == wanted[:, 1])
+    found[is_there] = inside[is_there]
+    for row in np.flatnonzero(is_near & ~is_there):  # another key of the same high half: once in 10^19 / n^2 maps
+        end = np.searchsorted(known[:, 0], wanted[row, 0], "right")
+        for step in np.flatnonzero(known[start[row] : end, 1] == wanted[row, 1])[:1]:
+            found[row] = start[row] + step
+    return found
+
+
 class KeyMap:
     """A map from keys to float32 values; the first value of a key stays."""
 
@@ -51,15 +73,9 @@ class KeyMap:
         """Return the value of each key, NaN for unknown keys."""
         found = np.full(len(keys), ABSENT)
         for known, values in self._levels:
-            place = np.searchsorted(known[:, 0], keys[:, 0])
-            inside = np.minimum(place, len(known) - 1)
-            near = known[inside, 0] == keys[:, 0]
-            hit = near & (known[inside, 1] == keys[:, 1])
-            found[hit] = values[inside[hit]]
-            for i in np.flatnonzero(near & ~hit):  # another key of the same high half: once in 10^19 / n^2 maps
-                end = np.searchsorted(known[:, 0], keys[i, 0], "right")
-                for j in np.flatnonzero(known[place[i] : end, 1] == keys[i, 1])[:1]:
-                    found[i] = values[place[i] + j]
+            places = places_in_sorted(known, keys)
+            is_there = places >= 0
+            found[is_there] = values[places[is_there]]
         return found
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ConfigError, SnapshotError
-from pipelines.dataset.key_map import Keys, keys_of
+from pipelines.dataset.key_map import Keys, keys_of, places_in_sorted
 
 PLACE = pa.struct(
     [
@@ -187,18 +187,8 @@ def first_of_each(keys: Keys) -> Mask:
 
 def places_in(known: Keys, wanted: Keys) -> Rows:
     """Return the position in `known` of each wanted key; -1 where it is not there."""
-    found = np.full(len(wanted), -1, np.int64)
-    if not len(known) or not len(wanted):
-        return found
     order = np.lexsort((known[:, 1], known[:, 0]))
-    in_order = known[order]
-    start = np.searchsorted(in_order[:, 0], wanted[:, 0])
-    inside = np.minimum(start, len(known) - 1)
-    is_near = in_order[inside, 0] == wanted[:, 0]
-    is_there = is_near & (in_order[inside, 1] == wanted[:, 1])
-    found[is_there] = order[inside[is_there]]
-    for row in np.flatnonzero(is_near & ~is_there):  # another key of the same high half: once in 10^19 / n^2 tables
-        end = np.searchsorted(in_order[:, 0], wanted[row, 0], "right")
-        for step in np.flatnonzero(in_order[start[row] : end, 1] == wanted[row, 1])[:1]:
-            found[row] = order[start[row] + step]
+    found = places_in_sorted(known[order], wanted)
+    is_there = found >= 0
+    found[is_there] = order[found[is_there]]
     return found
