@@ -18,6 +18,7 @@ from orchestration.commands import (
     report,
     run,
     scorers,
+    scores,
     stages,
     status,
     stop,
@@ -28,13 +29,14 @@ from orchestration.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, Masked
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.secrets import redact
 
-ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, suites, scorers, infra)
+ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, suites, scorers, scores, infra)
 COMMANDS = tuple(command for room in ROOMS for command in room.COMMANDS)
 """Every command, in the order of `mapo --help`."""
 GROUPS = {
     "data": "inspect and maintain a data set",
     "suites": "list suites, fetch their prompts",
     "scorers": "list scorers, fetch their weights, check their values",
+    "scores": "import scores that another environment made",
     "infra": "bring up a cluster",
 }
 """First words of two-word commands, with their help."""

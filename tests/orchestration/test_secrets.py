@@ -42,6 +42,7 @@ HERE = {
     "scorers show": ["scorers", "show", "{secret}"],
     "scorers fetch": ["scorers", "fetch", "aesthetic", "--from", "{secret}/none"],
     "scorers check": ["scorers", "check", "--images", "{secret}/none"],
+    "scores import": ["scores", "import", "{secret}/none.jsonl", "{secret}"],
     "infra render": ["infra", "render", "{config}", "--target", "docker", "-o", "storage=s3://{secret}/x"],
 }
 """For each command, arguments with which it shows a path or a value that holds the secret."""
