@@ -1,5 +1,8 @@
 """T2I-CompBench++ without its detectors: our rules against the official scripts (`record_compbench.py`)."""
 
+import hashlib
+import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from compbench_cases import (
     Case,
@@ -18,10 +22,17 @@ from compbench_cases import (
     split_words,
     tagged,
 )
+from scored_images import formula_files
 
 from benchmarks.compbench_questions import main as make_questions
 from benchmarks.compbench_questions import prompts_in, questions_of
 from pipelines.dataset.errors import SourceError
+from pipelines.dataset.layout import SAMPLES_SCHEMA, samples_table
+from pipelines.dataset.pair import prompt_id
+from pipelines.dataset.shard import ShardWriter
+from pipelines.dataset.storage import Storage
+from pipelines.scores.foreign import read_foreign
+from pipelines.scores.imports import foreign_judge, import_scores
 from pipelines.suites.compbench.detections import Box, Detected, Protocol, as_detected, box_depth
 from pipelines.suites.compbench.numeracy import NUMBERS, ONE, PLURALS, counted_in, score_numeracy
 from pipelines.suites.compbench.spatial import LEAST_2D, score_2d, score_3d
@@ -103,6 +114,66 @@ def test_complex_prompts_merge_as_the_official_script_does(recorded: dict[str, A
 
 def test_the_objects_are_those_of_the_benchmark(recorded: dict[str, Any]) -> None:
     assert recorded["plurals"] == PLURALS
+
+
+def score_script() -> Any:
+    """The script that runs in the container."""
+    place = Path(__file__).parents[3] / "infra" / "compbench" / "score.py"
+    spec = importlib.util.spec_from_file_location("compbench_score", place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_samples(storage: Storage, cases: list[Case]) -> dict[bytes, Case]:
+    """Write a sample for each case as `evaluate` does, and one twice; the cases by the bytes of their images."""
+    out, rows = io.BytesIO(), []
+    writer = ShardWriter(out)
+    images = dict(zip(formula_files(len(cases)), cases, strict=True))
+    for place, (png, case) in enumerate([*images.items(), next(iter(images.items()))]):
+        named = {"prompt": case.prompt, "prompt_id": prompt_id(case.prompt)}
+        member = writer.add(f"{place:032x}.png", png)
+        writer.add(f"{place:032x}.json", json.dumps(named).encode())
+        rows.append({**dict.fromkeys(SAMPLES_SCHEMA.names), **named, "status": "kept", "sha256": member.sha256})
+    writer.close()
+    storage.write("dataset/samples/f/u.tar", out.getvalue())
+    samples_table(storage, "f").append("u", pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
+    return images
+
+
+@pytest.mark.parametrize(
+    ("part", "cases", "name"), [("plane", plane_cases, "plane"), ("complex", complex_cases, "complex"),
+                                ("depth", depth_cases, "depth"), ("numeracy", numeracy_cases, "numeracy")],
+)  # fmt: skip
+def test_what_the_container_writes_can_be_imported(
+    part: str, cases: Callable[[], list[Case]], name: str, recorded: dict[str, Any], storage: Storage, tmp_path: Path
+) -> None:
+    script, chosen = score_script(), cases()[:12]
+    images = write_samples(storage, chosen)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(dict.fromkeys(case.prompt for case in chosen)))
+    words = {case.prompt: [[word.text, word.part] for word in case.words] for case in chosen}
+    rows = [{"prompt": prompt, "questions": [], "words": found} for prompt, found in words.items()]
+    questions = write(tmp_path / "questions.jsonl", [ROWS[0], *rows])
+    arguments = [str(tmp_path / "storage" / "dataset" / "samples"), str(questions), str(tmp_path / "out.jsonl")]
+    script.main(
+        [*arguments, "--part", part, "--prompts", str(prompts)],
+        lambda png: script.Seen(detected(images[png]), images[png].depth()),
+    )
+    file = read_foreign(tmp_path / "out.jsonl")
+    judge = foreign_judge(*file.named(None, None))
+    done = import_scores(file, storage, judge)
+    assert (done.num_new, done.num_failed) == (12, 0)
+    by_image = {each.image_sha256: each.value for each in file.scores}
+    found = [by_image[hashlib.sha256(png).hexdigest()] for png in images]
+    assert found == pytest.approx(recorded[name][:12], abs=1e-12)
+    assert "protocol official, words by en_core_web_sm 3.5.0" in str(judge.shaping["imported"])
+    prompts.write_text(prompts.read_text() + "\nanother prompt")
+    with pytest.raises(SystemExit, match="no words of 1 of"):
+        script.main([*arguments, "--part", part, "--prompts", str(prompts)], script.Seen)
 
 
 @needs_prompts
