@@ -13,6 +13,7 @@ from orchestration.commands import (
     data,
     demo,
     infra,
+    init,
     lineage,
     logs,
     report,
@@ -24,19 +25,22 @@ from orchestration.commands import (
     stop,
     submit,
     suites,
+    votes,
 )
 from orchestration.commands.options import EXIT_FAILED, EXIT_INTERRUPTED, MaskedFormatter, note
 from pipelines.dataset.errors import MapoError
 from pipelines.dataset.secrets import redact
 
-ROOMS = (demo, run, stages, status, report, submit, logs, stop, lineage, data, suites, scorers, scores, infra)
+ROOMS = (
+    demo, init, run, stages, status, report, submit, logs, stop, lineage, data, suites, scorers, scores, votes, infra,
+)  # fmt: skip
 COMMANDS = tuple(command for room in ROOMS for command in room.COMMANDS)
 """Every command, in the order of `mapo --help`."""
 GROUPS = {
     "data": "inspect and maintain a data set",
     "suites": "list suites, fetch their prompts",
     "scorers": "list scorers, fetch their weights, check their values",
-    "scores": "import scores that another environment made",
+    "scores": "vote on images, import scores that another environment made",
     "infra": "bring up a cluster",
 }
 """First words of two-word commands, with their help."""

@@ -55,6 +55,7 @@ class Option:
         is_required: Whether an option must be given.
         is_repeated: Whether it may be given several times.
         choices: The allowed values.
+        num_values: Number of values, each with a word of the placeholder.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Option:
     is_required: bool = False
     is_repeated: bool = False
     choices: tuple[str, ...] | None = None
+    num_values: int = 1
 
     @property
     def is_positional(self) -> bool:
@@ -100,8 +102,10 @@ class Option:
         elif not self.metavar:
             command.add_argument(self.name, action="store_true", dest=self.dest, help=text)
         else:
+            is_one = self.num_values == 1
             command.add_argument(
-                self.name, metavar=self.metavar, dest=self.dest, required=self.is_required, type=self.type,
+                self.name, metavar=self.metavar if is_one else tuple(self.metavar.split()), dest=self.dest,
+                nargs=None if is_one else self.num_values, required=self.is_required, type=self.type,
                 action="append" if self.is_repeated else "store", choices=self.choices, help=text,
                 default=[] if self.is_repeated and not self.is_required else self.default,
             )  # fmt: skip

@@ -38,7 +38,7 @@ def look(run: Run) -> Look:
     record = run.journal.record("evaluate")
     if exported is not None and (before := _look_of_before(run, record, exported)) is not None:
         return before
-    evaluation = _evaluation(run, trained, exported)
+    evaluation = evaluation_of(run, trained, exported)
     version = evaluation.held_out.version
     settings = run.config.evaluate.model_dump(mode="json", exclude=NOT_IN_KEY, exclude_defaults=True)
     key = digest(
@@ -74,7 +74,7 @@ def settings_before(config: EvaluateConfig) -> JsonObject | None:
     return {key: default if found[key] is None else found[key] for key, default in BEFORE.items()}
 
 
-def _evaluation(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> Evaluation:
+def evaluation_of(run: Run, trained: StageRecord | None, exported: StageRecord | None) -> Evaluation:
     """Return the evaluation of the last export; its pairs are those that were trained on, or the newest ones."""
     from orchestration.stages.evaluation import Evaluation
 

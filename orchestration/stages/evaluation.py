@@ -104,9 +104,10 @@ class Evaluation:
     @cached_property
     def cells(self) -> list[Cell]:
         """The samples of each model for each suite; all suites of a model follow each other."""
-        return [self._cell(suite, model) for model in self.models for suite in self.suites]
+        return [self.cell(suite, model) for model in self.models for suite in self.suites]
 
-    def _cell(self, suite: Suite, model: JudgedModel) -> Cell:
+    def cell(self, suite: Suite, model: JudgedModel) -> Cell:
+        """Return the samples of one model for one suite."""
         config = self._run.config
         assert config.encode is not None
         side = suite.resolution or config.encode.resolution

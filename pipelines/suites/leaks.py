@@ -25,11 +25,11 @@ def leaked_prompts(storage: Storage, version: int, suites: Iterable[Suite]) -> d
     Raises:
         SnapshotError: The table has no such version.
     """
-    prompts = {suite.name: {each.prompt_id for each in suite.prompts} for suite in suites}
+    prompts = {suite.name: [each.sample_id for each in suite.prompts] for suite in suites}
     wanted = pa.array(sorted(set().union(*prompts.values())), pa.string())
     is_trained_on = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == TRAIN)
     found: set[str] = set()
     table = pairs_table(storage, version)
     for batch in table.batches(["prompt_id"], is_trained_on & pc.field("prompt_id").isin(wanted)):
         found.update(pc.unique(batch["prompt_id"]).to_pylist())
-    return {name: len(prompt_ids & found) for name, prompt_ids in prompts.items()}
+    return {name: sum(each in found for each in prompt_ids) for name, prompt_ids in prompts.items()}

@@ -43,6 +43,8 @@ HERE = {
     "scorers fetch": ["scorers", "fetch", "aesthetic", "--from", "{secret}/none"],
     "scorers check": ["scorers", "check", "--images", "{secret}/none"],
     "scores import": ["scores", "import", "{secret}/none.jsonl", "{secret}"],
+    "scores vote": ["scores", "vote", "{config}", "--models", "{secret}", "base"],
+    "init": ["init", "evaluate", "{secret}/file/new.yaml"],
     "infra render": ["infra", "render", "{config}", "--target", "docker", "-o", "storage=s3://{secret}/x"],
 }
 """For each command, arguments with which it shows a path or a value that holds the secret."""
