@@ -67,15 +67,16 @@ def look(folder: Path, page: str, script: str, *, width: int = 390, dark: bool =
     colours = ["--blink-settings=preferredColorScheme=0"] if dark else []
     if over_http:
         with served(folder) as address:
-            done = _chromium(folder, f"{address}/look.html", *colours)
+            done = chromium(folder, f"{address}/look.html", *colours)
     else:
-        done = _chromium(folder, (folder / "look.html").as_uri(), "--allow-file-access-from-files", *colours)
+        done = chromium(folder, (folder / "look.html").as_uri(), "--allow-file-access-from-files", *colours)
     found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr
     return Seen(found[1], re.findall(r"CONSOLE.*", done.stderr))
 
 
-def _chromium(folder: Path, address: str, *options: str) -> subprocess.CompletedProcess[str]:
+def chromium(folder: Path, address: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Show a page; its DOM at the end is what was written to stdout, its console is in stderr."""
     command = ["chromium", *OPTIONS, *options, f"--user-data-dir={folder}/.profile", "--dump-dom", address]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
 
