@@ -86,7 +86,7 @@ def _listed(name: str, scorer: Any) -> ListedScorer:
         needs_of(scorer),
         str(getattr(scorer, "licence", "not stated")),
         tuple(_listed_part(part) for part in parts),
-        _verified(name, parts),
+        _verified(name, scorer, parts),
         None if golden is None else golden.source,
     )
 
@@ -97,9 +97,10 @@ def _listed_part(name: str) -> ListedPart:
     return ListedPart(name, source, part.licence, is_fetched(default_cache() / "scorers" / name))
 
 
-def _verified(name: str, parts: Sequence[str]) -> str:
+def _verified(name: str, scorer: Any, parts: Sequence[str]) -> str:
     if not parts:
-        return "no weights: its definition is its test"
+        has_model = getattr(scorer, "has_foreign_model", False)
+        return NOT_VERIFIED if has_model else "no weights: its definition is its test"
     try:
         located: tuple[LocatedPart, ...] = locate_parts(name, parts, None)
     except ModelError:

@@ -52,7 +52,7 @@ def answer(text: str, number: float, count: int) -> tuple[int, Any, dict[str, st
         "likely": (200, choice("Yes", tokens={"Yes": -0.5, " yes": -2.0, "No": -1.5, "Maybe": -3.0}), {}),
         "neither": (200, choice("Maybe", tokens={"Maybe": -0.1}), {}),
     }
-    return next((found for word, found in words.items() if word in text), (200, fine, {}))  # type: ignore[return-value]
+    return next((found for word, found in words.items() if word in text), (200, fine, {}))
 
 
 def choice(content: str | None, *, refusal: str | None = None, finish_reason: str = "stop", tokens: Any = None) -> Any:

@@ -98,6 +98,8 @@ class GradedVlm(BuiltIn):
     scale: ClassVar[str] = "grade, 1 to 5 unless `lowest` and `highest` say otherwise; or probability, 0 to 1"
     licence: ClassVar[str] = "that of the model on the server"
 
+    has_foreign_model: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._options: GradedVlmOptions | None = None
         self._chat: Chat | None = None

@@ -72,6 +72,8 @@ class NudeNet(BuiltIn):
     licence: ClassVar[str] = "AGPL-3.0 in its wheel, MIT in its metadata; not part of mapo"
     needs: ClassVar[tuple[str, ...]] = ("image",)
 
+    has_foreign_model: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._detector: Any = None
 

@@ -58,6 +58,8 @@ class BuiltIn:
     """The parts of its weights, by their names in `weights.PARTS`."""
     preprocessing: ClassVar[str] = "none"
     """The name of the preprocessing of its images."""
+    has_foreign_model: ClassVar[bool] = False
+    """Whether it has a model that is not among its parts, such as that of a server."""
 
     _is_loaded = False
 

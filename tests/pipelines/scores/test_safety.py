@@ -169,7 +169,7 @@ def test_nudenet_is_refused_where_it_is_not_installed(tmp_path: Path, monkeypatc
     ):
         with pytest.raises(ConfigError, match="needs the package nudenet, which is not installed") as caught:
             attempt()
-        assert "AGPL-3.0" in caught.value.hint
+        assert "AGPL-3.0" in str(caught.value.hint)
     assert "AGPL-3.0" in new_scorer("nudenet").licence
 
 
