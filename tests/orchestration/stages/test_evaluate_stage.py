@@ -82,6 +82,7 @@ def test_own_prompts_are_judged_without_training_and_only_what_is_new_is_made(
     record = evaluated(config)
     suite = results(config)["prompts"]
     assert (suite["num_prompts"], suite["images_per_prompt"]) == (3, 2)
+    assert suite["leaked_prompts"] is None, "nothing was trained"
     assert list(suite["models"]) == ["base"]
     for name in PIXELS:
         score = suite["models"]["base"][name]
@@ -189,6 +190,7 @@ def test_held_out_prompts_checkpoints_and_the_agreement_of_judges_with_people(
     split = "validation" if "validation" in kept["split"].to_pylist() else "train"
     distinct = sorted(set(kept.filter(pc.equal(kept["split"], split))["prompt_id"].to_pylist()))
     assert suite["num_prompts"] == min(5, len(distinct))
+    assert suite["leaked_prompts"] == (0 if split == "validation" else suite["num_prompts"])
     assert suite["images_per_prompt"] == max(1, 5 // len(distinct))
     assert list(suite["models"]) == ["base", "aligned", "step-4", "step-8"]
     same = [suite["models"][model]["saturation"]["mean"] for model in ("aligned", "step-8")]
@@ -205,8 +207,10 @@ def test_held_out_prompts_checkpoints_and_the_agreement_of_judges_with_people(
     page = run_stages(config, ["report"], lambda line: None)
     assert page[0].state is StageState.DONE
     html = (tmp_path / "storage" / "runs" / "small" / "report" / "index.html").read_text()
+    board = (tmp_path / "storage" / "runs" / "small" / "evaluation" / "leaderboard.html").read_text()
     for text in ("saturation", "held-out"):
         assert text in html
+        assert text in board
 
 
 @pytest.mark.parametrize(
