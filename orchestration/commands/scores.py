@@ -9,7 +9,8 @@ from orchestration.commands.options import Command, Option, place, say
 def _import(options: argparse.Namespace) -> None:
     from pipelines.dataset.storage import Storage
     from pipelines.scores.foreign import read_foreign
-    from pipelines.scores.imports import foreign_judge, import_scores
+    from pipelines.scores.imported import foreign_judge
+    from pipelines.scores.imports import import_scores
 
     file = read_foreign(Path(options.file).expanduser())
     scorer, fingerprint = file.named(options.scorer, options.fingerprint)

@@ -143,8 +143,8 @@ def no_values() -> pa.Table:
 
 
 def can_audit(judge: Judge) -> bool:
-    """Return whether a judge can be compared with people: it needs only image and prompt, and has not learnt labels."""
-    return set(judge.needs) <= {"image", "prompt"} and judge.fit is None
+    """Return whether a judge can be compared with people: it scores any image here, without labels."""
+    return set(judge.needs) <= {"image", "prompt"} and judge.fit is None and not judge.is_imported
 
 
 def audit_rows(judge: Judge, sides: pa.Table, scores: pa.Table) -> pa.Table:

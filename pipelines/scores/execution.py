@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import SCORES
 from pipelines.dataset.secrets import write_line
 from pipelines.dataset.status import ScoreStatus
@@ -22,7 +23,7 @@ from pipelines.dataset.table import Table
 from pipelines.progress import ProgressBar
 from pipelines.resources import nodes
 from pipelines.scores.cluster_weights import publish
-from pipelines.scores.judges import Judge
+from pipelines.scores.judges import JUDGE_FILE, Judge
 from pipelines.scores.plan import commit_id, pending_scores, table_of
 from pipelines.scores.scorers import new_scorer
 from pipelines.scores.scorers.result import UNANSWERED
@@ -34,8 +35,8 @@ from pipelines.units.unit import Unit
 from pipelines.units.waiting import wait_for, wait_until_placed
 from pipelines.units.workers import Workers
 
-JUDGE_FILE = "judge.json"
 MAX_TABLE_FILES = 64
+SHORT = 12
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def score(
 
     Raises:
         ConfigError: A judge needs a column that the images do not have.
+        SnapshotError: A judge's scores are imported, and not all of them are.
         ModelError: Weights are missing on a node, or damaged.
         EncodingError: There is not enough memory for even one image, or a unit repeatedly kills its actor.
         ClusterError: No node has the resources of a scorer, and none joined in time.
@@ -82,6 +84,7 @@ def score(
     """
     todo = pending_scores(storage, judges, images)
     names = [judge.name for judge in judges]
+    check_imported(judges, todo.num_missing)
     if not todo.units:
         return ScoringFigures(dict.fromkeys(names, 0), dict.fromkeys(names, 0), None)
     wanted = [judge for judge, count in zip(judges, todo.num_missing, strict=True) if count]
@@ -104,6 +107,20 @@ def score(
     counted.finish()
     counted.tell(say)
     return ScoringFigures(counted.num_scored, counted.num_failed, speed, counted.num_unanswered)
+
+
+def check_imported(judges: Sequence[Judge], num_missing: Sequence[int]) -> None:
+    """Check that judges of another environment have scored everything.
+
+    Raises:
+        SnapshotError: One has not.
+    """
+    for judge, count in zip(judges, num_missing, strict=True):
+        if judge.is_imported and count:
+            raise SnapshotError(
+                f"{count:,} images have no imported score of {judge.name}@{judge.fingerprint[:SHORT]}",
+                "score the samples there and bring the scores: `mapo scores import FILE STORAGE`; then rerun",
+            )
 
 
 def _check_prompts(judges: Sequence[Judge], images: pa.Table) -> None:

@@ -13,21 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import ScorerEntry
 from pipelines.dataset.errors import ConfigError, SnapshotError, SourceError
 from pipelines.dataset.layout import SAMPLES, SCORES, fingerprints, pairs_table, samples_table
 from pipelines.dataset.status import Status
 from pipelines.dataset.storage import Storage
-from pipelines.dataset.values import JsonObject
 from pipelines.scores.actor import JUDGED_SCHEMA
-from pipelines.scores.execution import JUDGE_FILE, Commits, note_judge
+from pipelines.scores.execution import Commits, note_judge
 from pipelines.scores.foreign import ForeignFile, ForeignScore
-from pipelines.scores.judges import Judge, fingerprint_of, table_name
+from pipelines.scores.judges import JUDGE_FILE, Judge
 from pipelines.scores.plan import table_of
 
-IMPORTED = "imported:"
-"""Beginning of a configuration's name for an imported scorer; its own name follows."""
-NEEDS = ("image", "prompt")
 ROWS_A_UNIT = 4096
 SHOWN = 12
 
@@ -49,82 +44,13 @@ class Imported:
     num_known: int
 
 
-def foreign_judge(
-    name: str,
-    fingerprint: str,
-    *,
-    scale: str = "",
-    higher_is_better: bool = True,
-    licence: str = "not stated",
-    description: str = "",
-) -> Judge:
-    """Describe a scorer of another environment as a judge, whose scores `read_scores` finds.
-
-    Args:
-        name: The scorer's own name, which is that of its results.
-        fingerprint: What shapes its scores, in words: code, weights, versions. Other words are another fingerprint.
-        scale: Unit and usual range.
-        higher_is_better: Whether a higher score is better.
-        licence: Licence of its weights.
-        description: What it measures.
-
-    Raises:
-        ConfigError: A text is empty, or the name is none for a scorer.
-    """
-    if not fingerprint.strip():
-        raise ConfigError(
-            f"the scores of {name} have no fingerprint",
-            'say what shaped them, such as --fingerprint "UniDet RS200, T2I-CompBench 1b70949"',
-        )
-    table_name(name)
-    shaping: JsonObject = {"scorer": name, "imported": fingerprint}
-    return Judge(
-        name, ScorerEntry(name=f"{IMPORTED}{name}"), fingerprint_of(shaping), NEEDS, scale, higher_is_better, licence,
-        description, verified=None, shaping=shaping,
-    )  # fmt: skip
-
-
-def imported_judge(storage: Storage, name: str, fingerprint: str | None = None) -> Judge:
-    """Return the judge of imported scores, from what the import wrote beside its table.
-
-    Args:
-        storage: The storage of the scores.
-        name: The scorer's own name.
-        fingerprint: The 32 hex digits, or their beginning; None where there is but one.
-
-    Raises:
-        ConfigError: There are no imported scores of this scorer, or several fingerprints fit.
-    """
-    prefix = f"{table_name(name)}@"
-    found = []
-    for folder in fingerprints(storage, SCORES):
-        if folder.startswith(prefix + (fingerprint or "")):
-            noted = json.loads(storage.read_if_there(f"{SCORES}/{folder}/{JUDGE_FILE}") or b"{}")
-            if str(noted.get("scorer", "")).startswith(IMPORTED):
-                found.append(noted)
-    if not found:
-        raise ConfigError(
-            f"{storage.uri(SCORES)} has no imported scores of {name}", "bring them: `mapo scores import FILE STORAGE`"
-        )
-    if len(found) > 1:
-        several = ", ".join(each["fingerprint"][:SHOWN] for each in found)
-        raise ConfigError(
-            f"{storage.uri(SCORES)} has {len(found)} imported tables of {name}: {several}", "choose a fingerprint"
-        )
-    (noted,) = found
-    return foreign_judge(
-        noted["name"], noted["shaping"]["imported"], scale=noted["scale"], licence=noted["licence"],
-        higher_is_better=noted["higher_is_better"], description=noted["description"],
-    )  # fmt: skip
-
-
 def import_scores(file: ForeignFile, storage: Storage, judge: Judge) -> Imported:
     """Check the scores of a file against a storage, and commit those that are not there.
 
     Args:
-        file: The scores, from `read_foreign`.
+        file: The scores, from `foreign.read_foreign`.
         storage: The storage of the images.
-        judge: The scorer, from `foreign_judge`.
+        judge: The scorer, from `imported.foreign_judge`.
 
     Raises:
         ConfigError: What readers must know of the scorer differs from what an earlier import said.

@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from pipelines.scores.cluster_weights import LocatedPart, locate_folder, locate_
 from pipelines.scores.fit import FitPairs
 from pipelines.scores.images import ALL_NEEDS
 from pipelines.scores.scorers import SCORERS, needs_of, new_scorer
+from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 from pipelines.scores.scorers.scorer import DTYPE, BuiltIn
 from pipelines.scores.verified import verification_of
 
+JUDGE_FILE = "judge.json"
+"""Beside a table of scores: `Judge.to_json`."""
 MAX_TABLE_NAME = 160
 CODE_VERSION = 1
 """Raise it when every scorer would give other numbers."""
@@ -67,6 +70,11 @@ class Judge:
     def table_name(self) -> str:
         """The name of the folder of its scores, without the fingerprint."""
         return table_name(self.name)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether its scores are made in another environment, and can only be imported."""
+        return self.entry.name.startswith(IMPORTED)
 
     def to_json(self) -> JsonObject:
         """Return what readers of its scores need to know, as plain data."""
@@ -140,6 +148,10 @@ def prepare_judges(
 
 def _prepare(entry: ScorerEntry, storage: Storage, fit_on: FitPairs | None, provided: Collection[str]) -> Judge:
     scorer = new_scorer(entry.name, entry.options)
+    if isinstance(scorer, ImportedScorer):
+        from pipelines.scores.imported import imported_judge  # which is built on this file
+
+        return replace(imported_judge(storage, scorer.name, scorer.fingerprint), entry=entry)
     name, needs = own_name(scorer, entry.name), needs_of(scorer)
     if missing := [need for need in needs if need not in provided]:
         has = "" if set(missing) - set(ALL_NEEDS) else ", which these images do not have"

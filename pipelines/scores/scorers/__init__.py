@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 from pipelines.scores.scorers.result import Failure, Result, Score
 from pipelines.scores.scorers.scorer import Scorer, load_scorer, needs_of
 from pipelines.scores.scorers.together import score_together
@@ -93,6 +94,8 @@ def new_scorer(name: str, options: Mapping[str, Any] | None = None) -> Any:
 
 
 def _imported(name: str) -> Any:
+    if name.startswith(IMPORTED):
+        return ImportedScorer(name)
     place = SCORERS.get(name, name)
     module, _, attribute = place.partition(":")
     if not attribute:

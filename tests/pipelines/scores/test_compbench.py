@@ -32,7 +32,8 @@ from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
 from pipelines.scores.foreign import read_foreign
-from pipelines.scores.imports import foreign_judge, import_scores
+from pipelines.scores.imported import foreign_judge
+from pipelines.scores.imports import import_scores
 from pipelines.suites.compbench.detections import Box, Detected, Protocol, as_detected, box_depth
 from pipelines.suites.compbench.numeracy import NUMBERS, ONE, PLURALS, counted_in, score_numeracy
 from pipelines.suites.compbench.spatial import LEAST_2D, score_2d, score_3d

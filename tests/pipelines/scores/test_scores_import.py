@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ from kept import keep_rows, rows_in
 from scored_images import formula_files, write_images
 
 from orchestration.cli import main
+from orchestration.stages.evaluation_images import can_audit
+from pipelines.config import ScorerEntry
 from pipelines.dataset.errors import ConfigError, SnapshotError, SourceError
 from pipelines.dataset.layout import SAMPLES_SCHEMA, samples_table
 from pipelines.dataset.storage import Storage
 from pipelines.scores import imports
+from pipelines.scores.execution import score
 from pipelines.scores.foreign import ForeignFile, read_foreign
-from pipelines.scores.imports import foreign_judge, import_scores, imported_judge
-from pipelines.scores.judges import Judge
+from pipelines.scores.imported import foreign_judge, imported_judge
+from pipelines.scores.imports import import_scores
+from pipelines.scores.judges import Judge, prepare_judges
 from pipelines.scores.plan import read_scores, table_of
+from pipelines.scores.scorers import Failure
+from pipelines.scores.scorers.imported import NOT_IMPORTED, ImportedScorer
 from pipelines.suites.reduce import reduce_suite
 from pipelines.suites.suite import Suite, SuitePrompt
+from pipelines.units.workers import Workers
 
 PROMPTS = ["a cat on a dog", "a dog next to a cat"]
 Rows = list[dict[str, Any]]
@@ -242,6 +250,28 @@ def test_the_command_imports_and_says_so(
     assert ": 0 new scores; 6 were there" in capsys.readouterr().out
     assert main([*command, "--fingerprint", "UniDet", "--lower-is-better"]) == 2
     assert "higher_is_better of compbench-2d is False, but True" in capsys.readouterr().err
+
+
+def test_a_configuration_names_imported_scores(storage: Storage, images: pa.Table, tmp_path: Path) -> None:
+    entries = [ScorerEntry(name="imported:compbench-2d"), ScorerEntry(name="saturation")]
+    with pytest.raises(ConfigError, match="no imported scores of compbench-2d") as caught:
+        prepare_judges(entries, storage)
+    assert "mapo scores import" in str(caught.value.hint)
+    rows = scored(images)
+    import_scores(read(tmp_path, rows[:4]), storage, JUDGE)
+    judges = prepare_judges(entries, storage)
+    assert judges[0] == JUDGE
+    assert [judge.is_imported for judge in judges] == [True, False]
+    assert [can_audit(judge) for judge in judges] == [False, True]
+    workers = Workers("evaluate", num_workers=1, device="cpu")
+    with pytest.raises(SnapshotError, match="2 images have no imported score of compbench-2d@") as refused:
+        score(storage, judges, images, workers)
+    assert "mapo scores import" in str(refused.value.hint)
+    import_scores(read(tmp_path, rows), storage, JUDGE)
+    assert score(storage, judges[:1], images, workers).num_scored == {"compbench-2d": 0}
+    exact = ScorerEntry(name=f"imported:compbench-2d@{JUDGE.fingerprint[:8]}")
+    assert prepare_judges([exact], storage) == [replace(JUDGE, entry=exact)]
+    assert ImportedScorer(exact.name).score([None], ["a"]) == [Failure(NOT_IMPORTED, transient=True)]
 
 
 def test_an_evaluation_can_reduce_imported_scores(storage: Storage, images: pa.Table, tmp_path: Path) -> None:
