@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
                 os._exit(1)
         try:
             if "slow" in text["text"]:
-                time.sleep(3)
+                time.sleep(4)
             if "careful" in text["text"]:
                 time.sleep(0.05)
             status, found, headers = answer(text["text"], number, count)

@@ -111,14 +111,14 @@ def test_a_grade_is_of_the_very_pixels_after_the_rubric(server: Running, monkeyp
         ("no-json", "the server's answer has no choice", True, 1),
         ("locked", "HTTP 401", True, 1),
         ("broken", "HTTP 500: .*CUDA out of memory", True, 3),
-        ("slow", "no answer within 0.5 s", True, 1),
+        ("slow", "no answer within 1 s", True, 1),
     ],
 )
 def test_what_is_no_grade_is_a_failure_and_only_the_servers_own_are_asked_again(
     word: str, reason: str, transient: bool, num_asked: int, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.scores.scorers.chat.FIRST_DELAY_S", 0.01)
-    scorer = graded(server, max_retries=2, timeout_s=0.5 if word == "slow" else 30)
+    scorer = graded(server, max_retries=2, timeout_s=1 if word == "slow" else 30)
     failure, fine = scorer.score([image_of(1), image_of(2)], [f"a cat {word} of failures", "a dog"])
     assert isinstance(failure, Failure)
     assert failure.transient is transient
