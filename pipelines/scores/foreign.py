@@ -169,24 +169,27 @@ def _checked(row: Any, path: Path, place: str) -> ForeignScore:
     """
     wrong = "not a JSON object" if not isinstance(row, dict) else _wrong_columns(row) or _wrong_key(row)
     if not wrong:
-        is_null = row["value"] is None or _is_nan_of_failed(row)
-        status = row.get("status") or str(ScoreStatus.FAILED if is_null else ScoreStatus.SCORED)
-        row = {**row, "status": status, "value": None if is_null else row["value"], "reason": row.get("reason") or None}
+        row = _filled(row)
         wrong = _wrong_outcome(row)
-    components = {} if wrong else _components(row.get("components"))
-    if components is None:
-        wrong = f"`components` is {row['components']!r}, not a JSON object of numbers"
     if wrong:
         raise SourceError(f"{path}, {place}: {wrong}", HINT)
+    components = _components(row["components"])
+    if components is None:
+        told = f"`components` is {row['components']!r}, not a JSON object of numbers"
+        raise SourceError(f"{path}, {place}: {told}", HINT)
     value = None if row["value"] is None else float(row["value"])
     told = json.dumps(components, sort_keys=True)
     return ForeignScore(row["image_sha256"], row["prompt_id"], value, told, row["status"], row["reason"], place)
 
 
-def _is_nan_of_failed(row: Row) -> bool:
-    """Return whether a failure has NaN for its value, as some writers of Parquet leave it."""
-    is_failed = row.get("status") == ScoreStatus.FAILED
-    return is_failed and isinstance(row["value"], float) and math.isnan(row["value"])
+def _filled(row: Row) -> Row:
+    """Return a row with all columns; a failure may have NaN for its value, as some writers of Parquet leave it."""
+    value, status = row["value"], row.get("status")
+    if status == ScoreStatus.FAILED and isinstance(value, float) and math.isnan(value):
+        value = None
+    status = status or str(ScoreStatus.FAILED if value is None else ScoreStatus.SCORED)
+    named = {"value": value, "status": status, "reason": row.get("reason") or None}
+    return {**row, **named, "components": row.get("components")}
 
 
 def _wrong_columns(row: Row) -> str | None:

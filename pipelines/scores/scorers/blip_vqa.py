@@ -1,7 +1,7 @@
 """BLIP-VQA of T2I-CompBench: are the things of the prompt in the image, with their attributes?"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,18 +42,19 @@ class BlipVqa(BuiltIn):
 
     def _results(self, batch: Batch) -> Sequence[Result]:
         failures = batch.failures(self.needs)
-        asked: list[Any] = [() if row in failures else each for row, each in enumerate(batch.extra["questions"])]
-        wanted = [(row, question) for row, each in enumerate(asked) if why_unasked(each) is None for question in each]
-        shares: list[list[float]] = [[] for _ in asked]
-        if wanted:
-            rows, questions = zip(*wanted, strict=True)
-            found = self._head(batch.embed_images(self._images), rows, [clean_question(each) for each in questions])
-            for row, share in zip(rows, found, strict=True):
-                shares[row].append(rounded(share))
+        asked = [() if row in failures else each for row, each in enumerate(batch.extra["questions"])]
         reasons = [why_unasked(each) for each in asked]
-        return [
-            product(each) if reason is None else Failure(reason) for each, reason in zip(shares, reasons, strict=True)
-        ]
+        scores = self._scores(batch, {row: asked[row] for row, reason in enumerate(reasons) if reason is None})
+        return [scores[row] if reason is None else Failure(reason) for row, reason in enumerate(reasons)]
+
+    def _scores(self, batch: Batch, asked: Mapping[int, Sequence[str]]) -> dict[int, Score]:
+        """Return the scores of images by row, all of which have questions."""
+        if not asked:
+            return {}
+        rows = [row for row, questions in asked.items() for _ in questions]
+        cleaned = [clean_question(question) for questions in asked.values() for question in questions]
+        found = iter(self._head(batch.embed_images(self._images), rows, cleaned))
+        return {row: product([rounded(next(found)) for _ in questions]) for row, questions in asked.items()}
 
 
 def why_unasked(questions: Any) -> str | None:
