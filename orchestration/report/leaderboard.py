@@ -6,7 +6,7 @@ curves and have no place here.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestration.report.charts import IntervalPlot, interval_plot
 from orchestration.report.records import EvaluationSection, Interval
@@ -185,21 +185,20 @@ def _ranks(rates: Iterable[MeanWinRate | None]) -> list[int | None]:
 
 def _standings(boards: Sequence[SuiteBoard]) -> list[Standing]:
     """Return the models over the suites that rank, in the order of their places."""
-    rows = {board.name: {row.model: row for row in board.rows} for board in boards}
-    models = list(dict.fromkeys(model for each in rows.values() for model in each))
-    found: list[Standing] = []
-    for model in models:
-        own = [each[model].win_rate if model in each else None for each in rows.values()]
-        known = [rate for rate in own if rate is not None]
-        overall = _mean(known) if len(known) == len(own) else None
-        is_ours = any(model in each and each[model].is_ours for each in rows.values())
-        found.append(Standing(model, is_ours, None, overall, own))
-    ranks = _ranks([each.overall for each in found])
-    placed = [
-        Standing(each.model, each.is_ours, rank, each.overall, each.suites)
-        for each, rank in zip(found, ranks, strict=True)
-    ]
+    models = dict.fromkeys(row.model for board in boards for row in board.rows)
+    found = [_standing(model, boards) for model in models]
+    ranks = _ranks(each.overall for each in found)
+    placed = [replace(each, rank=rank) for each, rank in zip(found, ranks, strict=True)]
     return sorted(placed, key=lambda each: each.rank or math.inf)
+
+
+def _standing(model: str, boards: Sequence[SuiteBoard]) -> Standing:
+    """Return a model over the suites that rank, without its place."""
+    rows = [next((row for row in board.rows if row.model == model), None) for board in boards]
+    rates = [row.win_rate if row else None for row in rows]
+    known = [rate for rate in rates if rate is not None]
+    overall = _mean(known) if len(known) == len(rates) else None
+    return Standing(model, any(row is not None and row.is_ours for row in rows), None, overall, rates)
 
 
 def _plot(standings: Sequence[Standing]) -> IntervalPlot | None:
