@@ -48,12 +48,8 @@ class VqaScoreQwen3Vl8b(QwenScorer):
         return {**super().shaping(digests), "preprocessing": "qwen", "question": QUESTION}
 
     def _scores(self, images: "list[Image]", prompts: list[str]) -> list[Score]:
-        from pipelines.scores.scorers.trunks.qwen_vl import last_states
-
-        found: list[Score] = []
-        for inputs, outputs in self._model.passes(images, [QUESTION.format(prompt) for prompt in prompts]):
-            found += map(self._score, last_states(inputs, outputs.logits).softmax(dim=-1))
-        return found
+        questions = [QUESTION.format(prompt) for prompt in prompts]
+        return [self._score(each_V) for each_BV in self._model.first_tokens(images, questions) for each_V in each_BV]
 
     def _score(self, probabilities_V: "Tensor") -> Score:
         yes, no = (float(probabilities_V[tokens].sum()) for tokens in (self._yes, self._no))

@@ -47,7 +47,7 @@ class RewardModel(QwenVl):
             ModelError: A text has no reward token, or several.
         """
         found: list[list[float]] = []
-        for inputs, outputs in self.passes(images, texts, **settings):
+        for inputs, states_BSD in self.passes(images, texts, **settings):
             is_reward_BS = inputs["input_ids"] == self.reward
             counts = is_reward_BS.sum(dim=-1).tolist()
             if set(counts) != {1}:
@@ -55,7 +55,7 @@ class RewardModel(QwenVl):
                     f"a text for HPSv3 has {next(each for each in counts if each != 1)} tokens {REWARD}, not one",
                     "is this the tokenizer of Qwen2-VL? fetch it again: mapo scorers fetch hpsv3",
                 )
-            found += self.head(outputs.last_hidden_state[is_reward_BS]).tolist()
+            found += self.head(states_BSD[is_reward_BS]).tolist()
         return found
 
 

@@ -1,4 +1,4 @@
-"""Qwen's vision-language models as judges: an image and a text in, the state of a token or the next token's logits out.
+"""Qwen's vision-language models as judges: an image and a text in, the state of a token or the next token out.
 
 Letters: B images, S tokens, D width of the model, V vocabulary, P patches.
 """
@@ -132,22 +132,30 @@ class QwenVl:
 
     def passes(
         self, images: Sequence[Image.Image], texts: Sequence[str], **settings: Any
-    ) -> Iterator[tuple[Mapping[str, Tensor], Any]]:
-        """Yield for each few images the inputs and what the model returns; see `QwenPrompts`."""
+    ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Yield for each few images the inputs and the states of the model below its head; see `QwenPrompts`.
+
+        Logits of all tokens would take 5 GB for eight images: the caller applies the head to the states that it needs.
+        """
         check_float32(self.model)
         for start in range(0, len(images), CHUNK):
             chunk = slice(start, start + CHUNK)
             given = self.prompts(images[chunk], texts[chunk], **settings)
             inputs = {name: tensor.to(self.device) for name, tensor in given.items()}
             with full_precision(self.device):
-                yield inputs, self.model(**inputs, use_cache=False)
+                yield inputs, self.model.base_model(**inputs, use_cache=False).last_hidden_state
             self.num_forwards += 1
 
 
-def last_states(inputs: Mapping[str, Tensor], states_BSD: Tensor) -> Tensor:
-    """Return the state of the last token of each text: B, D."""
-    last_B = inputs["attention_mask"].sum(dim=-1) - 1
-    return states_BSD[torch.arange(len(states_BSD), device=states_BSD.device), last_B]
+class ChatModel(QwenVl):
+    """A model with its head over the vocabulary."""
+
+    def first_tokens(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Iterator[Tensor]:
+        """Yield for each few images the probabilities of the first token of the answer: B, V."""
+        for inputs, states_BSD in self.passes(images, texts):
+            last_B = inputs["attention_mask"].sum(dim=-1) - 1
+            states_BD = states_BSD[torch.arange(len(states_BSD), device=states_BSD.device), last_B]
+            yield self.model.get_output_embeddings()(states_BD).softmax(dim=-1)
 
 
 def check_part(folder: Path, part: str) -> str:
@@ -164,7 +172,7 @@ def check_part(folder: Path, part: str) -> str:
     return files_digest(folder, names)
 
 
-def load_chat_model(folder: Path, part: str, processor: Path, device: Any) -> QwenVl:
+def load_chat_model(folder: Path, part: str, processor: Path, device: Any) -> ChatModel:
     """Load a whole model with its head over the vocabulary; its configuration says which class it is.
 
     Args:
@@ -181,7 +189,7 @@ def load_chat_model(folder: Path, part: str, processor: Path, device: Any) -> Qw
     place = torch.device(device)
     key = ("qwen-vl", check_part(folder, part))
     model = shared(key, place, lambda: load_pretrained(AutoModelForImageTextToText, folder))
-    return QwenVl(model, QwenPrompts(processor), place)
+    return ChatModel(model, QwenPrompts(processor), place)
 
 
 def read_tensors(file: Path, names: Sequence[str]) -> dict[str, Tensor]:
