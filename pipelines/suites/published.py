@@ -53,7 +53,7 @@ PUBLISHED = (
     ),
     PublishedTable(
         source="Model card of mapo-t2i/mapo-beta",
-        prompts="presumably those of Table 2",
+        prompts="Presumably those of Table 2",
         metrics=("Aesthetic", "HPSv2.1", "PickScore"),
         values={DPO: (6.03, 31.1, 22.7), MAPO: (6.17, 31.2, 22.5)},
         protocol=(
