@@ -82,7 +82,13 @@ def _expected_failures(needs: tuple[str, ...]) -> int:
 def test_a_batch_of_failures_runs_no_model(all_loaded: list[Any]) -> None:
     broken = Image.fromarray(np.zeros((8, 8), dtype=np.float32))
     results = score_together(
-        all_loaded, [broken], ["a cat"], references=[[broken]], siblings=[[broken]], metadata=[None]
+        all_loaded,
+        [broken],
+        ["a cat"],
+        references=[[broken]],
+        siblings=[[broken]],
+        metadata=[None],
+        questions=[["a cat?"]],
     )
     assert all(isinstance(each[0], Failure) for each in results.values())
 
