@@ -30,7 +30,7 @@ def score_2d(
         relation: From `relation_of`.
         detected: What was found with a confidence of at least 0.5, in the detector's order.
         protocol: The official evaluator knows `on the top of` alone. A prompt that says `on top of`, as 32 of the 58
-            spatial complex prompts do, gets no more than its confidences, which are below 0.5: always 0.
+            spatial complex prompts do, gets its confidences alone, which are below 0.5 unless both are exactly 1: 0.
 
     Returns:
         0 if neither object was found, or the score is below 0.5.
