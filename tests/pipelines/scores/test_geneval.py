@@ -275,6 +275,8 @@ def test_a_mask_without_pixels_is_no_object() -> None:
         (512, 512, (800, 800), (800, 800)),
         (1216, 832, (800, 1169), (800, 1184)),
         (832, 1216, (1169, 800), (1184, 800)),
+        (1152, 896, (800, 1029), (800, 1056)),
+        (896, 1152, (1029, 800), (1056, 800)),
         (2000, 500, (333, 1333), (352, 1344)),
         (1, 4000, (1333, 1), (1344, 32)),
     ],
@@ -358,13 +360,15 @@ def test_colours_equal_transformers_own_clip(parts: Path) -> None:
 
 
 def test_an_image_is_judged_by_what_it_shows(parts: Path) -> None:
-    scorer, image = new_scorer("geneval"), formula_image(320, 200)
+    scorer, image = new_scorer("geneval"), formula_image(300, 40)  # a narrow image is resized to few pixels
     scorer.load(parts, "cpu")
     objects = scorer._detector.detect(image, 0.3)
     name = max(objects, key=lambda each: len(objects[each]))
     count, num_objects = len(objects[name]), float(sum(map(len, objects.values())))
     place = int(direct_cosines(parts, image, name, objects[name].first(1)).argmax())
     absent = next(each for each in OBJECTS if each not in objects)
+    num_sure = {each: int((found.confidences_N > 0.9).sum()) for each, found in objects.items()}
+    unsure = next(each for each in objects if num_sure[each] < len(objects[each]))
     shown = {"class": name, "count": count}
     rows: list[tuple[Any, Any]] = [
         ({"tag": "two_object", "include": [shown]}, Score(1.0, {"num_objects": num_objects, "include_0": 1.0})),
@@ -376,6 +380,8 @@ def test_an_image_is_judged_by_what_it_shows(parts: Path) -> None:
          Score(1.0, {"num_objects": num_objects, "include_0": 1.0})),
         ({"tag": "t", "include": [{"class": name, "count": 1, "color": COLOURS[place - 1]}]},
          Score(0.0, {"num_objects": num_objects, "include_0": 0.0})),
+        ({"tag": "counting", "exclude": [{"class": unsure, "count": num_sure[unsure] + 1}]},
+         Score(1.0, {"num_objects": float(sum(num_sure.values())), "exclude_0": 1.0})),
         ({"tag": "t", "include": [{"class": "dragon", "count": 1}]},
          Failure("metadata: include 0 has class 'dragon', which the detector does not know")),
         (None, Failure("the image has no metadata")),
