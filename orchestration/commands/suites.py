@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from orchestration.commands.options import JSON, Command, Option, place, say, say_json
 
 if TYPE_CHECKING:
+    from pipelines.dataset.storage import Storage
+    from pipelines.suites.benchmarks import Benchmark
     from pipelines.suites.catalogue import ListedSuite
 
 ALL = "all"
@@ -60,28 +62,42 @@ def suite_text(suite: "ListedSuite") -> str:
 def _fetch(options: argparse.Namespace) -> None:
     from pipelines.dataset.storage import Storage
     from pipelines.suites.catalogue import sets_of
-    from pipelines.suites.prompt_files import fetch_questions, fetch_set, is_fetched, publish_set
-    from pipelines.suites.reference_images import fetch_references, publish_references
 
     found = sets_of(options.name)
     if not found:
         say(f"{options.name} ships with mapo")
-    source = None if options.source is None else Path(options.source).expanduser()
     for each in found:
-        if source is None and is_fetched(each.set):
-            say(f"{each.prompts}: {each.set.count:,} prompts are here")
-        else:
-            say(f"{each.prompts}: {each.set.count:,} prompts in {fetch_set(each.prompts, source)}")
-        if source is not None and (questions := fetch_questions(each.set, source)) is not None:
-            say(f"{each.prompts}: questions in {questions}")
-        if source is not None and each.subject is not None and (count := fetch_references(each.set, source)):
-            say(f"{each.prompts}: {count:,} images of subjects")
+        _bring(each, None if options.source is None else Path(options.source).expanduser())
         if options.to is not None:
-            storage = Storage(options.to)
-            publish_set(each.prompts, storage)
-            if each.subject is not None:
-                publish_references(each.set, storage)
-            say(f"{storage.uri('cache')}: runs on this storage find {each.prompts} there")
+            _send(each, Storage(options.to))
+
+
+def _bring(found: "Benchmark", source: Path | None) -> None:
+    """Bring what a benchmark needs to this machine; without a folder, prompts that are here stay."""
+    from pipelines.suites.prompt_files import fetch_questions, fetch_set, is_fetched
+    from pipelines.suites.reference_images import fetch_references
+
+    if source is None and is_fetched(found.set):
+        say(f"{found.prompts}: {found.set.count:,} prompts are here")
+        return
+    say(f"{found.prompts}: {found.set.count:,} prompts in {fetch_set(found.prompts, source)}")
+    if source is None:
+        return
+    if (questions := fetch_questions(found.set, source)) is not None:
+        say(f"{found.prompts}: questions in {questions}")
+    if found.subject is not None and (count := fetch_references(found.set, source)):
+        say(f"{found.prompts}: {count:,} images of subjects")
+
+
+def _send(found: "Benchmark", storage: "Storage") -> None:
+    """Copy what was brought to a storage's cache."""
+    from pipelines.suites.prompt_files import publish_set
+    from pipelines.suites.reference_images import publish_references
+
+    publish_set(found.prompts, storage)
+    if found.subject is not None:
+        publish_references(found.set, storage)
+    say(f"{storage.uri('cache')}: runs on this storage find {found.prompts} there")
 
 
 NAME = Option("NAME", "a suite", default=ALL)

@@ -84,18 +84,22 @@ def images_of(samples: pa.Table, judges: Sequence[Judge], suite: Suite) -> pa.Ta
     """
     kept = samples.filter(is_drawn(samples))
     images = pa.table({name: kept["sha256" if name == "image_sha256" else name] for name in REQUIRED.names})
-    if any(SIBLINGS in judge.needs for judge in judges):
+    needs = {need for judge in judges for need in judge.needs}
+    if SIBLINGS in needs:
         images = images.append_column(SIBLINGS, _siblings(kept))
-    for name in TEXTS:
-        if any(name in judge.needs for judge in judges):
-            told = {each.sample_id: getattr(each, name) for each in suite.prompts}
-            texts = [told[each] for each in kept["prompt_id"].to_pylist()]
-            images = images.append_column(name, pa.array(texts, pa.string()))
-    if any(REFERENCES in judge.needs for judge in judges):
-        places = {each.sample_id: json.loads(each.references or "[]") for each in suite.prompts}
-        listed = [places[each] for each in kept["prompt_id"].to_pylist()]
-        images = images.append_column(REFERENCES, pa.array(listed, pa.list_(PLACE)))
+    for name in (*TEXTS, REFERENCES):
+        if name in needs:
+            images = images.append_column(name, _known(kept, suite, name))
     return images
+
+
+def _known(samples: pa.Table, suite: Suite, name: str) -> pa.Array:
+    """Return for each sample what a suite knows of its prompt."""
+    told = {each.sample_id: getattr(each, name) for each in suite.prompts}
+    found = [told[each] for each in samples["prompt_id"].to_pylist()]
+    if name == REFERENCES:
+        return pa.array([json.loads(each or "[]") for each in found], pa.list_(PLACE))
+    return pa.array(found, pa.string())
 
 
 def _siblings(samples: pa.Table) -> pa.Array:

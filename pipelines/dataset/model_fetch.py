@@ -17,7 +17,7 @@ from pipelines.dataset.storage import Storage, retry
 from pipelines.dataset.values import JsonObject
 
 CACHE_VARIABLE = "MAPO_CACHE"
-"""Environment variable: the node's folder for fetched models."""
+"""Environment variable: the node's folder for fetched files."""
 
 # A repository often holds the same weights in other forms as well: tens of gigabytes. Weights of a part lie in its
 # folder; those of a VAE by itself at the top, beside single-file checkpoints, which nobody here reads.
@@ -30,6 +30,11 @@ VARIANTS = ("fp16", "bf16", "fp32", "non_ema", "ema_only")
 """Variants that hub repositories have in addition to the plain weights; other variants are fetched too if present."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 READERS = 8
+
+
+def default_cache() -> Path:
+    """Return the node's folder for fetched files."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/mapo").expanduser()
 
 
 def _patterns(variant: str | None) -> tuple[list[str], list[str]]:
@@ -86,7 +91,7 @@ def _place(storage: Storage, url: str, variant: str | None) -> tuple[Path, JsonO
     if not infos:
         raise ModelError(f"there is no model at {url}", "set `encode.model` to the folder of a diffusers pipeline")
     marks = sorted((name, int(info["size"]), _mark(info)) for name, info in infos.items())
-    cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "models"
+    cache = default_cache() / "models"
     return cache / hashlib.sha256(json.dumps([url, marks]).encode()).hexdigest()[:32], infos
 
 

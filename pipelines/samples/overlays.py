@@ -5,13 +5,12 @@ Light: needs neither ray, torch nor diffusers. Files that are not safetensors ar
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from filelock import FileLock
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_fetch import CACHE_VARIABLE, fetch_file
+from pipelines.dataset.model_fetch import default_cache, fetch_file
 from pipelines.dataset.model_files import read_config, resolve_model
 from pipelines.dataset.safetensors_header import check_safetensors
 from pipelines.dataset.storage import Storage, file_sha256
@@ -96,7 +95,7 @@ def _fetched(storage: Storage, name: str) -> Path:
     info = storage.fs.info(storage.path(name))
     mark = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or "")
     state = hashlib.sha256(json.dumps([storage.uri(name), int(info["size"]), mark]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser() / "loras"
+    cache = default_cache() / "loras"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{state}{SAFETENSORS}"
     with FileLock(cache / f".{state}.lock"):

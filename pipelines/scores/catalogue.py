@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipelines.dataset.errors import ModelError
+from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.cluster_weights import LocatedPart, locate_parts
 from pipelines.scores.golden import GOLDEN
 from pipelines.scores.parts import PARTS
 from pipelines.scores.scorers import needs_of, new_scorer
 from pipelines.scores.verified import NOT_VERIFIED, verification_of
-from pipelines.scores.weights import default_cache, is_fetched
+from pipelines.scores.weights import is_fetched
 
 
 @dataclass(frozen=True)

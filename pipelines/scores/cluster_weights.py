@@ -17,14 +17,14 @@ from filelock import FileLock
 
 from pipelines.dataset.errors import ModelError, StorageError
 from pipelines.dataset.layout import CACHE
-from pipelines.dataset.model_fetch import fetch_file
+from pipelines.dataset.model_fetch import default_cache, fetch_file
 from pipelines.dataset.model_files import file_digests
 from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.dataset.storage import Storage, file_sha256
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.conversions.convert import VERSION
 from pipelines.scores.parts import PARTS
-from pipelines.scores.weights import RECORD, combined_digest, default_cache, files_of, is_fetched, part_folder
+from pipelines.scores.weights import RECORD, combined_digest, files_of, is_fetched, part_folder
 
 RECORDS = f"{CACHE}/scorers"
 OWN_FOLDER = "folder"

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.cluster_weights import RECORDS, LocatedPart
-from pipelines.scores.weights import default_cache
 
 NOT_VERIFIED = "not verified against a published value"
 

@@ -6,7 +6,6 @@ the digests of what was brought and of what it became. A part is there in full o
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_fetch import CACHE_VARIABLE
+from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.model_files import file_digests
 from pipelines.dataset.safetensors_header import check_safetensors, tensor_types
 from pipelines.dataset.storage import file_sha256
@@ -25,11 +24,6 @@ from pipelines.scores.downloads import bring, find_given
 from pipelines.scores.parts import MODEL, PARTS, WEIGHTS, File, Part
 
 RECORD = "fetched.json"
-
-
-def default_cache() -> Path:
-    """Return the node's folder for fetched files."""
-    return Path(os.environ.get(CACHE_VARIABLE, "~/.cache/mapo")).expanduser()
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What a user sees of the suites: protocol, prompts, judges, licence, and whether the prompts are on this machine."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def _of_benchmark(found: Benchmark) -> ListedSuite:
 
 def _of_group(label: str) -> ListedSuite:
     members = [_listed(name) for name in GROUPS[label]]
-    images = {each.images_per_prompt for each in members}
+    images, asking = {each.images_per_prompt for each in members}, [each for each in members if each.needs_questions]
     return ListedSuite(
         label,
         f"{len(members)} suites, each with its own numbers.",
@@ -121,13 +122,13 @@ def _of_group(label: str) -> ListedSuite:
         None,
         None,
         None,
-        tuple(dict.fromkeys(name for each in members for name in each.scorers)),
+        tuple(dict.fromkeys(itertools.chain.from_iterable(each.scorers for each in members))),
         ", ".join(dict.fromkeys(each.licence for each in members)),
         "; ".join(dict.fromkeys(each.source for each in members)),
         None,
         all(each.is_cached for each in members),
-        any(each.needs_questions for each in members),
-        all(each.has_questions for each in members if each.needs_questions),
+        bool(asking),
+        all(each.has_questions for each in asking),
         members=GROUPS[label],
     )
 

@@ -7,15 +7,15 @@ neither ray nor torch.
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import CACHE
+from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.storage import Storage
-from pipelines.scores.weights import default_cache
 from pipelines.suites.prompt_sets import (
     PROMPT_SETS,
     Layout,

@@ -7,8 +7,8 @@ from typing import Any
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import CACHE
+from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.storage import Storage, file_sha256
-from pipelines.scores.weights import default_cache
 from pipelines.suites.prompt_files import FOLDER
 from pipelines.suites.prompt_sets import PromptSet
 from pipelines.suites.subjects import SUBJECTS

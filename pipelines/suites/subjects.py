@@ -41,6 +41,7 @@ SUBJECTS = (
     "wolf_plushie",
 )
 """The names of the 30 subjects, in the order of the file."""
+HEADER = "subject_name"
 _PROMPT = re.compile(r"^'(?P<prompt>.+)'\.format\(unique_token, class_token\),?$")
 _SUBJECT = re.compile(r"^(?P<subject>\w+),(?P<kind>[\w ]+)$")
 
@@ -58,24 +59,22 @@ def read_subjects(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         ValueError: A part of the file is missing.
     """
-    subjects = [found.groupdict() for line in text.splitlines() if (found := _SUBJECT.match(line.strip()))]
-    lists: list[list[str]] = []
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("prompt_list"):
-            lists.append([])
-        elif lists and (found := _PROMPT.match(line)):
-            lists[-1].append(found["prompt"])
+    subjects = [found.groups() for line in text.splitlines() if (found := _SUBJECT.match(line.strip()))]
+    lists = _lists(text)
     if len(lists) != 2 or not all(lists) or not subjects:
         raise ValueError(f"{len(subjects)} subjects and {len(lists)} lists of prompts; there must be some, and 2")
-    for each in subjects:
-        if each["subject"] == "subject_name":
-            continue
-        for template in lists[each["kind"] in LIVE_CLASSES]:
-            yield (
-                template.format(TOKEN, each["kind"]),
-                {
-                    "subject": each["subject"],
-                    "class": each["kind"],
-                    "plain": " ".join(template.format("", each["kind"]).split()),
-                },
-            )
+    for subject, kind in subjects:
+        for template in lists[kind in LIVE_CLASSES] if subject != HEADER else ():
+            plain = " ".join(template.format("", kind).split())
+            yield template.format(TOKEN, kind), {"subject": subject, "class": kind, "plain": plain}
+
+
+def _lists(text: str) -> list[list[str]]:
+    """Return the prompts of each list, with places for the word and the class."""
+    found: list[list[str]] = []
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("prompt_list"):
+            found.append([])
+        elif found and (prompt := _PROMPT.match(line)):
+            found[-1].append(prompt["prompt"])
+    return found
