@@ -20,7 +20,14 @@ PLANE = ["next to", "near", "on side of", "on the left of", "on the right of", "
 DEPTH = ["in front of", "behind", "hidden by"]
 COMPLEX = ["next to", "on top of", "on the left of", "on the right of", "on the top of", "near", "sat next to", "by"]
 NUMBERS = ["one", "two", "three", "four", "five", "eight"]
-PARTS = {"a": "DET", "the": "DET", "was": "AUX", "red": "ADJ", "fluffy": "ADJ", "Tom": "PROPN", "Ann": "PROPN"}
+PARTS = {
+    "a": "DET",
+    "the": "DET",
+    "was": "AUX",
+    "red": "ADJ",
+    "fluffy": "ADJ",
+    **dict.fromkeys(["Tom", "Sue", "Max", "Ann"], "PROPN"),
+}
 """Parts of speech of words; the others are nouns, or adpositions if they are words of a relation."""
 ADPOSITIONS = frozenset(
     ["next", "to", "near", "on", "side", "of", "left", "right", "top", "bottom", "in", "front", "behind", "by"]
@@ -73,8 +80,13 @@ def depth_cases() -> list[Case]:
 
 
 def complex_cases() -> list[Case]:
-    forms = ["The red {} was {relation} the fluffy {}.", "The {} {relation} Tom", "Ann was {relation} the {} of {}."]
-    return [_case(seed, forms[max(0, seed % 6 - 3)], COMPLEX) for seed in range(200, 320)]
+    """Half of them with names of people, alone, at the end, and two in a row."""
+    forms = ["The red {} was {relation} the fluffy {}.", "{} was {relation} {}.", "{} was {relation} {} Ann."]
+    found = []
+    for seed in range(200, 320):
+        nouns = np.random.RandomState(seed).choice([*NOUNS, *(["Tom", "Sue", "Max"] * 4)], 2).tolist()
+        found.append(_case(seed, forms[max(0, seed % 5 - 2)], COMPLEX, nouns if seed % 5 > 2 else ()))
+    return found
 
 
 def numeracy_cases() -> list[Case]:
