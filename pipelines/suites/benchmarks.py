@@ -164,7 +164,7 @@ COMPBENCH_JUDGES: dict[str, tuple[str, ...]] = {
     "color": ("blip-vqa",),
     "shape": ("blip-vqa",),
     "texture": ("blip-vqa",),
-    "non_spatial": ("clipscore-b32",),
+    "non_spatial": ("clip-t",),
 }
 """The judges that run in process; the others are foreign detectors, whose scores are imported."""
 FOREIGN = "Its detector runs in a container of its own; `mapo scores import` brings the scores."
