@@ -166,8 +166,8 @@ class Suite:
     ) -> "Suite":
         """Return the suite with other settings, and with a word on each that is not the protocol's; None keeps it."""
         wanted = {
-            "images_per_prompt": (images_per_prompt, "{:g} images a prompt instead of {:g}"),
-            "num_inference_steps": (num_inference_steps, "{:g} steps instead of {:g}"),
+            "images_per_prompt": (images_per_prompt, "{:g} image{s} a prompt instead of {:g}"),
+            "num_inference_steps": (num_inference_steps, "{:g} step{s} instead of {:g}"),
             "guidance_scale": (guidance_scale, "guidance {:g} instead of {:g}"),
             "resolution": (resolution, "{:g} pixels instead of {:g}"),
         }
@@ -178,7 +178,7 @@ class Suite:
                 continue
             values[field] = value
             if own is not None:
-                words.append(sentence.format(value, own))
+                words.append(sentence.format(value, own, s="" if value == 1 else "s"))
         return dataclasses.replace(self, **values, deviations=tuple(words))  # type: ignore[arg-type]
 
     def limited(self, limit: int | None, *, seed: int) -> "Suite":
@@ -201,7 +201,7 @@ class Suite:
         return dataclasses.replace(
             self,
             prompts=tuple(each for each in self.prompts if each in chosen),
-            deviations=(*self.deviations, f"{limit} of {whole} prompts"),
+            deviations=(*self.deviations, f"{limit:,} of {whole:,} prompts"),
             protocol_prompts=whole,
         )
 
