@@ -21,7 +21,7 @@ from orchestration.report.format import duration, moment, money, number
 from orchestration.report.gallery_view import NUM_OPEN, gallery_groups
 from orchestration.report.leaderboard import Leaderboard, leaderboard_of
 from orchestration.report.records import ReportData
-from orchestration.report.suite_view import headlines, suite_views
+from orchestration.report.suite_view import headlines, sampling_of, suite_views
 from orchestration.stages.stage import StageState
 
 MAX_SIDE = 512  # larger samples are shown as a copy of this side, so that a page stays a few MB
@@ -111,6 +111,7 @@ def render_report(data: ReportData, images: Mapping[str, bytes]) -> str:
         created=datetime.fromisoformat(data.created_at),
         outcome=held_out_change(training),
         views=views,
+        sampling=sampling_of(views),
         headlines=headlines(views),
         galleries=gallery_groups(data.evaluation),
         num_open=NUM_OPEN,

@@ -105,6 +105,19 @@ def suite_views(section: EvaluationSection | None) -> list[SuiteView]:
     return [_view(name, result, judges) for name, result in section.record.results.suites.items()]
 
 
+def sampling_of(views: Sequence[SuiteView]) -> list[tuple[str, str]]:
+    """Return each way of sampling in words, with the names of its suites; no names if there is one way alone."""
+    found: dict[str, list[str]] = {}
+    for view in views:
+        steps, guidance = view.result.num_inference_steps, view.result.guidance_scale
+        if steps is not None:
+            words = f"{steps:,} denoising step{'' if steps == 1 else 's'}, guidance {guidance}"
+            found.setdefault(words, []).append(view.name)
+    if len(found) == 1:
+        return [(words, "") for words in found]
+    return [(words, ", ".join(names)) for words, names in found.items()]
+
+
 def headlines(views: Sequence[SuiteView]) -> list[Headline]:
     """Return what the head of the page says: of the first primary scores of all suites; if there is none, of any."""
     groups = [(view, group) for view in views for group in view.groups]
