@@ -9,7 +9,10 @@ from orchestration.stages.judged_suites import suites_without_pairs
 from pipelines.config import ScorerEntry
 from pipelines.dataset.errors import ConfigError
 from pipelines.scores.images import TEXTS
+from pipelines.scores.scorers import needs_of, new_scorer
+from pipelines.scores.scorers.imported import IMPORTED
 from pipelines.scores.scorers.scorer import REFERENCES
+from pipelines.suites.benchmarks import BENCHMARKS
 from pipelines.suites.registry import HELD_OUT
 from pipelines.suites.results import Judge as ShownJudge
 
@@ -24,11 +27,26 @@ if TYPE_CHECKING:
 def entries_of(run: Run, suite: Suite) -> list[ScorerEntry]:
     """Return the scorers of a suite; one that the configuration names too has the settings given there.
 
-    A scorer of the configuration that needs what the suite does not have, such as questions, is not among them.
+    A scorer of the configuration that needs what the suite does not have, such as questions, is not among them, nor are
+    imported scores that belong to another suite.
     """
     own = {entry.name: entry for entry in run.config.evaluate.scorer_entries}
-    served = [name for name in own if not lacking(suite, name)]
-    return [own.get(name, ScorerEntry(name=name)) for name in dict.fromkeys((*suite.scorers, *served))]
+    names = dict.fromkeys((*suite.scorers, *served(run, suite)))
+    return [own.get(name, ScorerEntry(name=name)) for name in names]
+
+
+def served(run: Run, suite: Suite) -> list[str]:
+    """Return the names of those scorers of the configuration that can judge a suite."""
+    names = (entry.name for entry in run.config.evaluate.scorer_entries)
+    return [name for name in names if not lacking(suite, name) and _is_meant(suite, name)]
+
+
+def _is_meant(suite: Suite, scorer: str) -> bool:
+    """Return whether a scorer is for a suite: imported scores of a benchmark are for that one alone."""
+    if not scorer.startswith(IMPORTED):
+        return True
+    name = new_scorer(scorer).name
+    return name in suite.foreign or not any(name in each.foreign for each in BENCHMARKS)
 
 
 def lacking(suite: Suite, scorer: str) -> list[str]:
@@ -37,8 +55,6 @@ def lacking(suite: Suite, scorer: str) -> list[str]:
     Raises:
         ConfigError: The scorer is unknown.
     """
-    from pipelines.scores.scorers import needs_of, new_scorer
-
     known = (*TEXTS, REFERENCES)
     has = {name for name in known if all(getattr(each, name) is not None for each in suite.prompts)}
     return [name for name in needs_of(new_scorer(scorer)) if name in known and name not in has]
@@ -50,14 +66,16 @@ def check_served(run: Run, suites: Sequence[Suite]) -> None:
     Raises:
         ConfigError: One has none.
     """
+    names = ", ".join(suite.name for suite in suites)
     for entry in run.config.evaluate.scorer_entries:
-        lacks = [lacking(suite, entry.name) for suite in suites]
-        if suites and all(lacks):
-            raise ConfigError(
-                f"the scorer {entry.name} needs {' and '.join(lacks[0])} of each prompt, which none of the suites"
-                f" {', '.join(suite.name for suite in suites)} has",
-                "leave it out, or add a suite that it is made for",
-            )
+        if not suites or any(entry.name in served(run, suite) for suite in suites):
+            continue
+        lacks = lacking(suites[0], entry.name)
+        what = f"needs {' and '.join(lacks)} of each prompt, which" if lacks else "has imported scores of a suite that"
+        raise ConfigError(
+            f"the scorer {entry.name} {what} is not in any of the suites {names}",
+            "leave it out, or add a suite that it is made for",
+        )
 
 
 def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict[str, list[Judge]]:
@@ -82,7 +100,6 @@ def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict
 def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) -> FitPairs | None:
     """Return the pairs that scorers learn from; None if none of them does."""
     from pipelines.scores.fit import FitPairs
-    from pipelines.scores.scorers import new_scorer
 
     if not any(hasattr(new_scorer(entry.name), "fit") for entry in entries):
         return None
@@ -118,7 +135,6 @@ def check_scorers(run: Run) -> None:
         ModelError: Weights are missing.
     """
     from pipelines.scores.judges import prepare_judges
-    from pipelines.scores.scorers import new_scorer
 
     if HELD_OUT not in run.config.evaluate.suite_names:
         check_served(run, suites_without_pairs(run.config))

@@ -37,6 +37,7 @@ class Benchmark:
         differs: How it differs from what its authors publish.
         needs_questions: Whether its judges ask questions, which come as a file beside the prompts.
         subject: The subject whose images its own are compared with; None for no comparison.
+        foreign: Its judges that run in environments of their own.
         on_request: Whether it is in no group, because of what its prompts ask for.
         version: Version of the protocol.
     """
@@ -55,6 +56,7 @@ class Benchmark:
     differs: tuple[str, ...] = (SEEDS,)
     needs_questions: bool = False
     subject: str | None = None
+    foreign: tuple[str, ...] = ()
     on_request: bool = False
     version: int = 1
 
@@ -109,6 +111,7 @@ class Benchmark:
             licence=self.set.licence,
             source=self.set.source,
             differs=(*self.differs, *parsed),
+            foreign=self.foreign,
         )
 
 
@@ -167,11 +170,21 @@ COMPBENCH_JUDGES: dict[str, tuple[str, ...]] = {
     "non_spatial": ("clip-t",),
 }
 """The judges that run in process; the others are foreign detectors, whose scores are imported."""
-FOREIGN = "Its detector runs in a container of its own; `mapo scores import` brings the scores."
+COMPBENCH_FOREIGN = {
+    "spatial": "compbench-2d",
+    "3d_spatial": "compbench-3d",
+    "numeracy": "compbench-numeracy",
+    "complex": "compbench-2d-complex",
+}
+"""The names under which the scores of foreign detectors are imported."""
+FOREIGN = (
+    "Its detector runs in a container of its own (infra/compbench). `mapo scores import` brings the scores, and "
+    "`imported:{}` among `evaluate.scorers` uses them."
+)
 
 
 def _of_compbench(category: str) -> Benchmark:
-    judges = COMPBENCH_JUDGES.get(category, ())
+    judges, foreign = COMPBENCH_JUDGES.get(category, ()), COMPBENCH_FOREIGN.get(category)
     steps = "10 images a prompt, 30 steps, the pipeline's usual guidance."
     return Benchmark(
         name=f"t2i-compbench-{category.replace('_', '-')}",
@@ -182,7 +195,8 @@ def _of_compbench(category: str) -> Benchmark:
         images_per_prompt=10,
         num_inference_steps=30,
         scorers=judges,
-        differs=(SEEDS, *([] if judges else [FOREIGN])),
+        differs=(SEEDS,) if foreign is None else (SEEDS, FOREIGN.format(foreign)),
+        foreign=() if foreign is None else (foreign,),
         needs_questions="blip-vqa" in judges,
     )
 

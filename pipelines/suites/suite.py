@@ -86,6 +86,7 @@ class Suite:
         deviations: How this differs from the protocol, such as `4 steps instead of 30`; see `changed`.
         protocol_prompts: Number of prompts of the whole protocol; None for all of `prompts`.
         differs: How the protocol itself differs from what its authors publish, in sentences.
+        foreign: Names of judges that run in environments of their own, whose scores are imported.
 
     Raises:
         ValueError: There is no prompt, a prompt occurs twice, a number is out of range, a primary scorer is not among
@@ -108,6 +109,7 @@ class Suite:
     deviations: tuple[str, ...] = ()
     protocol_prompts: int | None = None
     differs: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from orchestration.stages.evaluation_images import images_of, sample_of, samples_of, with_rows_of
-from orchestration.stages.judged_scorers import lacking
+from orchestration.stages.judged_scorers import check_served, lacking, served
+from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import SAMPLES_SCHEMA
 from pipelines.samples.plan import wanted_samples
 from pipelines.samples.prompts import Prompt
@@ -100,3 +101,22 @@ def test_a_scorer_lacks_what_only_other_suites_have() -> None:
     assert lacking(known, "geneval") == []
     assert lacking(suite(SuitePrompt.of("a")), "geneval") == ["metadata"]
     assert lacking(suite(SuitePrompt.of("a")), "saturation") == []
+
+
+def run_with(*scorers: str) -> Any:
+    entries = [SimpleNamespace(name=name) for name in scorers]
+    return SimpleNamespace(config=SimpleNamespace(evaluate=SimpleNamespace(scorer_entries=entries)))
+
+
+def test_imported_scores_of_a_benchmark_are_for_its_suite_alone() -> None:
+    spatial, other = suite(SuitePrompt.of("a"), foreign=("compbench-2d",)), suite(SuitePrompt.of("b"))
+    run = run_with("imported:compbench-2d", "imported:mine@0123", "saturation")
+    assert served(run, spatial) == ["imported:compbench-2d", "imported:mine@0123", "saturation"]
+    assert served(run, other) == ["imported:mine@0123", "saturation"]
+    check_served(run, [other, spatial])
+    with pytest.raises(ConfigError, match="imported:compbench-2d has imported scores of a suite that is not in any"):
+        check_served(run, [other])
+    with pytest.raises(
+        ConfigError, match="geneval needs metadata of each prompt, which is not in any"
+    ):
+        check_served(run_with("geneval"), [other])
