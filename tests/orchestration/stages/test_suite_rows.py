@@ -116,7 +116,5 @@ def test_imported_scores_of_a_benchmark_are_for_its_suite_alone() -> None:
     check_served(run, [other, spatial])
     with pytest.raises(ConfigError, match="imported:compbench-2d has imported scores of a suite that is not in any"):
         check_served(run, [other])
-    with pytest.raises(
-        ConfigError, match="geneval needs metadata of each prompt, which is not in any"
-    ):
+    with pytest.raises(ConfigError, match="geneval needs metadata of each prompt, which is not in any"):
         check_served(run_with("geneval"), [other])

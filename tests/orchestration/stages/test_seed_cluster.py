@@ -65,9 +65,10 @@ def test_every_suite_of_the_seed_is_judged_by_every_judge(
     (here / "seed.yaml").write_text(yaml.safe_dump(settings))
     caches = [{"MAPO_CACHE": str(tmp_path / name)} for name in ("cache-of-head", "cache-of-node")]
     with ray_head(3, **s3_server, **caches[0]) as head, other_node(head, num_cpus=3, **s3_server, **caches[1]):
+        environment = head.environment(**s3_server, **caches[0], RAY_ADDRESS=head.address)
         done = subprocess.run(
-            [BIN / "mapo", "submit", "seed.yaml", "--address", head.url, "--follow"], cwd=here, text=True,
-            capture_output=True, env=head.environment(**s3_server), timeout=1200, check=False,
+            [BIN / "mapo", "evaluate", "seed.yaml"], cwd=here, text=True, capture_output=True, env=environment,
+            timeout=1200, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(prepared.read("runs/seed/evaluation/results.json"))["suites"]
@@ -88,4 +89,3 @@ def test_every_suite_of_the_seed_is_judged_by_every_judge(
     assert sum(counts) == 2 * len(MEMBERS), "one set of samples for two names of one model"
     judged = {name.partition("@")[0] for name in fingerprints(prepared, SCORES)}
     assert judged == {name for each in MEMBERS for name in each.scorers}
-    assert prepared.exists("runs/seed/report/index.html")
