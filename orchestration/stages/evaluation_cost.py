@@ -33,7 +33,7 @@ def gpu_hours(drawings: Mapping[str, Drawing], missing: Mapping[str, int]) -> fl
     total = sum(
         missing[name] * sample_flops(unet_of(each.model.source), each.sampling) for name, each in wanted.items()
     )
-    return total / REFERENCE_FLOPS_PER_S / 3600
+    return _hours(total)
 
 
 def unet_of(source: ModelSource) -> Mapping[str, Any]:
@@ -70,7 +70,11 @@ def bounded_hours(source: ModelSource, suites: Iterable[Suite], side: int) -> fl
         height = width = suite.resolution or side
         sampling = Sampling(suite.num_inference_steps, suite.guidance_scale, height, width)
         total += len(suite.prompts) * suite.images_per_prompt * sample_flops(unet, sampling)
-    return total / REFERENCE_FLOPS_PER_S / 3600
+    return _hours(total)
+
+
+def _hours(flops: float) -> float:
+    return flops / REFERENCE_FLOPS_PER_S / 3600
 
 
 def cost_line(num_units: int, hours: float) -> str:

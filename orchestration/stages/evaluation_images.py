@@ -15,6 +15,7 @@ from pipelines.dataset.status import ScoreStatus
 from pipelines.samples.plan import wanted_samples
 from pipelines.samples.prompts import Prompt
 from pipelines.scores.images import PLACE, REQUIRED, TEXTS
+from pipelines.scores.scorers.scorer import REFERENCES, SIBLINGS
 from pipelines.suites.audit import AUDIT_SCHEMA
 from pipelines.suites.cells import VALUES_SCHEMA
 from pipelines.suites.suite import REPEAT
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 NO_IMAGE = "no image"
 """Beginning of the reason why a sample that could not be drawn has no score."""
-SIBLINGS, REFERENCES = "siblings", "references"
 
 
 def samples_of(suite: Suite, fingerprint: str, seed: int) -> pa.Table:

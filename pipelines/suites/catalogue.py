@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.suites.benchmarks import FAMILIES, GROUPS, Benchmark
 from pipelines.suites.prompt_files import is_fetched, questions_file
-from pipelines.suites.registry import benchmark, suite_names, unknown
+from pipelines.suites.registry import benchmark, newest, suite_names, unknown
 from pipelines.suites.starter import STARTER, starter
 
 
@@ -72,10 +72,9 @@ def list_suites(names: Sequence[str] | None = None) -> list[ListedSuite]:
 
 
 def _listed(name: str) -> ListedSuite:
-    group = next((label for label in GROUPS if name in (label, label.partition("@")[0])), None)
-    if group is not None:
+    if (group := newest(name, GROUPS)) in GROUPS:
         return _of_group(group)
-    if name in (STARTER, STARTER.partition("@")[0]):
+    if newest(name, [STARTER]) == STARTER:
         return _of_starter()
     found = benchmark(name)
     if found is None:

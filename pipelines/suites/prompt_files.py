@@ -17,7 +17,6 @@ from pipelines.dataset.layout import CACHE
 from pipelines.dataset.model_fetch import default_cache
 from pipelines.dataset.storage import Storage
 from pipelines.suites.prompt_sets import (
-    PROMPT_SETS,
     Layout,
     PromptSet,
     SetRow,
@@ -235,6 +234,3 @@ def _download(base: str, name: str) -> bytes:
             raise ModelError(f"{url}: HTTP {answer.status}", "has its publisher moved it?")
         return answer.data
     raise AssertionError("unreachable")
-
-
-__all__ = ["PROMPT_SETS", "fetch_set", "find_set", "is_fetched", "local_file", "publish_set"]

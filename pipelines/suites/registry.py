@@ -32,9 +32,9 @@ def expanded(names: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in names:
-        members: Sequence[str] = GROUPS.get(_newest(name, GROUPS), (name,))
-        known = {_newest(each, suite_names()) for each in found}
-        found.update(dict.fromkeys(each for each in members if _newest(each, suite_names()) not in known))
+        members: Sequence[str] = GROUPS.get(newest(name, GROUPS), (name,))
+        known = {newest(each, suite_names()) for each in found}
+        found.update(dict.fromkeys(each for each in members if newest(each, suite_names()) not in known))
     return list(found)
 
 
@@ -44,7 +44,7 @@ def benchmark(name: str) -> Benchmark | None:
     Args:
         name: `name@version`, or the name alone for its newest version.
     """
-    return _BENCHMARKS.get(_newest(name, _BENCHMARKS))
+    return _BENCHMARKS.get(newest(name, _BENCHMARKS))
 
 
 def load_suite(name: str, storage: Storage | None = None) -> Suite:
@@ -58,7 +58,7 @@ def load_suite(name: str, storage: Storage | None = None) -> Suite:
         ConfigError: There is no such suite, or no such version of it.
         ModelError: Its prompts, the questions that its judges ask, or the images of its subject were not fetched.
     """
-    if _newest(name, [STARTER]) == STARTER:
+    if newest(name, [STARTER]) == STARTER:
         return starter()
     found = benchmark(name)
     if found is None:
@@ -77,7 +77,7 @@ def unknown(name: str) -> ConfigError:
     return ConfigError(f"there is no suite {name}", f"choose from {known}; `mapo suites` lists all")
 
 
-def _newest(name: str, labels: Iterable[str]) -> str:
+def newest(name: str, labels: Iterable[str]) -> str:
     """Return the label that a name stands for: itself, or the newest version of the name alone."""
     newest = {label.partition("@")[0]: label for label in labels}
     return newest.get(name, name)
