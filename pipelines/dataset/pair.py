@@ -13,6 +13,10 @@ from pipelines.dataset.status import Status as Status
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
+PAIR, JUDGED, PRIOR = "pair", "judged", "prior"
+KINDS = (PAIR, JUDGED, PRIOR)
+"""Kinds of rows: a pair; one image, good (label_0 1) or bad (0); one image of a class, for prior preservation."""
+
 PAIRS_SCHEMA = pa.schema(
     [
         ("pair_key", pa.string()),  # null where prompt or images cannot be read
@@ -47,6 +51,8 @@ PAIRS_SCHEMA = pa.schema(
         ("length_0", pa.int64()),
         ("offset_1", pa.int64()),
         ("length_1", pa.int64()),
+        ("kind", pa.string()),  # null or PAIR, else a single image: JUDGED or PRIOR
+        ("weight", pa.float64()),  # of the row's loss, > 0; null is 1
     ]
 )
 
