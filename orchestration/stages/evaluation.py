@@ -35,6 +35,7 @@ from orchestration.stages.judged_models import (
 )
 from orchestration.stages.judged_scorers import judges_of, shown_judges
 from orchestration.stages.judged_suites import judged_suites, names_of_suites
+from orchestration.stages.judged_votes import shown_votes, votes_of, wants_votes
 from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from orchestration.run.journal import StageRecord
     from pipelines.samples.account import Drawn
     from pipelines.scores.judges import Judge
+    from pipelines.suites.votes import Votes
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class Evaluation:
         agreed = scored.audit(shown)
         self._write(results, gallery, scored)
         cost = self._cost(drawn, time.monotonic() - started)
-        return EvaluationRecord(results, gallery, agreed, shown, warnings_of(results, shown), cost)
+        judges_shown = shown | shown_votes(self._run.config)
+        return EvaluationRecord(results, gallery, agreed, judges_shown, warnings_of(results, shown), cost)
 
     @property
     def _folder(self) -> str:
@@ -225,7 +228,10 @@ class Evaluation:
         for name, drawn in zip(names_of_suites(config), self.suites, strict=True):
             values = scored.values[drawn.name]
             suite = self._with_judges(drawn, scored.judges[drawn.name])
-            reduced = reduce_suite(values, suite, against=against, judges=shown, models=names, seed=config.seed)
+            votes = scored.votes(drawn, against) if wants_votes(config) else None
+            reduced = reduce_suite(
+                values, suite, against=against, judges=shown, models=names, seed=config.seed, votes=votes
+            )
             results[name] = replace(reduced, leaked_prompts=leaked.get(drawn.name))
             gallery += choose_gallery(values, suite, against=against, judges=shown, models=in_gallery)
         return Results(results), tuple(gallery)
@@ -311,6 +317,11 @@ class _Scored:
         images = self._sides.select(REQUIRED.names)
         rows = [audit_rows(judge, self._sides, read_scores(self._storage, judge, images)) for judge in self._auditors]
         return audit(pa.concat_tables(rows), judges=shown)
+
+    def votes(self, suite: Suite, against: str) -> Votes:
+        """Count the votes of people on the images of a suite."""
+        samples = {model: each for (name, model), each in self._samples.items() if name == suite.name}
+        return votes_of(self._storage, suite, samples, against, self._evaluation.say)
 
     def png(self, suite: str, model: str, prompt_id: str, index: int) -> bytes | None:
         """Return the bytes of a sample; None if it could not be drawn."""

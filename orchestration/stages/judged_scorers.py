@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from orchestration.stages.judged_suites import suites_without_pairs
+from orchestration.stages.judged_votes import votes_identity
 from pipelines.config import ScorerEntry
 from pipelines.dataset.errors import ConfigError
 from pipelines.scores.images import TEXTS
@@ -14,6 +15,7 @@ from pipelines.scores.scorers.imported import IMPORTED
 from pipelines.scores.scorers.scorer import REFERENCES
 from pipelines.suites.benchmarks import BENCHMARKS
 from pipelines.suites.registry import HELD_OUT
+from pipelines.suites.results import VOTES
 from pipelines.suites.results import Judge as ShownJudge
 
 if TYPE_CHECKING:
@@ -30,14 +32,19 @@ def entries_of(run: Run, suite: Suite) -> list[ScorerEntry]:
     A scorer of the configuration that needs what the suite does not have, such as questions, is not among them, nor are
     imported scores that belong to another suite.
     """
-    own = {entry.name: entry for entry in run.config.evaluate.scorer_entries}
+    own = {entry.name: entry for entry in own_entries(run)}
     names = dict.fromkeys((*suite.scorers, *served(run, suite)))
     return [own.get(name, ScorerEntry(name=name)) for name in names]
 
 
+def own_entries(run: Run) -> list[ScorerEntry]:
+    """Return the scorers of the configuration, without votes, which score no image by itself."""
+    return [entry for entry in run.config.evaluate.scorer_entries if entry.name != VOTES]
+
+
 def served(run: Run, suite: Suite) -> list[str]:
     """Return the names of those scorers of the configuration that can judge a suite."""
-    names = (entry.name for entry in run.config.evaluate.scorer_entries)
+    names = (entry.name for entry in own_entries(run))
     return [name for name in names if not lacking(suite, name) and _is_meant(suite, name)]
 
 
@@ -67,7 +74,7 @@ def check_served(run: Run, suites: Sequence[Suite]) -> None:
         ConfigError: One has none.
     """
     names = ", ".join(suite.name for suite in suites)
-    for entry in run.config.evaluate.scorer_entries:
+    for entry in own_entries(run):
         if not suites or any(entry.name in served(run, suite) for suite in suites):
             continue
         lacks = lacking(suites[0], entry.name)
@@ -107,7 +114,9 @@ def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) ->
 
 
 def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
-    """Return name, fingerprint and check of every scorer; pairs are read only if one learns from them.
+    """Return name, fingerprint and check of every scorer, and the sessions of votes that are asked for.
+
+    Pairs are read only if a scorer learns from them.
 
     Raises:
         ConfigError: A scorer is unknown, or needs what nothing provides.
@@ -117,14 +126,15 @@ def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
 
     entries = _entries_without_pairs(run)
     judges = prepare_judges(entries, run.storage, fit_on=_fit_on(run, entries, held_out))
-    return sorted([judge.name, judge.fingerprint, judge.verified or ""] for judge in judges)
+    found = [[judge.name, judge.fingerprint, judge.verified or ""] for judge in judges]
+    return sorted([*found, *votes_identity(run)])
 
 
 def _entries_without_pairs(run: Run) -> list[ScorerEntry]:
     """Return every scorer; the suite of held-out prompts brings none."""
     suites = suites_without_pairs(run.config)
     found = {entry.name: entry for suite in suites for entry in entries_of(run, suite)}
-    return list((found | {entry.name: entry for entry in run.config.evaluate.scorer_entries}).values())
+    return list((found | {entry.name: entry for entry in own_entries(run)}).values())
 
 
 def check_scorers(run: Run) -> None:

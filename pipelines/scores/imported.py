@@ -8,7 +8,7 @@ from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.layout import SCORES, fingerprints
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import JsonObject
-from pipelines.scores.judges import JUDGE_FILE, Judge, fingerprint_of, table_name
+from pipelines.scores.judges import JUDGE_FILE, Judge, fingerprint_of, own_name, table_name
 from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 
 SHOWN = 12
@@ -41,6 +41,7 @@ def foreign_judge(
             f"the scores of {name} have no fingerprint",
             'say what shaped them, such as --fingerprint "UniDet RS200, T2I-CompBench 1b70949"',
         )
+    own_name(ImportedScorer(f"{IMPORTED}{name}"), f"{IMPORTED}{name}")
     table_name(name)
     shaping: JsonObject = {"scorer": name, "imported": fingerprint}
     entry = ScorerEntry(name=f"{IMPORTED}{name}")

@@ -24,6 +24,7 @@ from pipelines.scores.scorers import SCORERS, needs_of, new_scorer
 from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 from pipelines.scores.scorers.scorer import DTYPE, BuiltIn
 from pipelines.scores.verified import verification_of
+from pipelines.suites.results import TAGS, VOTES
 
 JUDGE_FILE = "judge.json"
 """Beside a table of scores: `Judge.to_json`."""
@@ -191,7 +192,7 @@ def own_name(scorer: Any, given: str) -> str:
     name = getattr(scorer, "name", None)
     if not isinstance(name, str):
         raise ConfigError(f"the scorer {given} has no `name`", "set `name` of its class to a short text")
-    if name == "tags" or "\n" in name:
+    if name in (TAGS, VOTES) or "\n" in name:
         raise ConfigError(
             f"the scorer {given} is called {name!r}, which has another meaning in results", "give it another `name`"
         )

@@ -21,9 +21,10 @@ from pipelines.dataset.storage import Storage
 from pipelines.scores.images import PLACE, contexts, keys_of_scores, places_in
 from pipelines.scores.judges import Judge, fingerprint_of
 from pipelines.scores.plan import KEY_COLUMNS, commit_id, table_of
+from pipelines.suites.results import VOTES
 from pipelines.suites.statistics import win_rate
 
-NAME = "votes"
+NAME = VOTES
 NEEDS = ("image", "prompt", "references")
 """A vote's reference is the image that it was shown beside."""
 BETTER, WORSE, TIE = 1.0, 0.0, 0.5

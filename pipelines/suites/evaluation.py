@@ -99,6 +99,7 @@ def _of_suite(name: str, suite: SuiteResult) -> Iterator[str]:
             f" ({suite.leaked_prompts / suite.num_prompts:.1%}) are prompts of training pairs: a gain on those need not"
             " show on prompts that are new to the model"
         )
+    yield from _of_votes(name, suite)
     if suite.deviations:
         yield f"suite {name} departs from its protocol: {'; '.join(suite.deviations)}"
     for model, by_scorer in suite.failures.items():
@@ -114,3 +115,14 @@ def _of_suite(name: str, suite: SuiteResult) -> Iterator[str]:
                 f"suite {name}: {scorer} reads {cut.prompt_ratio:.1%} of the prompts only in part"
                 f" (on average {cut.token_ratio:.1%} of a prompt's tokens are cut)"
             )
+
+
+def _of_votes(name: str, suite: SuiteResult) -> Iterator[str]:
+    if suite.votes is None:
+        return
+    if not suite.votes.num_votes:
+        yield f"suite {name}: there are no votes on its images; `mapo scores vote` collects them"
+    if suite.votes.left_out:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in suite.votes.left_out.items())
+        total = sum(suite.votes.left_out.values())
+        yield f"suite {name}: {total:,} vote{'s do' if total != 1 else ' does'} not count: {listed}"

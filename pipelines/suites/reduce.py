@@ -34,6 +34,7 @@ from pipelines.suites.statistics import (
     win_rate,
 )
 from pipelines.suites.suite import Suite
+from pipelines.suites.votes import Votes, ranking_votes, with_votes
 
 TIE_RATIO = 1e-3
 """Two prompts tie if they differ by no more than this share of the standard deviation over prompts: for PickScore about
@@ -51,6 +52,7 @@ def reduce_suite(
     models: Sequence[str] | None = None,
     seed: int = 0,
     num_draws: int = NUM_DRAWS,
+    votes: Votes | None = None,
 ) -> SuiteResult:
     """Reduce the values of one suite.
 
@@ -62,6 +64,7 @@ def reduce_suite(
         models: The models in their order; by default those of the table.
         seed: Seed of the bootstrap.
         num_draws: Number of its draws.
+        votes: The votes of people; None if they are not asked for.
 
     Raises:
         ValueError: The table has no such columns, repeats an image, or has a prompt that is not of the suite; or
@@ -73,8 +76,9 @@ def reduce_suite(
         raise ValueError(f"reduce_suite: {against} is not one of the models {', '.join(names)}.")
     found = {model: {scorer: cells.cell(model, scorer) for scorer in cells.scorers} for model in names}
     work = _Reduction(suite, judges or {}, seed, num_draws)
-    primary = tuple(scorer for scorer in cells.scorers if scorer in suite.primary)
-    compared, num_tests = with_holm(work.comparisons(found, against), primary)
+    compared = with_votes(work.comparisons(found, against), votes, suite, against)
+    primary = (*(scorer for scorer in cells.scorers if scorer in suite.primary), *ranking_votes(compared, votes))
+    compared, num_tests = with_holm(compared, primary)
     return SuiteResult(
         protocol="; ".join((suite.label, *suite.deviations)),
         num_prompts=len(suite.prompts),
@@ -98,6 +102,7 @@ def reduce_suite(
         source=suite.source,
         prompts_sha256=suite.sha256,
         seed=seed,
+        votes=None if votes is None else votes.summary(),
     )
 
 

@@ -12,6 +12,9 @@ from pipelines.suites.plain import fields_from, fields_of, from_plain, to_plain
 RESULTS_VERSION = 1
 TAGS = "tags"
 """Key beside the scorers of a model in `results.json`; no scorer can have this name."""
+VOTES = "votes"
+"""Key of the votes of people beside the scorers of a comparison, and their name among `evaluate.scorers`; no scorer can
+have this name."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,30 @@ class TagDifference:
 
 
 @dataclass(frozen=True)
+class VoteCount:
+    """Votes of people on pairs of images."""
+
+    num_votes: int
+    num_voters: int
+    """Number of sessions that they come from."""
+
+
+@dataclass(frozen=True)
+class SuiteVotes:
+    """Votes of people on the images of a suite.
+
+    Args:
+        num_votes: Number of votes that count.
+        num_voters: Number of sessions that they come from.
+        left_out: Number of votes on this suite that do not count, by reason.
+    """
+
+    num_votes: int
+    num_voters: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One scorer's difference between a model and the one that it is compared with, on the prompts that both have.
 
@@ -120,6 +147,7 @@ class Comparison:
         tolerance: In the scorer's unit.
         words: The difference as a sentence.
         tags: Difference by tag.
+        votes: Number of votes and voters behind it; None for a scorer.
     """
 
     difference: float | None
@@ -140,6 +168,7 @@ class Comparison:
     tolerance: float = 0.0
     words: str = ""
     tags: Mapping[str, TagDifference] = field(default_factory=dict)
+    votes: VoteCount | None = None
 
     @property
     def is_shown(self) -> bool:
@@ -187,6 +216,7 @@ class SuiteResult:
         seed: Seed of the bootstrap.
         leaked_prompts: Number of prompts that the run's model was trained on; None if it is not known, or the run has
             no training.
+        votes: The votes of people on its images; None if they are not asked for.
     """
 
     protocol: str
@@ -212,6 +242,7 @@ class SuiteResult:
     prompts_sha256: str = ""
     seed: int = 0
     leaked_prompts: int | None = None
+    votes: SuiteVotes | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 from pipelines.scores.scorers.result import Failure, Result, Score
 from pipelines.scores.scorers.scorer import Scorer, load_scorer, needs_of
 from pipelines.scores.scorers.together import score_together
+from pipelines.suites.results import VOTES
 
 __all__ = [
     "SCORERS",
@@ -43,6 +44,7 @@ SCORERS = {
     "dino": f"{_HERE}.subject:Dino",
     "clip-i": f"{_HERE}.subject:ClipI",
     "clip-t": f"{_HERE}.subject:ClipT",
+    "compbench-clip-complex": f"{_HERE}.compbench_clip:CompbenchClipComplex",
     "csd": f"{_HERE}.style:Csd",
     "gram": f"{_HERE}.style:Gram",
     "dark_share": f"{_HERE}.pixels:DarkShare",
@@ -96,6 +98,11 @@ def new_scorer(name: str, options: Mapping[str, Any] | None = None) -> Any:
 def _imported(name: str) -> Any:
     if name.startswith(IMPORTED):
         return ImportedScorer(name)
+    if name == VOTES:
+        raise ConfigError(
+            "votes are of people: no scorer makes them",
+            f"name {VOTES} in `evaluate.scorers`, which counts what `mapo scores vote` has collected",
+        )
     place = SCORERS.get(name, name)
     module, _, attribute = place.partition(":")
     if not attribute:
