@@ -25,7 +25,7 @@ from orchestration.driver.status import RunStatus, StageStatus, describe_run
 from orchestration.jobs.paths import check_inside_job, locate
 from orchestration.run.console import say as say_to_stdout
 from orchestration.run.context import Run, Say
-from orchestration.stages.registry import ALL_STAGES, REPORT
+from orchestration.stages.registry import ALL_STAGES, REPORT, stages_of
 from orchestration.stages.stage import StageState
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import redact
@@ -48,7 +48,7 @@ class RunResult:
         storage: The URL of its storage.
         stages: One result for each stage that was asked for, in order.
         report: The URL of the run's page; None if it was not asked for.
-        model: The URL of the exported model; None if it was not asked for.
+        model: The URL of the exported model; None if it was not asked for, or if the run only judges models.
     """
 
     run: str
@@ -86,7 +86,7 @@ def load(config: Source, overrides: Sequence[str] = (), *, say: Say = say_to_std
 def run(
     config: Source, *, overrides: Sequence[str] = (), say: Say = say_to_stdout, takes_signals: bool = False
 ) -> RunResult:
-    """Bring all stages of a run up to date: `mapo run`.
+    """Bring all stages of a run up to date: `mapo run`. A run that only judges models has `evaluate` and `report`.
 
     Args:
         config: The configuration.
@@ -99,7 +99,10 @@ def run(
         LeaseError: Another driver is working on this run.
         JobError: A stage failed; finished work is on the storage, and the same call resumes.
     """
-    return _run(config, ALL_STAGES, overrides, say, takes_signals=takes_signals)
+    result = _run(config, None, overrides, say, takes_signals=takes_signals)
+    model = "" if result.model is None else f"\nmodel   {result.model}"
+    _masked(say)(f"\nreport  {result.report}{model}")
+    return result
 
 
 def stage(
@@ -178,16 +181,16 @@ def status(config: Source, *, overrides: Sequence[str] = ()) -> RunStatus:
 
 
 def _run(
-    config: Source, names: Sequence[str], overrides: Sequence[str], say: Callable[[str], None], *, takes_signals: bool
+    config: Source, names: Sequence[str] | None, overrides: Sequence[str], say: Say, *, takes_signals: bool
 ) -> RunResult:
+    """Bring stages up to date: those named, or all of the run's."""
     say = _masked(say)
     loaded = load(config, overrides, say=say)
+    names = stages_of(loaded) if names is None else names
     results = run_stages(loaded, names, say, takes_signals=takes_signals)
     found = Run.open(loaded, say)
     report = found.storage.uri(found.report) if REPORT in names else None
     model = found.storage.uri(found.model) if "export" in names else None
-    if names == ALL_STAGES:
-        say(f"\nreport  {report}\nmodel   {model}")
     return RunResult(loaded.name, found.storage.url, tuple(results), report, model)
 
 

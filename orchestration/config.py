@@ -12,7 +12,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipelines.config import ALIGNED, BASE, EncodeConfig, EvaluateConfig, IngestConfig
+from pipelines.config import ALIGNED, BASE, CHECKPOINTS, EncodeConfig, EvaluateConfig, IngestConfig
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.secrets import has_credentials, is_secret_name
@@ -95,6 +95,15 @@ class RunConfig(Config):
     def wants_empty_prompt(self) -> bool:
         """Whether training replaces dropped prompts with the embedding of "", so that `encode` must store it."""
         return self.train is not None and self.train.null_prompt == "empty"
+
+    @property
+    def only_judges(self) -> bool:
+        """Whether the run only judges models: it has neither `ingest` nor `train`, and no model of it needs a training.
+
+        Since `evaluate.models` has `aligned` by default, such a run has to name its models.
+        """
+        needs_training = any(model in (ALIGNED, CHECKPOINTS) for model in self.evaluate.models)
+        return self.ingest is None and self.train is None and not needs_training
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

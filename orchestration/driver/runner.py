@@ -14,14 +14,14 @@ from orchestration.cluster.canary import canary
 from orchestration.cluster.connect import connected, translate_ray_errors
 from orchestration.config import RunConfig
 from orchestration.driver.looks import Looks
-from orchestration.driver.plan import RunPlan, is_set, plan_stages, plan_text
+from orchestration.driver.plan import RunPlan, plan_stages, plan_text
 from orchestration.driver.session import Driving, driving, stop_retrying
 from orchestration.report.writer import ReportWriter
 from orchestration.run import telemetry
 from orchestration.run.context import Run, Say, command_line
 from orchestration.run.lease import Lease
 from orchestration.stages.base_check import check_base_model, check_model, check_training
-from orchestration.stages.registry import ALL_STAGES, REPORT, STAGES, Stage
+from orchestration.stages.registry import REPORT, STAGES, Stage, check_sections, stages_of
 from orchestration.stages.stage import Look, StageState
 from pipelines.dataset.errors import ConfigError, MapoError
 
@@ -64,14 +64,9 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say, *, takes_signa
         JobError: A stage failed; finished work is kept.
         Stopped: The run was asked to stop; finished work is kept.
     """
+    check_sections(config, names)
     run = Run.open(config, say, names)
     stages = [STAGES[name] for name in names]
-    for stage in stages:
-        if not is_set(run, stage):
-            raise ConfigError(
-                f"the configuration has no `{stage.section}` section, which {stage.name} needs",
-                "docs/reference/configuration.md has every section with its keys",
-            )
     looks, results = Looks(run), []
     for stage in stages:
         if not (look := looks.at(stage)).is_done:
@@ -91,8 +86,10 @@ def run_stages(config: RunConfig, names: Sequence[str], say: Say, *, takes_signa
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Return the plan of `mapo run`; write nothing and need no Ray."""
-    run = Run.open(config, lambda line: None, ALL_STAGES)
-    return RunPlan(config.name, run.storage.url, tuple(plan_stages(run, list(STAGES.values()), Looks(run))))
+    names = stages_of(config)
+    run = Run.open(config, lambda line: None, names)
+    plans = plan_stages(run, [STAGES[name] for name in names], Looks(run))
+    return RunPlan(config.name, run.storage.url, tuple(plans))
 
 
 def _check(run: Run, stages: Sequence[Stage], looks: Looks) -> None:

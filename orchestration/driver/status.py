@@ -9,7 +9,7 @@ from orchestration.config import RunConfig
 from orchestration.driver.plan import is_set, state_of
 from orchestration.run.context import Run
 from orchestration.run.lease import Holder, current_holder
-from orchestration.stages.registry import STAGES, Stage
+from orchestration.stages.registry import STAGES, Stage, stages_of
 from orchestration.stages.stage import StageState
 from pipelines.dataset.errors import MapoError
 
@@ -62,7 +62,7 @@ def describe_run(config: RunConfig) -> RunStatus:
     """Look at every stage of a run; write nothing and need no Ray."""
     run = Run.open(config, lambda line: None)
     training = _read_progress(run)
-    stages = tuple(_stage(run, stage) for stage in STAGES.values())
+    stages = tuple(_stage(run, STAGES[name]) for name in stages_of(config))
     return RunStatus(config.name, run.storage.url, current_holder(run.storage, run.folder), stages, training)
 
 

@@ -75,7 +75,7 @@ def check_config(config: RunConfig) -> None:
     missing = [section for section in SECTIONS if getattr(config, section) is None]
     if missing:
         raise ConfigError(
-            f"the configuration has no `{'`, `'.join(missing)}`, which `mapo run` needs",
+            f"the configuration has no `{'`, `'.join(missing)}`, by which the cluster is sized",
             "docs/reference/configuration.md has every section with its keys",
         )
     paths = local_paths(config)

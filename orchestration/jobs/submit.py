@@ -25,7 +25,7 @@ from orchestration.jobs.named_files import job_overrides, named_files
 from orchestration.jobs.paths import absolute_path, load_located
 from orchestration.run.context import Run
 from orchestration.run.lease import current_holder
-from orchestration.stages.registry import STAGES
+from orchestration.stages.registry import check_sections, stages_of
 from pipelines.dataset.errors import ClusterError, ConfigError, JobError, StorageError
 from pipelines.dataset.secrets import has_credentials, is_secret_name, redact
 
@@ -90,12 +90,7 @@ def prepare(
         ConfigError: The configuration is wrong or incomplete, a variable looks secret, or an included file is missing.
     """
     config, every = load_located(file, overrides)
-    missing = sorted({s.section for s in STAGES.values() if s.section and getattr(config, s.section) is None})
-    if missing:
-        raise ConfigError(
-            f"{file} has no `{'`, `'.join(missing)}`, which `mapo run` needs",
-            "docs/reference/configuration.md has every section with its keys",
-        )
+    check_sections(config, stages_of(config), str(file))
     for name, value in (environment or {}).items():
         _check_plain(name, value)
     sent = _sent(config, [Path(path) for path in included])

@@ -104,7 +104,7 @@ class Course:
         stage: The stage that runs, or at which the run ended; None for a finished or partial run.
         message: The error or the reason for stopping.
         executions: Every execution of every stage, oldest first.
-        stages: State of each of STAGES_SHOWN.
+        stages: State of each stage that is shown.
         started: Time of the first event; None before it.
         command: Command line of the newest driver; None if the journal does not say.
         now: The time this was read.
@@ -135,7 +135,7 @@ def read_course(
 
     Args:
         events: Its journal, oldest first.
-        records: The last success of each of STAGES_SHOWN.
+        records: The last success of each stage that is shown: of STAGES_SHOWN, or those of the run.
         now: The time.
         is_driven: Whether a driver is working on the run; see `is_alive`.
     """
@@ -176,7 +176,7 @@ def _run_state(last: Execution | None, records: Mapping[str, StageRecord | None]
         return RunState.RUNNING
     if last is not None and last.state in UNDONE:
         return RunState(last.state)
-    return RunState.FINISHED if all(_is_done(stage, records) for stage in STAGES_SHOWN) else RunState.PARTIAL
+    return RunState.FINISHED if all(_is_done(stage, records) for stage in records) else RunState.PARTIAL
 
 
 def _where(last: Execution | None) -> tuple[str | None, str]:
@@ -213,7 +213,7 @@ def _stage_states(
     newest = {each.stage: each for each in executions}
     running = executions[-1].stage if executions and executions[-1].state == StageState.RUNNING else None
     states = {}
-    for stage in STAGES_SHOWN:
+    for stage in records:
         last = newest.get(stage)
         if driver is not None and _is_waiting(stage, last, running, driver):
             states[stage] = StageState.WAITS
@@ -234,7 +234,7 @@ def _is_waiting(stage: str, last: Execution | None, running: str | None, driver:
 def _is_done(stage: str, records: Mapping[str, StageRecord | None]) -> bool:
     """Check whether a stage has ever succeeded; a later stage shows that another run has ingested and encoded."""
     later = STAGES_SHOWN[STAGES_SHOWN.index(stage) :] if STAGES[stage].shares_data else (stage,)
-    return any(records[each] for each in later)
+    return any(records.get(each) for each in later)
 
 
 def _command(holder: str) -> str | None:

@@ -32,7 +32,7 @@ from orchestration.report.training_section import finished_training, live_traini
 from orchestration.rounds.series import rounds_of
 from orchestration.run.context import EVALUATION, OLD_RESULTS, RESULTS
 from orchestration.run.journal import Journal, StageRecord, now
-from orchestration.stages.registry import STAGES
+from orchestration.stages.registry import STAGES, stages_of
 from orchestration.stages.stage import StageState
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
@@ -89,7 +89,9 @@ def report_data(
     gathered, time, folder = gathered or Gathered(), datetime.now(UTC), journal.folder
     records = {name: journal.record(name) for name in STAGES_SHOWN}
     is_driven = is_alive(storage, folder, time) if is_driven is None else is_driven
-    course = read_course(gathered.events(storage, folder), records, now=time, is_driven=is_driven)
+    own = stages_of(config)
+    shown = {name: record for name, record in records.items() if name in own or record is not None}
+    course = read_course(gathered.events(storage, folder), shown, now=time, is_driven=is_driven)
     training, snapshot = _training(config, storage, folder, records["train"], course)
     trained_on = _fingerprints(snapshot)
     dataset = _dataset(storage, snapshot.get("pairs_version"), gathered)
@@ -103,7 +105,7 @@ def report_data(
         state=course.state,
         stage=course.stage,
         message=redact(course.message),
-        stages=[_stage(name, records[name], dataset, course) for name in STAGES_SHOWN],
+        stages=[_stage(name, records[name], dataset, course) for name in shown],
         timeline=timeline(course),
         started_at=course.started.strftime(TIME) if course.started else None,
         cost=cost_of(course, config, records["ingest"], used),

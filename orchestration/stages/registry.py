@@ -7,13 +7,15 @@ derived from this list. Imports no stage, so that every room may read it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestration.stages.stage import Look, Notes
+from pipelines.dataset.errors import ConfigError
 
 if TYPE_CHECKING:
+    from orchestration.config import RunConfig
     from orchestration.run.context import Run
 
 
@@ -28,6 +30,7 @@ class Stage:
         needs_ray: Whether its work runs on a cluster.
         reads_base: Whether its work would be lost on a base model that training does not support.
         shares_data: Whether its result belongs to the data set, which other runs on the storage share.
+        is_judging: Whether a run that only judges models has it.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Stage:
     needs_ray: bool = False
     reads_base: bool = False
     shares_data: bool = False
+    is_judging: bool = False
 
     def look(self, run: Run) -> Look:
         """Look at the stage: see `StageModule.look`."""
@@ -79,10 +83,40 @@ STAGES: Mapping[str, Stage] = {
             section="train", needs_ray=True, reads_base=True,
         ),
         Stage("export", "write the trained model as a diffusers pipeline", section="train"),
-        Stage("evaluate", "sample and score the base and the aligned model", section="encode", needs_ray=True),
-        Stage("report", "write the run's page and the index of runs"),
+        Stage(
+            "evaluate", "sample and score the base and the aligned model", section="encode", needs_ray=True,
+            is_judging=True,
+        ),
+        Stage("report", "write the run's page and the index of runs", is_judging=True),
     )
 }  # fmt: skip
 ALL_STAGES = tuple(STAGES)
 REPORT = ALL_STAGES[-1]
 """The stage that reports on all others; it comes last."""
+
+
+def stages_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of a run's stages, in order: all, or `evaluate` and `report` if it only judges models."""
+    return tuple(stage.name for stage in STAGES.values() if stage.is_judging or not config.only_judges)
+
+
+def check_sections(config: RunConfig, names: Sequence[str], source: str = "the configuration") -> None:
+    """Check that a configuration has the sections that stages need.
+
+    Args:
+        config: The configuration.
+        names: The stages: one, or those of `mapo run`.
+        source: The configuration's name in the error.
+
+    Raises:
+        ConfigError: A section is missing; the message names each.
+    """
+    sections = dict.fromkeys(section for name in names if (section := STAGES[name].section) is not None)
+    missing = [section for section in sections if getattr(config, section) is None]
+    if not missing:
+        return
+    hint = "docs/reference/configuration.md has every section with its keys"
+    if {"ingest", "train"} <= set(missing):
+        hint += "; a run that only judges names its `evaluate.models`, without `aligned` and `checkpoints`"
+    command = f"mapo {names[0] if len(names) == 1 else 'run'}"
+    raise ConfigError(f"{source} has no `{'`, `'.join(missing)}`, which `{command}` needs", hint)
