@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestration.commands.options import JSON, Command, Option, place, say, say_json
+from pipelines.dataset.errors import ModelError
 
 if TYPE_CHECKING:
     from pipelines.dataset.storage import Storage
@@ -73,11 +74,11 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _bring(found: "Benchmark", source: Path | None) -> None:
-    """Bring what a benchmark needs to this machine; without a folder, prompts that are here stay."""
-    from pipelines.suites.prompt_files import fetch_questions, fetch_set, is_fetched
+    """Bring what a benchmark needs to this machine; without a folder, prompts that are here whole stay."""
+    from pipelines.suites.prompt_files import fetch_questions, fetch_set
     from pipelines.suites.reference_images import fetch_references
 
-    if source is None and is_fetched(found.set):
+    if source is None and _is_whole(found):
         say(f"{found.prompts}: {found.set.count:,} prompts are here")
         return
     say(f"{found.prompts}: {found.set.count:,} prompts in {fetch_set(found.prompts, source)}")
@@ -87,6 +88,17 @@ def _bring(found: "Benchmark", source: Path | None) -> None:
         say(f"{found.prompts}: questions in {questions}")
     if found.subject is not None and (count := fetch_references(found.set, source)):
         say(f"{found.prompts}: {count:,} images of subjects")
+
+
+def _is_whole(found: "Benchmark") -> bool:
+    """Return whether the prompts of a benchmark are on this machine and not damaged."""
+    from pipelines.suites.prompt_files import find_set
+
+    try:
+        find_set(found.set, None, found.label)
+    except ModelError:
+        return False
+    return True
 
 
 def _send(found: "Benchmark", storage: "Storage") -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.suites.subjects import read_subjects
 
 Files = Mapping[str, bytes]
@@ -40,10 +40,19 @@ COMPBENCH_KINDS = ("spatial", "action", "spatialaction")
 
 @dataclass(frozen=True)
 class SetRow:
-    """A row of a prompt set: the prompt exactly as it is published, and what its judges need to know."""
+    """A row of a prompt set: the prompt exactly as it is published, and what its judges need to know.
+
+    Raises:
+        ValueError: The prompt is no text, or has characters that UTF-8 cannot write.
+    """
 
     prompt: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"a prompt is {self.prompt!r}, not a text")
+        self.line().encode()
 
     def line(self) -> str:
         """Return the canonical JSON line."""
@@ -56,7 +65,8 @@ class Layout:
 
     Args:
         files: Names of its files.
-        read: Makes rows of their content; raises ValueError, KeyError or TypeError for another file.
+        read: Makes rows of their content; raises ValueError, KeyError, TypeError, AttributeError or an Arrow error for
+            another file.
         url: Beginning of the URL of each file; None if this layout is nowhere on the network.
     """
 
@@ -98,11 +108,21 @@ def digest_of(rows: Iterable[SetRow]) -> str:
 
 
 def read_canonical(data: bytes) -> tuple[SetRow, ...]:
-    """Return the rows that `canonical` wrote."""
+    """Return the rows that `canonical` wrote.
+
+    Raises:
+        ModelError: A line is damaged.
+    """
     found = []
-    for line in data.decode().removesuffix("\n").split("\n"):
-        metadata = json.loads(line)
-        found.append(SetRow(metadata.pop("prompt"), metadata))
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            metadata = _json(line)
+            found.append(SetRow(metadata.pop("prompt"), metadata))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"the fetched prompts are damaged: line {number} is none of theirs",
+                "fetch them again: mapo suites fetch NAME",
+            ) from error
     return tuple(found)
 
 
@@ -117,18 +137,42 @@ def prompt_set(name: str) -> PromptSet:
     return PROMPT_SETS[name]
 
 
+def _json(data: str | bytes) -> Any:
+    """Parse JSON; nested too deeply is as wrong as any other error of it.
+
+    Raises:
+        ValueError: It is not valid JSON.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
+
+
+def _table(data: bytes, **form: Any) -> list[dict[str, Any]]:
+    """Read a table of text whose first line names the columns.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    try:
+        return list(csv.DictReader(io.StringIO(data.decode(), newline=""), **form))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+
+
 def _lines(data: bytes) -> list[str]:
     """Return the lines that are not empty; line ends may be those of any system."""
     return [line for each in data.decode().split("\n") if (line := each.removesuffix("\r")).strip()]
 
 
 def _json_lines(data: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(data)]
+    return [_json(line) for line in _lines(data)]
 
 
 def _read_parti(files: Files) -> list[SetRow]:
     (data,) = files.values()
-    rows = csv.DictReader(io.StringIO(data.decode(), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = _table(data, delimiter="\t", quoting=csv.QUOTE_NONE)
     return [SetRow(row["Prompt"], {"category": row["Category"], "challenge": row["Challenge"]}) for row in rows]
 
 
@@ -156,13 +200,13 @@ def _read_hpd_lines(files: Files) -> list[SetRow]:
 def _read_hpd_sdpo(files: Files) -> list[SetRow]:
     """Read the list of all prompts, whose styles follow from their places."""
     (data,) = files.values()
-    rows = json.loads(data)
+    rows = _json(data)
     return [SetRow(row["prompt"], {"style": HPD_STYLES[place // HPD_ROWS_A_STYLE]}) for place, row in enumerate(rows)]
 
 
 def _read_hpd(files: Files) -> list[SetRow]:
     """Read the publisher's files: one list of texts for each style."""
-    return [SetRow(prompt, {"style": style}) for style in HPD_STYLES for prompt in json.loads(files[f"{style}.json"])]
+    return [SetRow(prompt, {"style": style}) for style in HPD_STYLES for prompt in _json(files[f"{style}.json"])]
 
 
 def _read_prompt_lines(files: Files) -> list[SetRow]:
@@ -172,7 +216,7 @@ def _read_prompt_lines(files: Files) -> list[SetRow]:
 
 def _read_prompt_list(files: Files) -> list[SetRow]:
     (data,) = files.values()
-    return [SetRow(row["prompt"]) for row in json.loads(data)]
+    return [SetRow(row["prompt"]) for row in _json(data)]
 
 
 def _read_dreambooth(files: Files) -> list[SetRow]:
@@ -186,10 +230,12 @@ def _read_i2p(files: Files) -> list[SetRow]:
     if name.endswith(".parquet"):
         rows = pq.read_table(pa.BufferReader(data), columns=["prompt", "categories"]).to_pylist()
     else:
-        rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
-    return [
-        SetRow(row["prompt"], {"categories": [each.strip() for each in row["categories"].split(",")]}) for row in rows
-    ]
+        rows = _table(data)
+    return [SetRow(row["prompt"], {"categories": _listed(row["categories"])}) for row in rows]
+
+
+def _listed(text: str) -> list[str]:
+    return [name for each in text.split(",") if (name := each.strip())]
 
 
 def _sets(*sets: PromptSet) -> dict[str, PromptSet]:

@@ -71,7 +71,12 @@ def load_suite(name: str, storage: Storage | None = None) -> Suite:
 
 
 def unknown(name: str) -> ConfigError:
-    """Return the error about a name that stands for no suite."""
+    """Return the error about a name that stands for no suite, or for one whose prompts come from a run."""
+    if name in (HELD_OUT, PROMPTS):
+        return ConfigError(
+            f"the suite {name} has the prompts of a run: there is nothing to list or fetch before it",
+            "name it in `evaluate.suites`",
+        )
     listed = [each for each in _BENCHMARKS if not any(each in GROUPS[family] for family in FAMILIES)]
     known = ", ".join((HELD_OUT, PROMPTS, STARTER, *listed, *GROUPS))
     return ConfigError(f"there is no suite {name}", f"choose from {known}; `mapo suites` lists all")
