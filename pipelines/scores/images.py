@@ -40,6 +40,7 @@ OPTIONAL = pa.schema(
         ("references", pa.list_(PLACE)),
         ("metadata", pa.string()),  # JSON
         ("questions", pa.string()),  # JSON
+        ("without_adjectives", pa.string()),  # JSON: the prompt as a text
     ]
 )
 IMAGES_SCHEMA = pa.schema([*REQUIRED, *OPTIONAL])
@@ -47,7 +48,7 @@ IMAGES_SCHEMA = pa.schema([*REQUIRED, *OPTIONAL])
 JUDGES = "judges"
 """An optional column: the names of the judges that score the image, with a newline between; null or absent for all."""
 
-IMAGE_LISTS, TEXTS = ("siblings", "references"), ("metadata", "questions")
+IMAGE_LISTS, TEXTS = ("siblings", "references"), ("metadata", "questions", "without_adjectives")
 OWN_NEEDS = ("image", "prompt")
 """What every table of images has."""
 ALL_NEEDS = (*OWN_NEEDS, *IMAGE_LISTS, *TEXTS)

@@ -117,20 +117,25 @@ class Batch:
         whole[readable] = embedded
         return whole
 
-    def embed_prompts(self, trunk: "TextTrunk") -> "tuple[Tensor, list[float]]":
+    def embed_prompts(self, trunk: "TextTrunk", name: str = "prompt") -> "tuple[Tensor, list[float]]":
         """Return one embedding for each prompt, and the share of its tokens that did not fit; NaN without a prompt.
 
         Each distinct prompt is embedded once.
+
+        Args:
+            trunk: The text model.
+            name: What is embedded: `prompt`, or a further list of texts.
         """
         import torch
 
-        key = ("prompts", *trunk.key)
+        key = (name, "texts", *trunk.key)
         if key not in self._memo:
-            distinct = list(dict.fromkeys(prompt for prompt in self.prompts if prompt is not None))
-            place = {prompt: position for position, prompt in enumerate(distinct)}
+            texts = self.prompts if name == "prompt" else self.extra[name]
+            distinct = list(dict.fromkeys(text for text in texts if text is not None))
+            place = {text: position for position, text in enumerate(distinct)}
             embedded, cut = trunk.embed(distinct)
             nothing = torch.full((1, *embedded.shape[1:]), math.nan, device=embedded.device)
-            positions = [len(distinct) if prompt is None else place[prompt] for prompt in self.prompts]
+            positions = [len(distinct) if text is None else place[text] for text in texts]
             cut = [*cut, math.nan]
             self._memo[key] = torch.cat([embedded, nothing])[positions], [cut[position] for position in positions]
         found: tuple[Tensor, list[float]] = self._memo[key]

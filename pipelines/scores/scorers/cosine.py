@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pipelines.scores.scorers.batch import Batch
 from pipelines.scores.scorers.result import Result, Score
-from pipelines.scores.scorers.scorer import BuiltIn
+from pipelines.scores.scorers.scorer import PROMPT, BuiltIn
 from pipelines.scores.scorers.text import CUT
 
 
@@ -17,6 +17,8 @@ class CosineScorer(BuiltIn):
     """The activation of the model: OpenAI's weights need `quick_gelu`."""
     as_open_clip: ClassVar[bool] = False
     """Whether prompts are cleaned with ftfy first."""
+    reads: ClassVar[str] = PROMPT
+    """The text that images are compared with: the prompt, or a further text among `needs`."""
 
     def _load(self, folders: dict[str, Path], device: Any) -> None:
         from pipelines.scores.scorers.trunks.clip import load_images, load_texts
@@ -28,7 +30,7 @@ class CosineScorer(BuiltIn):
     def _cosines(self, batch: Batch) -> tuple[list[float], list[float]]:
         """Return for each image the cosine, and the share of its prompt's tokens that did not fit."""
         images_BD = batch.embed_images(self._images)
-        texts_BD, cut = batch.embed_prompts(self._texts)
+        texts_BD, cut = batch.embed_prompts(self._texts, self.reads)
         images_BD, texts_BD = (each / each.norm(dim=-1, keepdim=True) for each in (images_BD, texts_BD))
         cosines: list[float] = (images_BD * texts_BD).sum(dim=-1).tolist()
         return cosines, cut

@@ -72,5 +72,6 @@ def extra(images: list[Image.Image]) -> dict[str, list[Any]]:
         "metadata": [dog if place in (1, 3, 6) else None for place in range(len(images))],  # the detector is slow
         "references": [[images[0], images[1]]] * len(images),
         "questions": [["a red cat?", "the house?"]] * len(images),
+        "without_adjectives": [None if place == 2 else f"a cat and house {place % 3}" for place in range(len(images))],
         "siblings": [[other for other in images if other is not image] for image in images],
     }

@@ -30,11 +30,12 @@ def test_scorers_together_equal_each_alone_and_run_each_trunk_once(
     before = {place: each.num_forwards for place, each in (image_trunks | text_trunks).items()}
     assert score_together(all_loaded, images, MIXED_PROMPTS, **extra) == alone
     by_name = {scorer.name: scorer for scorer in all_loaded}
-    with_references = {id(by_name[name]._images) for name in ("dino", "clip-i", "csd", "gram")}
+    twice = {id(by_name[name]._images) for name in ("dino", "clip-i", "csd", "gram")}  # with references
+    twice.add(id(by_name["compbench-clip-complex"]._texts))  # with other texts than prompts
     for place, each in (image_trunks | text_trunks).items():
-        assert each.num_forwards - before[place] == (2 if place in with_references else 1)
+        assert each.num_forwards - before[place] == (2 if place in twice else 1)
     assert by_name["aesthetic"]._images is by_name["clipscore"]._images is by_name["clipscore-l14"]._images
-    assert by_name["clip-t"]._texts is by_name["clipscore-b32"]._texts
+    assert by_name["clip-t"]._texts is by_name["clipscore-b32"]._texts is by_name["compbench-clip-complex"]._texts
     assert by_name["pickscore"]._texts is by_name["clipscore-h14"]._texts  # equal files of other names
 
 
@@ -61,6 +62,7 @@ def test_a_failure_is_never_a_number_and_stays_with_its_image(
         "questions": extra["questions"][:4],
         "siblings": [extra["siblings"][0], [images[0]], [broken], []],
         "metadata": [extra["metadata"][1]] * 3 + [None],
+        "without_adjectives": ["a cat", "a dog", "a bird", None],
     }
     for scorer in all_loaded:
         passed = {name: lists[name] for name in scorer.needs if name in lists}
@@ -75,7 +77,8 @@ def test_a_failure_is_never_a_number_and_stays_with_its_image(
 
 
 def _expected_failures(needs: tuple[str, ...]) -> int:
-    lists = ("references" in needs) + ("metadata" in needs) + 2 * ("siblings" in needs)
+    one = sum(name in needs for name in ("references", "metadata", "without_adjectives"))
+    lists = one + 2 * ("siblings" in needs)
     return 1 + ("prompt" in needs) + lists
 
 
@@ -88,6 +91,7 @@ def test_a_batch_of_failures_runs_no_model(all_loaded: list[Any]) -> None:
         references=[[broken]],
         siblings=[[broken]],
         metadata=[None],
+        without_adjectives=[None],
         questions=[["a cat?"]],
     )
     assert all(isinstance(each[0], Failure) for each in results.values())
