@@ -66,6 +66,10 @@ Which sections a command needs: `ingest` needs `ingest`; `encode` and `evaluate`
 and `train`; `export` needs `encode` and `train`; `run` needs all three. `export` and `evaluate` have defaults for
 everything.
 
+A configuration *only judges* if it has neither `ingest` nor `train`, and `evaluate.models` names neither `aligned` nor
+`checkpoints`. As `aligned` is there by default, such a configuration has to name its models. Its `run` has the stages
+`evaluate` and `report` and needs `encode` alone, for the base model.
+
 Local paths may be relative to the folder in which the command runs, and may begin with `~`; `config.json` has them
 absolute. `mapo submit` makes them absolute before it sends a job, which runs in a folder of its own; with plain
 `ray job submit` [give absolute paths or URLs](../guides/jobs.md#plain-ray-job-submit).
@@ -78,6 +82,9 @@ COMMANDS_HEAD = """# Commands
 
 Exit codes: 0 done, 1 the job failed, 2 the command or the configuration is wrong, 130 stopped. An error is one
 message with a `hint:`; `--debug`, after the command, adds the traceback. [Errors](errors.md) lists them all.
+
+`mapo run`, with `--dry-run` or not, `mapo status`, `mapo report` and `mapo submit` take all stages of a configuration:
+six, or `evaluate` and `report` if it [only judges](configuration.md).
 """
 
 COMMANDS_TAIL = """## Environment

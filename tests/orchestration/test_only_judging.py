@@ -80,7 +80,7 @@ def test_a_configuration_that_lacks_a_section_is_refused_everywhere_in_the_same_
         api.run("run.yaml", say=lambda line: None)
     assert of_submit.value.message == f"run.yaml has no {missing}, which `mapo run` needs"
     assert of_run.value.message == f"the configuration has no {missing}, which `mapo run` needs"
-    assert ("evaluate.models" in of_submit.value.hint) == (missing == "`ingest`, `train`")
+    assert ("evaluate.models" in str(of_submit.value)) == (missing == "`ingest`, `train`")
     plan = api.plan("run.yaml")
     not_set = [each.note for each in plan.stages if each.state == StageState.NOT_SET]
     assert plan.is_blocked
