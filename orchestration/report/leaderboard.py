@@ -12,8 +12,9 @@ from orchestration.report.charts import IntervalPlot, interval_plot
 from orchestration.report.records import EvaluationSection, Interval
 from orchestration.report.suite_view import ScoreGroup, ScoreRow, SuiteView, suite_views
 from orchestration.report.tag_bars import TagBars, tag_bars
+from orchestration.report.vote_rows import VoteRow
 from pipelines.suites.published import PublishedTable, published_beside
-from pipelines.suites.results import SuiteResult
+from pipelines.suites.results import VOTES, SuiteResult
 
 EVEN = 0.5
 """Win rate of the model that is compared with, against itself."""
@@ -65,18 +66,19 @@ class BoardRow:
 
 @dataclass(frozen=True)
 class SuiteBoard:
-    """One suite: its judges, primary ones first, its models in the order of their ranks, and its tags as bars."""
+    """One suite: judges, primary ones first, models in the order of their ranks, tags as bars, and votes of people."""
 
     name: str
     result: SuiteResult
     groups: Sequence[ScoreGroup]
     rows: Sequence[BoardRow]
     tags: Sequence[TagBars]
+    votes: Sequence[VoteRow]
 
     @property
     def num_primary(self) -> int:
-        """Number of judges that the ranks rest on."""
-        return sum(group.is_primary for group in self.groups)
+        """Number of judges that the ranks rest on; the votes of people may be one of them."""
+        return sum(group.is_primary for group in self.groups) + (VOTES in self.result.primary)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _board(view: SuiteView) -> SuiteBoard:
         for rank, (model, rate) in zip(ranks, rates.items(), strict=True)
     ]
     rows.sort(key=lambda row: row.rank or math.inf)
-    return SuiteBoard(view.name, view.result, view.groups, rows, tag_bars(view, [row.model for row in rows]))
+    bars = tag_bars(view, [row.model for row in rows])
+    return SuiteBoard(view.name, view.result, view.groups, rows, bars, view.votes)
 
 
 def _cells(view: SuiteView, model: str) -> list[ScoreRow | None]:
@@ -156,6 +159,8 @@ def _cells(view: SuiteView, model: str) -> list[ScoreRow | None]:
 def _over_judges(view: SuiteView, model: str) -> MeanWinRate | None:
     """Return the mean win rate over all primary judges; a mean over some of them would compare with no other."""
     primary = [group.scorer for group in view.groups if group.is_primary]
+    if VOTES in view.result.primary:
+        primary.append(VOTES)
     if not primary:
         return None
     if model == view.result.against_model:

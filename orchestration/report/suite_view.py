@@ -8,6 +8,7 @@ from typing import TypeVar
 from orchestration.report.charts import Chart, ChartSpec, IntervalPlot, Trace, draw, interval_plot
 from orchestration.report.evaluation import own_model
 from orchestration.report.records import EvaluationSection, Interval
+from orchestration.report.vote_rows import VoteRow, vote_rows
 from pipelines.suites.gallery import step_of
 from pipelines.suites.results import Comparison, Judge, ModelScore, SuiteResult, TagDifference, TagScore
 
@@ -73,6 +74,7 @@ class SuiteView:
         curves: A learning curve for each score, if checkpoints were judged.
         tags: The scores by tag.
         silent: Scores without a number.
+        votes: The votes of people on each model, if they are asked for.
     """
 
     name: str
@@ -84,6 +86,7 @@ class SuiteView:
     curves: Sequence[Chart]
     tags: Sequence[TagRow]
     silent: Sequence[str]
+    votes: Sequence[VoteRow]
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def _view(name: str, result: SuiteResult, judges: Mapping[str, Judge]) -> SuiteV
         curves=_present(_curve(scorer, result) for scorer in scorers),
         tags=[row for scorer in scorers for row in _tag_rows(scorer, models, result, ours)],
         silent=[group.scorer for group in groups if _plot(group) is None],
+        votes=vote_rows(result, models, ours),
     )
 
 
