@@ -45,7 +45,6 @@ SCORERS = {
     "clip-i": f"{_HERE}.subject:ClipI",
     "clip-t": f"{_HERE}.subject:ClipT",
     "compbench-clip-complex": f"{_HERE}.compbench_clip:CompbenchClipComplex",
-    "compbench-clip-complex": f"{_HERE}.compbench_clip:CompbenchClipComplex",
     "csd": f"{_HERE}.style:Csd",
     "gram": f"{_HERE}.style:Gram",
     "dark_share": f"{_HERE}.pixels:DarkShare",
