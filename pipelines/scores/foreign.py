@@ -20,6 +20,9 @@ OPTIONAL = ("components", "status", "reason", "scorer", "fingerprint")
 HINT = "the columns are those of a table of scores; see infra/compbench"
 SHA256, PROMPT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
 SHOWN = 12
+MAX_SHOWN = 80  # characters
+LARGEST = 3.4028234663852886e38
+"""The largest float32, beyond which sums of squares would leave float64, too."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class ForeignFile:
             if given is None and own is None:
                 raise ConfigError(f"{self.name} has no column {what}, and --{what} is not given", f"give --{what}")
             found.append(str(own if given is None else given))
+        if not found[0].strip() or "@" in found[0] or not _is_utf8(found[0]):
+            raise ConfigError(
+                f"the scorer of {self.name} is called {found[0]!r}, which no configuration can name",
+                "give --scorer a short text without @, which stands before a fingerprint",
+            )
         return found[0], found[1]
 
 
@@ -121,7 +129,7 @@ def read_foreign(path: Path) -> ForeignFile:
                 "give each image and prompt one score",
             )
         for name, known in named.items():
-            known.update([] if row.get(name) is None else [str(row[name])])
+            known.update([] if row.get(name) is None else [row[name]])
     if not scores:
         raise SourceError(f"{path} has no scores", HINT)
     scorer, fingerprint = (_only(name, known, path) for name, known in named.items())
@@ -145,8 +153,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
             table = pq.read_table(path)
             yield from ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1))
         elif path.suffix == ".jsonl":
-            lines = [(f"line {number}", line) for number, line in enumerate(path.read_text().splitlines(), 1)]
-            yield from ((place, _object(line)) for place, line in lines if line.strip())
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")  # other separators may be inside of a text
+            numbered = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+            yield from ((place, _object(line)) for place, line in numbered)
         else:
             raise SourceError(f"{path} is neither .parquet nor .jsonl", HINT)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -157,7 +166,7 @@ def _object(line: str) -> Any:
     """Return a line of JSON; a line that is none is no row, and told as such."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
 
 
@@ -167,7 +176,7 @@ def _checked(row: Any, path: Path, place: str) -> ForeignScore:
     Raises:
         SourceError: It is none.
     """
-    wrong = "not a JSON object" if not isinstance(row, dict) else _wrong_columns(row) or _wrong_key(row)
+    wrong = "not a JSON object" if not isinstance(row, dict) else _wrong_columns(row) or _wrong_text(row)
     if not wrong:
         row = _filled(row)
         wrong = _wrong_outcome(row)
@@ -175,7 +184,7 @@ def _checked(row: Any, path: Path, place: str) -> ForeignScore:
         raise SourceError(f"{path}, {place}: {wrong}", HINT)
     components = _components(row["components"])
     if components is None:
-        told = f"`components` is {row['components']!r}, not a JSON object of numbers"
+        told = f"`components` is {_short(row['components'])}, not a JSON object of numbers"
         raise SourceError(f"{path}, {place}: {told}", HINT)
     value = None if row["value"] is None else float(row["value"])
     told = json.dumps(components, sort_keys=True)
@@ -200,32 +209,58 @@ def _wrong_columns(row: Row) -> str | None:
     return None
 
 
-def _wrong_key(row: Row) -> str | None:
+def _wrong_text(row: Row) -> str | None:
+    for name in ("reason", "scorer", "fingerprint"):
+        text = row.get(name)
+        if text is not None and not (isinstance(text, str) and _is_utf8(text)):
+            return f"`{name}` is {_short(text)}, not a text"
     for name, pattern, digits in (("image_sha256", SHA256, 64), ("prompt_id", PROMPT_ID, 32)):
         if not isinstance(row[name], str) or not pattern.fullmatch(row[name]):
-            return f"`{name}` is {row[name]!r}, not {digits} hex digits"
+            return f"`{name}` is {_short(row[name])}, not {digits} hex digits"
     return None
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text can be written; JSON may have half a surrogate pair in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong_outcome(row: Row) -> str | None:
     status, value, reason = row["status"], row["value"], row["reason"]
     if status == ScoreStatus.FAILED:
         if value is not None:
-            return f"a failed score has the value {value!r}; a failure is never a number"
-        return None if isinstance(reason, str) and reason.strip() else "a failed score has no reason"
+            return f"a failed score has the value {_short(value)}; a failure is never a number"
+        return None if reason is not None and reason.strip() else "a failed score has no reason"
     if status != ScoreStatus.SCORED:
-        return f"`status` is {status!r}, neither scored nor failed"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return f"`value` is {value!r}, not a finite number"
-    return None if reason is None else f"a score has the reason {reason!r}, which only a failure has"
+        return f"`status` is {_short(status)}, neither scored nor failed"
+    if not _is_number(value) or not abs(value) <= LARGEST:
+        return f"`value` is {_short(value)}, not a finite number of float32's range"
+    return None if reason is None else f"a score has the reason {_short(reason)}, which only a failure has"
+
+
+def _short(value: Any) -> str:
+    """Return what a row has, cut for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # of an integer with thousands of digits
+        return "a huge number"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _components(found: Any) -> dict[str, float | None] | None:
-    """Return the numbers behind a value, None for one that is not finite; None if they are something else."""
+    """Return the numbers behind a value, None for one beyond float32's range; None if they are something else."""
     if isinstance(found, str):
         try:
             found = json.loads(found or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     found = {} if found is None else found
     if not isinstance(found, dict):
@@ -234,7 +269,7 @@ def _components(found: Any) -> dict[str, float | None] | None:
     for name, number in found.items():
         if number is None:
             continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if not _is_number(number):
             return None
-        told[str(name)] = float(number) if math.isfinite(number) else None
+        told[str(name)] = float(number) if abs(number) <= LARGEST else None
     return told

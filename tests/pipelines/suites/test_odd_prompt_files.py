@@ -51,7 +51,7 @@ def test_a_file_of_something_else_is_refused_in_one_message(name: str, odd: str,
 
 @pytest.mark.parametrize("prompt", [None, 3, ["a cat"], "\ud800"])
 def test_a_row_without_a_text_is_none(prompt: Any) -> None:
-    with pytest.raises(ValueError, match="not a text|surrogates"):
+    with pytest.raises(ValueError, match=r"not a text|surrogates"):
         SetRow(prompt)
 
 
