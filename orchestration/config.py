@@ -21,6 +21,7 @@ from training.config import ExportConfig, TrainConfig
 
 LATER_KEYS: dict[str, Any] = {
     "encode.flips": False,
+    "encode.prompt_chunks": 1,
     "encode.start_timeout_s": None,
     "evaluate.suites": None,
     "evaluate.prompts": None,

@@ -77,6 +77,9 @@ class EncodeConfig(Config):
     """Aspect buckets: SDXL's own list, scaled (true), a list of [height, width], or the square centre crop (false)."""
     flips: bool = False
     """Also encode every image mirrored, so that `train.flips` can draw either one; doubles time and bytes."""
+    prompt_chunks: int = Field(1, ge=1, le=32)
+    """Chunks of 75 tokens in which every prompt is embedded; what is beyond the last is cut off. 3 are 225 tokens, in
+    three times the bytes."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of the stored numbers."""
     batch_size: int = Field(8, ge=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, read_family, resolve_model
+from pipelines.encode.prompt_chunks import ChunkEncoder
 
 __all__ = [
     "Embedded", "LatentEncoder", "TextEncoder", "check_complete", "loading", "quiet_diffusers", "resolve_model",
@@ -31,7 +32,7 @@ class Embedded:
     """The embedding of one prompt from `encode_prompt`, on the CPU."""
 
     prompt_embeds: Tensor
-    """S, D."""
+    """S, D; S of every chunk one after the other."""
     pooled_prompt_embeds: Tensor | None
     """P; None for a family whose UNet takes none."""
     num_tokens: int
@@ -189,12 +190,13 @@ class TextEncoder:
     Args:
         source: The pipeline.
         device: The device; by default the GPU if there is one.
+        prompt_chunks: Chunks that every prompt is embedded in; 1 cuts off what the pipeline cuts off.
 
     Raises:
         ModelError: A text encoder or tokenizer cannot be loaded.
     """
 
-    def __init__(self, source: ModelSource, device: torch.device | None = None) -> None:
+    def __init__(self, source: ModelSource, device: torch.device | None = None, prompt_chunks: int = 1) -> None:
         quiet_diffusers()
         import diffusers
         import transformers
@@ -216,13 +218,16 @@ class TextEncoder:
         self._pipeline, self._family = pipeline.to(self.device), family
         for name in family.text_encoders:
             getattr(self._pipeline, name).eval().requires_grad_(False)
+        self._chunks = ChunkEncoder(self._pipeline, family, prompt_chunks) if prompt_chunks > 1 else None
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[Embedded]:
-        """Embed prompts in one pass, in their order."""
+        """Embed prompts in one pass, in their order; chunks after the first in passes of their own."""
         embeds_BSD, _, *pooled = self._pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        if self._chunks is not None:
+            embeds_BSD = torch.cat([embeds_BSD, self._chunks.after_first(prompts)], dim=1)
         pooled_BP = pooled[0].cpu() if self._family.has_pooled else [None] * len(prompts)
         counts = self._num_tokens(prompts)
         return [Embedded(*found) for found in zip(embeds_BSD.cpu(), pooled_BP, counts, strict=True)]

@@ -98,6 +98,8 @@ def text_parts(config: EncodeConfig) -> JsonObject:
     index = read_model_index(folder)
     family = FAMILIES[index["_class_name"]]
     parts: JsonObject = {"kind": "text", "version": TEXT_VERSION, "dtype": config.dtype}
+    if config.prompt_chunks > 1:  # embeddings of before have no such part
+        parts["prompt_chunks"] = config.prompt_chunks
     if family is SDXL:
         parts["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", True))
     else:

@@ -17,7 +17,7 @@ from pipelines.units.unit import Unit
 MAX_OTHERS = 3  # that a message describes, the most alike first
 DIGEST_LENGTH = 12
 MISSING = "nothing"
-UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False}
+UNSAID = {"pipeline": SDXL.pipeline_class, "flips": False, "prompt_chunks": 1}
 """Values of the parts that a fingerprint may leave out."""
 
 

@@ -36,7 +36,7 @@ class WriteTexts(EncodeActor):
     def new_writer(self) -> "TextWriter":
         """Load the text encoders."""
         check_same_model(self._fingerprint, text_fingerprint(self._config), self._config.model)
-        encoder = TextEncoder(self._config.source)
+        encoder = TextEncoder(self._config.source, prompt_chunks=self._config.prompt_chunks)
         return TextWriter(self._config, self._storage, self._fingerprint, encoder, self._num_threads)
 
 
