@@ -1,12 +1,14 @@
-"""The pair: its keys, its label, its status, and its row in the table.
+"""The pair and the single image: their keys, label, status, and their row in the table.
 
 A pair is one prompt and two images in a fixed order (image_0, image_1). `label_0` is the probability that
-image_0 is preferred; chosen and rejected exist only after the label is applied.
+image_0 is preferred; chosen and rejected exist only after the label is applied. A single image is image_0 alone, with
+`label_0` 1 (good) or 0 (bad).
 """
 
 import hashlib
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.dataset.status import Reason as Reason
 from pipelines.dataset.status import Status as Status
@@ -67,13 +69,35 @@ def pair_key(prompt: str, image_0_sha256: str, image_1_sha256: str) -> str:
         image_0_sha256: Hex digest of one image's bytes.
         image_1_sha256: Hex digest of the other's.
     """
+    return _key(b"mapo-pair-1", prompt, *sorted((image_0_sha256, image_1_sha256)))
+
+
+def single_key(prompt: str, image_sha256: str) -> str:
+    """Return 32 hex digits that name a single image: a hash of the prompt and the image's bytes.
+
+    No pair has the same key: the hash also covers that there is one image. Whether the image is good, bad or of a
+    class does not matter, so that one image with two verdicts is noticed.
+
+    Args:
+        prompt: The prompt exactly as in the source; never normalised.
+        image_sha256: Hex digest of the image's bytes.
+    """
+    return _key(b"mapo-single-1", prompt, image_sha256)
+
+
+def _key(domain: bytes, prompt: str, *images: str) -> str:
     encoded = prompt.encode()
-    digest = hashlib.sha256(b"mapo-pair-1")
+    digest = hashlib.sha256(domain)
     digest.update(len(encoded).to_bytes(8, "big"))
     digest.update(encoded)
-    for image in sorted((image_0_sha256, image_1_sha256)):
+    for image in images:
         digest.update(bytes.fromhex(image))
     return digest.hexdigest()[:32]
+
+
+def of_kind(*kinds: str) -> pc.Expression:
+    """Return the condition for table rows of these kinds; a row without a kind is a pair."""
+    return pc.coalesce(pc.field("kind"), PAIR).isin(kinds)
 
 
 def prompt_id(prompt: str) -> str:

@@ -272,18 +272,9 @@ class Table:
         if table is None:
             return
         try:
-            found = _dataset(table)
-            known = [name for name in columns if name in found.schema.names]
-            for batch in found.to_batches(columns=known, filter=where):
-                yield batch if known == columns else self._filled(batch, columns)
+            yield from self._dataset(table).to_batches(columns=columns, filter=where)
         except (DeltaError, OSError, pa.ArrowException) as error:
             raise StorageError(f"cannot read the table {self.uri}: {_one_line(error)}", PLACE_HINT) from error
-
-    def _filled(self, batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
-        """Return the batch with nulls in columns that the table did not have when the file was written."""
-        for name in set(columns) - set(batch.schema.names):
-            batch = batch.append_column(name, pa.nulls(batch.num_rows, self.schema.field(name).type))
-        return batch.select(columns)
 
     def dataset(self) -> Any:
         """Return the newest (or pinned) version as an Arrow data set, which DuckDB, Polars and pyarrow query.
@@ -296,7 +287,7 @@ class Table:
             raise SnapshotError(
                 f"there is no table at {self.uri}", "`mapo ingest CONFIG` creates one; is the storage URL right?"
             )
-        return _dataset(table)
+        return self._dataset(table)
 
     def count_rows(self, where: ds.Expression | None = None) -> int:
         """Count rows; without a condition only the table's log is read."""
@@ -304,7 +295,7 @@ class Table:
         if table is None:
             return 0
         counted = pc.sum(pa.table(table.get_add_actions())["num_records"]).as_py()
-        return int(counted or 0) if where is None else int(_dataset(table).count_rows(filter=where))
+        return int(counted or 0) if where is None else int(self._dataset(table).count_rows(filter=where))
 
     def may_have_null(self, column: str) -> bool:
         """Return whether some row may have no value, as far as the statistics of the table's files tell."""
@@ -329,14 +320,27 @@ class Table:
         table = self._open()
         if table is None or not files:
             return
-        whole = _dataset(table)
+        whole = self._dataset(table)
         parts = [part for part in whole.get_fragments() if part.path.rsplit("/", 1)[-1] in files]
         found = ds.FileSystemDataset(parts, whole.schema, whole.format, whole.filesystem)
         yield from found.to_batches(columns=columns, filter=where)
 
+    def _dataset(self, table: DeltaTable) -> Any:
+        """Return the rows with every column of the schema: one that an older table does not have is null."""
+        found = table.to_pyarrow_dataset()
+        absent = [field for field in self.schema if field.name not in found.schema.names]
+        parts = [_without_null_bounds(part, found.format) for part in found.get_fragments()]
+        return ds.FileSystemDataset(parts, pa.schema([*found.schema, *absent]), found.format, found.filesystem)
 
-def _dataset(table: DeltaTable) -> Any:
-    return table.to_pyarrow_dataset()
+
+def _without_null_bounds(part: Any, file_format: Any) -> Any:
+    """Return a file without its statistics if these bound a column by null, which Arrow takes for "never null".
+
+    delta-rs states such bounds for files written before the table had the column.
+    """
+    if "null[" not in str(part.partition_expression):
+        return part
+    return file_format.make_fragment(part.path, part.filesystem)
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.dataset.pair import NULL_PROMPT_ID, TRAIN, VALIDATION, pair_key, prompt_id, split_of
+from pipelines.dataset.pair import NULL_PROMPT_ID, TRAIN, VALIDATION, pair_key, prompt_id, single_key, split_of
 
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 prompts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -22,6 +22,12 @@ def test_two_keys_are_equal_only_for_the_same_pair(pair: tuple[str, str, str], o
     assert (pair_key(*pair) == pair_key(*other)) == same
 
 
+@given(st.tuples(prompts, digests), st.tuples(prompts, digests), digests)
+def test_a_single_image_has_a_key_of_its_own(one: tuple[str, str], other: tuple[str, str], second: str) -> None:
+    assert (single_key(*one) == single_key(*other)) == (one == other)
+    assert single_key(*one) not in (pair_key(*one, second), pair_key(*one, one[1]))
+
+
 def test_a_prompt_is_never_normalised() -> None:
     variants = ["a cat", "A cat", "a cat ", " a cat", "a  cat", "a cat\n", "a caf\u00e9", "a cafe\u0301"]
     assert len({prompt_id(prompt) for prompt in variants}) == len(variants)
@@ -33,6 +39,9 @@ def test_what_a_key_is_made_of_never_changes() -> None:
     body = b"mapo-pair-1" + (5).to_bytes(8, "big") + b"a cat" + bytes.fromhex("00" * 32) + bytes.fromhex("11" * 32)
     assert pair_key("a cat", "11" * 32, "00" * 32) == hashlib.sha256(body).hexdigest()[:32]
     assert pair_key("a cat", "11" * 32, "00" * 32) == "e2cf13993b7606b93bfe4b7a132deeb1"
+    assert single_key("a cat", "00" * 32) == hashlib.sha256(
+        b"mapo-single-1" + (5).to_bytes(8, "big") + b"a cat" + bytes(32)
+    ).hexdigest()[:32]  # fmt: skip
     assert prompt_id("a cat") == "51e467415607798220a3776f6ae1a2a0"
 
 

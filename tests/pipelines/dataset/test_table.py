@@ -192,6 +192,23 @@ def test_columns_that_came_later_are_null_in_old_rows(table: Table, tmp_path: Pa
     assert wider.read(["added"])["added"].null_count == 6
 
 
+def test_a_condition_on_a_column_that_came_later_holds_for_old_rows_as_for_null(table: Table) -> None:
+    """delta-rs bounds the new column of old files by null, of which Arrow concludes that it is never null."""
+    table.append("old", rows_of("old"))
+    wider = Table(Storage(str(Path(table.uri).parent)), "table", SCHEMA.append(pa.field("more", pa.string())))
+    is_null, is_other = pc.field("more").is_null(), pc.field("more") != "x"
+    for version in range(4):
+        found = wider.read(["unit", "more"])
+        wanted = [unit for unit, more in zip(*found.to_pydict().values(), strict=True) if more is None]
+        assert wider.read(["unit"], is_null)["unit"].to_pylist() == wanted
+        assert wider.count_rows(is_null) == len(wanted) == 3 + 2 * (version > 1)
+        assert sum(batch.num_rows for batch in wider.batches_of(wider.files(), ["more"], is_null)) == len(wanted)
+        assert wider.read(["more"], is_other)["more"].to_pylist() == ["y"] * (version > 2)
+        more = [["x", "x"], [None, None], ["y", "x"], ["x", "x"]][version]
+        rows = pa.table({"unit": [f"new {version}"] * 2, "number": [0, 1], "more": pa.array(more, pa.string())})
+        wider.append(f"new {version}", rows)
+
+
 def test_rows_of_a_table_that_lacks_a_column_can_be_rewritten(table: Table, tmp_path: Path) -> None:
     table.append("a", rows_of("a"))
     table.append("b", rows_of("b"))
