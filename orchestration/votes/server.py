@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import secrets
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -59,6 +60,11 @@ class VoteServer(ThreadingHTTPServer):
             raise ConfigError(
                 f"cannot listen on port {port}: {reason}", "leave --port out for any free port"
             ) from error
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Keep quiet about a browser that went away, such as from an image that it loads ahead."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def url(self) -> str:
@@ -126,9 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in self.server.hosts:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST)
             return None
-        token, _, path = self.path.removeprefix("/").partition("/")
+        token, slash, path = self.path.removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             self._refuse(HTTPStatus.NOT_FOUND)
+            return None
+        if not slash:  # the page names its files relative to itself
+            self._send(HTTPStatus.PERMANENT_REDIRECT, b"", "text/plain", Location=f"/{token}/")
             return None
         return path
 
@@ -139,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not 0 <= length <= MAX_BODY or self.headers.get_content_type() != "application/json":
                 return None
             found = json.loads(self.rfile.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -169,9 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # a body may not have been read
         self._send(status, status.phrase.encode(), "text/plain")
 
-    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, **more: str) -> None:
         self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS, **more}
         if self.close_connection:
             headers["Connection"] = "close"
         for name, value in headers.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.errors import ConfigError, StorageError
-from pipelines.scores.votes import Session, Vote
+from pipelines.scores.votes import BETTER, TIE, WORSE, Session, Vote
 
 VERSION = 1
 ANOTHER = "name another file with `--out`"
@@ -132,15 +132,15 @@ class VoteJournal:
             if "undo" in data:
                 del self._votes[data["undo"]]
             else:
-                vote = Vote(data["ballot"], data["value"], data["left"], data["time"])
+                vote = _checked(Vote(data["ballot"], data["value"], data["left"], data["time"]))
                 self._votes[vote.ballot] = vote
-        except KeyError:
+        except (KeyError, TypeError, ValueError):
             raise self._not_one(number) from None
 
     def _object(self, number: int, line: bytes) -> Mapping[str, Any]:
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._not_one(number) from None
         if not isinstance(found, dict):
             raise self._not_one(number)
@@ -160,6 +160,18 @@ class VoteJournal:
             raise StorageError(
                 f"cannot write the journal {self.file}: {error.strerror}", "is the disk full?"
             ) from error
+
+
+def _checked(vote: Vote) -> Vote:
+    """Return a vote that was read.
+
+    Raises:
+        ValueError: A field is of another kind.
+    """
+    is_one = isinstance(vote.ballot, str) and isinstance(vote.time, str)
+    if not is_one or vote.value not in (BETTER, TIE, WORSE, None) or vote.left not in (0, 1):
+        raise ValueError(vote)
+    return vote
 
 
 def _line(data: Mapping[str, Any]) -> bytes:
