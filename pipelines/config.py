@@ -194,7 +194,8 @@ class EvaluateConfig(Config):
     batch_size: int = Field(16, ge=1)
     """Samples in one pipeline call; halved automatically when memory runs out."""
     scorers: tuple[str | ScorerEntry, ...] = ()
-    """Scorers in addition to those of the suites: names of `mapo scorers`, or `module:Class`."""
+    """Scorers in addition to those of the suites: names of `mapo scorers`, `module:Class`, `imported:NAME` for imported
+    scores, and `votes` for the votes of people."""
     suites: tuple[str, ...] | None = None
     """Suites of prompts; by default `held-out`, or the suite `prompts` alone if `prompts` is set."""
     prompts: Annotated[PromptFile | None, BeforeValidator(_prompt_file)] = None
