@@ -1,6 +1,7 @@
 """From an image file to the pixels that are encoded: one bucket for a pair, no stretching, a centre crop.
 
-Both images of a pair land in one bucket, so that a micro-batch has one shape. Letters: H rows, W columns, C channels.
+Both images of a pair land in one bucket, so that a micro-batch has one shape; a single image lands in that of its own
+size. Letters: H rows, W columns, C channels.
 """
 
 import contextlib
@@ -89,7 +90,7 @@ def choose_bucket(size_0: tuple[int, int], size_1: tuple[int, int], buckets: tup
 
     Args:
         size_0: Height and width of one image.
-        size_1: Height and width of the other; the order does not matter.
+        size_1: Height and width of the other; the order does not matter. A single image is its own other one.
         buckets: From `bucket_list`.
     """
     aspect = math.log((size_0[1] * size_1[1]) / (size_0[0] * size_1[0])) / 2

@@ -45,16 +45,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Planned:
-    """A pair, the bucket of both its images, and the sides that no pair before it in the unit has."""
+    """A pair or single image, the bucket of its images, and the sides that no row before it in the unit has."""
 
     row: Row
     bucket: Bucket
     new_sides: tuple[int, ...]
 
     @property
-    def keys(self) -> tuple[ImageKey, ImageKey]:
-        """The keys of its two images."""
-        return ImageKey(self.row["image_0_sha256"], self.bucket), ImageKey(self.row["image_1_sha256"], self.bucket)
+    def keys(self) -> tuple[ImageKey, ...]:
+        """The keys of its two images, or of the only one."""
+        return tuple(ImageKey(self.row[f"image_{side}_sha256"], self.bucket) for side in sides_of(self.row))
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,20 @@ class Latents:
     time_ids: tuple[int, ...]
 
 
+def sides_of(row: Row) -> tuple[int, ...]:
+    """Return the sides of a row of the pairs table that have an image: both of a pair, or 0."""
+    return (0,) if row["image_1_sha256"] is None else (0, 1)
+
+
 def plan_pairs(pairs: Iterable[Row], buckets: tuple[Bucket, ...]) -> list[Planned]:
-    """Choose buckets by the sizes in the table, and find the new images of each pair."""
+    """Choose buckets by the sizes in the table, and find the new images of each pair or single image."""
     seen: set[ImageKey] = set()
     planned = []
     for pair in pairs:
-        bucket = choose_bucket(_upright_size(pair, 0), _upright_size(pair, 1), buckets)
-        keys = [ImageKey(pair[f"image_{side}_sha256"], bucket) for side in (0, 1)]
-        new = tuple(side for side in (0, 1) if keys[side] not in seen)
+        sizes = [_upright_size(pair, side) for side in sides_of(pair)]
+        bucket = choose_bucket(sizes[0], sizes[-1], buckets)
+        keys = Planned(pair, bucket, ()).keys
+        new = tuple(side for side, key in enumerate(keys) if key not in seen)
         seen.update(keys)
         planned.append(Planned(pair, bucket, new))
     return planned
@@ -86,7 +92,7 @@ def _upright_size(pair: Row, side: int) -> tuple[int, int]:
 def load(
     planned: Planned, storage: Storage, effort: Effort, *, flips: bool = False
 ) -> list[tuple[ImageKey, Placed | Reason]]:
-    """Read the new images of a pair into their bucket, with `flips` mirrored as well; a reason if one is damaged.
+    """Read the new images of a row into their bucket, with `flips` mirrored as well; a reason if one is damaged.
 
     Raises:
         ShardCorrupt: Bytes differ from their digest.

@@ -1,4 +1,4 @@
-"""Writes the latents of a unit of pairs as one shard, while the next unit is read and the previous one uploaded."""
+"""Writes the latents of a unit of pairs or single images as a shard, while others are read and uploaded."""
 
 import json
 import time
@@ -34,7 +34,7 @@ class WriteLatents(EncodeActor):
     Runs as:  Ray Data actor, one GPU or CPU, called for several units at once: one is read, one is encoded, one is
               written. The latents of two units in memory (half a GB for a shard of 256 MB; twice that with `flips`).
     Retry:    safe: name and bytes follow from the unit alone.
-    Drops:    nothing: a pair that cannot be encoded is a quarantined row with its reason.
+    Drops:    nothing: a row that cannot be encoded is a quarantined row with its reason.
     Raises:   ModelError (with the first unit: see `unwrap`), StorageError, ShardCorrupt, EncodingError.
     """
 
@@ -73,8 +73,8 @@ class LatentWriter:
 
     def write(self, unit: str, rows: pa.Table) -> tuple[pa.Table, Effort]:
         """Write the shard of a unit; return one row per pair, in order, and the unit's cost."""
-        effort = Effort(num_slots=(4 if self._flips else 2) * rows.num_rows)
         planned = plan_pairs(rows.to_pylist(), self._buckets)
+        effort = Effort(num_slots=(2 if self._flips else 1) * sum(len(pair.keys) for pair in planned))
         loaded: Loaded = prefetch(
             lambda pair: load(pair, self._storage, effort, flips=self._flips), planned, self._readers, self._num_ahead
         )

@@ -9,7 +9,16 @@ import safetensors.torch
 import torch
 
 from pipelines.dataset.layout import LATENTS_SCHEMA, TEXT_SCHEMA, latents_table, pairs_table, text_table
-from pipelines.dataset.pair import NULL_PROMPT_ID, PAIRS_SCHEMA, pair_key, prompt_id
+from pipelines.dataset.pair import (
+    JUDGED,
+    NULL_PROMPT_ID,
+    PAIR,
+    PAIRS_SCHEMA,
+    PRIOR,
+    pair_key,
+    prompt_id,
+    single_key,
+)
 from pipelines.dataset.shard import write_shard
 from pipelines.dataset.storage import Storage
 from training.spec import Snapshot
@@ -31,6 +40,10 @@ def write_encoded(
     num_shards: int = 1,
     flips: bool = False,
     include_empty_prompt: bool = False,
+    num_judged: int = 0,
+    num_judged_validation: int = 0,
+    num_prior: int = 0,
+    weights: tuple[float | None, ...] = (None,),
 ) -> Snapshot:
     """Pairs whose chosen latents are near +1 and rejected near -1, image 0 being chosen in a tie.
 
@@ -46,33 +59,45 @@ def write_encoded(
         num_shards: Of the latents; a pair's is its number modulo this.
         flips: Whether mirrored images have latents too; those of an image are its own mirrored, and 3 more.
         include_empty_prompt: Whether the embedding of "" is stored.
+        num_judged: Single training images, good ones near +1 and bad ones near -1 in turn.
+        num_judged_validation: The same, held out.
+        num_prior: Training images of a class, near +2, for prior preservation.
+        weights: Rows have these in turn.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [f"prompt {i}" for i in range(4)]
     pairs, members = [], []
-    for i in range(num_train + num_validation):
+    num_pairs, num_singles = num_train + num_validation, num_judged + num_judged_validation
+    kinds = [PAIR] * num_pairs + [JUDGED] * num_singles + [PRIOR] * num_prior
+    held_out = {*range(num_train, num_pairs), *range(num_pairs + num_judged, num_pairs + num_singles)}
+    for i, kind in enumerate(kinds):
         digests = [hashlib.sha256(f"{i}/{side}".encode()).hexdigest() for side in (0, 1)]
         prompt, label = prompts[i % len(prompts)], labels[i % len(labels)]
-        key, size = pair_key(prompt, *digests), sides[i % len(sides)]
-        signs = (1.0, -1.0) if label >= 0.5 else (-1.0, 1.0)
+        size = sides[i % len(sides)]
+        if kind == PAIR:
+            key, signs = pair_key(prompt, *digests), (1.0, -1.0) if label >= 0.5 else (-1.0, 1.0)
+        else:
+            label = 1.0 if kind == PRIOR else float(i % 2)
+            key, signs = single_key(prompt, digests[0]), (2.0 if kind == PRIOR else 2 * label - 1,)
         tensors = {
             f"latents_{side}": (sign + 0.1 * torch.randn(4, size, size, generator=generator)).to(dtype)
             for side, sign in enumerate(signs)
         }
         time_ids = json.dumps([8 * size, 8 * size, 0, 0, 8 * size, 8 * size])
-        metadata = {"time_ids_0": time_ids, "time_ids_1": time_ids}
+        metadata = {f"time_ids_{side}": time_ids for side in range(len(signs))}
         if flips:
-            tensors |= {f"flipped_{side}": tensors[f"latents_{side}"].flip(-1) + 3 for side in (0, 1)}
+            tensors |= {f"flipped_{side}": tensors[f"latents_{side}"].flip(-1) + 3 for side in range(len(signs))}
             metadata |= {
                 f"flipped_time_ids_{side}": json.dumps([8 * size, 8 * size, 0, 1, 8 * size, 8 * size])
-                for side in (0, 1)
+                for side in range(len(signs))
             }
         data = safetensors.torch.save(tensors, metadata)
         members.append((f"{key}.safetensors", data))
         row = dict.fromkeys(PAIRS_SCHEMA.names)
         row.update(pair_key=key, prompt=prompt, prompt_id=prompt_id(prompt), label_0=label, status="kept")
-        row.update(split="train" if i < num_train else "validation", source="test", source_uri="memory", source_row=i)
+        row.update(split="validation" if i in held_out else "train", source="test", source_uri="memory", source_row=i)
         row.update(unit="unit", width_0=8 * size, height_0=8 * size)
+        row.update(kind=None if kind == PAIR else kind, weight=weights[i % len(weights)])
         pairs.append(row)
     pairs_table(storage).append("unit", pa.Table.from_pylist(pairs, PAIRS_SCHEMA))
     sizes = [row["width_0"] for row in pairs]

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def global_batch(step: int) -> tuple[Batch, Tensor, Tensor]:
 def part_of(step: int, low: int, high: int) -> tuple[Batch, Tensor, Tensor]:
     """Pairs `low` to `high` of a global batch."""
     batch, noise, timesteps = global_batch(step)
-    cut = {name: value[low:high] for name, value in vars(batch).items()}
-    return Batch(**cut), noise[low:high], timesteps[low:high]
+    cut = {name: value[low:high] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **cut), noise[low:high], timesteps[low:high]
 
 
 def make(config: TrainConfig, base_folder: str, accumulation_steps: int) -> tuple[Engine, Denoiser, Base]:

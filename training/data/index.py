@@ -1,26 +1,23 @@
-"""The pinned index of a run: its pairs in a fixed order, and where their bytes lie."""
+"""The pinned index of a run: its pairs and single images in a fixed order, and where their bytes lie."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import SnapshotError
-from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.pair import EMPTY_PROMPT_ID, NULL_PROMPT_ID, Status
+from pipelines.dataset.layout import text_table
+from pipelines.dataset.pair import EMPTY_PROMPT_ID, JUDGED, KINDS, NULL_PROMPT_ID, PAIR, Status
 from pipelines.dataset.storage import Storage
-from pipelines.dataset.table import Table
+from training.data.order import num_visits
+from training.data.rows import PLACE, PREFERRED, Labels, Selection, joined_rows
 from training.spec import Snapshot
 
-PREFERRED = 0.5  # image_0 is chosen where label_0 is this or above
-
-Labels = Literal["soft", "hard"]
 KEY_DIGITS, SHA256_DIGITS = 32, 64  # hex
-PLACE = ["shard", "offset", "length", "sha256", "crc32", "shard_bytes", "shard_sha256"]
 NO_CRC32 = -1
 
 
@@ -42,7 +39,7 @@ class Location:
 
 @dataclass(frozen=True)
 class PairRecord:
-    """One pair of the index, with its origin, so that an error can name it."""
+    """One pair or single image of the index, with its origin, so that an error can name it."""
 
     pair_key: str
     prompt_id: str
@@ -51,36 +48,74 @@ class PairRecord:
     origin: str  # source URI and row
     flipped: tuple[bool, bool] = (False, False)
     """Whether image 0, and image 1, is read mirrored."""
+    kind: str = PAIR
+    """`PAIR`, or a single image, which is image 0: `JUDGED` or `PRIOR`."""
+    weight: float = 1.0
+    """Weight of its loss, divided by the mean weight of the index."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are two images."""
+        return self.kind == PAIR
+
+    @property
+    def noun(self) -> str:
+        """What it is called in a message."""
+        return "pair" if self.is_pair else "image"
 
     @property
     def chosen(self) -> int:
-        """0 or 1: which image is preferred; image 0 of a tie."""
-        return 0 if self.label_0 >= PREFERRED else 1
+        """0 or 1: which image is preferred; image 0 of a tie, and the only one of a single."""
+        return 0 if not self.is_pair or self.label_0 >= PREFERRED else 1
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The images in the order of a micro-batch: chosen, then rejected; or the only one."""
+        return (self.chosen, 1 - self.chosen) if self.is_pair else (0,)
 
     @property
     def preference(self) -> float:
-        """The probability that the chosen image is preferred: 0.5 for a tie, 1 where all agree."""
-        return max(self.label_0, 1.0 - self.label_0)
+        """The probability that the chosen image is preferred: 0.5 for a tie, 1 where all agree and for a single."""
+        return max(self.label_0, 1.0 - self.label_0) if self.is_pair else 1.0
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the image is one to learn from: False only for a single image that was judged bad."""
+        return self.kind != JUDGED or self.label_0 >= PREFERRED
 
 
 class PairIndex:
-    """All usable pairs of one split, grouped by aspect bucket, ordered by key within a bucket.
+    """All usable pairs and single images of one split, by bucket, and by key within a bucket.
 
-    The order follows from the pairs alone: not from the number of shards, workers or commits. A pair takes about 130
-    bytes and is found in constant time: hex digits are stored as bytes, repeated text once.
+    A bucket has one aspect and one kind; buckets are ordered by height, width and kind, pairs first. The order follows
+    from the rows alone: not from the number of shards, workers or commits. A row takes about 130 bytes and is found in
+    constant time: hex digits are stored as bytes, repeated text once, weights only if one of them is not 1.
+
+    Args:
+        rows: From `joined_rows`.
+        balance: Whether images of a class and all others are visited about equally often; see `num_visits`.
     """
 
-    def __init__(self, rows: pa.Table) -> None:
-        """Build the index from the joined rows of pairs and latents."""
+    buckets: list[tuple[int, int]]
+    """Height and width of each bucket, in pixels."""
+    kinds: list[str]
+    """Kind of each bucket, of `KINDS`."""
+    mean_weight: float
+    """Mean of the weights in the table over the visits of an epoch; the weights of records are divided by it."""
+
+    def __init__(self, rows: pa.Table, *, balance: bool = False) -> None:
         keys = _from_hex(rows["pair_key"], KEY_DIGITS)
         high, low = keys.view(">u8").astype(np.uint64).T
-        heights, widths = (rows[name].to_numpy() for name in ("bucket_height", "bucket_width"))
-        order = np.lexsort((low, high, widths, heights))
-        shapes = np.stack([heights[order], widths[order]], axis=1)
-        changes = np.flatnonzero(np.any(np.diff(shapes, axis=0) != 0, axis=1)) + 1
-        starts = np.concatenate([np.zeros(min(len(shapes), 1), np.int64), changes])
-        self.buckets: list[tuple[int, int]] = [(int(height), int(width)) for height, width in shapes[starts]]
-        self._starts: list[int] = [*starts.tolist(), len(shapes)]
+        columns = [rows[name].to_numpy() for name in ("bucket_height", "bucket_width", "kind")]
+        order = np.lexsort((low, high, *reversed(columns)))
+        places = np.stack([column[order] for column in columns], axis=1)
+        changes = np.flatnonzero(np.any(np.diff(places, axis=0) != 0, axis=1)) + 1
+        starts = np.concatenate([np.zeros(min(len(places), 1), np.int64), changes])
+        self.buckets = [(height, width) for height, width, _ in places[starts].tolist()]
+        self.kinds = [KINDS[kind] for _, _, kind in places[starts].tolist()]
+        self._starts: list[int] = [*starts.tolist(), len(places)]
+        self._sizes: list[int] = np.diff(self._starts).tolist()
+        self._num_visits = num_visits(self._sizes, self.kinds) if balance else [1] * len(self._sizes)
         self._keys = keys[order]
         self._prompts = _from_hex(rows["prompt_id"], KEY_DIGITS)[order]
         self._sha256 = _from_hex(rows["sha256"], SHA256_DIGITS)[order]
@@ -91,18 +126,28 @@ class PairIndex:
         self._crc32 = pc.fill_null(rows["crc32"], NO_CRC32).to_numpy()[order]
         repeated = ("shard", "shard_sha256", "source_uri")
         self._shard, self._shard_sha256, self._source_uri = (_Repeated(rows[name], order) for name in repeated)
+        self.mean_weight, self._weight = 1.0, None
+        if rows["weight"].null_count < len(rows):
+            self.mean_weight, self._weight = self._relative(pc.fill_null(rows["weight"], 1.0).to_numpy()[order])
+
+    def _relative(self, weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float32] | None]:
+        """Return the mean of the weights over the visits of an epoch, and each divided by it; None if all are 1."""
+        if (weights == 1).all():
+            return 1.0, None
+        mean = float(np.average(weights, weights=np.repeat(self._num_visits, self._sizes)))
+        return mean, (weights / mean).astype(np.float32)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @property
     def bucket_sizes(self) -> list[int]:
-        """Pairs in each bucket."""
-        return [int(size) for size in np.diff(self._starts)]
+        """Elements of each bucket: its rows, each as often as an epoch visits it."""
+        return [size * visits for size, visits in zip(self._sizes, self._num_visits, strict=True)]
 
     def pair(self, bucket: int, element: int, flipped: tuple[bool, bool] = (False, False)) -> PairRecord:
-        """Return pair number `element` of a bucket; `flipped` says which of its two images are read mirrored."""
-        row = self._starts[bucket] + element
+        """Return element number `element` of a bucket; `flipped` says which of its two images are read mirrored."""
+        row = self._starts[bucket] + element % self._sizes[bucket]
         return PairRecord(
             pair_key=self._keys[row].tobytes().hex(),
             prompt_id=self._prompts[row].tobytes().hex(),
@@ -118,6 +163,8 @@ class PairIndex:
             ),
             origin=f"{self._source_uri[row]} row {self._source_row[row]}",
             flipped=flipped,
+            kind=self.kinds[bucket],
+            weight=1.0 if self._weight is None else float(self._weight[row]),
         )
 
 
@@ -144,63 +191,33 @@ class _Repeated:
         return self._values[int(self._codes[row])]
 
 
-def load_index(storage: Storage, snapshot: Snapshot, split: str, *, labels: Labels = "soft") -> PairIndex:
-    """Load the kept pairs of a split whose latents and prompt embedding were kept as well.
+def load_index(
+    storage: Storage,
+    snapshot: Snapshot,
+    split: str,
+    *,
+    labels: Labels = "soft",
+    kinds: Sequence[str] = (PAIR,),
+    only_good: bool = False,
+    balance: bool = False,
+) -> PairIndex:
+    """Load the kept rows of a split whose latents and prompt embedding were kept as well.
 
     Args:
         storage: The data set's storage.
         snapshot: The pinned versions.
         split: train, validation or test.
         labels: soft keeps the stored labels; hard rounds them to 0 and 1 and leaves kept ties out.
+        kinds: The kinds of rows: pairs, single images that were judged, images of a class for prior preservation.
+        only_good: Whether to leave out single images that were judged bad.
+        balance: Whether images of a class and all others are visited about equally often; see `num_visits`.
 
     Raises:
-        SnapshotError: A kept pair, or its prompt, was never encoded under the run's fingerprints.
+        SnapshotError: A kept row, or its prompt, was never encoded under the run's fingerprints.
     """
-    index = PairIndex(_rows(storage, snapshot, split, labels))
+    index = PairIndex(joined_rows(storage, snapshot, Selection(split, labels, kinds, only_good)), balance=balance)
     pa.default_memory_pool().release_unused()  # hundreds of MB for a large data set, in every rank
     return index
-
-
-def _rows(storage: Storage, snapshot: Snapshot, split: str, labels: Labels) -> pa.Table:
-    """Join pairs with where their latents lie."""
-    where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
-    if labels == "hard":
-        where &= pc.field("label_0") != PREFERRED
-    columns = ["pair_key", "prompt_id", "label_0", "source_uri", "source_row"]
-    pairs = _read(pairs_table(storage, snapshot.pairs_version), columns, where)
-    latents = latents_table(storage, snapshot.latents_fingerprint, snapshot.latents_version)
-    encoded = _read(latents, ["pair_key", "status", "bucket_height", "bucket_width", *PLACE])
-    texts = text_table(storage, snapshot.text_fingerprint, snapshot.text_version).read(["prompt_id", "status"])
-    at = pc.index_in(pairs["pair_key"], value_set=encoded["pair_key"])
-    _check_whole(f"{split} pairs have no latents", at, snapshot.latents_fingerprint)
-    text_at = pc.index_in(pairs["prompt_id"], value_set=texts["prompt_id"])
-    _check_whole(f"{split} pairs have no embedding of their prompt", text_at, snapshot.text_fingerprint)
-    statuses = (encoded["status"].take(at), texts["status"].take(text_at))
-    kept = pc.and_(*(pc.equal(status, str(Status.KEPT)) for status in statuses))
-    rows, encoded = pairs.filter(kept), encoded.drop_columns(["pair_key", "status"]).take(at.filter(kept))
-    for name in encoded.column_names:
-        rows = rows.append_column(name, encoded[name])
-    if labels == "hard":
-        rounded = pc.greater(rows["label_0"], PREFERRED).cast(pa.float64())
-        rows = rows.set_column(rows.column_names.index("label_0"), "label_0", rounded)
-    return rows
-
-
-def _read(table: Table, columns: list[str], where: ds.Expression | None = None) -> pa.Table:
-    """Read rows of a table, repeated text once."""
-    rows = table.read(columns, where)
-    for name in set(columns) & {"shard", "shard_sha256", "source_uri"}:
-        encoded = rows[name].dictionary_encode().unify_dictionaries()
-        rows = rows.set_column(rows.column_names.index(name), name, encoded)
-    return rows
-
-
-def _check_whole(what: str, at: pa.ChunkedArray, fingerprint: str) -> None:
-    if at.null_count:
-        raise SnapshotError(
-            f"{at.null_count:,} of {len(at):,} {what} under the fingerprint {fingerprint}",
-            "run `mapo encode` with this configuration; output of another model, VAE, type or geometry does not count",
-        )
 
 
 def load_texts(storage: Storage, snapshot: Snapshot, *, include_empty_prompt: bool = False) -> dict[str, Location]:

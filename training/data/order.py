@@ -1,6 +1,7 @@
 """The order of the pairs: a pure function of (bucket sizes, seed, step, slot), with no state to save.
 
-A *group* is `micro_batch_size` pairs of one aspect bucket, so that a micro-batch has one shape. A
+A *group* is `micro_batch_size` pairs of one bucket, so that a micro-batch has one shape and one kind
+(pairs, or single images, which are counted as pairs here). A
 global batch is G = global_batch_size / micro_batch_size groups, one a *slot*; a rank takes every
 world_size-th slot. So the batches are the same on any number of workers up to G, whether or not it
 divides G, and to resume is to ask for the next step.
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.pair import PRIOR
 from training.config import Flips
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment, 2^64 / golden ratio
@@ -49,7 +51,7 @@ class Plan:
     differs, and avoiding it would chain each epoch to the one before.
 
     Args:
-        bucket_sizes: Pairs in each aspect bucket, in an order that the snapshot fixes; 0 is allowed.
+        bucket_sizes: Pairs in each bucket, in an order that the snapshot fixes; 0 is allowed.
         micro_batch_size: m, the pairs of one forward pass.
         global_batch_size: Pairs of one optimizer step, over all ranks; a multiple of m.
         seed: The run's seed.
@@ -216,6 +218,23 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
         result[outside] = _feistel(result[outside], half, round_keys)
         outside = outside[result[outside] >= size]
     return result.astype(np.int64)
+
+
+def num_visits(bucket_sizes: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """Return how often an epoch visits the rows of each bucket, so that images of a class and all others balance.
+
+    The rows of whichever are fewer are visited round(other / fewer) times, halves rounded up; the others once. An
+    element e of a bucket of n rows, from 0 to n * visits, is row e % n.
+
+    Args:
+        bucket_sizes: Rows in each bucket.
+        kinds: The kind of each bucket; `prior` are the images of a class.
+    """
+    is_prior = [kind == PRIOR for kind in kinds]
+    of_class = sum(size for size, prior in zip(bucket_sizes, is_prior, strict=True) if prior)
+    fewer, more = sorted((of_class, sum(bucket_sizes) - of_class))
+    visits = (2 * more + fewer) // (2 * fewer) if fewer else 1
+    return [visits if prior == (of_class == fewer) else 1 for prior in is_prior]
 
 
 def noise_seed(seed: int, step: int, slot: int) -> int:

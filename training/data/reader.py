@@ -1,4 +1,4 @@
-"""Range reads of pairs: every sample is checked against its CRC-32 and knows its origin."""
+"""Range reads of pairs and single images: every sample is checked against its CRC-32 and knows its origin."""
 
 import contextlib
 import functools
@@ -20,6 +20,7 @@ from training.data.tensors import layout_of
 
 MAX_TEXT_BYTES = 512 << 20  # 1,688 prompts of SDXL
 READS_BESIDE_FETCHES = 4  # in flight: a shard brings a thousand pairs for the work of thirty such reads
+SIDES = "chosen_BCHW", "rejected_BCHW"  # a single image has the first alone
 EMBEDS, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 
 
@@ -83,10 +84,10 @@ class PairReader:
         return parts[EMBEDS].tensor(data), parts[POOLED].tensor(data) if POOLED in parts else None
 
     def fill(self, rows: BatchRows, row: int) -> None:
-        """Read one pair of a micro-batch, with its prompt, into its row.
+        """Read one pair or single image of a micro-batch, with its prompt, into its row.
 
         Raises:
-            ShardCorrupt: The pair cannot be read; the message names the pair, its shard and its source row.
+            ShardCorrupt: It cannot be read; the message names the pair or image, its shard and its source row.
         """
         record = rows.records[row]
         try:
@@ -94,7 +95,7 @@ class PairReader:
             self._fill_text(rows, row, record)
         except (MapoError, KeyError, ValueError) as error:
             raise ShardCorrupt(
-                f"cannot read pair {record.pair_key} ({record.latents.shard} at {record.latents.offset}, "
+                f"cannot read {record.noun} {record.pair_key} ({record.latents.shard} at {record.latents.offset}, "
                 f"from {record.origin}): {_reason(error)}",
                 "`mapo data verify` lists what is damaged; `mapo encode` makes what is missing",
             ) from error
@@ -103,7 +104,7 @@ class PairReader:
         data = self._read(record.latents)
         layout = layout_of(data)
         times = []
-        for name, side in (("chosen_BCHW", record.chosen), ("rejected_BCHW", 1 - record.chosen)):
+        for name, side in zip(SIDES, record.sides, strict=False):
             latents, time_ids = FLIPPED if record.flipped[side] else UNFLIPPED
             rows.write(name, row, data, layout.parts[f"{latents}_{side}"])
             times.append(_time_ids(layout.metadata[f"{time_ids}_{side}"]))

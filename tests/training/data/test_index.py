@@ -13,7 +13,7 @@ from encoded import write_encoded
 
 from pipelines.dataset.errors import ShardCorrupt, SnapshotError
 from pipelines.dataset.layout import TEXT_SCHEMA, latents_table, pairs_table, text_table
-from pipelines.dataset.pair import Reason, Status, prompt_id
+from pipelines.dataset.pair import KINDS, Reason, Status, prompt_id
 from pipelines.dataset.storage import Storage
 from training.data.index import PairIndex, PairRecord, load_index, load_texts
 from training.data.reader import PairReader
@@ -89,10 +89,14 @@ def test_the_order_follows_from_the_pairs_alone() -> None:
         "shard_sha256": ["e"] * 100, "shard_bytes": [9] * 100, "offset": range(100), "length": [1] * 100,
         "crc32": pa.array([None, 7] * 50, pa.int64()),
         "bucket_height": rng.integers(1, 3, 100), "bucket_width": rng.integers(1, 4, 100),
+        "kind": rng.integers(0, 3, 100), "weight": rng.choice([0.5, 1.0, 2.0], 100),
     })  # fmt: skip
     pieces = [rows.take(part) for part in np.array_split(rng.permutation(100), 7)]
     index, other = PairIndex(rows), PairIndex(pa.concat_tables(pieces))
     assert index.buckets == other.buckets == sorted(index.buckets)
+    places = [(bucket, KINDS.index(kind)) for bucket, kind in zip(index.buckets, index.kinds, strict=True)]
+    assert places == sorted(set(places))
+    assert index.kinds == other.kinds
     assert index.bucket_sizes == other.bucket_sizes
     assert records_of(index) == records_of(other)
 
