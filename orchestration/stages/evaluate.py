@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestration.run.context import EVALUATION, RESULTS, Outcome, Run
@@ -16,6 +16,7 @@ from pipelines.dataset.values import JsonObject
 if TYPE_CHECKING:
     from orchestration.stages.evaluation import Evaluation
     from pipelines.suites.evaluation import EvaluationRecord
+    from pipelines.suites.suite import Suite
 
 VERSION = 2
 """Version of what is recorded. Version 1 drew other noise and kept no tables; see `_look_of_before`."""
@@ -46,13 +47,13 @@ def look(run: Run) -> Look:
         scorers_identity(run, evaluation.held_out),
         settings, run.config.encode.resolution, run.config.seed, version,
     )  # fmt: skip
-    is_done = record is not None and record.key == key and _are_results_there(run, record)
+    is_done = record is not None and record.key == key and _is_current(run, record)
     return Look(
         key,
         is_done,
         lambda: _evaluate(evaluation),
         amount=lambda: _amount(run, evaluation),
-        notes=lambda: Notes() if is_done else _notes(record, evaluation),
+        notes=lambda: Notes(remarks=_waits_for(record)) if is_done else _notes(run, record, evaluation),
     )
 
 
@@ -83,6 +84,20 @@ def evaluation_of(run: Run, trained: StageRecord | None, exported: StageRecord |
     else:
         trained, exported, version = None, None, pairs_table(run.storage).version
     return Evaluation(run, trained, exported, version)
+
+
+def _is_current(run: Run, record: StageRecord) -> bool:
+    """Return whether an evaluation's results are there, and no scores were imported since for a judge without any."""
+    from orchestration.stages.missing_judges import have_scores_come
+
+    return _are_results_there(run, record) and not have_scores_come(run.storage, record)
+
+
+def _waits_for(record: StageRecord | None) -> tuple[str, ...]:
+    """Say which judges had no numbers when this was evaluated."""
+    from orchestration.stages.missing_judges import recorded
+
+    return tuple(f"{name} has {each.words}" for name, each in recorded(record))
 
 
 def _are_results_there(run: Run, record: StageRecord) -> bool:
@@ -117,11 +132,20 @@ def _summary(record: EvaluationRecord) -> str:
         means = [model.scores[scorer].mean for model in suite.models.values()]
         if len(means) <= 2 and None not in means:
             parts.append(f"{scorer} {' → '.join(f'{mean:.2f}' for mean in means)}")
+    if missing := dict.fromkeys(each.name for every in record.results.suites.values() for each in every.missing):
+        parts.append(f"without {', '.join(missing)}")
     return ", ".join(parts)
 
 
-def _notes(record: StageRecord | None, evaluation: Evaluation) -> Notes:
-    remarks = evaluation.remarks() if evaluation.is_sampling_known else ()
+def _without_scores(run: Run, suites: Sequence[Suite]) -> tuple[str, ...]:
+    """Say which judges will have no numbers, whatever images are drawn."""
+    from orchestration.stages.missing_judges import planned, remarks
+
+    return remarks([(suite, planned(run, suite, None)) for suite in suites])
+
+
+def _notes(run: Run, record: StageRecord | None, evaluation: Evaluation) -> Notes:
+    remarks = evaluation.remarks() if evaluation.is_sampling_known else _without_scores(run, evaluation.suites)
     if record is None or record.details.get("version", 1) >= VERSION:
         return Notes(remarks=remarks)
     again = (
@@ -139,11 +163,12 @@ def notes(run: Run) -> Notes:
 
     encode, suites = run.config.encode, planned_suites(run.config)
     hours = None if encode is None else bounded_hours(encode.source, suites, encode.resolution)
+    told = _without_scores(run, suites)
     if not hours:
-        return Notes()
+        return Notes(remarks=told)
     size, models = unit_size(run.config.evaluate.batch_size), _num_models(run)
     units = sum(-(-len(suite.prompts) * suite.images_per_prompt // size) for suite in suites)
-    return Notes(remarks=(cost_line(models * units, models * hours),))
+    return Notes(remarks=(cost_line(models * units, models * hours), *told))
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:

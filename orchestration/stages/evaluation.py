@@ -10,20 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from orchestration.run.context import EVALUATION, RESULTS
 from orchestration.stages.evaluation_cost import cost_line, gpu_hours
-from orchestration.stages.evaluation_images import (
-    audit_rows,
-    can_audit,
-    images_of,
-    no_values,
-    sample_of,
-    samples_of,
-    values_of,
-    with_rows_of,
-)
+from orchestration.stages.evaluation_images import images_of, samples_of
+from orchestration.stages.evaluation_scores import EvaluationScores
 from orchestration.stages.held_out import HeldOutPairs
 from orchestration.stages.judged_models import (
     JudgedModel,
@@ -33,18 +24,15 @@ from orchestration.stages.judged_models import (
     remove_unets,
     write_unets,
 )
-from orchestration.stages.judged_scorers import judges_of, shown_judges
+from orchestration.stages.judged_scorers import judges_of
 from orchestration.stages.judged_suites import judged_suites, names_of_suites
-from orchestration.stages.judged_votes import shown_votes, votes_of, wants_votes
+from orchestration.stages.judged_votes import shown_votes, wants_votes
+from orchestration.stages.missing_judges import absent_judges, planned, remarks
 from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
 from pipelines.samples.fingerprint import samples_fingerprint
 from pipelines.samples.plan import count_missing, distinct_samples, unit_size
-from pipelines.scores.execution import score
-from pipelines.scores.images import JUDGES, REQUIRED
-from pipelines.scores.plan import read_scores
-from pipelines.suites.audit import JudgeAgreement, audit
 from pipelines.suites.evaluation import EvaluationCost, EvaluationRecord, warnings_of
 from pipelines.suites.gallery import GalleryEntry, choose_gallery, step_of
 from pipelines.suites.reduce import reduce_suite
@@ -57,8 +45,7 @@ if TYPE_CHECKING:
     from orchestration.run.context import Run
     from orchestration.run.journal import StageRecord
     from pipelines.samples.account import Drawn
-    from pipelines.scores.judges import Judge
-    from pipelines.suites.votes import Votes
+    from pipelines.suites.results import MissingJudge
 
 
 @dataclass(frozen=True)
@@ -155,9 +142,12 @@ class Evaluation:
         judges = judges_of(self._run, self.suites, self.held_out)  # before an image is drawn
         assert self.cells, "there is always a suite and a model"
         self._run.storage.delete(f"{self._folder}/{RESULTS}")  # of samples that may be others now
+        absent = {suite.name: absent_judges(self._run, suite) for suite in self.suites}
         drawn = self._draw()
-        shown = shown_judges(judge for each in judges.values() for judge in each)
-        scored = _Scored(self, judges)
+        scored = EvaluationScores(self, judges, absent)
+        for line in remarks([(suite, scored.missing[suite.name]) for suite in self.suites]):
+            self.say(f"evaluate  {line}")
+        shown = scored.shown
         results, gallery = self._reduce(scored, shown)
         agreed = scored.audit(shown)
         self._write(results, gallery, scored)
@@ -206,18 +196,29 @@ class Evaluation:
         return line
 
     def remarks(self) -> tuple[str, ...]:
-        """Say how many units are missing, and what drawing them would take of an H200."""
-        missing = self.missing
+        """Say how many units are missing, what drawing them would take of an H200, and which judges have no scores."""
+        missing, told = self.missing, remarks([(suite, self._without_scores(suite)) for suite in self.suites])
         if not any(missing.values()):
-            return ()
+            return told
         size = unit_size(self._run.config.evaluate.batch_size)
-        return (cost_line(sum(-(-each // size) for each in missing.values()), gpu_hours(self._drawings, missing)),)
+        cost = cost_line(sum(-(-each // size) for each in missing.values()), gpu_hours(self._drawings, missing))
+        return (cost, *told)
+
+    def _without_scores(self, suite: Suite) -> list[MissingJudge]:
+        """Return the judges that will have no numbers of a suite, as the storage is now."""
+        drawings = [cell.drawing for cell in self.cells if cell.suite is suite]
+        if any(count_missing(self.storage, drawing) for drawing in drawings):
+            return planned(self._run, suite, None)
+        samples = [images_of(read_samples(self.storage, drawing), [], suite) for drawing in drawings]
+        return planned(self._run, suite, pa.concat_tables(samples))
 
     def _cost(self, drawn: Sequence[Drawn], seconds: float) -> EvaluationCost:
         gpu_hours = sum(each.worker_s for each in drawn) / 3600 if self.on_gpu else None
         return EvaluationCost(sum(each.num_drawn for each in drawn), gpu_hours, seconds)
 
-    def _reduce(self, scored: _Scored, shown: Mapping[str, ShownJudge]) -> tuple[Results, tuple[GalleryEntry, ...]]:
+    def _reduce(
+        self, scored: EvaluationScores, shown: Mapping[str, ShownJudge]
+    ) -> tuple[Results, tuple[GalleryEntry, ...]]:
         config = self._run.config
         against, names = config.evaluate.against, [model.name for model in self.models]
         in_gallery = [name for name in names if step_of(name) is None]
@@ -227,22 +228,23 @@ class Evaluation:
         leaked = {} if self._trained is None else self.held_out.leaked(self.suites)
         for name, drawn in zip(names_of_suites(config), self.suites, strict=True):
             values = scored.values[drawn.name]
-            suite = self._with_judges(drawn, scored.judges[drawn.name])
+            suite = self._with_judges(drawn, scored)
             votes = scored.votes(drawn, against) if wants_votes(config) else None
             reduced = reduce_suite(
                 values, suite, against=against, judges=shown, models=names, seed=config.seed, votes=votes
             )
-            results[name] = replace(reduced, leaked_prompts=leaked.get(drawn.name))
+            results[name] = replace(reduced, leaked_prompts=leaked.get(drawn.name), missing=scored.missing[drawn.name])
             gallery += choose_gallery(values, suite, against=against, judges=shown, models=in_gallery)
         return Results(results), tuple(gallery)
 
-    def _with_judges(self, suite: Suite, judges: Sequence[Judge]) -> Suite:
+    def _with_judges(self, suite: Suite, scored: EvaluationScores) -> Suite:
         """Return a suite with its judges; those of the configuration are primary if it declares none itself."""
-        own = {entry.name for entry in self._run.config.evaluate.scorer_entries}
+        own, judges = {entry.name for entry in self._run.config.evaluate.scorer_entries}, scored.judges[suite.name]
         primary = suite.primary or tuple(judge.name for judge in judges if judge.entry.name in own)
-        return replace(suite.with_scorers(judge.name for judge in judges), primary=primary)
+        names = (*(judge.name for judge in judges), *scored.derived(suite.name))
+        return replace(suite.with_scorers(names), primary=primary)
 
-    def _write(self, results: Results, gallery: Sequence[GalleryEntry], scored: _Scored) -> None:
+    def _write(self, results: Results, gallery: Sequence[GalleryEntry], scored: EvaluationScores) -> None:
         """Write the images of the gallery, then the results; then delete what earlier evaluations left there."""
         storage, kept = self._run.storage, {f"{self._folder}/{RESULTS}"}
         for entry in gallery:
@@ -255,87 +257,3 @@ class Evaluation:
         for name in storage.names(self._folder):
             if name not in kept:
                 storage.delete(name)
-
-
-class _Scored:
-    """The scores of an evaluation whose samples are drawn: scores what is missing, and reads the values.
-
-    Args:
-        evaluation: The evaluation.
-        judges: The judges of each suite.
-    """
-
-    def __init__(self, evaluation: Evaluation, judges: Mapping[str, Sequence[Judge]]) -> None:
-        self._evaluation, self.judges, self._storage = evaluation, judges, evaluation.storage
-        self._samples = {
-            (cell.suite.name, cell.model.name): read_samples(self._storage, cell.drawing) for cell in evaluation.cells
-        }
-        self._suites = {cell.suite.name: cell.suite for cell in evaluation.cells}
-        self._images = {
-            place: images_of(samples, judges[place[0]], self._suites[place[0]])
-            for place, samples in self._samples.items()
-        }
-        self._auditors = [judge for judge in self._every() if can_audit(judge)] if evaluation.max_audit_pairs else []
-        self._sides = evaluation.held_out.sides(evaluation.max_audit_pairs) if self._has_pairs() else None
-        self._score()
-        self.values = {name: self._values(name) for name in judges}
-        """Rows of VALUES_SCHEMA and `components` by suite: one for each image of each model and judge."""
-
-    def _every(self) -> list[Judge]:
-        return list({judge.name: judge for each in self.judges.values() for judge in each}.values())
-
-    def _has_pairs(self) -> bool:
-        return bool(self._auditors) and self._evaluation.held_out.is_held_out
-
-    def _score(self) -> None:
-        """Score what is missing in one execution: samples by the judges of their suite, pairs by those that audit."""
-        tables = [_judged(images, self.judges[suite]) for (suite, _), images in self._images.items()]
-        if self._sides is not None:
-            tables.append(_judged(self._sides.select(REQUIRED.names), self._auditors))
-        if every := self._every():
-            images = pa.concat_tables(tables, promote_options="default")
-            score(self._storage, every, images, self._evaluation.workers, self._evaluation.say)
-
-    def _values(self, suite: str) -> pa.Table:
-        """Read the values of a suite, each judge's table once."""
-        models = {model: samples for (of_suite, model), samples in self._samples.items() if of_suite == suite}
-        images = {model: self._images[suite, model] for model in models}
-        found = []
-        for judge in self.judges[suite]:
-            scores = read_scores(self._storage, judge, pa.concat_tables(images.values()))
-            for model, samples in models.items():
-                own = scores.slice(0, images[model].num_rows)
-                scores = scores.slice(images[model].num_rows)
-                found.append(values_of(model, judge, samples, own))
-        values = pa.concat_tables(found, promote_options="default") if found else no_values()
-        return with_rows_of(self._suites[suite], values)
-
-    def audit(self, shown: Mapping[str, ShownJudge]) -> dict[str, JudgeAgreement]:
-        """Compare the judges with the human labels of held-out pairs."""
-        if self._sides is None:
-            return {}
-        images = self._sides.select(REQUIRED.names)
-        rows = [audit_rows(judge, self._sides, read_scores(self._storage, judge, images)) for judge in self._auditors]
-        return audit(pa.concat_tables(rows), judges=shown)
-
-    def votes(self, suite: Suite, against: str) -> Votes:
-        """Count the votes of people on the images of a suite."""
-        samples = {model: each for (name, model), each in self._samples.items() if name == suite.name}
-        return votes_of(self._storage, suite, samples, against, self._evaluation.say)
-
-    def png(self, suite: str, model: str, prompt_id: str, index: int) -> bytes | None:
-        """Return the bytes of a sample; None if it could not be drawn."""
-        samples = self._samples[suite, model]
-        sample_id, place = sample_of(self._suites[suite], prompt_id, index)
-        where = (pc.field("prompt_id") == sample_id) & (pc.field("index") == place) & pc.field("shard").is_valid()
-        found = samples.filter(where).to_pylist()
-        if not found:
-            return None
-        row = found[0]
-        return self._storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
-
-
-def _judged(images: pa.Table, judges: Sequence[Judge]) -> pa.Table:
-    """Return the images with the names of their judges."""
-    names = "\n".join(judge.name for judge in judges)
-    return images.append_column(JUDGES, pa.array([names] * images.num_rows, pa.string()))

@@ -29,12 +29,34 @@ if TYPE_CHECKING:
 def entries_of(run: Run, suite: Suite) -> list[ScorerEntry]:
     """Return the scorers of a suite; one that the configuration names too has the settings given there.
 
-    A scorer of the configuration that needs what the suite does not have, such as questions, is not among them, nor are
-    imported scores that belong to another suite.
+    A scorer that needs what the suite does not have, such as questions, is not among them, nor are imported scores that
+    belong to another suite. Scores of the suite's foreign judges need not be imported yet; see `is_absent`.
     """
     own = {entry.name: entry for entry in own_entries(run)}
-    names = dict.fromkeys((*suite.scorers, *served(run, suite)))
-    return [own.get(name, ScorerEntry(name=name)) for name in names]
+    given = served(run, suite)
+    named = {new_scorer(name).name for name in given}
+    scorers = (name for name in suite.scorers if not lacking(suite, name))
+    foreign = (f"{IMPORTED}{name}" for name in suite.foreign if name not in named)
+    return [own.get(name, ScorerEntry(name=name)) for name in dict.fromkeys((*scorers, *foreign, *given))]
+
+
+def is_absent(run: Run, entry: ScorerEntry) -> bool:
+    """Return whether a scorer's scores would have to be imported first.
+
+    So it is also if they were imported under several fingerprints, and the configuration names none of them.
+    """
+    from pipelines.scores.imported import find_imported
+
+    if not entry.name.startswith(IMPORTED):
+        return False
+    scorer = new_scorer(entry.name)
+    count = len(find_imported(run.storage, scorer.name, scorer.fingerprint))
+    return count == 0 or (count > 1 and entry not in own_entries(run))
+
+
+def _present(run: Run, entries: Iterable[ScorerEntry]) -> list[ScorerEntry]:
+    """Leave out scorers whose scores are not imported."""
+    return [entry for entry in entries if not is_absent(run, entry)]
 
 
 def own_entries(run: Run) -> list[ScorerEntry]:
@@ -86,7 +108,7 @@ def check_served(run: Run, suites: Sequence[Suite]) -> None:
 
 
 def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict[str, list[Judge]]:
-    """Return the judges of each suite by its name, checked before any work.
+    """Return the judges of each suite by its name, checked before any work; without those that `is_absent`.
 
     Raises:
         ConfigError: A scorer is unknown, or needs what nothing provides.
@@ -97,11 +119,12 @@ def judges_of(run: Run, suites: Sequence[Suite], held_out: HeldOutPairs) -> dict
     check_served(run, suites)
     entries = {suite.name: entries_of(run, suite) for suite in suites}
     distinct = {entry.name: entry for each in entries.values() for entry in each}
+    distinct = {entry.name: entry for entry in _present(run, distinct.values())}
     if not distinct:
         return {suite.name: [] for suite in suites}
     prepared = prepare_judges(list(distinct.values()), run.storage, fit_on=_fit_on(run, distinct.values(), held_out))
     by_name = dict(zip(distinct, prepared, strict=True))
-    return {name: [by_name[entry.name] for entry in each] for name, each in entries.items()}
+    return {name: [by_name[entry.name] for entry in each if entry.name in by_name] for name, each in entries.items()}
 
 
 def _fit_on(run: Run, entries: Iterable[ScorerEntry], held_out: HeldOutPairs) -> FitPairs | None:
@@ -124,7 +147,7 @@ def scorers_identity(run: Run, held_out: HeldOutPairs) -> list[list[str]]:
     """
     from pipelines.scores.judges import prepare_judges
 
-    entries = _entries_without_pairs(run)
+    entries = _present(run, _entries_without_pairs(run))
     judges = prepare_judges(entries, run.storage, fit_on=_fit_on(run, entries, held_out))
     found = [[judge.name, judge.fingerprint, judge.verified or ""] for judge in judges]
     return sorted([*found, *votes_identity(run)])
@@ -148,7 +171,7 @@ def check_scorers(run: Run) -> None:
 
     if HELD_OUT not in run.config.evaluate.suite_names:
         check_served(run, suites_without_pairs(run.config))
-    entries = _entries_without_pairs(run)
+    entries = _present(run, _entries_without_pairs(run))
     prepare_judges([entry for entry in entries if not hasattr(new_scorer(entry.name), "fit")], run.storage)
 
 

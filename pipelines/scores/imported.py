@@ -9,6 +9,7 @@ from pipelines.dataset.layout import SCORES, fingerprints
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import JsonObject
 from pipelines.scores.judges import JUDGE_FILE, Judge, fingerprint_of, own_name, table_name
+from pipelines.scores.plan import table_of
 from pipelines.scores.scorers.imported import IMPORTED, ImportedScorer
 
 SHOWN = 12
@@ -62,24 +63,40 @@ def imported_judge(storage: Storage, name: str, fingerprint: str = "") -> Judge:
     Raises:
         ConfigError: There are no imported scores of this scorer, or several fingerprints fit.
     """
+    found = find_imported(storage, name, fingerprint)
+    if not found:
+        raise ConfigError(
+            f"{storage.uri(SCORES)} has no imported scores of {name}", "bring them: `mapo scores import FILE STORAGE`"
+        )
+    if len(found) > 1:
+        several = ", ".join(each.fingerprint[:SHOWN] for each in found)
+        raise ConfigError(
+            f"{storage.uri(SCORES)} has {len(found)} imported tables of {name}: {several}",
+            f"name one as {IMPORTED}{name}@FINGERPRINT",
+        )
+    return found[0]
+
+
+def find_imported(storage: Storage, name: str, fingerprint: str = "") -> list[Judge]:
+    """Return the judge of each imported table of a scorer; none if nothing was imported.
+
+    Args:
+        storage: The storage of the scores.
+        name: The scorer's own name.
+        fingerprint: The 32 hex digits, or their beginning; "" for all.
+    """
     prefix = f"{table_name(name)}@"
     found = []
     for folder in fingerprints(storage, SCORES):
         if folder.startswith(prefix + fingerprint):
             noted = json.loads(storage.read_if_there(f"{SCORES}/{folder}/{JUDGE_FILE}") or b"{}")
             if str(noted.get("scorer", "")).startswith(IMPORTED):
-                found.append(noted)
-    if not found:
-        raise ConfigError(
-            f"{storage.uri(SCORES)} has no imported scores of {name}", "bring them: `mapo scores import FILE STORAGE`"
-        )
-    if len(found) > 1:
-        several = ", ".join(each["fingerprint"][:SHOWN] for each in found)
-        raise ConfigError(
-            f"{storage.uri(SCORES)} has {len(found)} imported tables of {name}: {several}",
-            f"name one as {IMPORTED}{name}@FINGERPRINT",
-        )
-    (noted,) = found
+                found.append(_judge_of(noted))
+    return found
+
+
+def _judge_of(noted: JsonObject) -> Judge:
+    """Return the judge that an import described."""
     judge = foreign_judge(
         noted["name"], noted["shaping"]["imported"], scale=noted["scale"], licence=noted["licence"],
         higher_is_better=noted["higher_is_better"], description=noted["description"],

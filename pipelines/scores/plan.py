@@ -102,6 +102,24 @@ def pending_scores(storage: Storage, judges: Sequence[Judge], images: pa.Table) 
     return Pending(units, tuple(int(each.sum()) for each in missing))
 
 
+def count_lacking(storage: Storage, judge: Judge, images: pa.Table) -> tuple[int, int]:
+    """Return how many distinct images have no score of a judge, and how many distinct images there are.
+
+    Args:
+        storage: The storage of the scores.
+        judge: The judge.
+        images: Rows of IMAGES_SCHEMA.
+
+    Raises:
+        ConfigError: The judge needs a column that the images do not have.
+        SnapshotError: A row lacks its digest, prompt_id or place.
+    """
+    check_images(images, judge.needs, judge.name)
+    keys = keys_of_images(images, needs_beside(judge))
+    keys = keys[first_of_each(keys)]
+    return int((places_in(_known(storage, judge), keys) < 0).sum()), len(keys)
+
+
 def _with_first(keys: Keys) -> tuple[Keys, Mask]:
     return keys, first_of_each(keys)
 

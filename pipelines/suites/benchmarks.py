@@ -6,9 +6,11 @@ takes one way and `differs` says so. Numbers of one version compare, and those o
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipelines.suites.compbench.words import without_adjectives
+from pipelines.suites.derived import THREE_IN_ONE
 from pipelines.suites.prompt_sets import COMPBENCH_CATEGORIES, PromptSet, SetRow, prompt_set
 from pipelines.suites.questions import Questions
 from pipelines.suites.subjects import SUBJECTS
@@ -32,12 +34,15 @@ class Benchmark:
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
         scorers: Its judges.
-        primary: Those that it makes claims about; empty for all.
+        primary: Those that it makes claims about; by default all that run in process, or the foreign ones if none does.
         macro: Whether the score is the mean of the categories' means.
         differs: How it differs from what its authors publish.
         needs_questions: Whether its judges ask questions, which come as a file beside the prompts.
         subject: The subject whose images its own are compared with; None for no comparison.
         foreign: Its judges that run in environments of their own.
+        derived: Its judges whose scores follow from those of the others.
+        reads_without_adjectives: Whether a judge reads the prompts without their adjectives, which the file of
+            questions tells.
         on_request: Whether it is in no group, because of what its prompts ask for.
         version: Version of the protocol.
     """
@@ -57,6 +62,8 @@ class Benchmark:
     needs_questions: bool = False
     subject: str | None = None
     foreign: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
+    reads_without_adjectives: bool = False
     on_request: bool = False
     version: int = 1
 
@@ -89,10 +96,7 @@ class Benchmark:
         prompts = numbered(prompt for row in rows if (prompt := self.row(row)) is not None)
         parsed: tuple[str, ...] = ()
         if questions is not None:
-            column = questions.column(each.prompt for each in prompts)
-            prompts = tuple(
-                dataclasses.replace(each, questions=asked) for each, asked in zip(prompts, column, strict=True)
-            )
+            prompts = self._asked(prompts, questions)
             parsed = (f"Questions by {questions.parser}.",)
         if references is not None:
             prompts = tuple(dataclasses.replace(each, references=references) for each in prompts)
@@ -105,14 +109,24 @@ class Benchmark:
             guidance_scale=self.guidance_scale,
             resolution=self.resolution,
             scorers=self.scorers,
-            primary=self.primary or self.scorers,
+            primary=self.primary or self.scorers or self.foreign,
             macro=self.macro,
             protocol=self.about,
             licence=self.set.licence,
             source=self.set.source,
             differs=(*self.differs, *parsed),
             foreign=self.foreign,
+            derived=self.derived,
         )
+
+    def _asked(self, prompts: Sequence[SuitePrompt], questions: Questions) -> tuple[SuitePrompt, ...]:
+        """Return the prompts with what a parser found in them."""
+        found = []
+        for each, asked in zip(prompts, questions.column(each.prompt for each in prompts), strict=True):
+            words = questions.words.get(each.prompt) if self.reads_without_adjectives else None
+            text = None if words is None else json.dumps(without_adjectives(words), ensure_ascii=False)
+            found.append(dataclasses.replace(each, questions=asked, without_adjectives=text))
+        return tuple(found)
 
 
 def _plain(row: SetRow) -> SuitePrompt:
@@ -168,6 +182,7 @@ COMPBENCH_JUDGES: dict[str, tuple[str, ...]] = {
     "shape": ("blip-vqa",),
     "texture": ("blip-vqa",),
     "non_spatial": ("clip-t",),
+    "complex": ("blip-vqa", "compbench-clip-complex"),
 }
 """The judges that run in process; the others are foreign detectors, whose scores are imported."""
 COMPBENCH_FOREIGN = {
@@ -177,14 +192,22 @@ COMPBENCH_FOREIGN = {
     "complex": "compbench-2d-complex",
 }
 """The names under which the scores of foreign detectors are imported."""
+COMPBENCH_DERIVED = {"complex": (THREE_IN_ONE.name,)}
+"""The judges that are merged from others."""
 FOREIGN = (
-    "Its detector runs in a container of its own (infra/compbench). `mapo scores import` brings the scores, and "
-    "`imported:{}` among `evaluate.scorers` uses them."
+    "Its detector runs in a container of its own (infra/compbench). `mapo scores import` brings its scores, `{}`; the "
+    "suite is drawn without them, and waits for them."
+)
+MERGED = (
+    "An image's score is the mean of the parts that the kind of its prompt has: `blip-vqa`, `compbench-2d-complex` for "
+    "spatial relations, `compbench-clip-complex` for actions. The parts alone describe."
 )
 
 
 def _of_compbench(category: str) -> Benchmark:
     judges, foreign = COMPBENCH_JUDGES.get(category, ()), COMPBENCH_FOREIGN.get(category)
+    derived = COMPBENCH_DERIVED.get(category, ())
+    told = (*([FOREIGN.format(foreign)] if foreign else []), *([MERGED] if derived else []))
     steps = "10 images a prompt, 30 steps, the pipeline's usual guidance."
     return Benchmark(
         name=f"t2i-compbench-{category.replace('_', '-')}",
@@ -195,8 +218,11 @@ def _of_compbench(category: str) -> Benchmark:
         images_per_prompt=10,
         num_inference_steps=30,
         scorers=judges,
-        differs=(SEEDS,) if foreign is None else (SEEDS, FOREIGN.format(foreign)),
+        primary=derived,
+        differs=(SEEDS, *told),
         foreign=() if foreign is None else (foreign,),
+        derived=derived,
+        reads_without_adjectives="compbench-clip-complex" in judges,
         needs_questions="blip-vqa" in judges,
     )
 

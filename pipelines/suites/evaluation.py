@@ -99,6 +99,7 @@ def _of_suite(name: str, suite: SuiteResult) -> Iterator[str]:
             f" ({suite.leaked_prompts / suite.num_prompts:.1%}) are prompts of training pairs: a gain on those need not"
             " show on prompts that are new to the model"
         )
+    yield from (f"suite {name} has {each.words}" for each in suite.missing)
     yield from _of_votes(name, suite)
     if suite.deviations:
         yield f"suite {name} departs from its protocol: {'; '.join(suite.deviations)}"

@@ -188,6 +188,37 @@ class CutPrompts:
 
 
 @dataclass(frozen=True)
+class MissingJudge:
+    """A judge of a suite that has no numbers, because not every image has its score.
+
+    A mean over a part of the images would be of another protocol.
+
+    Args:
+        name: Its name.
+        why: Why it has none, as a clause.
+        hint: What brings its scores.
+        num_missing: Number of images without its score.
+        num_images: Number of images of the suite, over all models; the same image counts once.
+        scorer: Its name in a configuration.
+        num_imported: Number of scores that were imported for it, whichever images they are of; when there are more, the
+            evaluation is not up to date.
+    """
+
+    name: str
+    why: str
+    hint: str
+    num_missing: int
+    num_images: int
+    scorer: str = ""
+    num_imported: int = 0
+
+    @property
+    def words(self) -> str:
+        """What is missing, and what to do, as a sentence."""
+        return f"no numbers of {self.name}: {self.why}" + (f"; {self.hint}" if self.hint else "")
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """Results of one suite.
 
@@ -217,6 +248,7 @@ class SuiteResult:
         leaked_prompts: Number of prompts that the run's model was trained on; None if it is not known, or the run has
             no training.
         votes: The votes of people on its images; None if they are not asked for.
+        missing: Its judges that have no numbers yet.
     """
 
     protocol: str
@@ -243,6 +275,7 @@ class SuiteResult:
     seed: int = 0
     leaked_prompts: int | None = None
     votes: SuiteVotes | None = None
+    missing: tuple[MissingJudge, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class SuitePrompt:
         questions: Questions about its images, as a JSON list of texts; None if there are none.
         references: Images that its own are compared with, as a JSON list of places (`shard`, `length`, `sha256`); None
             if there are none.
+        without_adjectives: The prompt without its adjectives, as a JSON text; None if no parser has found them.
     """
 
     prompt_id: str
@@ -36,6 +37,7 @@ class SuitePrompt:
     metadata: str | None = None
     questions: str | None = None
     references: str | None = None
+    without_adjectives: str | None = None
 
     @staticmethod
     def of(prompt: str, *tags: str, **more: str | None) -> "SuitePrompt":
@@ -77,7 +79,7 @@ class Suite:
         guidance_scale: Classifier-free guidance; 1 or less turns it off.
         resolution: Side of the square samples, in pixels; None for `encode.resolution`.
         scorers: Names of its scorers.
-        primary: Names of the scorers whose differences it makes claims about; Holm's correction is over these. The
+        primary: Names of the judges whose differences it makes claims about; Holm's correction is over these. The
             others describe.
         macro: Whether its score is the mean of the categories' means, as GenEval's, not the mean over prompts.
         protocol: What it measures and how, in words.
@@ -87,10 +89,11 @@ class Suite:
         protocol_prompts: Number of prompts of the whole protocol; None for all of `prompts`.
         differs: How the protocol itself differs from what its authors publish, in sentences.
         foreign: Names of judges that run in environments of their own, whose scores are imported.
+        derived: Names of judges whose scores follow from those of others; see `derived.DERIVED`.
 
     Raises:
         ValueError: There is no prompt, a prompt occurs twice, a number is out of range, a primary scorer is not among
-            `scorers`, or `macro` is set and a prompt has no category.
+            its judges, or `macro` is set and a prompt has no category.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Suite:
     protocol_prompts: int | None = None
     differs: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -126,7 +130,7 @@ class Suite:
                 f"suite {self.name}: {self.images_per_prompt} images a prompt, {self.num_inference_steps} steps and"
                 f" guidance {self.guidance_scale:g}; these must be at least 1, 1 and 0."
             )
-        if unknown := set(self.primary) - set(self.scorers):
+        if unknown := set(self.primary) - {*self.scorers, *self.foreign, *self.derived}:
             raise ValueError(f"suite {self.name}: the primary scorer {min(unknown)} is not one of its scorers.")
         if self.macro and self.strata is None:
             raise ValueError(f"suite {self.name}: a mean over categories needs a tag on each of its prompts.")
@@ -216,7 +220,8 @@ class Suite:
 
 def _parts(prompt: SuitePrompt) -> list[object]:
     """Return what a digest is of; what a prompt does not have is left out."""
-    more: dict[str, object] = {"text": prompt.text, "metadata": prompt.metadata, "questions": prompt.questions}
+    names = ("text", "metadata", "questions", "without_adjectives")
+    more: dict[str, object] = {name: getattr(prompt, name) for name in names}
     if prompt.references is not None:
         more["references"] = [each["sha256"] for each in json.loads(prompt.references)]
     told = {name: value for name, value in more.items() if value is not None}

@@ -1,10 +1,16 @@
 """Complex prompts of T2I-CompBench++: attributes, spatial relations and actions in one score."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 Kind = Literal["spatial", "action", "spatialaction"]
 """What a complex prompt has beside attributes: the tags of its suite."""
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "spatial": ("attribute", "spatial"),
+    "action": ("attribute", "action"),
+    "spatialaction": ("attribute", "spatial", "action"),
+}
+"""The parts that the score of a prompt of each kind is the mean of; it does not read the others."""
 
 
 def kind_of(prompt: str, spatial: Collection[str], action: Collection[str]) -> Kind:

@@ -122,10 +122,12 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
 def test_every_benchmark_has_the_prompts_that_it_states(tmp_path: Path) -> None:
     for name in FOLDERS:
         fetch_set(name, SHARED / FOLDERS[name])
+    tags = {}
     for each in BENCHMARKS:
         if each.prompts in FOLDERS:
             suite = each.suite(find_set(each.set, None, each.label))
             assert len(suite.prompts) == each.count, each.label
+            tags[each.name] = suite.tags
     hpd = load_suite("hpdv2")
     assert len({each.sample_id for each in hpd.prompts}) == 3172
     assert {tag: len(members) for tag, members in hpd.tags.items()} == dict.fromkeys(prompt_sets.HPD_STYLES, 800)
@@ -133,8 +135,7 @@ def test_every_benchmark_has_the_prompts_that_it_states(tmp_path: Path) -> None:
         "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
     }  # fmt: skip
     assert len(load_suite("partiprompts").tags) == 12 + 11
-    complex_prompts = load_suite("t2i-compbench-complex").tags
-    assert {tag: len(members) for tag, members in complex_prompts.items()} == {
+    assert {tag: len(members) for tag, members in tags["t2i-compbench-complex"].items()} == {
         "spatial": 58, "action": 212, "spatialaction": 30
     }  # fmt: skip
 
@@ -142,8 +143,9 @@ def test_every_benchmark_has_the_prompts_that_it_states(tmp_path: Path) -> None:
 @needs_sets
 def test_questions_are_needed_by_name() -> None:
     fetch_set("t2i-compbench", SHARED / "t2i-compbench")
-    with pytest.raises(ModelError, match="t2i-compbench-color@1 ask questions"):
-        load_suite("t2i-compbench-color")
+    for name in ("color", "complex"):
+        with pytest.raises(ModelError, match=f"t2i-compbench-{name}@1 ask questions"):
+            load_suite(f"t2i-compbench-{name}")
     load_suite("t2i-compbench-numeracy")
 
 
