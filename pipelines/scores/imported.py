@@ -102,3 +102,15 @@ def _judge_of(noted: JsonObject) -> Judge:
         higher_is_better=noted["higher_is_better"], description=noted["description"],
     )  # fmt: skip
     return dataclasses.replace(judge, fingerprint=noted["fingerprint"])
+
+
+def count_imported(storage: Storage, scorer: str) -> int:
+    """Count the imported scores of a scorer, failed ones included, over all of its tables.
+
+    Args:
+        storage: The storage of the scores.
+        scorer: Its name in a configuration: `imported:NAME`, or `imported:NAME@FINGERPRINT`.
+    """
+    named = ImportedScorer(scorer)
+    found = find_imported(storage, named.name, named.fingerprint)
+    return sum(table_of(storage, judge).count_rows() for judge in found)
