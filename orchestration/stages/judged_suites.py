@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.dataset.pair import VALIDATION
 from pipelines.dataset.storage import Storage
 from pipelines.samples.prompts import read_prompts
-from pipelines.suites.registry import HELD_OUT, PROMPTS, expanded, load_suite
+from pipelines.suites.registry import HELD_OUT, PROMPTS, expanded, load_suites
 from pipelines.suites.suite import Suite, SuitePrompt
 
 if TYPE_CHECKING:
@@ -32,15 +32,10 @@ def judged_suites(config: RunConfig, held_out: HeldOutPairs) -> list[Suite]:
         ModelError: The prompts of a suite were not fetched.
         SnapshotError: `held-out` is wanted, and there are no pairs.
     """
-    evaluate = config.evaluate
-    suites = (_suite(name, config, held_out) for name in names_of_suites(config))
-    return [suite.limited(evaluate.limit_prompts, seed=config.seed) for suite in suites]
-
-
-def _suite(name: str, config: RunConfig, held_out: HeldOutPairs) -> Suite:
-    if name == HELD_OUT:
-        return _as_drawn(held_out_suite(held_out, config.evaluate.num_samples), config)
-    return _as_drawn(_own_prompts(config) if name == PROMPTS else load_suite(name, Storage(config.storage)), config)
+    names, others = names_of_suites(config), iter(suites_without_pairs(config))
+    num_samples = config.evaluate.num_samples
+    suites = [held_out_suite(held_out, num_samples) if name == HELD_OUT else next(others) for name in names]
+    return [_as_drawn(suite, config) for suite in suites]
 
 
 def _as_drawn(suite: Suite, config: RunConfig) -> Suite:
@@ -52,7 +47,8 @@ def _as_drawn(suite: Suite, config: RunConfig) -> Suite:
         guidance_scale=evaluate.guidance_scale,
         resolution=evaluate.resolution,
     )
-    return replace(changed, deviations=()) if suite.name in (HELD_OUT, PROMPTS) else changed
+    drawn = replace(changed, deviations=()) if suite.name in (HELD_OUT, PROMPTS) else changed
+    return drawn.limited(evaluate.limit_prompts, seed=config.seed)
 
 
 def held_out_suite(held_out: HeldOutPairs, num_samples: int) -> Suite:
@@ -81,12 +77,15 @@ def _own_prompts(config: RunConfig) -> Suite:
 def suites_without_pairs(config: RunConfig) -> list[Suite]:
     """Return the suites that need no data set, so that a run can check them before it has one.
 
+    One command asks for them several times; their files are read again only after they have changed.
+
     Raises:
         ConfigError: A suite is unknown, or the file of prompts cannot be read.
         ModelError: The prompts of a suite were not fetched.
     """
-    names, storage = (name for name in names_of_suites(config) if name != HELD_OUT), Storage(config.storage)
-    return [_own_prompts(config) if name == PROMPTS else load_suite(name, storage) for name in names]
+    names = [name for name in names_of_suites(config) if name != HELD_OUT]
+    loaded = iter(load_suites([name for name in names if name != PROMPTS], Storage(config.storage)))
+    return [_own_prompts(config) if name == PROMPTS else next(loaded) for name in names]
 
 
 def planned_suites(config: RunConfig) -> list[Suite]:
@@ -96,8 +95,7 @@ def planned_suites(config: RunConfig) -> list[Suite]:
         ConfigError: A suite is unknown, or the file of prompts cannot be read.
         ModelError: The prompts of a suite were not fetched.
     """
-    suites = (_as_drawn(suite, config) for suite in suites_without_pairs(config))
-    return [suite.limited(config.evaluate.limit_prompts, seed=config.seed) for suite in suites]
+    return [_as_drawn(suite, config) for suite in suites_without_pairs(config)]
 
 
 def max_samples(config: RunConfig) -> int:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipelines.config import PromptFile
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.pair import prompt_id
+from pipelines.dataset.read_once import read_once
 from pipelines.dataset.storage import Storage
 
 TAGS = "tags"
@@ -51,6 +52,8 @@ class Prompt:
 def read_prompts(file: PromptFile, seed: int) -> list[Prompt]:
     """Read the distinct prompts of a file, in its order; with `limit` the chosen ones, in the order of `limit_prompts`.
 
+    A file that has not changed since the last call of this process is not read again.
+
     Args:
         file: The file, the column of the prompts, and how many of them to use.
         seed: Chooses the prompts if there is a limit.
@@ -58,14 +61,24 @@ def read_prompts(file: PromptFile, seed: int) -> list[Prompt]:
     Raises:
         ConfigError: The file is missing, of another kind, damaged or empty, or a line of it has no prompt.
     """
+    suffix, (folder, _, name) = _suffix(file), file.path.rpartition("/")
+    storage = Storage(folder or ("/" if file.path.startswith("/") else "."))
+    prompts = read_once(
+        storage, name, lambda data: _prompts(READERS[suffix](data, file), file), as_what=("prompts", file)
+    )
+    if prompts is None:
+        raise ConfigError(f"there is no file {storage.uri(name)}", "check the path of the file of prompts")
+    return list(prompts) if file.limit is None else limit_prompts(prompts, file.limit, seed)
+
+
+def _prompts(cells: Iterator[Numbered], file: PromptFile) -> list[Prompt]:
     found: dict[str, Prompt] = {}
-    for number, cell, tags in _read(file):
+    for number, cell, tags in cells:
         prompt = _prompt(cell, tags, number, file)
         found.setdefault(prompt.prompt_id, prompt)
     if not found:
         raise ConfigError(f"{file.path} has no prompts", "write one prompt a line, or name another file")
-    prompts = list(found.values())
-    return prompts if file.limit is None else limit_prompts(prompts, file.limit, seed)
+    return list(found.values())
 
 
 def limit_prompts(prompts: Sequence[Prompt], limit: int, seed: int) -> list[Prompt]:
@@ -99,24 +112,19 @@ def _bad_line(file: PromptFile, number: int, what: str, hint: str) -> ConfigErro
     return ConfigError(f"{file.path}: cannot use line {number:,}: {what}", hint)
 
 
-def _read(file: PromptFile) -> Iterator[Numbered]:
-    """Yield the cells of a file, by the reader of its suffix."""
+def _suffix(file: PromptFile) -> str:
+    """Return the suffix of a file, by which it has a reader.
+
+    Raises:
+        ConfigError: No reader has it.
+    """
     suffix = "." + file.path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in READERS:
         raise ConfigError(
             f"{file.path} is not a file of prompts that mapo reads",
             f"write the prompts to a file that ends in {', '.join(READERS)}",
         )
-    yield from READERS[suffix](_bytes_of(file), file)
-
-
-def _bytes_of(file: PromptFile) -> bytes:
-    folder, _, name = file.path.rpartition("/")
-    storage = Storage(folder or ("/" if file.path.startswith("/") else "."))
-    data = storage.read_if_there(name)
-    if data is None:
-        raise ConfigError(f"there is no file {storage.uri(name)}", "check the path of the file of prompts")
-    return data
+    return suffix
 
 
 def _text_of(data: bytes, file: PromptFile) -> str:

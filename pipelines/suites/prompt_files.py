@@ -9,12 +9,14 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.layout import CACHE
 from pipelines.dataset.model_fetch import default_cache
+from pipelines.dataset.read_once import read_once
 from pipelines.dataset.storage import Storage
 from pipelines.suites.prompt_sets import (
     Layout,
@@ -25,7 +27,7 @@ from pipelines.suites.prompt_sets import (
     prompt_set,
     read_canonical,
 )
-from pipelines.suites.questions import Questions, read_questions
+from pipelines.suites.questions import Questions, parse_questions, read_questions
 
 FOLDER = "prompts"
 QUESTIONS = "questions.jsonl"
@@ -33,58 +35,81 @@ TIMEOUT_S = 60.0
 ATTEMPTS = 3
 
 
+class PromptFiles:
+    """The fetched files of prompt sets, in a storage's cache and in this machine's; one of these looks each up once.
+
+    Make a new one for each look: a file that has changed since is then read again, and others are not (`read_once`).
+
+    Args:
+        storage: The storage; None to look on this machine alone.
+    """
+
+    def __init__(self, storage: Storage | None) -> None:
+        self._storage = storage
+        self._found: dict[str, Any] = {}
+
+    def rows(self, wanted: PromptSet, suite: str) -> tuple[SetRow, ...]:
+        """Return the rows of a set.
+
+        Args:
+            wanted: The set.
+            suite: The suite that needs it, for the hint.
+
+        Raises:
+            ModelError: It was not fetched, or its file is damaged.
+        """
+
+        def parse(data: bytes) -> tuple[SetRow, ...]:
+            if wanted.sha256 is not None and hashlib.sha256(data).hexdigest() != wanted.sha256:
+                raise ModelError(f"the fetched prompts {wanted.name} are damaged", f"mapo suites fetch {suite}")
+            return read_canonical(data)
+
+        place, storage = local_file(wanted), self._storage
+        found: tuple[SetRow, ...] | None = self._first(stored_name(wanted), place, parse)
+        if found is None:
+            cache = "" if storage is None else f" or in {storage.uri(CACHE)}"
+            raise ModelError(
+                f"the prompts of {suite} are missing: {wanted.name} was not found in {place.parent}{cache}",
+                f"mapo suites fetch {suite}" + ("" if storage is None else f" --to {storage.url}"),
+            )
+        return found
+
+    def questions(self, wanted: PromptSet, suite: str) -> Questions:
+        """Return the questions about a set's images.
+
+        Args:
+            wanted: The set.
+            suite: The suite whose judges ask them, for the hint.
+
+        Raises:
+            ModelError: They were not fetched.
+            SourceError: They are damaged, or about other prompts.
+        """
+        place = questions_file(wanted)
+        found: Questions | None = self._first(
+            f"{CACHE}/{FOLDER}/{place.name}", place, lambda data: parse_questions(data, place.name)
+        )
+        if found is None:
+            raise ModelError(
+                f"the judges of {suite} ask questions about each prompt, which were not fetched: there is no {place}",
+                f"make {QUESTIONS} with benchmarks/compbench_questions.py, put it beside the prompts, and run "
+                f"`mapo suites fetch {suite} --from FOLDER`",
+            )
+        return found
+
+    def _first(self, stored: str, place: Path, parse: Callable[[bytes], Any]) -> Any:
+        """Return what is made of the storage's file, or else of this machine's; None if there is neither."""
+        if stored not in self._found:
+            found = None if self._storage is None else read_once(self._storage, stored, parse, as_what=stored)
+            if found is None:
+                found = read_once(Storage(str(place.parent)), place.name, parse, as_what=stored)
+            self._found[stored] = found
+        return self._found[stored]
+
+
 def find_set(wanted: PromptSet, storage: Storage | None, suite: str) -> tuple[SetRow, ...]:
-    """Return the rows of a fetched set, from the storage's cache or this machine's.
-
-    Args:
-        wanted: The set.
-        storage: The storage; None to look on this machine alone.
-        suite: The suite that needs it, for the hint.
-
-    Raises:
-        ModelError: It was not fetched, or its file is damaged.
-    """
-    data = None if storage is None else storage.read_if_there(stored_name(wanted))
-    place = local_file(wanted)
-    if data is None and place.is_file():
-        data = place.read_bytes()
-    if data is None:
-        cache = "" if storage is None else f" or in {storage.uri(CACHE)}"
-        raise ModelError(
-            f"the prompts of {suite} are missing: {wanted.name} was not found in {place.parent}{cache}",
-            f"mapo suites fetch {suite}" + ("" if storage is None else f" --to {storage.url}"),
-        )
-    if wanted.sha256 is not None and hashlib.sha256(data).hexdigest() != wanted.sha256:
-        raise ModelError(f"the fetched prompts {wanted.name} are damaged", f"mapo suites fetch {suite}")
-    return read_canonical(data)
-
-
-def find_questions(wanted: PromptSet, storage: Storage | None, suite: str) -> Questions:
-    """Return the fetched questions about a set's images, from the storage's cache or this machine's.
-
-    Args:
-        wanted: The set.
-        storage: The storage; None to look on this machine alone.
-        suite: The suite whose judges ask them, for the hint.
-
-    Raises:
-        ModelError: They were not fetched.
-        SourceError: They are damaged, or about other prompts.
-    """
-    place = questions_file(wanted)
-    data = None if storage is None else storage.read_if_there(f"{CACHE}/{FOLDER}/{place.name}")
-    if data is None and place.is_file():
-        data = place.read_bytes()
-    if data is None:
-        raise ModelError(
-            f"the judges of {suite} ask questions about each prompt, which were not fetched: there is no {place}",
-            f"make {QUESTIONS} with benchmarks/compbench_questions.py, put it beside the prompts, and run "
-            f"`mapo suites fetch {suite} --from FOLDER`",
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / place.name
-        copied.write_bytes(data)
-        return read_questions(copied)
+    """Return the rows of one fetched set: see `PromptFiles.rows`."""
+    return PromptFiles(storage).rows(wanted, suite)
 
 
 def questions_file(wanted: PromptSet) -> Path:

@@ -64,8 +64,25 @@ def read_questions(path: Path, prompts: Iterable[str] | None = None) -> Question
     """
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"cannot read the questions {path}: {error}", HINT) from error
+    return parse_questions(data, path, prompts)
+
+
+def parse_questions(data: bytes, path: Path | str, prompts: Iterable[str] | None = None) -> Questions:
+    """Parse the content of a file of questions, like `read_questions`.
+
+    Args:
+        data: The content.
+        path: Where it comes from, for errors.
+        prompts: See `read_questions`.
+
+    Raises:
+        SourceError: See `read_questions`.
+    """
+    try:
         lines = data.decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise SourceError(f"cannot read the questions {path}: {error}", HINT) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
@@ -112,7 +129,7 @@ def check_prompts(
         )
 
 
-def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+def _object(line: str, path: Path | str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -122,7 +139,7 @@ def _object(line: str, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
-def _parser(line: str, path: Path) -> str:
+def _parser(line: str, path: Path | str) -> str:
     parser = _object(line, path, 1).get("parser")
     if not isinstance(parser, str) or not parser:
         raise SourceError(
@@ -132,7 +149,7 @@ def _parser(line: str, path: Path) -> str:
     return parser
 
 
-def _checked(row: dict[str, Any], path: Path, number: int) -> tuple[str, list[str]]:
+def _checked(row: dict[str, Any], path: Path | str, number: int) -> tuple[str, list[str]]:
     prompt, questions = row.get("prompt"), row.get("questions")
     if not isinstance(prompt, str):
         raise SourceError(f"{path}, line {number}: `prompt` is {prompt!r}, not a text", HINT)
@@ -141,7 +158,7 @@ def _checked(row: dict[str, Any], path: Path, number: int) -> tuple[str, list[st
     return prompt, questions
 
 
-def _words(found: Any, path: Path, number: int) -> list[Word]:
+def _words(found: Any, path: Path | str, number: int) -> list[Word]:
     is_right = isinstance(found, list) and all(
         isinstance(each, list) and len(each) == 2 and all(isinstance(text, str) for text in each) for each in found
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.storage import Storage
 from pipelines.suites.benchmarks import BENCHMARKS, FAMILIES, GROUPS, Benchmark
-from pipelines.suites.prompt_files import find_questions, find_set
+from pipelines.suites.prompt_files import PromptFiles
 from pipelines.suites.reference_images import find_references
 from pipelines.suites.starter import STARTER, starter
 from pipelines.suites.suite import Suite
@@ -58,13 +58,23 @@ def load_suite(name: str, storage: Storage | None = None) -> Suite:
         ConfigError: There is no such suite, or no such version of it.
         ModelError: Its prompts, the questions that its judges ask, or the images of its subject were not fetched.
     """
+    return load_suites([name], storage)[0]
+
+
+def load_suites(names: Iterable[str], storage: Storage | None = None) -> list[Suite]:
+    """Build suites, which may share files of prompts: see `load_suite`."""
+    files = PromptFiles(storage)
+    return [_load(name, files, storage) for name in names]
+
+
+def _load(name: str, files: PromptFiles, storage: Storage | None) -> Suite:
     if newest(name, [STARTER]) == STARTER:
         return starter()
     found = benchmark(name)
     if found is None:
         raise unknown(name)
-    rows = find_set(found.set, storage, found.label)
-    questions = find_questions(found.set, storage, found.label) if found.needs_questions else None
+    rows = files.rows(found.set, found.label)
+    questions = files.questions(found.set, found.label) if found.needs_questions else None
     subject = found.subject
     references = None if subject is None else find_references(found.set, subject, storage, found.label)
     return found.suite(rows, questions, references)
