@@ -10,14 +10,14 @@ import hashlib
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.dataset.status import JUDGED as JUDGED
+from pipelines.dataset.status import KINDS as KINDS
+from pipelines.dataset.status import PAIR as PAIR
+from pipelines.dataset.status import PRIOR as PRIOR
 from pipelines.dataset.status import Reason as Reason
 from pipelines.dataset.status import Status as Status
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-
-PAIR, JUDGED, PRIOR = "pair", "judged", "prior"
-KINDS = (PAIR, JUDGED, PRIOR)
-"""Kinds of rows: a pair; one image, good (label_0 1) or bad (0); one image of a class, for prior preservation."""
 
 PAIRS_SCHEMA = pa.schema(
     [

@@ -1,6 +1,10 @@
-"""The status of a row, and the reason if it is not kept. Light, so that configuration may import it."""
+"""The kind and the status of a row, and the reason if it is not kept. Light, so that configuration may import it."""
 
 from enum import StrEnum
+
+PAIR, JUDGED, PRIOR = "pair", "judged", "prior"
+KINDS = (PAIR, JUDGED, PRIOR)
+"""Kinds of rows: a pair; one image, good (label_0 1) or bad (0); one image of a class, for prior preservation."""
 
 
 class Status(StrEnum):
@@ -36,6 +40,7 @@ class Reason(StrEnum):
     MISSING_LABEL = "missing_label"
     UNREADABLE_LABEL = "unreadable_label"
     INCONSISTENT_LABELS = "inconsistent_labels"
+    UNREADABLE_WEIGHT = "unreadable_weight"
     MISSING_IMAGE = "missing_image"
     EMPTY_IMAGE = "empty_image"
     NOT_AN_IMAGE = "not_an_image"

@@ -1,8 +1,8 @@
-"""The only place that commits pairs: finds repeats and splits, and commits a unit's rows in one transaction.
+"""The only place that commits source rows: finds repeats and splits, and commits a unit's rows in one transaction.
 
-Invariants: of equal pairs one is kept; no prompt is in two splits; pairs that a source holds out are never trained on;
-a removed pair stays removed. They hold across units, runs and concurrent writers: rows are judged against one version
-of the table and committed on top of exactly that version, or judged again.
+Invariants: of equal pairs, and of equal single images, one is kept; no prompt is in two splits; what a source holds out
+is never trained on; what was removed stays removed. They hold across units, runs and concurrent writers: rows are
+judged against one version of the table and committed on top of exactly that version, or judged again.
 """
 
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from pipelines.dataset.errors import StorageError
 from pipelines.dataset.key_map import KeyMap, Keys, keys_of
-from pipelines.dataset.pair import PAIRS_SCHEMA, TEST, TRAIN, VALIDATION, Reason, Status
+from pipelines.dataset.pair import PAIRS_SCHEMA, PRIOR, TEST, TRAIN, VALIDATION, Reason, Status
 from pipelines.dataset.table import Commit, Table
 from pipelines.dataset.values import Row
 from pipelines.ingest.policy import PREFERRED_OR_NOT, Policy
 
 LABEL_TOLERANCE = 1e-6  # 1 - 0.7 is not 0.3; labels are remembered as float32
-REMOVED = -1.0  # stands where a label would
+REMOVED, OF_CLASS = -1.0, 2.0  # stand where a label would
 IS_REMOVED = pc.field("pair_key").is_valid() & (pc.field("reason") == str(Reason.REMOVED))
 COLUMNS = [
-    "pair_key", "mirrored", "label_0", "status", "reason", "prompt_id", "split"
+    "pair_key", "kind", "mirrored", "label_0", "status", "reason", "prompt_id", "split"
 ]  # fmt: skip
 REMEMBERED = PREFERRED_OR_NOT | IS_REMOVED
 PLACE_COLUMNS = ("shard", "shard_bytes", "shard_sha256", "offset_0", "length_0", "offset_1", "length_1")
@@ -41,7 +41,7 @@ Labels = NDArray[np.float32]
 class Committer:
     """Judges and commits units against all rows of the table.
 
-    Remembers the first label of every pair and the split of every prompt, 20 bytes each, so that the cost of a unit
+    Remembers the first label of every key and the split of every prompt, 20 bytes each, so that the cost of a unit
     does not grow with the table; files that others append are read once.
 
     Args:
@@ -102,8 +102,9 @@ class Committer:
 
 
 def _remembered(batch: pa.RecordBatch) -> tuple[Keys, Labels, Keys, Labels]:
-    """Return pairs with their canonical label or REMOVED, and prompts with the number of their split."""
+    """Return keys with their canonical label or REMOVED, and prompts with the number of their split."""
     label = pc.if_else(batch["mirrored"], pc.subtract(1.0, batch["label_0"]), batch["label_0"])
+    label = pc.if_else(pc.fill_null(pc.equal(batch["kind"], PRIOR), False), OF_CLASS, label)
     removed = pc.equal(batch["status"], str(Status.QUARANTINED))
     live = batch.filter(pc.invert(removed)).select(["prompt_id", "split"])
     prompts = pa.Table.from_batches([live]).group_by(["prompt_id", "split"], use_threads=False).aggregate([])
@@ -165,6 +166,11 @@ class _Judgement:
 
 
 def canonical_label(row: Row) -> float:
-    """Return the label from the point of view of the image with the smaller digest, whichever is listed first."""
+    """Return the label from the point of view of the image with the smaller digest, whichever is listed first.
+
+    An image of a class has a label of its own, so that it conflicts with a verdict on the same image.
+    """
+    if row["kind"] == PRIOR:
+        return OF_CLASS
     label = float(row["label_0"])
     return 1.0 - label if row["mirrored"] else label

@@ -1,4 +1,4 @@
-"""Writes the pair shards of a source's unit: each row is judged by itself, and images are stored unchanged."""
+"""Writes the shards of a source's unit: each row is judged by itself, and images are stored unchanged."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.ipc import to_ipc
 from pipelines.dataset.layout import SHARDS, pairs_table
-from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id
+from pipelines.dataset.pair import PAIR, PAIRS_SCHEMA, Reason, Status, pair_key, prompt_id, single_key
 from pipelines.dataset.shard import ShardWriter
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import Row
@@ -23,18 +23,19 @@ from pipelines.sources.reader import reader_of
 from pipelines.sources.unit import SourceRow, SourceUnit
 
 MAX_PROMPT_CHARACTERS = 10_000  # the encoders read 77 tokens; more than this is a file that was read as a prompt
-CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split")
+CONTENT = ("prompt", "label_0", "image_0_sha256", "image_1_sha256", "user_id", "source_split", "kind", "weight")
 """Columns by which a source row counts as unchanged since its file was last read."""
 RECORD = ("pair_key", "prompt", "label_0", "source", "source_uri", "source_row")
-"""Columns in the JSON member of a pair."""
+"""Columns in the JSON member of a pair; that of a single image has its kind as well."""
 
 Batch = Mapping[str, Sequence[Any]]
 """A Ray Data batch: column -> values."""
-Images = tuple[tuple[ImageInfo, bytes], tuple[ImageInfo, bytes]]
+Images = list[tuple[ImageInfo, bytes]]
+"""The usable images of a row: two of a pair, one of a single image."""
 
 
 class WriteShards:
-    """Read units one after the other and write their pairs as WebDataset shards; the only place that writes them.
+    """Read units one after the other and write their images as WebDataset shards; the only place that writes them.
 
     In:       The units of one task.
     Out:      For each its table rows, in source order, with shard and offsets, as soon as its shards are uploaded.
@@ -113,6 +114,7 @@ def _rows_of_earlier_states(unit: SourceUnit, storage: Storage) -> dict[tuple[in
     for old in (
         pairs_table(storage).read(["source_row", "source_pair", "pair_key", "reason", *CONTENT], where).to_pylist()
     ):
+        old["kind"] = old["kind"] or PAIR
         found.setdefault((old["source_row"], old["source_pair"]), []).append(old)
     return found
 
@@ -129,7 +131,7 @@ def _is_known(row: Row, known: dict[tuple[int, int], list[Row]]) -> bool:
 
 
 def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
-    """Return a source row as a table row, and its two images if they can be used.
+    """Return a source row as a table row, and its images if they can be used.
 
     Kept here means usable: ties, splits and repeats are decided when the unit is committed.
     """
@@ -141,13 +143,14 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
         source_pair=source.pair,
         source_split=source.split,
         user_id=source.user_id,
+        kind=source.kind,
         unit=unit.id,
         status=str(Status.QUARANTINED),
     )
     prompt = read_prompt(source.prompt)
     if not isinstance(prompt, Reason):
         row.update(prompt=prompt, prompt_id=prompt_id(prompt))
-    images = (source.image_0, source.image_1)
+    images = [source.image_0, source.image_1] if source.kind == PAIR else [source.image_0]
     infos = [data if isinstance(data, Reason) else inspect_image(data, unit.settings.image_check) for data in images]
     for side, (data, info) in enumerate(zip(images, infos, strict=True)):
         if isinstance(data, bytes) and data:
@@ -157,30 +160,35 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
             row |= {f"{name}_{side}": value for name, value in facts.items()}
     if not isinstance(source.label_0, Reason):
         row["label_0"] = source.label_0
+    if not isinstance(source.weight, Reason):
+        row["weight"] = source.weight
     row["reason"] = _problem(prompt, infos, source)
     if row["reason"] is not None:
         return row, None
-    row["pair_key"] = pair_key(row["prompt"], row["image_0_sha256"], row["image_1_sha256"])
-    row["mirrored"] = row["image_0_sha256"] > row["image_1_sha256"]
+    digests = [row[f"image_{side}_sha256"] for side in range(len(images))]
+    row["pair_key"] = (pair_key if source.kind == PAIR else single_key)(row["prompt"], *digests)
+    row["mirrored"] = digests != sorted(digests)
     row["status"] = str(Status.KEPT)
     return row, _usable(infos, images)
 
 
 def _problem(prompt: str | Reason, infos: Sequence[ImageInfo | Reason], source: SourceRow) -> str | None:
-    """Return the first problem of a row: prompt, image 0, image 1, label, identical images."""
-    for found in (prompt, *infos, source.label_0):
+    """Return the first problem of a row: prompt, image 0, image 1, label, weight, identical images."""
+    for found in (prompt, *infos, source.label_0, source.weight):
         if isinstance(found, Reason):
             return str(found)
-    return str(Reason.IDENTICAL_IMAGES) if source.image_0 == source.image_1 else None
+    is_same = source.kind == PAIR and source.image_0 == source.image_1
+    return str(Reason.IDENTICAL_IMAGES) if is_same else None
 
 
 def _usable(infos: Sequence[ImageInfo | Reason], images: Sequence[bytes | Reason | None]) -> Images:
-    (info_0, info_1), (data_0, data_1) = infos, images
-    assert isinstance(info_0, ImageInfo)
-    assert isinstance(info_1, ImageInfo)
-    assert isinstance(data_0, bytes)
-    assert isinstance(data_1, bytes)
-    return (info_0, data_0), (info_1, data_1)
+    found = [
+        (info, data)
+        for info, data in zip(infos, images, strict=True)
+        if isinstance(info, ImageInfo) and isinstance(data, bytes)
+    ]
+    assert len(found) == len(images)
+    return found
 
 
 def read_prompt(value: object) -> str | Reason:
@@ -200,8 +208,9 @@ def read_prompt(value: object) -> str | Reason:
 
 
 def record_of(row: Row) -> bytes:
-    """Return the JSON member of a pair, for readers of the tars that do not have the table."""
-    return json.dumps({name: row[name] for name in RECORD}, ensure_ascii=False, sort_keys=True).encode()
+    """Return the JSON member of a row, for readers of the tars that do not have the table."""
+    names = RECORD if row["kind"] in (None, PAIR) else (*RECORD, "kind")
+    return json.dumps({name: row[name] for name in names}, ensure_ascii=False, sort_keys=True).encode()
 
 
 class _UnitShards:
@@ -218,7 +227,7 @@ class _UnitShards:
         return self
 
     def add(self, row: Row, images: Images) -> None:
-        """Append a pair and record its place in its row."""
+        """Append the images of a row and record their place in it."""
         row["shard"] = name = f"{SHARDS}/{self._unit.id}-{len(self.finished):05d}.tar"
         if self._writer is None:
             self._name = name

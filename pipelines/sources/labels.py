@@ -10,6 +10,7 @@ from itertools import combinations
 from pipelines.dataset.status import Reason
 
 LABEL_TOLERANCE = 1e-6
+VERDICTS = {"true": True, "yes": True, "good": True, "false": False, "no": False, "bad": False}
 
 
 def number(value: object) -> float | None:
@@ -74,6 +75,25 @@ def _compare(rank_0: object, rank_1: object, *, sign: int) -> float | Reason:
     if first is None or second is None:
         return Reason.UNREADABLE_LABEL
     return 0.5 if first == second else float(sign * first < sign * second)
+
+
+def verdict(value: object) -> bool | Reason:
+    """Return a verdict on one image, or why it cannot be read: true, yes, good or 1, and false, no, bad or 0."""
+    text = text_of(value)
+    if text is None or not text.strip():
+        return Reason.MISSING_LABEL
+    if (found := number(value)) in (0.0, 1.0):
+        return found == 1.0
+    return VERDICTS.get(text.strip().lower(), Reason.UNREADABLE_LABEL)
+
+
+def read_weight(value: object) -> float | Reason | None:
+    """Return the weight of a row, which is above 0, or why it cannot be read; None without one."""
+    text = text_of(value)
+    if text is None or not text.strip():
+        return None
+    found = number(value)
+    return found if found is not None and found > 0 else Reason.UNREADABLE_WEIGHT
 
 
 def is_false(value: object) -> bool:

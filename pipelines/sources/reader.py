@@ -7,19 +7,22 @@ from pipelines.dataset.errors import SourceError
 from pipelines.dataset.status import Reason
 from pipelines.sources.cells import Cells
 from pipelines.sources.config import SourceConfig
+from pipelines.sources.containers import FOLDER_SUFFIXES, container_of
 from pipelines.sources.files import split_of_row
-from pipelines.sources.kind import BROKEN, Field, Record, SourceKind
-from pipelines.sources.labels import text_of
-from pipelines.sources.records import CONTAINERS, container_of
+from pipelines.sources.kind import BROKEN, WEIGHT, Draft, Field, Record, SourceKind
+from pipelines.sources.labels import read_weight, text_of
 from pipelines.sources.registry import KINDS
 from pipelines.sources.unit import SourceFile, SourceRow, SourceUnit, UnitSettings, make_unit
+
+ReadImage = Callable[[object], bytes | Reason | None]
+"""Returns the bytes of an image's cell."""
 
 
 class SourceReader:
     """Reads the files of one kind of source, in any container.
 
     Args:
-        kind: The columns, and how a record becomes pairs.
+        kind: The columns, and how a record becomes rows.
     """
 
     def __init__(self, kind: SourceKind) -> None:
@@ -28,7 +31,7 @@ class SourceReader:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of the files that are read from a folder."""
-        return self._kind.suffixes or tuple(CONTAINERS)
+        return self._kind.suffixes or FOLDER_SUFFIXES
 
     def units(self, config: SourceConfig, file: SourceFile, settings: UnitSettings) -> list[SourceUnit]:
         """Plan the units of a file, in order."""
@@ -41,7 +44,9 @@ class SourceReader:
         def part(part: tuple[int, int], first_row: int, num_rows: int) -> SourceUnit:
             return make_unit(config, file, settings, part=part, first_row=first_row, num_rows=num_rows)
 
-        return container.plan(file, list(columns.values()), settings.max_shard_bytes, group_by, part)
+        # Without the weights, so that units of sources read before mapo had them are cut where they were.
+        sized = [column for name, column in columns.items() if name != WEIGHT.name]
+        return container.plan(file, sized, settings.max_shard_bytes, group_by, part)
 
     def rows(self, unit: SourceUnit) -> Iterator[SourceRow]:
         """Yield the rows of a unit, in source order; images are read as they are needed."""
@@ -54,21 +59,13 @@ class SourceReader:
         named = ((number, self._named(record, columns, unit.source, known is None)) for number, record in found)
         for number, record in self._grouped(named, unit):
             if BROKEN in record:
-                yield SourceRow(number, Reason.UNREADABLE_ROW, None, None, Reason.MISSING_LABEL)
+                kind = self._kind.row_kind
+                yield SourceRow(number, Reason.UNREADABLE_ROW, None, None, Reason.MISSING_LABEL, kind=kind)
                 continue
             split = split_of_row(unit.source.split, record.get("split"), unit.file.uri)
-            read = _read_once(cells)
+            weight, read = read_weight(record.get("weight")), _read_once(cells)
             for pair, draft in enumerate(self._kind.drafts(record)):
-                yield SourceRow(
-                    row=number,
-                    pair=pair,
-                    prompt=Reason.UNREADABLE_PROMPT if isinstance(draft.prompt, list | dict) else draft.prompt,
-                    image_0=read(draft.image_0),
-                    image_1=read(draft.image_1),
-                    label_0=draft.label_0,
-                    user_id=text_of(draft.user_id),
-                    split=split,
-                )
+                yield _row(number, pair, draft, read, split, weight)
 
     def _columns(self, config: SourceConfig, names: Sequence[str] | None, file: SourceFile) -> dict[str, str]:
         """Return the file's column for each field that it has.
@@ -136,6 +133,24 @@ class SourceReader:
         return number if value is None or is_list else str(value)
 
 
+def _row(
+    number: int, pair: int, draft: Draft, read: ReadImage, split: str | None, weight: float | Reason | None
+) -> SourceRow:
+    """Return a draft with its images."""
+    return SourceRow(
+        row=number,
+        pair=pair,
+        prompt=Reason.UNREADABLE_PROMPT if isinstance(draft.prompt, list | dict) else draft.prompt,
+        image_0=read(draft.image_0),
+        image_1=read(draft.image_1),
+        label_0=draft.label_0,
+        user_id=text_of(draft.user_id),
+        split=split,
+        kind=draft.kind,
+        weight=weight,
+    )
+
+
 def _names_in_files(field: Field, config: SourceConfig) -> list[str]:
     """Return the names that a column may have in files: the one in `columns`, or its usual names."""
     return [config.columns[field.name]] if field.name in config.columns else [field.name, *field.also]
@@ -147,7 +162,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _read_once(cells: Cells) -> Callable[[object], bytes | Reason | None]:
+def _read_once(cells: Cells) -> ReadImage:
     """Return a reader of the cells of one record that fetches an image of several pairs only once."""
     found: dict[str, bytes | Reason | None] = {}
 

@@ -1,11 +1,11 @@
-"""Containers (Parquet, JSON, JSON lines, tar): a file, or a part of it, as numbered raw records."""
+"""Containers (Parquet, JSON, JSON lines, tar): a file, or a part of it, as numbered raw records; see `containers`."""
 
 import contextlib
 import gzip
 import json
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import IO, Any, Protocol
@@ -161,23 +161,27 @@ class Json:
         self, file: SourceFile, names: Sequence[str], max_bytes: int, group_by: str | None, make_unit: MakeUnit
     ) -> list[SourceUnit]:
         """Plan at most `MAX_RECORDS` per unit, or more to keep a group together."""
-        records = _parsed(file, self._lines)
-        runs = [1] * len(records)
-        if group_by is not None:
-            keys = [record.get(group_by, number) for number, record in enumerate(records)]  # without one: by itself
-            runs = [len(list(run)) for _, run in groupby(keys, key=lambda key: (type(key), str(key)))]
-        units, start, size = [], 0, 0
-        for run in runs:
-            if size and size + run > MAX_RECORDS:
-                units.append(make_unit((start, start + size), start, size))
-                start, size = start + size, 0
-            size += run
-        return [*units, make_unit((start, start + size), start, size)] if size else units
+        return plan_records(_parsed(file, self._lines), group_by, make_unit)
 
     def records(self, unit: SourceUnit, names: Names, images: frozenset[str]) -> Iterator[tuple[int, Record]]:
         """Yield the records of the range."""
         records = _parsed(unit.file, self._lines)
         yield from ((number, dict(records[number])) for number in range(*unit.part))
+
+
+def plan_records(records: Sequence[Record], group_by: str | None, make_unit: MakeUnit) -> list[SourceUnit]:
+    """Plan units of at most `MAX_RECORDS` of a file's records, or of more to keep a group together."""
+    runs = [1] * len(records)
+    if group_by is not None:
+        keys = [record.get(group_by, number) for number, record in enumerate(records)]  # without one: by itself
+        runs = [len(list(run)) for _, run in groupby(keys, key=lambda key: (type(key), str(key)))]
+    units, start, size = [], 0, 0
+    for run in runs:
+        if size and size + run > MAX_RECORDS:
+            units.append(make_unit((start, start + size), start, size))
+            start, size = start + size, 0
+        size += run
+    return [*units, make_unit((start, start + size), start, size)] if size else units
 
 
 @lru_cache(FILES_PARSED)
@@ -292,28 +296,3 @@ def _part(name: str, data: bytes, size: int) -> Record:
     except ValueError as error:
         return {BROKEN: f"{name}: {error}"}
     return found if isinstance(found, dict) else {stem or extension: found}
-
-
-CONTAINERS: dict[str, Callable[[], Container]] = {
-    ".parquet": Parquet,
-    ".jsonl": lambda: Json(lines=True),
-    ".jsonl.gz": lambda: Json(lines=True),
-    ".json": lambda: Json(lines=False),
-    ".json.gz": lambda: Json(lines=False),
-    ".tar": Tar,
-}
-"""Containers by file suffix."""
-
-
-def container_of(file: SourceFile) -> Container:
-    """Return the container of a file.
-
-    Raises:
-        SourceError: Its suffix is not one that mapo can read.
-    """
-    for suffix, make in CONTAINERS.items():
-        if file.uri.endswith(suffix):
-            return make()
-    raise SourceError(
-        f"{file.uri} has a type that mapo cannot read", f"the name must end in one of {', '.join(CONTAINERS)}"
-    )

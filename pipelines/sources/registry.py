@@ -2,6 +2,7 @@
 
 from pipelines.sources.hpd import HpdSource
 from pipelines.sources.imagereward import ImagerewardSource
+from pipelines.sources.judged import JudgedSource
 from pipelines.sources.kind import SourceKind
 from pipelines.sources.pairs import JsonlSource, PairsSource
 from pipelines.sources.pickapic import PickapicSource
@@ -18,5 +19,6 @@ KINDS: dict[str, SourceKind] = {
         RapidataSource(),
         PairsSource(),
         JsonlSource(),
+        JudgedSource(),
     )
 }

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipelines.dataset.status import Reason
+from pipelines.dataset.status import PAIR, Reason
 from pipelines.sources.config import SourceConfig
 
 UNIT_VERSION = 2  # raise it when the same source rows would give other shard bytes or other table rows
@@ -63,7 +63,7 @@ class SourceUnit:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One pair of a source, the same for all formats. A `Reason` replaces a missing value."""
+    """One pair or single image of a source, the same for all formats. A `Reason` replaces a missing value."""
 
     row: int
     """Row number in the file, from 0."""
@@ -71,13 +71,18 @@ class SourceRow:
     """Text, or bytes that should be UTF-8; None if there is none."""
     image_0: bytes | Reason | None
     image_1: bytes | Reason | None
+    """None of a single image."""
     label_0: float | Reason
-    """Probability that image_0 is preferred, 0..1."""
+    """Probability that image_0 is preferred, 0..1; of a single image 1 (good) or 0 (bad)."""
     user_id: str | None = None
     split: str | None = None
     """The source's own split: train, validation or test."""
     pair: int = 0
     """Number of the pair within the row, if a row ranks several images."""
+    kind: str = PAIR
+    """pair, judged or prior."""
+    weight: float | Reason | None = None
+    """Weight of the row's loss, above 0; None without one, which is 1."""
 
 
 def make_unit(
