@@ -11,7 +11,9 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 class Config(BaseModel):
     """A configuration section. Unknown keys are errors; a default lives on its field and nowhere else."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def _workers(value: object) -> object:
