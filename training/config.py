@@ -9,12 +9,16 @@ from pydantic import Field, model_validator
 from pipelines.dataset.config import Config, Device, WorkerCount, worker_range
 from pipelines.dataset.errors import ConfigError
 from training.methods import NEEDS_REFERENCE, check_parameters, default_rate
+from training.optimizers.registry import OPTIMIZERS, check_offload
+from training.options import SnrWeighting, TimestepsConfig, check_options
 from training.tracking.backends import BACKENDS
 
 if TYPE_CHECKING:
     TrackerName = str
+    OptimizerName = str
 else:
     TrackerName = Literal[tuple(BACKENDS)]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 Action = Literal["stop", "warn", "ignore"]
 NullPrompt = Literal["auto", "zeros", "empty"]
@@ -42,6 +46,17 @@ class EmaConfig(Config):
     warm-up, a short training exports mostly its base."""
 
 
+class ProdigyConfig(Config):
+    """Prodigy's estimate of the step size d."""
+
+    d_coef: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Factor of the estimate: 0.5 for smaller steps, 2 for larger ones. Change this rather than `learning_rate`."""
+    d0: float = Field(1e-6, gt=0, allow_inf_nan=False)
+    """First d, from which it only grows; 1e-5 or 1e-4 if d stays too small."""
+    growth_rate: float | None = Field(None, gt=1, allow_inf_nan=False)
+    """Largest factor by which d grows in a step, such as 1.02; unlimited by default."""
+
+
 class TroubleConfig(Config):
     """How training reacts when its numbers go wrong."""
 
@@ -62,6 +77,9 @@ class TroubleConfig(Config):
 
 
 def _default_learning_rate(given: Mapping[str, Any]) -> float:
+    optimizer = OPTIMIZERS.get(given.get("optimizer", ""))
+    if optimizer is not None and optimizer.rate is not None:
+        return optimizer.rate.value
     return default_rate(given.get("method", ""), with_adapters=given.get("lora") is not None).value
 
 
@@ -72,6 +90,24 @@ class TrainConfig(Config):
     """The loss, by its name in [Losses](#losses)."""
     loss: dict[str, float] = Field(default_factory=dict)
     """The method's own parameters; those left out take the method's defaults."""
+    sft_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Add this many times the chosen error to the loss, which holds the model to images that people chose."""
+    rejected_weight: float = Field(1.0, ge=0, le=1)
+    """Share of the rejected image's pull; 0 leaves it out of the gradient. The safest remedy if both errors grow."""
+    margin_share: float = Field(1.0, gt=0, le=1)
+    """Share of the steps that have the margin; the others only fine-tune on the chosen image, without a forward pass of
+    the rejected one. Which steps these are follows from the seed."""
+    safeguard: float | None = Field(None, ge=0, lt=1)
+    """Hold back the rejected image's gradient where it would raise the chosen error (Diffusion-SDPO's μ: 0.6 for SDXL,
+    0.9 for SD 1.5; the larger, the safer); off by default."""
+    snr_weighting: SnrWeighting | None = None
+    """Weigh both errors by their timestep before the loss: `min_snr`, `{min_snr: 1}` (gamma, by default 5) or
+    `debiased`; none by default. It changes the scale of the errors, and so the meaning of beta."""
+    noise_offset: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Add this many times a random constant to each channel of the noise (SDXL itself: 0.05), the same for both images
+    of a pair and in the target."""
+    timesteps: TimestepsConfig = TimestepsConfig()
+    """The timesteps that training draws, such as {min: 200, max: 1000} or {distribution: logit_normal}."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: weigh the two orders of a pair by its votes, a share of 0.7 as 0.7 and 0.3, a kept tie half and half.
     hard: take the preferred image outright and leave kept ties out."""
@@ -87,17 +123,19 @@ class TrainConfig(Config):
     """Optimizer steps."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
+    optimizer: OptimizerName = "adamw"
+    """The optimizer, by its name in [Optimizers](#optimizers)."""
+    prodigy: ProdigyConfig | None = None
+    """Settings of `optimizer: prodigy`, such as {d_coef: 2}."""
     learning_rate: float = Field(default_factory=_default_learning_rate, gt=0, allow_inf_nan=False)
     """Peak learning rate of the schedule. Left out or null: the rate published for the method, for all weights or for
-    adapters; the plan shows it with its source."""
+    adapters; `prodigy` has 1, a factor of its own estimate. The plan shows the rate with its source."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the rate rises linearly from 0."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW, fused on GPUs; or with 8-bit states (needs bitsandbytes: `pip install 'mapo[gpu]'`)."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Clip the gradient of the global batch to this norm."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -186,6 +224,16 @@ class TrainConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def options_suit_the_method(self) -> Self:
+        """Check that the options of the loss change something."""
+        options = {name: getattr(self, name) for name in ("sft_weight", "rejected_weight", "margin_share", "safeguard")}
+        try:
+            check_options(self.method, **options)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
     def reference_is_where_the_round_starts(self) -> Self:
         """Reject adapters if the reference is the model that a round continues: switched off, they give the base."""
         if self.rounds == "continue" and self.lora is not None and self.method in NEEDS_REFERENCE:
@@ -220,7 +268,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def offload_has_a_place(self) -> Self:
-        """Require a folder and ZeRO-3 for NVMe, and no offload for 8-bit states."""
+        """Require a folder and ZeRO-3 for NVMe, and an optimizer that works with the offload."""
         if self.offload == "nvme" and (self.offload_path is None or self.zero_stage != 3):
             raise ValueError(
                 f"offload nvme needs zero_stage 3 and offload_path; given: {self.zero_stage}, {self.offload_path}"
@@ -228,9 +276,19 @@ class TrainConfig(Config):
             )
         if self.offload != "nvme" and self.offload_path is not None:
             raise ValueError("offload_path is set, but offload is not nvme\nhint: leave `train.offload_path` out")
-        if self.offload != "none" and self.optimizer == "adamw_8bit":
+        try:
+            check_offload(self.optimizer, self.offload)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def prodigy_is_the_optimizer(self) -> Self:
+        """Reject settings of an optimizer that is not used."""
+        if self.prodigy is not None and self.optimizer != "prodigy":
             raise ValueError(
-                f"offload {self.offload} does not work with optimizer adamw_8bit\nhint: use `optimizer: adamw`"
+                f"`prodigy` is set, but optimizer is {self.optimizer}\nhint: leave `train.prodigy` out, or use "
+                "`optimizer: prodigy`"
             )
         return self
 
@@ -245,8 +303,13 @@ class TrainConfig(Config):
         return check_parameters(self.method, self.loss)
 
 
+_LATER = (
+    "null_prompt", "flips", "prediction_type", "sft_weight", "rejected_weight", "margin_share", "safeguard",
+    "snr_weighting", "noise_offset", "prodigy",
+)  # fmt: skip
 LATER_KEYS: Mapping[str, Any] = MappingProxyType(
-    {name: TrainConfig.model_fields[name].default for name in ("null_prompt", "flips", "prediction_type")}
+    {name: TrainConfig.model_fields[name].default for name in _LATER}
+    | {"timesteps": TimestepsConfig().model_dump(mode="json")}
     | {"ema.warmup": EmaConfig.model_fields["warmup"].default}
 )
 """Keys of `train` that later versions added, with their defaults: at its default a key changes no training's identity,

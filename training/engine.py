@@ -12,11 +12,16 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.values import JsonObject
-from training.config import TrainConfig
+from training.config import ProdigyConfig, TrainConfig
 from training.ops import leave_out_ops
+from training.optimizers.adafactor import Adafactor
+from training.optimizers.partition import Partition
+from training.optimizers.prodigy import Prodigy
+from training.optimizers.registry import OPTIMIZERS
 from training.run_progress import WorkerIdentity
 
 BUCKET_ELEMENTS = 50_000_000  # DeepSpeed's default of 5e8 costs 2-3 GB a GPU; "auto" needs a hidden_size
+ALL_ELEMENTS = 10**15  # of a rank in one sub-group: at DeepSpeed's 1e9, optimizers would see a part at a time
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -121,6 +126,8 @@ def deepspeed_config(config: TrainConfig, *, accumulation_steps: int, on_gpu: bo
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
     if config.precision != "fp32" and accumulation_steps > 1:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}  # 16-bit sums of many micro-batches lose small gradients
+    if config.zero_stage == 3 and OPTIMIZERS[config.optimizer].is_over_ranks:
+        zero["sub_group_size"] = ALL_ELEMENTS
     if config.zero_stage == 3:
         zero |= {"stage3_prefetch_bucket_size": BUCKET_ELEMENTS, "stage3_param_persistence_threshold": 100_000}
     if config.offload != "none":
@@ -134,15 +141,17 @@ def check_machine(config: TrainConfig) -> None:
     """Reject settings that this machine cannot run, before a model is loaded.
 
     Raises:
-        ConfigError: fp16 without a GPU that supports it, 8-bit states without bitsandbytes, or NVMe without libaio.
+        ConfigError: fp16 without a GPU that supports it, an optimizer without its package, or NVMe without libaio.
     """
     from deepspeed.accelerator import get_accelerator
 
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("train.precision fp16: the CPUs of this machine do not support fp16", "use bf16, or GPUs")
-    if config.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+    optimizer = OPTIMIZERS[config.optimizer]
+    if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
         raise ConfigError(
-            "train.optimizer adamw_8bit needs bitsandbytes, which is not installed", "pip install 'mapo[gpu]'"
+            f"train.optimizer {config.optimizer} needs {optimizer.package}, which is not installed",
+            f"pip install 'mapo[{optimizer.extra}]'",
         )
     if config.offload == "nvme":
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -154,13 +163,19 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
-    """Build AdamW over the trainable weights; ZeRO gives it this rank's part of them in float32."""
+    """Build the optimizer over the trainable weights; ZeRO gives it this rank's part of them in float32."""
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     rate, decay = config.learning_rate, config.weight_decay
+    device = torch.device("cuda" if on_gpu else "cpu")
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(trained, lr=rate, weight_decay=decay)
+    if config.optimizer == "adafactor":
+        return Adafactor(trained, lr=rate, weight_decay=decay, device=device)
+    if config.optimizer == "prodigy":
+        settings = config.prodigy or ProdigyConfig()
+        return Prodigy(trained, lr=rate, weight_decay=decay, **settings.model_dump(), device=device)
     fused = on_gpu and config.offload == "none"
     return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 
@@ -196,7 +211,10 @@ def build_engine(unet: Any, config: TrainConfig, *, accumulation_steps: int, on_
     if config.compile:
         unet.compile_repeated_blocks()
     unet.train()
-    prepared, wrapped = accelerator.prepare(unet, build_optimizer(unet, config, on_gpu=on_gpu))
+    optimizer = build_optimizer(unet, config, on_gpu=on_gpu)
+    prepared, wrapped = accelerator.prepare(unet, optimizer)
+    if OPTIMIZERS[config.optimizer].is_over_ranks:
+        optimizer.bind(Partition(prepared))
     return Engine(accelerator, prepared, wrapped, config)
 
 

@@ -1,6 +1,6 @@
 """The training loop of one rank, to read in one sitting: step, measure, validate, checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -12,9 +12,12 @@ from training.data.loader import Batch, PairLoader, PairReader
 from training.data.order import noise_seed
 from training.early_exit import Notice, StopRequest
 from training.engine import Engine
-from training.losses import PairLoss
+from training.image_losses import kl_of
+from training.measure import Errors, Measured, mean_gain, measure, measure_errors
 from training.methods import METHODS
 from training.model import Denoiser
+from training.objective import Objective, StepFacts
+from training.options import TimestepsConfig
 from training.samples import SampleGrid
 from training.schedule import learning_rate_at
 from training.spec import TrainSpec
@@ -23,7 +26,7 @@ from training.state.ema import ShardedEma
 from training.state.zero import ZeroState
 from training.tracking.account import ConsumedPairs
 from training.tracking.anomalies import Watch
-from training.tracking.metrics import NUM_SUMS, History, means_of, pair_sums
+from training.tracking.metrics import NUM_SUMS, History, means_of
 from training.tracking.progress import ProgressReporter, Speed
 from training.validation import Validation
 
@@ -42,6 +45,8 @@ class Draws:
     num_train_timesteps: int
     prompt_dropout: float
     null_prompt: NullPrompt
+    timesteps: TimestepsConfig
+    noise_offset: float
 
     def draw(self, batch: Batch, *, step: int, slot: int) -> tuple[Tensor, Tensor, Batch]:
         """Draw for one micro-batch; see `draw_with`.
@@ -51,7 +56,10 @@ class Draws:
         seed = noise_seed(self.seed, step, slot)
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
-        return draw_with(generator, batch, self.reader, self.num_train_timesteps, self.prompt_dropout, self.null_prompt)
+        return draw_with(
+            generator, batch, self.reader, self.num_train_timesteps, self.prompt_dropout, self.null_prompt,
+            timesteps_of=self.timesteps, noise_offset=self.noise_offset,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Learner:
 
     engine: Engine
     denoiser: Denoiser
-    loss_of: PairLoss
+    objective: Objective
     draws: Draws
     ema: ShardedEma | None
 
@@ -109,21 +117,21 @@ def run(loop: Loop, *, first_step: int) -> TrainingError | None:
         loop.saver.checkpointer.closing(),
     ):
         if step == 0:
-            validate(loop.validation, learner.loss_of, history, step)
+            validate(loop.validation, learner.objective, history, step)
             sample(loop.samples, loop.progress, step)
         while step < config.max_steps:
             speed.start(waited_s=loop.loader.waited_s)
-            sums = optimizer_step(learner, batches, speed, loop.consumed, step)
+            sums, facts = optimizer_step(learner, batches, speed, loop.consumed, step)
             step += 1
             times = speed.stop(waited_s=loop.loader.waited_s)
             metrics = step_metrics(learner.engine, sums, times, loop.stop_request, speed, step=step)
-            history.steps.append(metrics)
+            history.steps.append(metrics | ({"kl": facts.kl} if learner.objective.needs_kl else {}))
             try:
                 loop.progress.warn(watch.see(metrics), step=step)
             except TrainingError as stop:  # a decision of all ranks, which another start would only repeat
                 return stop
             if is_due(step, config.validate_every, config.max_steps):
-                validate(loop.validation, learner.loss_of, history, step)
+                validate(loop.validation, learner.objective, history, step)
             if is_due(step, config.sample_every, config.max_steps):
                 sample(loop.samples, loop.progress, step)
             show(history)
@@ -142,30 +150,59 @@ def is_due(step: int, every: int | None, max_steps: int) -> bool:
     return every is not None and every > 0 and (step % every == 0 or step == max_steps)
 
 
-def optimizer_step(learner: Learner, batches: Turns, speed: Speed, consumed: ConsumedPairs, step: int) -> Tensor:
-    """Train one step on this rank's micro-batches; return its sums of metrics, on the engine's device.
+def optimizer_step(
+    learner: Learner, batches: Turns, speed: Speed, consumed: ConsumedPairs, step: int
+) -> tuple[Tensor, StepFacts]:
+    """Train one step on this rank's micro-batches.
 
     The loss of a micro-batch is weighed so that the gradient is that of the mean over the whole global batch.
+
+    Returns:
+        The rank's sums of metrics, on the engine's device; and what the step's loss depended on.
     """
     engine, denoiser = learner.engine, learner.denoiser
     engine.set_learning_rate(learning_rate_at(step, engine.config))
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=engine.device)
-    for _ in range(engine.accumulation_steps):
-        (_, slot, weight), batch = next(batches)
+    facts, groups = step_groups(learner, batches, step)
+    for (_, slot, weight), batch, known in groups:
         noise, timesteps, batch = learner.draws.draw(batch, step=step, slot=slot)
         with engine.accelerator.accumulate(engine.unet):
-            errors = denoiser.errors(batch, noise, timesteps)
-            losses = learner.loss_of(errors, batch.preference_B)
-            engine.accelerator.backward(weight * losses.mean())
+            measured: Measured = measure(denoiser, learner.objective, batch, noise, timesteps, facts, known)
+            engine.accelerator.backward(weight * measured.losses.mean())
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         if weight:
-            sums += pair_sums(losses.detach(), errors, batch.preference_B, timesteps, denoiser.base.num_train_timesteps)
-            speed.count(batch)
+            sums += measured.sums
+            speed.count(batch, num_images=measured.num_images)
             consumed.add(step, slot, (record.pair_key for record in batch.records))
     if learner.ema is not None:
         learner.ema.update(step)
-    return sums
+    return sums, facts
+
+
+def step_groups(
+    learner: Learner, batches: Turns, step: int
+) -> tuple[StepFacts, Iterable[tuple[Turn, Batch, Errors | None]]]:
+    """Return this rank's micro-batches of a step, and what the step's loss depends on; collective for KTO.
+
+    KTO's loss of an image depends on the mean gain of the whole global batch, so all of it is measured first, without
+    a gradient; the errors of the reference serve again. Other methods stream their micro-batches.
+    """
+    objective, engine = learner.objective, learner.engine
+    facts = StepFacts(has_margin=objective.has_margin(step))
+    turns = (next(batches) for _ in range(engine.accumulation_steps))
+    if not objective.needs_kl:
+        return facts, ((turn, batch, None) for turn, batch in turns)
+    gathered: list[tuple[Turn, Batch, Errors | None]] = []
+    gains = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for (of_step, slot, weight), batch in turns:
+        noise, timesteps, drawn = learner.draws.draw(batch, step=step, slot=slot)
+        with torch.no_grad():
+            errors = measure_errors(learner.denoiser, objective, drawn, noise, timesteps, facts)
+        gathered.append(((of_step, slot, weight), batch, errors))
+        if weight:
+            gains += mean_gain(errors, objective.weights_of(timesteps, engine.device))
+    return StepFacts(kl=kl_of(*engine.sum(gains).tolist())), gathered
 
 
 def draw_with(
@@ -175,12 +212,17 @@ def draw_with(
     num_train_timesteps: int,
     prompt_dropout: float,
     null_prompt: NullPrompt = "auto",
+    *,
+    timesteps_of: TimestepsConfig | None = None,
+    noise_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Batch]:
     """Draw noise (B, C, H, W), timesteps (B,) and dropped prompts, the same for both images of a pair."""
     shape = batch.chosen_BCHW.shape
     noise = torch.randn(tuple(shape), generator=generator)
-    timesteps = torch.randint(0, num_train_timesteps, (shape[0],), generator=generator)
+    timesteps = draw_timesteps(generator, shape[0], num_train_timesteps, timesteps_of or TimestepsConfig())
     dropped = torch.rand(shape[0], generator=generator) < prompt_dropout
+    if noise_offset:
+        noise += noise_offset * torch.randn(*shape[:2], 1, 1, generator=generator)
     if not dropped.any():
         return noise, timesteps, batch
     null_SD, null_P = dropped_prompt(batch, reader, null_prompt)
@@ -189,6 +231,22 @@ def draw_with(
     if null_P is not None and pooled is not None:
         pooled = torch.where(dropped[:, None], null_P, pooled)
     return noise, timesteps, replace(batch, prompt_embeds_BSD=embeds, pooled_BP=pooled)
+
+
+def draw_timesteps(generator: torch.Generator, count: int, length: int, config: TimestepsConfig) -> Tensor:
+    """Draw timesteps, int64 (count,).
+
+    Args:
+        generator: The source of the draws.
+        count: How many to draw.
+        length: Length of the noise schedule.
+        config: Range and distribution; its range was checked against `length` when the worker started.
+    """
+    last = length if config.max is None else config.max
+    if config.distribution == "uniform":
+        return torch.randint(config.min, last, (count,), generator=generator)
+    share = torch.sigmoid(config.mean + config.std * torch.randn(count, generator=generator, dtype=torch.float64))
+    return (config.min + (share * (last - config.min)).long()).clamp(max=last - 1)
 
 
 def dropped_prompt(batch: Batch, reader: PairReader, null_prompt: NullPrompt) -> tuple[Tensor, Tensor | None]:
@@ -225,9 +283,9 @@ def step_metrics(
     }
 
 
-def validate(validation: Validation, loss_of: PairLoss, history: History, step: int) -> None:
+def validate(validation: Validation, objective: Objective, history: History, step: int) -> None:
     """Measure the held-out pairs; collective."""
-    if metrics := validation.measure(loss_of):
+    if metrics := validation.measure(objective):
         history.validations.append({"step": step, **metrics})
 
 

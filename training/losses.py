@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from training.image_losses import dco_loss as dco_loss
+from training.image_losses import dreambooth_loss as dreambooth_loss
+from training.image_losses import kto_loss as kto_loss
+from training.loss_inputs import Number, check_errors
 from training.methods import METHODS, NEEDS_REFERENCE, check_parameters
-
-Number = float | int  # the tests' run-time checks (beartype) do not take 8 for a float
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ class PairErrors:
     """The frozen reference's error on the preferred image; None for methods without a reference."""
     ref_rejected: Tensor | None = None
     """The frozen reference's error on the other image."""
+    alignment: Tensor | None = None
+    """Mean over C, H, W of the product of the two images' residuals (prediction - target), which `train.safeguard`
+    looks at; None without it."""
 
     def __post_init__(self) -> None:
-        _check_pairs(**{name: error for name, error in vars(self).items() if error is not None})
+        check_errors(**{name: error for name, error in vars(self).items() if error is not None})
 
     def swapped(self) -> "PairErrors":
         """Return the same pairs with the other image preferred."""
-        return PairErrors(self.rejected, self.chosen, self.ref_rejected, self.ref_chosen)
+        return PairErrors(self.rejected, self.chosen, self.ref_rejected, self.ref_chosen, self.alignment)
 
     def where(self, is_kept: Tensor, other: "PairErrors") -> "PairErrors":
         """Return these errors where `is_kept`, those of `other` elsewhere."""
@@ -52,6 +57,7 @@ class PairErrors:
             torch.where(is_kept, self.rejected, other.rejected),
             choose(self.ref_chosen, other.ref_chosen),
             choose(self.ref_rejected, other.ref_rejected),
+            choose(self.alignment, other.alignment),
         )
 
 
@@ -85,7 +91,7 @@ def mapo_loss(
 
     Source: mapo-t2i/mapo, utils.py (compute_loss). Equal errors give exactly mse_chosen + beta * ln 2.
     """
-    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    check_errors(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
     chosen, rejected = mse_chosen.double(), mse_rejected.double()
     margin = num_train_timesteps * (log_phi(snr * chosen).exp() - log_phi(snr * rejected).exp())
     return (chosen - beta * logsigmoid(margin)).float()
@@ -109,7 +115,7 @@ def mapo_paper_loss(
 
     Source: arXiv 2406.06424v2, eq. 9-11. Equal errors give exactly mse_chosen + ln 2 / beta.
     """
-    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    check_errors(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
     if not beta > 0:
         raise ValueError(f"mapo_paper_loss divides by beta, which is {beta}. Use beta > 0, or sft_loss.")
     chosen, rejected = mse_chosen.double(), mse_rejected.double()
@@ -136,7 +142,7 @@ def mapo_paper_linear_loss(
 
     Source: arXiv 2406.06424v2, eq. 9-11. Equal errors give exactly mse_chosen + ln 2 / beta.
     """
-    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    check_errors(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
     if not beta > 0:
         raise ValueError(f"mapo_paper_linear_loss divides by beta, which is {beta}. Use beta > 0, or sft_loss.")
     chosen, rejected = mse_chosen.double(), mse_rejected.double()
@@ -150,7 +156,7 @@ def sft_loss(mse_chosen: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
     Raises:
         ValueError: The input is not 1-D or not float32.
     """
-    _check_pairs(mse_chosen=mse_chosen)
+    check_errors(mse_chosen=mse_chosen)
     return mse_chosen
 
 
@@ -233,7 +239,7 @@ def simpo_loss(
     Source: arXiv 2405.14734, eq. 6, with -mse for the mean log-probability. Equal errors give exactly
     log(1 + e^gamma), a lead of gamma / beta gives ln 2.
     """
-    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    check_errors(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
     return (-logsigmoid(beta * (mse_rejected.double() - mse_chosen.double()) - gamma)).float()
 
 
@@ -256,7 +262,7 @@ def orpo_loss(
     Source: diffusers, train_diffusion_orpo_sdxl_lora.py, with the sign of arXiv 2403.07691. Equal errors give
     exactly mse_chosen + beta * ln 2.
     """
-    _check_pairs(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
+    check_errors(mse_chosen=mse_chosen, mse_rejected=mse_rejected)
     chosen, rejected = mse_chosen.double(), mse_rejected.double()
     return (chosen - beta * logsigmoid(rejected - chosen)).float()
 
@@ -287,10 +293,20 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "simpo": lambda e, t, beta, gamma: simpo_loss(e.chosen, e.rejected, beta=beta, gamma=gamma),
     "orpo": lambda e, t, beta: orpo_loss(e.chosen, e.rejected, beta=beta),
 }
-"""Method name -> (errors e, T t, **parameters) -> the loss of that order; names and parameters are those of METHODS."""
+"""Method name -> (errors e, T t, **parameters) -> the loss of that order; names and parameters are those of METHODS.
+
+The methods that are not here have a loss of single images: see `training.image_losses`.
+"""
 
 
-def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timesteps: int) -> PairLoss:
+def pair_loss(
+    method: str,
+    parameters: Mapping[str, Number],
+    *,
+    num_train_timesteps: int,
+    sft_weight: Number = 0.0,
+    adjust: Callable[[PairErrors], PairErrors] | None = None,
+) -> PairLoss:
     """Return the loss a run asks for, with soft labels: both orders of a pair, weighed by their probability.
 
     loss = p * L(errors) + (1 - p) * L(errors.swapped());  p = 1 gives exactly L(errors), whatever the other term is.
@@ -299,6 +315,8 @@ def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timest
         method: `train.method`, a key of METHODS.
         parameters: `train.loss`, any subset of the method's parameters.
         num_train_timesteps: T, the length of the noise schedule (1000 for SDXL).
+        sft_weight: Added to the loss of an order: this many times its chosen error.
+        adjust: Changes the errors of an order before its loss is computed; None leaves them alone.
 
     Returns:
         (errors, preference) -> loss. `preference` may be on the CPU while the errors are on a GPU: its range is
@@ -307,24 +325,42 @@ def pair_loss(method: str, parameters: Mapping[str, Number], *, num_train_timest
 
     Raises:
         ConfigError: The method or a parameter is unknown, or a value is out of range.
+        ValueError: The method's loss is of single images; `training.image_losses` has it.
     """
     complete = check_parameters(method, parameters)  # first, so that an unknown method has its message
+    if method not in LOSSES:
+        raise ValueError(f"{method} is a loss of images, not of pairs. Use training.image_losses.image_loss.")
 
     def in_order(errors: PairErrors) -> Tensor:
-        return LOSSES[method](errors, num_train_timesteps, **complete)
+        loss = LOSSES[method](errors if adjust is None else adjust(errors), num_train_timesteps, **complete)
+        return (loss.double() + sft_weight * errors.chosen.double()).float() if sft_weight else loss
 
     def weighed(errors: PairErrors, preference: Tensor) -> Tensor:
         if method in NEEDS_REFERENCE:
             _check_reference(method, errors)
-        _check_preference(preference, errors.chosen.shape)
-        weight = preference.to(errors.chosen.device).double()
-        is_certain = weight == 1
-        first = in_order(errors)
-        second = in_order(errors.where(is_certain, errors.swapped()))  # 0 * (an infinite gradient) would be NaN
-        both = weight * first.double() + (1 - weight) * second.double()
-        return torch.where(is_certain, first, both.float())
+        return weigh_orders(in_order, errors, preference)
 
     return weighed
+
+
+def weigh_orders(in_order: Callable[[PairErrors], Tensor], errors: PairErrors, preference: Tensor) -> Tensor:
+    """Return preference * L(errors) + (1 - preference) * L(swapped errors), one value per pair.
+
+    Args:
+        in_order: L, the loss of one order.
+        errors: The errors of both images.
+        preference: Probability that `chosen` is preferred; 1 gives exactly L(errors), whatever the other term is.
+
+    Raises:
+        ValueError: `preference` is not one float32 in [0.5, 1] per pair.
+    """
+    _check_preference(preference, errors.chosen.shape)
+    weight = preference.to(errors.chosen.device).double()
+    is_certain = weight == 1
+    first = in_order(errors)
+    second = in_order(errors.where(is_certain, errors.swapped()))  # 0 * (an infinite gradient) would be NaN
+    both = weight * first.double() + (1 - weight) * second.double()
+    return torch.where(is_certain, first, both.float())
 
 
 def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_mse_rejected: Tensor) -> Tensor:
@@ -332,7 +368,7 @@ def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_
 
     Subtracted image by image: near its reference, where training is, both differences are exact.
     """
-    _check_pairs(
+    check_errors(
         mse_chosen=mse_chosen,
         mse_rejected=mse_rejected,
         ref_mse_chosen=ref_mse_chosen,
@@ -340,28 +376,6 @@ def _gain(mse_chosen: Tensor, mse_rejected: Tensor, ref_mse_chosen: Tensor, ref_
     )
     of_chosen = ref_mse_chosen.double() - mse_chosen.double()
     return of_chosen - (ref_mse_rejected.double() - mse_rejected.double())
-
-
-def _check_pairs(**errors: Tensor) -> None:
-    """Check for one float32 value a pair, as many of each: broadcasting would average over pairs that do not exist."""
-    for name, error in errors.items():
-        if error.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {error.dtype}, not torch.float32. Compute the error in float32: "
-                "`(prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))`."
-            )
-        if error.ndim != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(error.shape)}, not one value per pair. Take the mean over "
-                "C, H, W only: `.mean(dim=(1, 2, 3))`."
-            )
-    shapes = {name: error.shape[0] for name, error in errors.items()}
-    if len(set(shapes.values())) > 1:
-        counts = ", ".join(f"{name} {count}" for name, count in shapes.items())
-        raise ValueError(
-            f"The number of pairs differs: {counts}. Pass the errors of both images of each pair; "
-            "`chunk(2)` splits a batch of chosen then rejected images."
-        )
 
 
 def _check_reference(method: str, errors: PairErrors) -> None:

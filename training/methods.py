@@ -49,6 +49,10 @@ class Method:
         needs_reference: Whether it compares with a frozen reference, which costs one more forward pass per step and
             memory for the weights.
         learns_preference: Whether it looks at the rejected image at all.
+        has_margin: Whether it sets the chosen image against the rejected one, so that the options of the margin apply.
+        fine_tunes: Whether it has a term that lowers the chosen error by itself.
+        kinds: The kinds of records that it learns from; others are left out of its training.
+        needs_good: Whether images that are judged bad are left out too.
         recipe: The method whose recipe reproduces the paper (orchestration/recipes/methods, docs/guides/recipes); None
             if there is no recipe.
     """
@@ -61,7 +65,16 @@ class Method:
     paper: str | None = None
     needs_reference: bool = False
     learns_preference: bool = True
+    has_margin: bool = True
+    fine_tunes: bool = False
+    kinds: tuple[str, ...] = ("pair",)
+    needs_good: bool = False
     recipe: str | None = None
+
+    @property
+    def is_of_images(self) -> bool:
+        """Whether the loss is of one image rather than of a pair, so that single images are learned from as well."""
+        return "judged" in self.kinds
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -76,6 +89,7 @@ _MAPO_ADAPTER_RATE = Rate(5e-5, f"{_PAPER}, the UNet of personalization")
 _DPO_SCRIPT = "SalesforceAIResearch/DiffusionDPO 5233e75, launchers/sdxl.sh:18"
 _DPO_RATE = 1e-8 * 16 * 128  # --scale_lr: by 16 GPUs, 128 steps of accumulation and 1 pair of each, so at batch 2048
 _DIFFUSERS = "huggingface/diffusers 58eb52c, examples"
+_KTO = "jacklishufan/diffusion-kto 226bbd0"
 _ORPO_README = "huggingface/diffusers 1d9a6a8, examples/research_projects/diffusion_orpo/README.md:49"
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -90,6 +104,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             rate=Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:54, at batch 16"),
             adapter_rate=Rate(1e-5, "mapo-t2i/mapo 374b3d3, README.md:83, at batch 16"),
             paper=_MAPO,
+            fine_tunes=True,
             recipe="mapo",
         ),
         "mapo_paper": Method(
@@ -99,6 +114,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             rate=_MAPO_RATE,
             adapter_rate=_MAPO_ADAPTER_RATE,
             paper=_MAPO,
+            fine_tunes=True,
             recipe="mapo_paper",
         ),
         "mapo_paper_linear": Method(
@@ -108,6 +124,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             rate=_MAPO_RATE,
             adapter_rate=_MAPO_ADAPTER_RATE,
             paper=_MAPO,
+            fine_tunes=True,
             recipe="mapo_paper",
         ),
         "sft": Method(
@@ -115,6 +132,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             formula="m_c",
             rate=Rate(1e-9 * 2048, "arXiv 2311.12908, section 5: 1e-9, scaled to batch 2048 as its script does"),
             adapter_rate=Rate(1e-4, f"{_DIFFUSERS}/text_to_image/README_sdxl.md:172, fine-tuning on captions"),
+            fine_tunes=True,
+            has_margin=False,
             learns_preference=False,
             recipe="sft",
         ),
@@ -157,7 +176,49 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             rate=Rate(1e-7, "none published; that of mapo_paper"),
             adapter_rate=Rate(3e-5, f"{_ORPO_README}, at batch 64"),
             paper="2403.07691",
+            fine_tunes=True,
             recipe="orpo",
+        ),
+        "kto": Method(
+            summary="Diffusion-KTO: good and bad images, without pairs",
+            formula="w·[1 − σ(±β·(ref − m − kl))]",
+            parameters={
+                "beta": Parameter(1000.0, is_positive=True),
+                "desirable": Parameter(1.0, note="w of good images"),
+                "undesirable": Parameter(1.0, note="w of bad images"),
+            },
+            rate=Rate(1e-7, f"{_KTO}, exps/example.sh:19"),
+            adapter_rate=Rate(1e-5, "none published; that of dpo"),
+            paper="2404.04465",
+            needs_reference=True,
+            has_margin=False,
+            kinds=("pair", "judged"),
+        ),
+        "dreambooth": Method(
+            summary="DreamBooth: fine-tuning on images of a subject, with prior preservation",
+            formula="m_c, and λ·m of class images",
+            parameters={"prior_weight": Parameter(1.0, note="λ")},
+            rate=Rate(5e-6, f"{_DIFFUSERS}/dreambooth/README.md:113, at batch 1"),
+            adapter_rate=Rate(1e-4, f"{_DIFFUSERS}/dreambooth/README_sdxl.md:89, at batch 1"),
+            paper="2208.12242",
+            learns_preference=False,
+            has_margin=False,
+            fine_tunes=True,
+            kinds=("pair", "judged", "prior"),
+            needs_good=True,
+        ),
+        "dco": Method(
+            summary="DCO: fine-tuning on good images, as far as they lead the reference",
+            formula="−log σ(−β·(m_c − ref_c))",
+            parameters={"beta": Parameter(1000.0, is_positive=True)},
+            rate=Rate(1e-7, "none published for all weights; that of mapo_paper"),
+            adapter_rate=Rate(5e-5, "kyungmnlee/dco 164ae17, README.md:87"),
+            paper="2402.12004",
+            needs_reference=True,
+            learns_preference=False,
+            has_margin=False,
+            kinds=("pair", "judged"),
+            needs_good=True,
         ),
     }
 )

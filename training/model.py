@@ -5,7 +5,7 @@ Letters: B pairs, C channels, H and W of latents, S tokens, D and P embedding si
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.dataset.errors import ConfigError, ModelError
 from pipelines.dataset.model_files import ModelSource
 from training.config import LoraConfig, TrainConfig
 from training.data.loader import Batch
+from training.image_losses import ImageErrors
 from training.losses import PairErrors
 
 ADAPTER = "default"
@@ -183,7 +184,7 @@ def set_attention(name: str) -> None:
 
 
 class Denoiser:
-    """Computes the errors of both images of each pair, with the same noise and timestep.
+    """Computes the errors of images: of both images of each pair with the same noise and timestep, or of one.
 
     Args:
         unet: The engine around the UNet.
@@ -210,47 +211,105 @@ class Denoiser:
         set_attention(config.attention)
         self._layout = torch.channels_last if config.channels_last else torch.contiguous_format
 
-    def errors(self, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor) -> PairErrors:
-        """Compute the errors of the UNet and, without a gradient, of the reference.
+    def errors(
+        self,
+        batch: Batch,
+        noise_BCHW: Tensor,
+        timesteps_B: Tensor,
+        *,
+        with_alignment: bool = False,
+        known: PairErrors | None = None,
+    ) -> PairErrors:
+        """Compute the errors of the UNet and, without a gradient, of the reference on both images of each pair.
 
         Args:
             batch: Pairs of one shape, on the CPU.
             noise_BCHW: Standard normal, float32; shared by the two images of a pair.
             timesteps_B: int64 in [0, T); shared by the two images of a pair.
+            with_alignment: Whether `alignment` is computed as well, for `train.safeguard`.
+            known: Errors of the same draws, whose reference is taken instead of computing it again.
 
         Returns:
             Mean over C, H, W of (prediction - target)^2; float32, one value per pair.
         """
-        device, dtype, scheduler = self._device, self._dtype, self.base.scheduler
-        latents = torch.cat([batch.chosen_BCHW, batch.rejected_BCHW]).to(device, torch.float32, non_blocking=True)
-        latents = self.base.scaled(latents)
-        noise = noise_BCHW.to(device, non_blocking=True).repeat(2, 1, 1, 1)
-        timesteps = timesteps_B.to(device, non_blocking=True).repeat(2)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        assert batch.rejected_BCHW is not None
+        latents = [batch.chosen_BCHW, batch.rejected_BCHW]
+        time_ids = [batch.chosen_time_ids_B6, batch.rejected_time_ids_B6]
+        inputs, target = self._inputs(batch, latents, time_ids, noise_BCHW, timesteps_B)
+        ref_chosen, ref_rejected = (None, None) if known is None else (known.ref_chosen, known.ref_rejected)
+        if known is None and self._reference is not None:
+            ref_chosen, ref_rejected = _error(self._without_gradient(self._reference, inputs, target)).chunk(2)
+        residual = self._residual(self._unet, inputs, target)
+        alignment = None
+        if with_alignment:
+            of_chosen, of_rejected = residual.detach().chunk(2)
+            alignment = (of_chosen * of_rejected).mean(dim=(1, 2, 3))
+        chosen, rejected = _error(residual).chunk(2)
+        return PairErrors(chosen, rejected, ref_chosen, ref_rejected, alignment)
+
+    def image_errors(
+        self, batch: Batch, noise_BCHW: Tensor, timesteps_B: Tensor, *, known: ImageErrors | None = None
+    ) -> ImageErrors:
+        """Compute the errors of the UNet and, without a gradient, of the reference on one image of each record.
+
+        Args:
+            batch: Single images, or pairs, of which only the chosen image is read; of one shape, on the CPU.
+            noise_BCHW: Standard normal, float32.
+            timesteps_B: int64 in [0, T).
+            known: Errors of the same draws, whose reference is taken instead of computing it again.
+
+        Returns:
+            Mean over C, H, W of (prediction - target)^2; float32, one value per image.
+        """
+        latents, time_ids = [batch.chosen_BCHW], [batch.chosen_time_ids_B6]
+        inputs, target = self._inputs(batch, latents, time_ids, noise_BCHW, timesteps_B)
+        reference = None if known is None else known.reference
+        if known is None and self._reference is not None:
+            reference = _error(self._without_gradient(self._reference, inputs, target))
+        return ImageErrors(_error(self._residual(self._unet, inputs, target)), reference)
+
+    def _inputs(
+        self,
+        batch: Batch,
+        latents: list[Tensor],
+        time_ids: Sequence[Tensor | None],
+        noise_BCHW: Tensor,
+        timesteps_B: Tensor,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Return what the UNet is given for one or both images of each record, and what it should predict."""
+        device, dtype, scheduler, times = self._device, self._dtype, self.base.scheduler, len(latents)
+        clean = self.base.scaled(torch.cat(latents).to(device, torch.float32, non_blocking=True))
+        noise = noise_BCHW.to(device, non_blocking=True).repeat(times, 1, 1, 1)
+        timesteps = timesteps_B.to(device, non_blocking=True).repeat(times)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
         is_epsilon = scheduler.config.prediction_type == "epsilon"
-        target = noise if is_epsilon else scheduler.get_velocity(latents, noise, timesteps)
+        target = noise if is_epsilon else scheduler.get_velocity(clean, noise, timesteps)
         inputs = {
             "sample": noisy.to(dtype, memory_format=self._layout),
             "timestep": timesteps,
-            "encoder_hidden_states": batch.prompt_embeds_BSD.to(device, dtype, non_blocking=True).repeat(2, 1, 1),
+            "encoder_hidden_states": batch.prompt_embeds_BSD.to(device, dtype, non_blocking=True).repeat(times, 1, 1),
         }
         if self.base.has_time_ids:
             assert batch.pooled_BP is not None
-            time_ids = torch.cat([batch.chosen_time_ids_B6, batch.rejected_time_ids_B6])
+            ids = torch.cat([each for each in time_ids if each is not None])
             inputs["added_cond_kwargs"] = {
-                "text_embeds": batch.pooled_BP.to(device, dtype, non_blocking=True).repeat(2, 1),
-                "time_ids": time_ids.to(device, non_blocking=True),  # float32: bf16 cannot tell 1023 from 1024
+                "text_embeds": batch.pooled_BP.to(device, dtype, non_blocking=True).repeat(times, 1),
+                "time_ids": ids.to(device, non_blocking=True),  # float32: bf16 cannot tell 1023 from 1024
             }
-        if self._reference is None:
-            return PairErrors(*self._predict(self._unet, inputs, target))
-        # In another mode other kernels may run, and beta multiplies their rounding.
-        if self._reference.unet.training != self._unet.training:
-            self._reference.unet.train(self._unet.training)
-        with torch.no_grad(), self._reference.context():
-            reference = self._predict(self._reference.unet, inputs, target)
-        return PairErrors(*self._predict(self._unet, inputs, target), *reference)
+        return inputs, target
 
-    def _predict(self, unet: Any, inputs: dict[str, Any], target: Tensor) -> tuple[Tensor, ...]:
-        prediction = unet(**inputs, return_dict=False)[0]
-        errors: Tensor = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-        return errors.chunk(2)
+    def _without_gradient(self, reference: Reference, inputs: dict[str, Any], target: Tensor) -> Tensor:
+        """Return the residual of the reference."""
+        # In another mode other kernels may run, and beta multiplies their rounding.
+        if reference.unet.training != self._unet.training:
+            reference.unet.train(self._unet.training)
+        with torch.no_grad(), reference.context():
+            return self._residual(reference.unet, inputs, target)
+
+    def _residual(self, unet: Any, inputs: dict[str, Any], target: Tensor) -> Tensor:
+        prediction: Tensor = unet(**inputs, return_dict=False)[0]
+        return prediction.float() - target
+
+
+def _error(residual: Tensor) -> Tensor:
+    return residual.square().mean(dim=(1, 2, 3))

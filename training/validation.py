@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from training.data.index import PairIndex, PairRecord
-from training.data.loader import PairLoader, PairReader
+from training.data.loader import Batch, PairLoader, PairReader
 from training.data.order import validation_seed
 from training.engine import Engine
-from training.losses import PairLoss
+from training.image_losses import kl_of
+from training.measure import mean_gain, measure, measure_errors
 from training.model import Denoiser
+from training.objective import Objective, StepFacts
 from training.schedule import AVERAGE
 from training.spec import TrainSpec
 from training.state.ema import ShardedEma
-from training.tracking.metrics import NO_CURVE, NUM_SUMS, means_of, pair_sums
+from training.tracking.metrics import NO_CURVE, NUM_SUMS, means_of
 
 NUM_TIMESTEPS = 4  # the middle of each quarter of the schedule
 
@@ -50,7 +52,7 @@ class Validation:
         self._reader, self._spec, self._engine, self._denoiser = reader, spec, engine, denoiser
         self._ema = ema
 
-    def measure(self, loss_of: PairLoss) -> dict[str, float]:
+    def measure(self, objective: Objective) -> dict[str, float]:
         """Return mean metrics over the held-out pairs and NUM_TIMESTEPS timesteps each; collective.
 
         Implicit accuracy is the share of (pair, timestep) draws whose chosen error is the smaller one; `num_pairs`
@@ -59,27 +61,40 @@ class Validation:
         """
         if not self._groups:
             return {}
-        metrics = self._measured(loss_of)
+        metrics = self._measured(objective)
         if self._ema is not None:
             with self._ema.in_place_of_the_weights():
-                of_average = self._measured(loss_of)
+                of_average = self._measured(objective)
             metrics |= {f"{AVERAGE}{name}": value for name, value in of_average.items() if name not in NO_CURVE}
         return metrics
 
-    def _measured(self, loss_of: PairLoss) -> dict[str, float]:
-        engine, length = self._engine, self._denoiser.base.num_train_timesteps
-        mine = self._groups[engine.rank :: engine.world_size]
+    def _measured(self, objective: Objective) -> dict[str, float]:
+        engine = self._engine
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=engine.device)
         engine.unet.eval()
         with torch.no_grad():
-            for weight, batch in PairLoader(self._reader, mine):
-                for noise, timesteps in _draws(batch.records, batch.chosen_BCHW.shape[1:], length, self._spec.seed):
-                    errors = self._denoiser.errors(batch, noise, timesteps)
-                    losses = loss_of(errors, batch.preference_B)
-                    sums += weight * pair_sums(losses, errors, batch.preference_B, timesteps, length)
+            facts = StepFacts(kl=self._kl(objective)) if objective.needs_kl else StepFacts()
+            for weight, batch, noise, timesteps in self._mine():
+                sums += weight * measure(self._denoiser, objective, batch, noise, timesteps, facts).sums
         engine.unet.train()
         metrics = means_of(engine.sum(sums))
-        return metrics | {"num_pairs": metrics["num_pairs"] / NUM_TIMESTEPS}
+        counts = {name: metrics[name] / NUM_TIMESTEPS for name in ("num_pairs", "num_images") if name in metrics}
+        return metrics | counts
+
+    def _kl(self, objective: Objective) -> float:
+        """Return KTO's reference point over all held-out draws; collective."""
+        gains = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        for weight, batch, noise, timesteps in self._mine():
+            errors = measure_errors(self._denoiser, objective, batch, noise, timesteps, StepFacts())
+            gains += weight * mean_gain(errors, objective.weights_of(timesteps, self._engine.device))
+        return kl_of(*self._engine.sum(gains).tolist())
+
+    def _mine(self) -> Iterator[tuple[float, Batch, Tensor, Tensor]]:
+        """Yield this rank's micro-batches, each with its weight and NUM_TIMESTEPS draws of noise and timesteps."""
+        engine, length = self._engine, self._denoiser.base.num_train_timesteps
+        for weight, batch in PairLoader(self._reader, self._groups[engine.rank :: engine.world_size]):
+            for noise, timesteps in _draws(batch.records, batch.chosen_BCHW.shape[1:], length, self._spec.seed):
+                yield weight, batch, noise, timesteps
 
 
 def validation_groups(index: PairIndex, micro_batch_size: int, max_pairs: int, world_size: int) -> Groups:

@@ -11,8 +11,9 @@ from typing import Any
 import ray.train
 import torch
 
-from pipelines.dataset.errors import SnapshotError
+from pipelines.dataset.errors import ConfigError, SnapshotError
 from pipelines.dataset.pair import TRAIN, VALIDATION
+from training.config import TrainConfig
 from training.data.index import PairIndex, PairRecord, load_index, load_texts
 from training.data.loader import PairLoader, PairReader
 from training.data.order import Plan, flips_of
@@ -20,9 +21,9 @@ from training.data.shard_cache import ShardCache
 from training.early_exit import StopRequest
 from training.engine import Engine, build_engine, check_machine, dtype_of, quiet_libraries, set_threads
 from training.loop import Draws, Learner, Loop, Saver, Turn, run
-from training.losses import pair_loss
-from training.methods import NEEDS_REFERENCE
+from training.methods import METHODS, NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora, load_base
+from training.objective import Objective
 from training.samples import SampleGrid
 from training.spec import TrainSpec
 from training.state.checkpoint import Checkpointer, restore
@@ -93,10 +94,15 @@ class Pairs:
 
 
 def load_pairs(spec: TrainSpec) -> Pairs:
-    """Read the index of the pinned snapshot."""
+    """Read the index of the pinned snapshot: the records that the method learns from."""
+    method = METHODS[spec.config.method]
     index, held_out = (
-        load_index(spec.storage, spec.snapshot, split, labels=spec.config.labels) for split in (TRAIN, VALIDATION)
-    )
+        load_index(
+            spec.storage, spec.snapshot, split, labels=spec.config.labels, kinds=method.kinds,
+            only_good=method.needs_good, balance="prior" in method.kinds,
+        )
+        for split in (TRAIN, VALIDATION)
+    )  # fmt: skip
     return Pairs(index, held_out, make_plan(index, spec))
 
 
@@ -168,8 +174,26 @@ def make_learner(
 ) -> Learner:
     """Build the parts that change weights in a step."""
     config, length = spec.config, denoiser.base.num_train_timesteps
-    draws = Draws(spec.seed, reader, length, config.prompt_dropout, config.null_prompt)
-    return Learner(engine, denoiser, pair_loss(config.method, config.loss, num_train_timesteps=length), draws, ema)
+    check_timesteps(config, length)
+    draws = Draws(
+        spec.seed, reader, length, config.prompt_dropout, config.null_prompt, config.timesteps, config.noise_offset
+    )
+    return Learner(engine, denoiser, Objective(config, denoiser.base, spec.seed), draws, ema)
+
+
+def check_timesteps(config: TrainConfig, length: int) -> None:
+    """Check that the timesteps to draw are in the base's noise schedule.
+
+    Raises:
+        ConfigError: The range begins or ends beyond the schedule.
+    """
+    first, last = config.timesteps.min, config.timesteps.max
+    if first >= length or (last is not None and last > length):
+        raise ConfigError(
+            f"train.timesteps goes from {first} up to {length if last is None else last}, but the base's noise "
+            f"schedule has {length} timesteps",
+            f"choose a range inside 0 to {length}",
+        )
 
 
 def make_checkpointer(spec: TrainSpec, engine: Engine, start: "Start") -> Checkpointer:

@@ -11,7 +11,7 @@ from training.config import TroubleConfig
 
 Metrics = Mapping[str, float]
 CHANCE_DEVIATIONS = 2.0  # an accuracy farther from 0.5 than this many standard deviations is no chance (95 %)
-FINITE = ("loss", "mse_chosen", "mse_rejected")
+FINITE = ("loss", "mse_chosen", "mse_rejected", "mse_good", "mse_bad", "mse_prior")
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,29 @@ class Watch:
 
 
 def _check_finite(metrics: Metrics) -> None:
-    wrong = [name for name in FINITE if not math.isfinite(metrics[name])]
+    wrong = [name for name in FINITE if not math.isfinite(metrics.get(name, 0.0))]
     if wrong:
         raise TrainingError(
             f"the {'loss' if 'loss' in wrong else 'error'} of step {metrics['step']:.0f} is {metrics[wrong[0]]} "
-            f"(chosen error {metrics['mse_chosen']:.4g}, rejected {metrics['mse_rejected']:.4g}, "
+            f"({_errors(metrics)}, "
             f"learning rate {metrics.get('learning_rate', math.nan):.3g})",
             "lower `train.learning_rate`, or set `train.precision: fp32` to see whether the precision is the cause",
         )
 
 
+def _errors(metrics: Metrics) -> str:
+    """Return the errors that a step has, in words."""
+    names = {"mse_chosen": "chosen error", "mse_rejected": "rejected"} | {
+        f"mse_{kind}": f"{kind} images" for kind in ("good", "bad", "prior")
+    }
+    return ", ".join(f"{words} {metrics[name]:.4g}" for name, words in names.items() if name in metrics)
+
+
 class _Explosion:
-    """Compares the mean chosen error of the newest window with the first window's; reports once per window."""
+    """Compares the mean chosen error of the newest window with the first window's; reports once per window.
+
+    In a training without pairs, the error is that of good images.
+    """
 
     def __init__(self, config: TroubleConfig) -> None:
         self._config = config
@@ -90,7 +101,10 @@ class _Explosion:
 
     def see(self, metrics: Metrics) -> Trouble | None:
         window, ratio = self._config.window, self._config.max_error_ratio
-        self._newest.append(metrics["mse_chosen"])
+        error = metrics.get("mse_chosen", metrics.get("mse_good"))
+        if error is None:
+            return None
+        self._newest.append(error)
         self._quiet = max(0, self._quiet - 1)
         if len(self._newest) < window:
             return None
@@ -122,7 +136,9 @@ class _Preference:
 
     def see(self, metrics: Metrics) -> Trouble | None:
         name = "reward_accuracy" if "reward_accuracy" in metrics else "implicit_accuracy"
-        all_pairs, ties = metrics["num_pairs"], metrics.get("num_ties", 0.0)
+        if name not in metrics:
+            return None
+        all_pairs, ties = metrics.get("num_compared", metrics["num_pairs"]), metrics.get("num_ties", 0.0)
         self._counts.append((all_pairs - ties, metrics[name] * all_pairs - 0.5 * ties))
         pairs, right = (sum(column) for column in zip(*self._counts, strict=True))
         if len(self._counts) < self._config.patience or not pairs:

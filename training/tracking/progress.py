@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training.data.loader import Batch
 from training.engine import Engine
-from training.flops import Flops, pair_flops, peak_flops, utilization
+from training.flops import Flops, pair_flops, peak_flops, predicted_image_flops, utilization
 from training.methods import NEEDS_REFERENCE
 from training.run_progress import RunProgress, WorkerIdentity
 from training.spec import TrainSpec
@@ -70,17 +70,22 @@ class Speed:
         self._started, self._waited_s = time.monotonic(), waited_s
         self._flops = Flops(0.0, 0.0)
 
-    def count(self, batch: Batch) -> None:
-        """Count the FLOPs of a micro-batch: exactly for the first shape, by area for others (within 1 % for SDXL)."""
+    def count(self, batch: Batch, *, num_images: int = 2) -> None:
+        """Count the FLOPs of a micro-batch: exactly for the first shape, by area for others (within 1 % for SDXL).
+
+        Args:
+            batch: The micro-batch.
+            num_images: Images of each record that had a forward pass.
+        """
         if self._peak is None:
             return
         pairs, _, height, width = batch.chosen_BCHW.shape
         if self._per_area is None:
             self._per_area = self._count(height, width, batch.prompt_embeds_BSD.shape[1]) * (1 / (height * width))
-        self._flops += self._per_area * (height * width * pairs)
+        self._flops += self._per_area * (height * width * pairs * num_images / 2)
 
     def _count(self, height: int, width: int, tokens: int) -> Flops:
-        return pair_flops(
+        found = pair_flops(
             self._unet_config,
             height,
             width,
@@ -89,6 +94,10 @@ class Speed:
             self._config.gradient_checkpointing,
             self._config.lora,
         )
+        if self._config.method == "kto":  # measures its global batch once more, for the reference point
+            more = 2 * predicted_image_flops(self._unet_config, height, width, tokens)
+            found += Flops(more, more)
+        return found
 
     def stop(self, *, waited_s: float) -> Tensor:
         """End a step and return the values to sum over the ranks, float64; `metrics` reads the sum."""
