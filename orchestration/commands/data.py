@@ -64,7 +64,8 @@ def _remove(options: argparse.Namespace) -> None:
     removed = remove(Storage(options.storage), conditions, dry_run=options.dry_run)
     verb = "would be removed" if options.dry_run else "removed"
     parts = ", ".join(f"{count:,} {status}" for status, count in sorted(removed.rows.items()))
-    say(f"{removed.num_rows:,} rows of {removed.num_pairs:,} pairs {verb}" + (f": {parts}" if parts else ""))
+    what = f"{removed.num_pairs:,} pairs" + (f", {removed.num_singles:,} single images" if removed.num_singles else "")
+    say(f"{removed.num_rows:,} rows of {what} {verb}" + (f": {parts}" if parts else ""))
     if removed.num_rows and not options.dry_run:
         say("run `mapo data compact` and, after the grace period, `mapo data gc` to free their bytes")
 
@@ -129,7 +130,8 @@ def _export(options: argparse.Namespace) -> None:
     from pipelines.maintenance.export import export_parquet
 
     done = export_parquet(Storage(options.storage), options.parquet, images=options.images)
-    say(f"{done.num_pairs:,} pairs in {done.num_files:,} files, {done.num_bytes:,} bytes: {options.parquet}")
+    what = f"{done.num_pairs:,} pairs" + (f", {done.num_singles:,} single images" if done.num_singles else "")
+    say(f"{what} in {done.num_files:,} files, {done.num_bytes:,} bytes: {options.parquet}")
 
 
 STORAGE = Option("STORAGE", "path or fsspec URL", type=place)
@@ -138,13 +140,13 @@ COMMANDS = (
     Command("data verify", "check every committed byte against its digest", _verify, (STORAGE,)),
     Command(
         "data remove",
-        "remove pairs, with all their rows; `compact` and `gc` then free their bytes",
+        "remove pairs or single images, with all their rows; `compact` and `gc` then free their bytes",
         _remove,
         (
             STORAGE,
             Option(
                 "--where",
-                "key=HEX, prompt=TEXT, prompt~REGEX, user=ID, source=FORMAT or source=URI; a pair must meet all",
+                "key=HEX, prompt=TEXT, prompt~REGEX, user=ID, source=FORMAT or source=URI; a row must meet all",
                 metavar="CONDITION",
                 is_required=True,
                 is_repeated=True,
@@ -186,7 +188,7 @@ COMMANDS = (
     ),
     Command(
         "data export",
-        "export the kept pairs as plain parquet",
+        "export the kept pairs and single images as plain parquet",
         _export,
         (
             STORAGE,
@@ -197,7 +199,7 @@ COMMANDS = (
                 type=place,
                 is_required=True,
             ),
-            Option("--images", "with image bytes, as a Pick-a-Pic source"),
+            Option("--images", "with image bytes, as a Pick-a-Pic source; single images as a `judged` source"),
         ),
     ),
 )

@@ -32,7 +32,7 @@ MAX_PIXELS_ON_CPU = 512 * 512  # of larger ones one pair: 1024 x 1024 takes a CP
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image of a pair before encoding and after decoding."""
+    """One image of a pair, or a single one, before encoding and after decoding."""
 
     pair_key: str
     prompt: str
@@ -74,7 +74,7 @@ def write_contact_sheet(config: EncodeConfig, storage: Storage, folder: str) -> 
 
 
 def choose_pairs(storage: Storage, fingerprint: str) -> list[dict[str, Any]]:
-    """Choose pairs from as many buckets as possible, the most frequent first; the same ones every time."""
+    """Choose pairs or single images of as many buckets as possible, the most frequent first; the same every time."""
     columns = ["pair_key", "shard", "offset", "length", "sha256", "bucket_height", "bucket_width"]
     table = latents_table(storage, fingerprint)
     rows = table.read(columns, pc.field("status") == str(Status.KEPT)).sort_by("pair_key")
@@ -123,7 +123,7 @@ def _decode_pair(vae: Any, storage: Storage, pair: dict[str, Any], latents: dict
 
     data = storage.read_range(latents["shard"], latents["offset"], latents["length"], latents["sha256"])
     tensors = safetensors.torch.load(data)
-    for side in (0, 1):
+    for side in (0,) if pair["offset_1"] is None else (0, 1):  # a single image has no image 1
         place_in_tar = pair["shard"], pair[f"offset_{side}"], pair[f"length_{side}"], pair[f"image_{side}_sha256"]
         file = storage.read_range(*place_in_tar)
         source = place(open_image(file), (latents["bucket_height"], latents["bucket_width"])).pixels

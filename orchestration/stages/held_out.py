@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.layout import pairs_table
-from pipelines.dataset.pair import TRAIN, VALIDATION, Status
+from pipelines.dataset.pair import PAIR, TRAIN, VALIDATION, Status, of_kind
 from pipelines.dataset.storage import Storage
 from pipelines.suites.leaks import leaked_prompts
 from pipelines.suites.suite import Suite
@@ -26,7 +26,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The kept pairs of one split, in key order.
+    """The kept pairs of one split, in key order; single images are none: nobody compared them.
 
     Args:
         storage: The storage of the data set.
@@ -65,7 +65,7 @@ class HeldOutPairs:
     def _rows(self, split: str) -> pa.Table:
         if self.version is None:
             return pa.table({name: [] for name in COLUMNS})
-        where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split)
+        where = (pc.field("status") == str(Status.KEPT)) & (pc.field("split") == split) & of_kind(PAIR)
         where &= pc.field("label_0") != PREFERRED
         return pairs_table(self.storage, self.version).read(COLUMNS, where).sort_by("pair_key")
 

@@ -175,7 +175,7 @@ def _places(rewritten: Iterable[Rewritten], offsets: dict[str, str]) -> pa.Table
             columns["shard_bytes"].append(shard.num_bytes)
             columns["shard_sha256"].append(shard.sha256)
             for part, column in offsets.items():
-                columns[column].append(places[key, part])
+                columns[column].append(places.get((key, part)))  # a single image has no part 1
     is_text = ("key", "old", "shard", "shard_sha256")
     return pa.table({n: pa.array(v, pa.string() if n in is_text else pa.int64()) for n, v in columns.items()})
 

@@ -25,7 +25,7 @@ class Occupied:
         name: The shard's name on the storage.
         num_bytes: Size of the whole shard.
         sha256: Digest of the whole shard.
-        keys: Keys of pairs or prompts, in the order of their members.
+        keys: Keys of pairs, single images or prompts, in the order of their members.
         extents: For each key's members, the first byte of the first header and the byte after the last block.
     """
 
@@ -49,11 +49,12 @@ class Occupied:
 
 def pair_shards(table: Table) -> Iterator[Occupied]:
     """Yield the shards of the table of pairs, by name."""
-    columns = [*SHARD, "offset_0", "offset_1", "length_1", *RECORD]
+    columns = [*SHARD, "offset_0", "length_0", "offset_1", "length_1", "kind", *RECORD]
     rows = table.read([name for name in PAIRS_SCHEMA.names if name in columns], PLACED)
 
     def extent(row: Row) -> tuple[int, int]:
-        images_end = row["offset_1"] + padded(row["length_1"])
+        last = 0 if row["offset_1"] is None else 1  # a single image has no image 1
+        images_end = row[f"offset_{last}"] + padded(row[f"length_{last}"])
         return row["offset_0"] - BLOCK_BYTES, images_end + BLOCK_BYTES + padded(len(record_of(row)))
 
     for shard in _by_shard(rows, "offset_0"):

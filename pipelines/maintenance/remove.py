@@ -1,4 +1,4 @@
-"""Remove: takes pairs out of the data set; their rows stay for the accounting, without any content."""
+"""Remove: takes pairs and single images out of the data set; their rows stay for the accounting, without content."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.errors import ConfigError, SnapshotError
 from pipelines.dataset.layout import pairs_table
-from pipelines.dataset.pair import PAIRS_SCHEMA, Reason, Status
+from pipelines.dataset.pair import PAIR, PAIRS_SCHEMA, Reason, Status
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.ingest.committer import CONTENT_COLUMNS, PLACE_COLUMNS
@@ -20,7 +20,7 @@ CONDITION = re.compile(r"(\w+)(=|~)(.+)", re.DOTALL)
 NAMES = ("key", "prompt", "user", "source")
 FORMS = "key=HEX, prompt=TEXT, prompt~REGEX, user=ID, source=FORMAT or source=URI"
 COLUMNS = [
-    "pair_key", "prompt", "user_id", "source", "source_uri", "unit", "source_row", "source_pair", "status"
+    "pair_key", "kind", "prompt", "user_id", "source", "source_uri", "unit", "source_row", "source_pair", "status"
 ]  # fmt: skip
 PRESENT = pc.field("reason").is_null() | (pc.field("reason") != str(Reason.REMOVED))
 MAX_ROUNDS = 10  # an ingest may commit a row of the same pair while the others are removed
@@ -80,6 +80,7 @@ class Removed:
     rows: dict[str, int]
     """Removed rows by their former status."""
     num_pairs: int
+    num_singles: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -88,7 +89,7 @@ class Removed:
 
 
 def remove(storage: Storage, conditions: Sequence[Condition], *, dry_run: bool = False) -> Removed:
-    """Remove every pair with a row that meets all conditions, with all its rows, in one commit.
+    """Remove every pair or single image with a row that meets all conditions, with all its rows, in one commit.
 
     A removed row is `quarantined` with the reason `removed`; its prompt, user, digests and place are cleared.
 
@@ -104,35 +105,39 @@ def remove(storage: Storage, conditions: Sequence[Condition], *, dry_run: bool =
         )
     rows: Counter[str] = Counter()
     pairs: set[str] = set()
+    singles: set[str] = set()
     for _ in range(MAX_ROUNDS):
         version = table.version
-        found, keys = _find(table, conditions)
+        found, of_pairs, of_singles = _find(table, conditions)
         if not found:
             break
         counted = _count(table, found)
-        rows, pairs = rows + counted, pairs | keys
+        rows, pairs, singles = rows + counted, pairs | of_pairs, singles | of_singles
         if dry_run:
             break
-        _revise(table, found, keys)
+        _revise(table, found, of_pairs | of_singles)
         if table.version == version + 1:
             break
-    return Removed(dict(rows), len(pairs))
+    return Removed(dict(rows), len(pairs), len(singles))
 
 
-def _find(table: Table, conditions: Sequence[Condition]) -> tuple[set[str], set[str]]:
-    """Return the identities that match all conditions, and those of them that are pairs."""
+def _find(table: Table, conditions: Sequence[Condition]) -> tuple[set[str], set[str], set[str]]:
+    """Return the identities that match all conditions, and those of them that are pairs, and single images."""
     found: set[str] = set()
-    keys: set[str] = set()
+    pairs: set[str] = set()
+    singles: set[str] = set()
     for batch in table.batches(COLUMNS, PRESENT):
         held = batch.filter(reduce(pc.and_, (condition.of(batch) for condition in conditions)))
         if held.num_rows:
-            keys.update(held["pair_key"].drop_null().to_pylist())
+            is_pair = pc.equal(pc.fill_null(held["kind"], PAIR), PAIR)
+            pairs.update(held["pair_key"].filter(is_pair).drop_null().to_pylist())
+            singles.update(held["pair_key"].filter(pc.invert(is_pair)).drop_null().to_pylist())
             found.update(_identities(held).to_pylist())
-    return found, keys
+    return found, pairs, singles
 
 
 def _identities(rows: pa.RecordBatch | pa.Table) -> pa.Array:
-    """Return the identity by which rows are removed together: that of their pair, or of a row without a pair."""
+    """Return the identity by which rows are removed together: that of their pair or image, or of a row without one."""
     parts = [rows["unit"], *(rows[name].cast(pa.string()) for name in ("source_row", "source_pair"))]
     parts[2] = pc.fill_null(parts[2], "0")
     return pc.coalesce(rows["pair_key"], pc.binary_join_element_wise(*parts, "/"))

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from pipelines.dataset.errors import MapoError, SnapshotError
 from pipelines.dataset.layout import LATENTS, TEXT, fingerprints, latents_table, pairs_table, text_table
+from pipelines.dataset.pair import PAIR
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.table import Table
 from pipelines.maintenance.occupancy import runs
@@ -18,6 +19,8 @@ from pipelines.units.prefetch import in_parallel
 
 BLOCK_BYTES = 8 << 20  # in memory at once for each reader
 COMMITTED = pc.field("shard").is_valid()
+HAS_SIDE = {0: COMMITTED, 1: COMMITTED & pc.field("offset_1").is_valid()}
+"""Rows with this image in a shard: a single image has no image 1."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def _digests(storage: Storage, shard: CommittedShard, num_bytes: int) -> tuple[s
 def _images(table: Table, side: int) -> pa.Table:
     columns = ["shard", "shard_bytes", "shard_sha256", "pair_key"]
     columns += [f"offset_{side}", f"length_{side}", f"image_{side}_sha256"]
-    rows = table.read(columns, COMMITTED)
-    return _members(rows.append_column("crc32", pa.nulls(rows.num_rows, pa.int64())), f"image {side} of pair ")
+    rows = table.read([*columns, "kind"], HAS_SIDE[side])
+    is_pair = pc.equal(pc.fill_null(rows["kind"], PAIR), PAIR)
+    what = pc.if_else(is_pair, f"image {side} of pair ", "single image ")
+    return _members(rows.drop_columns("kind").append_column("crc32", pa.nulls(rows.num_rows, pa.int64())), what)
 
 
 def _tensors(table: Table, what: str, key: str) -> pa.Table:
@@ -126,7 +131,7 @@ def _tensors(table: Table, what: str, key: str) -> pa.Table:
     return _members(table.read(columns, COMMITTED), what)
 
 
-def _members(rows: pa.Table, what: str) -> pa.Table:
+def _members(rows: pa.Table, what: str | pa.ChunkedArray) -> pa.Table:
     rows = rows.rename_columns(["shard", "shard_bytes", "shard_sha256", "what", "offset", "length", "sha256", "crc32"])
     return rows.set_column(3, "what", pc.binary_join_element_wise(what, rows["what"], ""))
 

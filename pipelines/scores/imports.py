@@ -150,7 +150,7 @@ def check_images(file: ForeignFile, storage: Storage) -> None:
 
 
 def prompts_of_images(storage: Storage, images: set[str]) -> dict[str, set[str]]:
-    """Return the prompt_ids of those images that are samples, or images of kept pairs, by digest."""
+    """Return the prompt_ids of those images that are samples, or images of kept rows of the data set, by digest."""
     wanted = pa.array(sorted(images), pa.string())
     found: dict[str, set[str]] = {}
     for sha256, prompt_id in _images_on(storage, wanted):

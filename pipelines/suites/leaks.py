@@ -12,7 +12,7 @@ from pipelines.suites.suite import Suite
 
 
 def leaked_prompts(storage: Storage, version: int, suites: Iterable[Suite]) -> dict[str, int]:
-    """Count the prompts of each suite that kept training pairs have, by the suite's name.
+    """Count the prompts of each suite that kept pairs or single images for training have, by the suite's name.
 
     The table is read once for all suites, a batch at a time. Only equal texts count: a prompt that was reworded, or
     differs by a space, is another prompt.
