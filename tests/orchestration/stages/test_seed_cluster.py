@@ -1,4 +1,4 @@
-"""The suites of `seed@1` on two nodes that share nothing but S3: every judge is a tiny twin, two prompts of each."""
+"""The suites of `seed@1` as a job on two nodes that share only S3: every judge is a tiny twin, two prompts of each."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ from pipelines.dataset.storage import Storage
 from pipelines.scores.cluster_weights import locate_parts, publish, publish_records
 from pipelines.scores.weights import parts_of
 from pipelines.suites.benchmarks import BENCHMARKS, GROUPS
-from pipelines.suites.prompt_files import QUESTIONS, fetch_questions, fetch_set, publish_set
-from pipelines.suites.prompt_sets import PROMPT_SETS
+from pipelines.suites.prompt_files import QUESTIONS, fetch_questions, fetch_set, local_file, publish_set
+from pipelines.suites.prompt_sets import PROMPT_SETS, read_canonical
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "benchmarks"
 SETS = ("partiprompts", "pickapic-v2-test", "hpdv2", "geneval", "t2i-compbench")
@@ -31,10 +31,11 @@ def prepared(s3_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MAPO_CACHE", str(tmp_path / "cache-of-user"))
     for name in SETS:
         fetch_set(name, SHARED / name)
-    asked = [{"parser": "the first word, for a test"}]
-    for category in ("color", "shape", "texture"):
-        lines = (SHARED / "t2i-compbench" / f"{category}_val.txt").read_text().split("\n")
-        asked += [{"prompt": each.strip(), "questions": [f"{each.split()[0]}?"]} for each in lines if each.strip()]
+    asked: list[dict[str, object]] = [{"parser": "the first word, for a test"}]
+    for row in read_canonical(local_file(PROMPT_SETS["t2i-compbench"]).read_bytes()):
+        if row.metadata["category"] in ("color", "shape", "texture", "complex"):
+            words = [[each, "NOUN"] for each in row.prompt.split()]
+            asked.append({"prompt": row.prompt, "questions": [f"{words[0][0]}?"], "words": words})
     (tmp_path / QUESTIONS).write_text("\n".join(map(json.dumps, asked)))
     fetch_questions(PROMPT_SETS["t2i-compbench"], tmp_path)
     write_twins(tmp_path / "twins")
@@ -65,12 +66,13 @@ def test_every_suite_of_the_seed_is_judged_by_every_judge(
     (here / "seed.yaml").write_text(yaml.safe_dump(settings))
     caches = [{"MAPO_CACHE": str(tmp_path / name)} for name in ("cache-of-head", "cache-of-node")]
     with ray_head(3, **s3_server, **caches[0]) as head, other_node(head, num_cpus=3, **s3_server, **caches[1]):
-        environment = head.environment(**s3_server, **caches[0], RAY_ADDRESS=head.address)
         done = subprocess.run(
-            [BIN / "mapo", "evaluate", "seed.yaml"], cwd=here, text=True, capture_output=True, env=environment,
-            timeout=1200, check=False,
+            [BIN / "mapo", "submit", "seed.yaml", "--address", head.url, "--follow"], cwd=here, text=True,
+            capture_output=True, env=head.environment(**s3_server), timeout=1200, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert prepared.exists("runs/seed/report/index.html")
+    assert prepared.exists("runs/seed/evaluation/leaderboard.html")
     results = json.loads(prepared.read("runs/seed/evaluation/results.json"))["suites"]
     assert list(results) == list(GROUPS["seed@1"])
     for each in MEMBERS:
