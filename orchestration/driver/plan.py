@@ -16,7 +16,7 @@ from orchestration.stages.registry import Stage
 from orchestration.stages.stage import Look, StageState
 from pipelines.dataset.errors import MapoError
 
-LABELS = {"num_bytes": "bytes", "latent_bytes": "bytes of latents"}
+LABELS = {"num_bytes": "bytes", "latent_bytes": "bytes of latents", "text_bytes": "bytes of text embeddings"}
 HAS_WORK = (StageState.TO_DO, StageState.STALE, StageState.WAITS, StageState.BLOCKED)
 
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.run.context import Outcome, Run
 from orchestration.stages.stage import Look, digest
+from pipelines.dataset.base_text import embedding_sizes
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.model_files import read_config
 from pipelines.dataset.pair import EMPTY_PROMPT_ID
-from pipelines.maintenance.describe import MAX_TOKENS, describe_encoding
+from pipelines.maintenance.describe import describe_encoding
 
 if TYPE_CHECKING:
     from pipelines.config import EncodeConfig
 
 VAE_FACTOR, LATENT_CHANNELS = 8, 4
+CHUNK_LENGTH, EMBEDDING_SIZES = 77, (2048, 1280)  # SDXL's
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -88,14 +90,17 @@ def _encode(run: Run, version: int, prints: tuple[str, str]) -> Outcome:
     contact = write_contact_sheet(config, run.storage, run.folder)
     summary = f"{facts.pairs:,} pairs, {facts.prompts:,} prompts"
     if facts.truncated_prompts:
-        summary += f", {facts.truncated_prompts:,} of them truncated to {MAX_TOKENS} tokens"
+        summary += (
+            f", {facts.truncated_prompts:,} of them truncated to {facts.max_tokens} tokens (the longest has "
+            f"{facts.longest_prompt:,}; raise `encode.prompt_chunks` to encode more)"
+        )
     details = {"latents": latents, "text": text, "speed": speed, "contact": contact}
     details["versions"] = versions(run, version, prints)
     return Outcome(summary, details)
 
 
 def estimate(run: Run, rows: int) -> Mapping[str, int]:
-    """Count the shards, pairs and prompts that are not encoded, and the bytes that their latents will take."""
+    """Count the shards, pairs and prompts that are not encoded, and the bytes that they will take."""
     from pipelines.encode.plan import pending
 
     config = run.config.encode
@@ -106,7 +111,7 @@ def estimate(run: Run, rows: int) -> Mapping[str, int]:
         pairs, prompts = (sum(unit.rows.num_rows for unit in units) for units in (todo.latents, todo.texts))
         shards = len(todo.latents)
     work = {"shards": shards, "pairs": pairs + rows, "latent_bytes": (pairs + rows) * _latent_bytes(config)}
-    return work | ({} if rows else {"prompts": prompts})
+    return work | ({} if rows else {"prompts": prompts, "text_bytes": prompts * _text_bytes(config)})
 
 
 def _latent_bytes(config: EncodeConfig) -> int:
@@ -116,3 +121,11 @@ def _latent_bytes(config: EncodeConfig) -> int:
         channels = int(read_config(config.source.vae_folder() / "config.json").get("latent_channels", channels))
     num_latents = 4 if config.flips else 2
     return num_latents * channels * side * side * DTYPE_BYTES[config.dtype]
+
+
+def _text_bytes(config: EncodeConfig) -> int:
+    """Return the bytes of the embedding of one prompt, in all its chunks."""
+    per_token, pooled = EMBEDDING_SIZES
+    if config.source.is_fetched():
+        per_token, pooled = embedding_sizes(config.source.folder())
+    return (config.prompt_chunks * CHUNK_LENGTH * per_token + pooled) * DTYPE_BYTES[config.dtype]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.dataset.errors import ModelError
-from pipelines.dataset.model_files import CHOOSE_A_BASE, SDXL, Family, read_config, weight_files
+from pipelines.dataset.model_files import CHOOSE_A_BASE, SDXL, Family, read_config, read_family, weight_files
 from pipelines.dataset.safetensors_header import tensor_shapes
 
 DEFAULTS = {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77, "vocab_size": 49408}
@@ -47,6 +47,20 @@ def check_text(
         configs.append(_encoder(folder / name, f"{name} of {model}", variant))
     _check_tokenizers(folder, index, family, configs, model)
     return [(config["hidden_size"], config["projection_dim"]) for config in configs]
+
+
+def embedding_sizes(folder: Path) -> tuple[int, int]:
+    """Return the numbers of a prompt's embedding per token, and of its pooled embedding (0 without one).
+
+    Args:
+        folder: The pipeline's folder.
+
+    Raises:
+        ModelError: It belongs to no family, or a part's configuration is missing.
+    """
+    family = read_family(folder)
+    configs = [DEFAULTS | read_config(folder / name / "config.json") for name in family.text_encoders]
+    return sum(each["hidden_size"] for each in configs), configs[-1]["projection_dim"] if family.has_pooled else 0
 
 
 def _check_tokenizers(

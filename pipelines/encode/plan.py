@@ -68,7 +68,13 @@ def pending(config: EncodeConfig, storage: Storage, *, include_empty_prompt: boo
     return Pending(
         kept.num_rows,
         latent_units(kept.select(_IMAGE_COLUMNS), storage, fingerprint_of(of_latents)),
-        text_units(kept["prompt_id"], storage, fingerprint_of(of_text), include_empty_prompt=include_empty_prompt),
+        text_units(
+            kept["prompt_id"],
+            storage,
+            fingerprint_of(of_text),
+            include_empty_prompt=include_empty_prompt,
+            max_prompts=prompts_a_unit(config.prompt_chunks),
+        ),
         of_latents,
         of_text,
     )
@@ -133,8 +139,22 @@ def latent_units(kept: pa.Table, storage: Storage, fingerprint: str) -> list[Uni
     return units
 
 
+def prompts_a_unit(prompt_chunks: int) -> int:
+    """Return the number of prompts of a unit of text that take the memory of PROMPTS_A_UNIT of one chunk, or less.
+
+    It is a power of two, so that passes begin at the same prompts whatever the number of chunks, and the bits of the
+    first chunk are the same.
+    """
+    return PROMPTS_A_UNIT >> (prompt_chunks - 1).bit_length()
+
+
 def text_units(
-    kept_prompt_ids: pa.ChunkedArray, storage: Storage, fingerprint: str, *, include_empty_prompt: bool = False
+    kept_prompt_ids: pa.ChunkedArray,
+    storage: Storage,
+    fingerprint: str,
+    *,
+    include_empty_prompt: bool = False,
+    max_prompts: int = PROMPTS_A_UNIT,
 ) -> list[Unit]:
     """Plan units of the distinct prompts (and the null conditioning) that have no embedding, sorted.
 
@@ -143,7 +163,7 @@ def text_units(
     wanted = pa.concat_arrays([pa.array([NULL_PROMPT_ID]), kept_prompt_ids.unique()])
     done = pa.array(text_table(storage, fingerprint).read(["prompt_id"])["prompt_id"].unique())
     missing = wanted.filter(pc.invert(pc.is_in(wanted, done)))
-    units = _prompt_units(missing, storage, fingerprint) if len(missing) else []
+    units = _prompt_units(missing, storage, fingerprint, max_prompts) if len(missing) else []
     if include_empty_prompt and pc.index(done, EMPTY_PROMPT_ID).as_py() < 0:
         rows = pa.table({"prompt_id": [EMPTY_PROMPT_ID], "prompt": [""]})
         units.append(Unit(empty_unit_id(fingerprint), rows))
@@ -155,13 +175,13 @@ def empty_unit_id(fingerprint: str) -> str:
     return unit_id("text", fingerprint, EMPTY_PROMPT_ID)
 
 
-def _prompt_units(missing: pa.Array, storage: Storage, fingerprint: str) -> list[Unit]:
+def _prompt_units(missing: pa.Array, storage: Storage, fingerprint: str, max_prompts: int) -> list[Unit]:
     found = pairs_table(storage).read(["prompt_id", "prompt"], _KEPT & pc.field("prompt_id").isin(missing))
     prompts = dict(zip(found["prompt_id"].to_pylist(), found["prompt"].to_pylist(), strict=True))
     identities = sorted(missing.to_pylist())
     units = []
-    for start in range(0, len(identities), PROMPTS_A_UNIT):
-        part = identities[start : start + PROMPTS_A_UNIT]
+    for start in range(0, len(identities), max_prompts):
+        part = identities[start : start + max_prompts]
         rows = pa.table({"prompt_id": part, "prompt": pa.array([prompts.get(p, "") for p in part], pa.string())})
         units.append(Unit(unit_id("text", fingerprint, *part), rows))
     return units
