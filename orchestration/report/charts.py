@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestration.report.findings import Point, finite_points
-from orchestration.report.format import tick_label
+from orchestration.report.format import shortened, text_width, tick_label
 from orchestration.report.records import Interval, TrainingSection
 
 MAX_POINTS = 400  # of a line; more would only make the page larger
 MIN_AVERAGED = 40  # steps: a shorter series is drawn as it is
 NOISE_FREE = ("learning_rate",)
 LARGE, SMALL = (360, 200), (300, 130)
-MAX_LABEL, ROW_HEIGHT = 22, 30  # of a plot of intervals: characters, and units
+MAX_LABEL, ROW_HEIGHT = 132, 30  # of a plot of intervals, in units
 SMALL_HEIGHT = 150  # charts lower than this have few ticks
 STYLES = ("raw", "line", "marks")  # in the order of drawing
 
@@ -236,11 +236,11 @@ def interval_plot(name: str, intervals: Sequence[tuple[str, Interval, bool]]) ->
         name: Name of the score.
         intervals: Label of each row, its interval, and whether it is the run's own model.
     """
-    labels = [label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}\u2026" for label, _, _ in intervals]
+    labels = [shortened(label, MAX_LABEL) for label, _, _ in intervals]
     ends = [value for _, each, _ in intervals for value in (each.low, each.mean, each.high)]
     ticks = round_ticks(min(ends), max(ends), count=4)
-    left, bottom = max(58, 14 + 6 * max(map(len, labels))), 14 + ROW_HEIGHT * len(intervals)
-    frame = Frame(left, 346, 8, bottom, (ticks[0], ticks[-1]), (0.0, 1.0))
+    left, bottom = max(58, 14 + max(map(text_width, labels))), 14 + ROW_HEIGHT * len(intervals)
+    frame = Frame(left, 342, 8, bottom, (ticks[0], ticks[-1]), (0.0, 1.0))
     rows = [
         IntervalRow(label, interval, is_ours, 28 + ROW_HEIGHT * number)
         for number, (label, (_, interval, is_ours)) in enumerate(zip(labels, intervals, strict=True))

@@ -1,9 +1,11 @@
 """Numbers, durations, times and prices as a person writes them."""
 
 import math
+import unicodedata
 from datetime import datetime
 
-DASH, MINUS = "\u2013", "\u2212"
+DASH, MINUS, CUT = "\u2013", "\u2212", "\u2026"
+WIDE = frozenset("mwMW@%\u2014")
 
 
 def tick_label(value: float) -> str:
@@ -41,3 +43,18 @@ def moment(text: str, form: str = "%-d %B %Y, %H:%M %Z") -> str:
 def money(amount: float) -> str:
     """Format a price with two decimals and thousands separators."""
     return f"{amount:,.2f}"
+
+
+def text_width(text: str) -> float:
+    """Return about how wide a text of a chart is, in SVG units; its letters are 11 units high."""
+    return sum(11 if letter in WIDE or unicodedata.east_asian_width(letter) in "WF" else 6 for letter in text)
+
+
+def shortened(text: str, max_width: float) -> str:
+    """Return a text that is cut to a width of a chart, in SVG units."""
+    if text_width(text) <= max_width:
+        return text
+    kept = len(text)
+    while kept and text_width(text[:kept]) + text_width(CUT) > max_width:
+        kept -= 1
+    return f"{text[:kept]}{CUT}"

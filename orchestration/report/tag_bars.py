@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestration.report.charts import round_ticks
-from orchestration.report.format import tick_label
+from orchestration.report.format import shortened, text_width, tick_label
 from orchestration.report.suite_view import ScoreGroup, SuiteView
 from pipelines.suites.results import SuiteResult, TagDifference, TagScore
 
 LEFT, RIGHT = 92.0, 318.0  # SVG units, of a width of 360; values are written to the right
 TOP, ROW_HEIGHT, HEAD_HEIGHT, GAP = 6.0, 15.0, 18.0, 8.0
-MAX_LABEL = 16  # characters of a model's name
+MAX_LABEL, MAX_TAG = 90.0, 350.0  # of a model's name, and of a tag with its count
 SHARE = re.compile(r"\b0 (to|or) 1\b")
 
 
@@ -40,9 +40,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class TagGroup:
-    """Bars of one tag, and the height of its heading."""
+    """Bars of one tag, the tag as it is written, and the height of its heading."""
 
     tag: str
+    label: str
     num_prompts: int
     y: float
     bars: Sequence[Bar]
@@ -96,11 +97,12 @@ def _bars(group: ScoreGroup, view: SuiteView, models: Sequence[str]) -> TagBars 
         values = _values(view.result, group.scorer, tag, shown, is_difference=is_difference)
         if not values:
             continue
+        first = y + HEAD_HEIGHT + ROW_HEIGHT / 2
         rows = [
-            Bar(model, _short(model), model == view.ours, *ends, y + HEAD_HEIGHT + ROW_HEIGHT * (place + 0.5))
+            Bar(model, shortened(model, MAX_LABEL), model == view.ours, *ends, first + ROW_HEIGHT * place)
             for place, (model, ends) in enumerate(values.items())
         ]
-        groups.append(TagGroup(tag, num_prompts, y + 12, rows))
+        groups.append(TagGroup(tag, _of_tag(tag, num_prompts), num_prompts, y + 12, rows))
         y += HEAD_HEIGHT + ROW_HEIGHT * len(rows) + GAP
     if not groups:
         return None
@@ -127,5 +129,6 @@ def _values(
     return found
 
 
-def _short(model: str) -> str:
-    return model if len(model) <= MAX_LABEL else f"{model[: MAX_LABEL - 1]}…"
+def _of_tag(tag: str, num_prompts: int) -> str:
+    count = f" ({num_prompts:,})"
+    return shortened(tag, MAX_TAG - text_width(count)) + count
