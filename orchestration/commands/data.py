@@ -26,7 +26,8 @@ def _cluster() -> Iterator[bool]:
 
 def _show(options: argparse.Namespace) -> None:
     from pipelines.dataset.storage import Storage
-    from pipelines.maintenance.describe import as_text, describe_dataset
+    from pipelines.maintenance.accounting import as_text
+    from pipelines.maintenance.describe import describe_dataset
 
     described = describe_dataset(Storage(options.storage))
     if options.json:

@@ -37,7 +37,8 @@ from orchestration.stages.stage import StageState
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
 from pipelines.dataset.secrets import redact
 from pipelines.dataset.storage import Storage
-from pipelines.maintenance.describe import describe_dataset, summary_line
+from pipelines.maintenance.accounting import kinds_line, summary_line
+from pipelines.maintenance.describe import describe_dataset
 
 PACKAGES = ("torch", "ray", "deepspeed", "accelerate", "diffusers", "transformers", "deltalake", "webdataset")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -214,6 +215,8 @@ def _describe(storage: Storage, version: int) -> DatasetSection:
         shards=len(found.shards),
         bytes=found.bytes,
         summary=summary_line(found),
+        num_singles=found.num_singles,
+        kinds=kinds_line(found.kinds, found.verdicts),
     )
 
 

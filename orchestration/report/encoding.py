@@ -37,6 +37,7 @@ def described(storage: Storage, fingerprints: Fingerprints) -> EncodingSection:
     found = describe_encoding(storage, fingerprints.latents, fingerprints.text)
     return EncodingSection(
         pairs=found.pairs,
+        singles=found.singles,
         images=found.images,
         image_slots=found.image_slots,
         image_ratio=found.image_ratio,

@@ -89,11 +89,13 @@ class DatasetSection:
         version: Version of the pair table.
         rows: Number of rows for each status.
         reasons: Number of rows for each reason.
-        splits: Number of kept pairs for each split.
-        prompts: Number of distinct prompts of kept pairs.
+        splits: Number of kept rows for each split.
+        prompts: Number of distinct prompts of kept rows.
         shards: Number of pair shards.
         bytes: Their size.
         summary: The accounting in one line.
+        num_singles: Number of kept single images; the other kept rows are pairs.
+        kinds: The kept rows by kind in words; "" if all are pairs.
     """
 
     storage: str
@@ -105,11 +107,18 @@ class DatasetSection:
     shards: int
     bytes: int
     summary: str
+    num_singles: int = 0
+    kinds: str = ""
 
     @property
     def num_rows(self) -> int:
         """Number of rows that were read."""
         return sum(self.rows.values())
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of kept pairs."""
+        return self.rows["kept"] - self.num_singles
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,7 @@ class EncodingSection:
     quarantined: Mapping[str, int]
     speeds: Sequence[EncodingSpeed] = ()
     contact: Sequence[ContactImage] = ()
+    singles: int = 0
 
     @property
     def saved_ratio(self) -> float | None:

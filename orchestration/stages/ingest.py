@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from orchestration.run.context import Outcome, Run
 from orchestration.stages.stage import Look, digest
 from pipelines.dataset.layout import pairs_table
-from pipelines.maintenance.describe import describe_dataset, summary_line
+from pipelines.maintenance.accounting import summary_line
+from pipelines.maintenance.describe import describe_dataset
 
 if TYPE_CHECKING:
     from pipelines.sources.unit import SourceUnit

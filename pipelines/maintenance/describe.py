@@ -108,6 +108,11 @@ class DatasetFacts:
     text: tuple[EncodedFacts, ...]
 
     @property
+    def num_singles(self) -> int:
+        """Kept single images."""
+        return self.kinds[JUDGED] + self.kinds[PRIOR]
+
+    @property
     def bytes(self) -> int:
         """Bytes of all shards of pairs and single images."""
         return sum(shard.bytes for shard in self.shards)
