@@ -11,15 +11,14 @@ Made for a host with one GPU, without Ray or a network; see `encode_gpu` for how
   process; then the bare loop with a compiled UNet, which shows what compiling would bring.
 - score: PickScore (ViT-H), Aesthetic and CLIPScore (ViT-L, one trunk) over images in memory: images a second of each
   alone and of the two of ViT-L together.
+- detector and vqa: see `judge_gpu_large`, which measures these two alone on a host without diffusers and DeepSpeed.
 
-Goal: ours at 0.95 of the bare loop or more. Conditions are written beside the figures.
+Goal: drawing at 0.95 of the bare loop or more. Conditions are written beside the figures.
 """
 
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ import torch
 from scorer_twins import formula_image, write_clip_tokenizer, write_part
 
 from benchmarks.full_size import filled, write_full_size
+from benchmarks.judge_gpu_large import SECTIONS, measured
+from benchmarks.judge_speed import DEVICE, timed
 from pipelines.dataset.model_files import ModelSource
 from pipelines.dataset.pair import prompt_id
 from pipelines.dataset.storage import Storage
@@ -36,31 +37,12 @@ from pipelines.samples.plan import pending_samples, wanted_samples
 from pipelines.samples.prompts import Prompt
 from pipelines.scores.scorers import new_scorer, score_together
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOWERS = {
     "pickscore-v1": ("gelu", 1024, (1280, 5120, 32, 16), (1024, 4096, 24, 16)),
     "clip-l14-openai": ("quick_gelu", 768, (1024, 4096, 24, 16), (768, 3072, 12, 12)),
 }
 """Activation, projection, and width, inner width, layers and heads of both towers: ViT-H/14 and ViT-L/14."""
-
-
-def settle() -> None:
-    """Wait for the GPU."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], Any], num_rounds: int) -> float:
-    """Return the seconds of the best round, after one that is not counted."""
-    work()
-    best = float("inf")
-    for _ in range(num_rounds):
-        settle()
-        started = time.perf_counter()
-        work()
-        settle()
-        best = min(best, time.perf_counter() - started)
-    return best
+NAMES = ("scores_per_s", "images_per_s", *SECTIONS)
 
 
 def draw(work: Path, *, small: bool, batch_size: int, num_rounds: int) -> dict[str, float]:
@@ -136,25 +118,33 @@ def scores(work: Path, *, small: bool, num_rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure both, and write the figures with their conditions."""
+    """Measure what is asked for, and write the figures with their conditions."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--small", action="store_true")
+    arguments.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     arguments.add_argument("--batch-size", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--results", type=Path)
     options = arguments.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     found: dict[str, Any] = {"device": device, "torch": torch.__version__, "batch_size": options.batch_size}
-    with tempfile.TemporaryDirectory(prefix="mapo-judge-") as work:
-        for name, section in (
-            ("scores_per_s", lambda: scores(Path(work), small=options.small, num_rounds=options.rounds)),
-            ("images_per_s", lambda: draw(Path(work), small=options.small, batch_size=options.batch_size,
-                                          num_rounds=options.rounds)),
-        ):  # fmt: skip
-            found[name] = {hand: round(rate, 3) for hand, rate in section().items()}
-            print(json.dumps({name: found[name]}), flush=True)
-            if options.results:
-                options.results.write_text(json.dumps(found, indent=1) + "\n")
+    for name in options.only:
+        with tempfile.TemporaryDirectory(prefix="mapo-judge-") as work:
+            found[name] = section(name, Path(work), options)
+        print(json.dumps({name: found[name]}), flush=True)
+        if options.results:
+            options.results.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def section(name: str, work: Path, options: argparse.Namespace) -> Any:
+    """Measure one of NAMES."""
+    if name in SECTIONS:
+        return measured(name, work, small=options.small, num_rounds=options.rounds)
+    if name == "images_per_s":
+        found = draw(work, small=options.small, batch_size=options.batch_size, num_rounds=options.rounds)
+    else:
+        found = scores(work, small=options.small, num_rounds=options.rounds)
+    return {hand: round(rate, 3) for hand, rate in found.items()}
 
 
 if __name__ == "__main__":
