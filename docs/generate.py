@@ -311,7 +311,7 @@ def suites_page() -> str:
     hidden = {name for family in FAMILIES for name in GROUPS[family][1:]}
     shown = [each for each in BENCHMARKS if each.label not in hidden]
     parts = [_head("suites_page"), SUITES_HEAD]
-    rows = [(f"`{each.name}`", f"{each.num_prompts:,}", _images(each), _names(each.scorers)) for each in list_suites()]
+    rows = [(f"`{each.name}`", f"{each.num_prompts:,}", _images(each), _names(each.judges)) for each in list_suites()]
     parts.append(_table(("suite", "prompts", "images of each", "judges"), rows))
     for each in list_suites([each.label for each in shown]):
         family = next((family for family in FAMILIES if each.name in GROUPS[family]), None)
@@ -333,7 +333,20 @@ def _suite(suite: ListedSuite, family: str | None) -> str:
         ("digest", f"`{suite.sha256}`" if suite.sha256 else "not pinned: the number of rows is checked"),
     ]
     told = "\n".join(f"- {each}" for each in suite.differs)
-    return f"{head}\n{_table(('', ''), rows)}\nHow it differs from what its authors publish:\n\n{told}\n"
+    judged = "" if family is None else _members(list_suites(GROUPS[family]))
+    return f"{head}\n{_table(('', ''), rows)}\nHow it differs from what its authors publish:\n\n{told}\n{judged}"
+
+
+def _members(suites: Sequence[ListedSuite]) -> str:
+    """Return the judges of the suites of a family, and what only some of them differ in; nothing if all are alike."""
+    if len({each.judges for each in suites}) == 1:
+        return ""
+    rows = [
+        (f"`{each.name}`", _names(each.scorers), _names(each.foreign), _names(each.derived)) for each in suites
+    ]
+    common = set.intersection(*(set(each.differs) for each in suites))
+    told = "\n".join(f"- `{each.name}`: {text}" for each in suites for text in each.differs if text not in common)
+    return f"\n{_table(('suite', 'judges', 'imported', 'merged'), rows)}\n{told}\n"
 
 
 def _images(suite: ListedSuite) -> str:

@@ -34,7 +34,7 @@ def table_text(suites: "list[ListedSuite]") -> str:
     for each in suites:
         images = "" if each.images_per_prompt is None else f"x {each.images_per_prompt}"
         here = "here" if each.is_cached else "not here"
-        judges = ", ".join(each.scorers)
+        judges = ", ".join(each.judges)
         lines.append(f"{each.name:<{width}}  {each.num_prompts:>6,} {images:<4}  {here:<8}  {judges}")
     more = "`mapo suites NAME` tells more; `mapo suites fetch NAME` brings prompts"
     return "\n".join([*lines, "", f"{more}; `held-out` and `prompts` are suites of a run's own prompts"])
@@ -49,6 +49,8 @@ def suite_text(suite: "ListedSuite") -> str:
         side = "the side of the training images" if suite.resolution is None else f"{suite.resolution} pixels"
         facts.append(("sampling", f"{suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}, {side}"))
     facts.append(("judges", ", ".join(suite.scorers) or "none in process"))
+    facts += [("imported", each) for each in suite.foreign]
+    facts += [("merged", each) for each in suite.derived]
     facts += [("differs", each) for each in suite.differs]
     facts += [("suite", each) for each in suite.members]
     if suite.sha256 is not None:

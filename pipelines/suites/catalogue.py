@@ -32,6 +32,8 @@ class ListedSuite:
         has_questions: Whether that file is on this machine.
         differs: How it differs from what its authors publish.
         members: The suites of a group.
+        foreign: Its judges that run in environments of their own, whose scores are imported.
+        derived: Its judges that are merged from others.
     """
 
     name: str
@@ -50,6 +52,13 @@ class ListedSuite:
     has_questions: bool = False
     differs: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """All of its judges."""
+        return (*self.scorers, *self.foreign, *self.derived)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -107,6 +116,8 @@ def _of_benchmark(found: Benchmark) -> ListedSuite:
         found.needs_questions,
         found.needs_questions and questions_file(found.set).is_file(),
         found.differs,
+        foreign=found.foreign,
+        derived=found.derived,
     )
 
 
@@ -129,6 +140,8 @@ def _of_group(label: str) -> ListedSuite:
         bool(asking),
         all(each.has_questions for each in asking),
         members=GROUPS[label],
+        foreign=tuple(itertools.chain.from_iterable(each.foreign for each in members)),
+        derived=tuple(itertools.chain.from_iterable(each.derived for each in members)),
     )
 
 
