@@ -107,7 +107,7 @@ def far(a: Any, b: Any) -> int:
     return int(np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max())
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd15", "v_prediction", "statistics", "overridden"])
+@pytest.mark.parametrize("kind", ["sdxl", "sd15", "v_prediction", "statistics", "overridden", "three_chunks"])
 def test_a_sample_is_what_the_diffusers_pipeline_gives(kind, tiny_pipeline, one_rank, tmp_path, monkeypatch) -> None:
     base_folder = tmp_path / "base"
     if kind == "sd15":
@@ -116,6 +116,8 @@ def test_a_sample_is_what_the_diffusers_pipeline_gives(kind, tiny_pipeline, one_
         shutil.copytree(tiny_pipeline, base_folder)
         monkeypatch.setattr(encoded, "EMBEDDING", 40)
         monkeypatch.setattr(encoded, "POOLED", 24)
+    if kind == "three_chunks":
+        monkeypatch.setattr(encoded, "TOKENS", 231)
     if kind == "v_prediction":
         DDIMScheduler(
             beta_schedule="scaled_linear", prediction_type="v_prediction", rescale_betas_zero_snr=True,

@@ -54,7 +54,8 @@ def test_the_stage_says_what_it_cut_and_the_report_shows_what_it_did(
     )
     said: list[str] = []
     run_stages(config, ("encode",), said.append)
-    assert any("6 pairs, 4 prompts, 1 of them truncated to 77 tokens" in line for line in said)
+    cut = "1 of them truncated to 77 tokens (the longest has 182; raise `encode.prompt_chunks` to encode more)"
+    assert any(f"6 pairs, 4 prompts, {cut}" in line for line in said), said
     data = report_data(config, storage, Journal(storage, "photos"), command="mapo encode photos.yaml")
     encoding = data.encoding
     assert encoding is not None
