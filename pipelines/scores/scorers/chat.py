@@ -221,7 +221,7 @@ def _member(body: str, *path: str | int) -> Any:
         found = json.loads(body)
         for each in path:
             found = found[each]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
     return found
 

@@ -26,7 +26,17 @@ RUBRIC = (
     "(best). Say briefly why. End with one line of this form:\nFinal Score: N"
 )
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
-GRADE = re.compile(r"final\s+score\W{0,8}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+SLASH = r"[ \t]*(?:/|\u2044|out[ ]of)[ \t]*"
+CLAIM = re.compile(
+    r"final\s+score(?:\W{0,4}\([^()\n]{1,40}\)(?:\W{0,4}[:=\u2013-]|\s+is\b))?(?:\s+(?:is|of)\b)?[\W_]{0,8}?"
+    rf"(-?\d\S*(?:(?:{SLASH}|[ \t]*[\u2013-][ \t]*)\d\S*)?)",
+    re.IGNORECASE,
+)
+"""What stands where a grade does, perhaps after the range in brackets: `4`, `4/5`, but also `3-4` or `4th`."""
+GRADE = re.compile(rf"(-?\d+(?:\.\d+)?)(?:{SLASH}(\d+(?:\.\d+)?))?[\W_]*", re.IGNORECASE)
+"""A grade, and what it is out of."""
+ROUNDING = 0.01
+"""By how much probabilities of a server that computes in bfloat16 may exceed 1."""
 NUM_LIKELIEST = 20
 """First tokens that a server is asked for; no public server gives more."""
 
@@ -98,6 +108,7 @@ class GradedVlm(BuiltIn):
     scale: ClassVar[str] = "grade, 1 to 5 unless `lowest` and `highest` say otherwise; or probability, 0 to 1"
     licence: ClassVar[str] = "that of the model on the server"
 
+    version: ClassVar[str] = "2"
     has_foreign_model: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -178,14 +189,17 @@ def png_of(picture: Picture) -> bytes:
 
 def grade_of(answer: Answer, lowest: float, highest: float) -> Result:
     """Return the last grade in an answer; a failure without one in range."""
-    grades = GRADE.findall(answer.text)
-    if not grades:
+    claims = CLAIM.findall(answer.text)
+    if not claims or (answer.is_cut and answer.text.endswith(claims[-1])):  # 1 may be the beginning of 10
         cut = " and was cut off" if answer.is_cut else ""
         return Failure(f'the answer has no "Final Score: N"{cut}: {told(answer.text)!r}')
-    grade = float(grades[-1])
+    found = GRADE.fullmatch(claims[-1])
+    if found is None or (found[2] is not None and float(found[2]) != highest):
+        return Failure(f"{told(claims[-1])!r} is no grade up to {highest:g}: {told(answer.text)!r}")
+    grade = float(found[1])
     if not lowest <= grade <= highest:
         return Failure(f"the grade {grade:g} is not in {lowest:g}..{highest:g}: {told(answer.text)!r}")
-    return Score(grade, {"num_grades": float(len(grades))})
+    return Score(grade, {"num_grades": float(len(claims))})
 
 
 def probability_of_yes(answer: Answer, url: str) -> Result:
@@ -202,8 +216,12 @@ def probability_of_yes(answer: Answer, url: str) -> Result:
     yes, no = (_probability(answer.first_tokens, word) for word in ("yes", "no"))
     if yes + no == 0.0:
         return Failure(f"neither yes nor no is among the {len(answer.first_tokens)} likeliest first tokens")
-    return Score(yes, {"no": no})
+    if not yes + no <= 1 + ROUNDING:  # NaN is not, either
+        return Failure(f"the server's probabilities of yes and no sum to {yes + no:.4g}")
+    return Score(min(yes, 1.0), {"no": min(no, 1.0)})
 
 
 def _probability(tokens: Sequence[tuple[str, float]], word: str) -> float:
-    return sum(math.exp(logprob) for token, logprob in tokens if token.strip().strip('."*').lower() == word)
+    return math.fsum(
+        math.exp(min(logprob, 1.0)) for token, logprob in tokens if token.strip().strip('."*').lower() == word
+    )
