@@ -7,6 +7,9 @@ from pathlib import Path
 from pipelines.dataset.errors import ModelError
 from pipelines.scores.parts import PARTS, WEIGHTS, File, Part
 
+TIMEOUT_S = 60.0
+"""Longest silence of a server, before its answer and within it."""
+
 
 def find_given(source: Path, parts: Sequence[str]) -> dict[str, dict[str, Path]]:
     """Return the files that a user gave, by part and by the file's name in the table.
@@ -99,7 +102,8 @@ def _from_url(url: str, target: Path) -> tuple[Path, str]:
     """
     import urllib3
 
-    response = urllib3.request("GET", url, preload_content=False)
+    timeout = urllib3.Timeout(connect=TIMEOUT_S, read=TIMEOUT_S)
+    response = urllib3.request("GET", url, preload_content=False, timeout=timeout)
     try:
         if response.status != 200:
             raise OSError(f"HTTP {response.status}")
