@@ -341,9 +341,7 @@ def _members(suites: Sequence[ListedSuite]) -> str:
     """Return the judges of the suites of a family, and what only some of them differ in; nothing if all are alike."""
     if len({each.judges for each in suites}) == 1:
         return ""
-    rows = [
-        (f"`{each.name}`", _names(each.scorers), _names(each.foreign), _names(each.derived)) for each in suites
-    ]
+    rows = [(f"`{each.name}`", _names(each.scorers), _names(each.foreign), _names(each.derived)) for each in suites]
     common = set.intersection(*(set(each.differs) for each in suites))
     told = "\n".join(f"- `{each.name}`: {text}" for each in suites for text in each.differs if text not in common)
     return f"\n{_table(('suite', 'judges', 'imported', 'merged'), rows)}\n{told}\n"

@@ -42,15 +42,7 @@ def table_text(suites: "list[ListedSuite]") -> str:
 
 def suite_text(suite: "ListedSuite") -> str:
     """Describe one suite for a terminal."""
-    facts = [("prompts", f"{suite.num_prompts:,} ({suite.licence}), from {suite.source}")]
-    if suite.images_per_prompt is not None:
-        facts.append(("images", f"{suite.images_per_prompt} of each prompt"))
-    if suite.num_inference_steps is not None:
-        side = "the side of the training images" if suite.resolution is None else f"{suite.resolution} pixels"
-        facts.append(("sampling", f"{suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}, {side}"))
-    facts.append(("judges", ", ".join(suite.scorers) or "none in process"))
-    facts += [("imported", each) for each in suite.foreign]
-    facts += [("merged", each) for each in suite.derived]
+    facts = [("prompts", f"{suite.num_prompts:,} ({suite.licence}), from {suite.source}"), *_protocol(suite)]
     facts += [("differs", each) for each in suite.differs]
     facts += [("suite", each) for each in suite.members]
     if suite.sha256 is not None:
@@ -60,6 +52,19 @@ def suite_text(suite: "ListedSuite") -> str:
         made = "no: make questions.jsonl with benchmarks/compbench_questions.py, and fetch with --from"
         facts.append(("questions", "yes" if suite.has_questions else made))
     return "\n".join([f"{suite.name}: {suite.about}", *(f"{name:<9} {told}" for name, told in facts)])
+
+
+def _protocol(suite: "ListedSuite") -> list[tuple[str, str]]:
+    """Say how a suite is drawn and judged."""
+    facts = []
+    if suite.images_per_prompt is not None:
+        facts.append(("images", f"{suite.images_per_prompt} of each prompt"))
+    if suite.num_inference_steps is not None:
+        side = "the side of the training images" if suite.resolution is None else f"{suite.resolution} pixels"
+        facts.append(("sampling", f"{suite.num_inference_steps} steps, guidance {suite.guidance_scale:g}, {side}"))
+    facts.append(("judges", ", ".join(suite.scorers) or "none in process"))
+    facts += [("imported", each) for each in suite.foreign]
+    return facts + [("merged", each) for each in suite.derived]
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def _of_group(label: str) -> ListedSuite:
         None,
         None,
         None,
-        tuple(dict.fromkeys(itertools.chain.from_iterable(each.scorers for each in members))),
+        _distinct(members, "scorers"),
         ", ".join(dict.fromkeys(each.licence for each in members)),
         "; ".join(dict.fromkeys(each.source for each in members)),
         None,
@@ -140,9 +140,14 @@ def _of_group(label: str) -> ListedSuite:
         bool(asking),
         all(each.has_questions for each in asking),
         members=GROUPS[label],
-        foreign=tuple(itertools.chain.from_iterable(each.foreign for each in members)),
-        derived=tuple(itertools.chain.from_iterable(each.derived for each in members)),
+        foreign=_distinct(members, "foreign"),
+        derived=_distinct(members, "derived"),
     )
+
+
+def _distinct(members: Sequence[ListedSuite], kind: str) -> tuple[str, ...]:
+    """Return the judges of one kind of all members, each once."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(getattr(each, kind) for each in members)))
 
 
 def sets_of(name: str) -> list[Benchmark]:
