@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pipelines.suites.resampling import NORMAL
 
 CONFIDENCE, POWER = 0.95, 0.8
+MAX_DIGITS = 6
+"""Digits before or after the point, beyond which numbers are written with an exponent."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def in_words(difference: Difference, *, name: str) -> str:
     digits = max(0, 1 - math.floor(math.log10(width)))
 
     def write(value: float) -> str:
+        if digits > MAX_DIGITS or width >= 10.0**MAX_DIGITS:
+            return f"{value:.1e}"
         return f"{round(value, digits) + 0.0:.{digits}f}"
 
     middle, ends = difference.difference, (difference.low, difference.high)
