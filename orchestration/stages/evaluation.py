@@ -27,7 +27,7 @@ from orchestration.stages.judged_models import (
 from orchestration.stages.judged_scorers import judges_of
 from orchestration.stages.judged_suites import judged_suites, names_of_suites
 from orchestration.stages.judged_votes import shown_votes, wants_votes
-from orchestration.stages.missing_judges import absent_judges, planned, remarks
+from orchestration.stages.missing_judges import absent_judges, has_imported, planned, remarks
 from pipelines.resources import uses_gpu
 from pipelines.samples.drawing import Drawing, Sampling
 from pipelines.samples.execution import draw, read_samples
@@ -207,7 +207,8 @@ class Evaluation:
     def _without_scores(self, suite: Suite) -> list[MissingJudge]:
         """Return the judges that will have no numbers of a suite, as the storage is now."""
         drawings = [cell.drawing for cell in self.cells if cell.suite is suite]
-        if any(count_missing(self.storage, drawing) for drawing in drawings):
+        is_open = not has_imported(self._run, suite) or any(count_missing(self.storage, each) for each in drawings)
+        if is_open:
             return planned(self._run, suite, None)
         samples = [images_of(read_samples(self.storage, drawing), [], suite) for drawing in drawings]
         return planned(self._run, suite, pa.concat_tables(samples))

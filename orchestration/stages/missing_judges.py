@@ -119,6 +119,11 @@ def num_distinct(images: pa.Table) -> int:
     )
 
 
+def has_imported(run: Run, suite: Suite) -> bool:
+    """Return whether a suite has judges whose scores are imported, be they there or not."""
+    return any(each.name.startswith(IMPORTED) for each in entries_of(run, suite))
+
+
 def planned(run: Run, suite: Suite, images: pa.Table | None) -> list[MissingJudge]:
     """Return the judges that will have no numbers of a suite, as far as can be said before the work.
 

@@ -12,6 +12,7 @@ from checkpoints import trained_weights, write_checkpoint
 from factories import new_pipeline, photo_pairs
 from kept import keep_rows
 
+from orchestration.cli import main
 from orchestration.config import RunConfig, parse_config
 from orchestration.driver.runner import run_stages
 from orchestration.run.context import Run
@@ -149,6 +150,25 @@ def test_models_by_name_are_drawn_with_the_noise_of_the_base(
     assert gallery
     for name in gallery:
         assert Storage(config.storage).read(f"runs/small/evaluation/{name}").startswith(b"\x89PNG")
+
+
+def test_a_judge_whose_scores_are_not_imported_stops_nothing(
+    ray_cluster: None, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    config = configuration(tmp_path, tiny_pipeline, {"scorers": [*PIXELS, "imported:mine"]})
+    record = evaluated(config)
+    suite = results(config)["prompts"]
+    assert suite["scorers"] == suite["primary"] == PIXELS
+    assert [(each["name"], each["num_missing"]) for each in suite["missing"]] == [("mine", 3)]
+    assert any("suite prompts has no numbers of mine: 3 of 3 images" in warning for warning in record.warnings)
+    images = [{"image_sha256": row["sha256"], "prompt_id": row["prompt_id"], "value": 0.5}
+              for each in rows(config).values() for row in each]  # fmt: skip
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, images)))
+    named = ["--scorer", "mine", "--fingerprint", "a test"]
+    assert main(["scores", "import", str(tmp_path / "scores.jsonl"), config.storage, *named]) == 0
+    assert evaluated(config).cost.images == 0  # type: ignore[union-attr]
+    suite = results(config)["prompts"]
+    assert (suite["models"]["base"]["mine"]["mean"], suite["missing"]) == (0.5, [])
 
 
 def trained(config: RunConfig) -> list[str]:
