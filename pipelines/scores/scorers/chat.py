@@ -162,7 +162,7 @@ def _read(response: Any, timeout_s: float) -> str:
     end, parts, num_bytes = time.monotonic() + timeout_s, [], 0
     is_whole = False
     try:
-        for part in response.stream(65_536):
+        while part := response.read1(65_536):  # what there is; `stream` waits for all of it
             parts.append(part)
             num_bytes += len(part)
             if time.monotonic() > end:

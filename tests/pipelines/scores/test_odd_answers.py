@@ -1,11 +1,14 @@
 """Answers of a model and of its server that look like a grade and are none: a failure, never another number."""
 
 import json
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
 
-from pipelines.scores.scorers.chat import Answer, parse_answer
+from pipelines.scores.scorers.chat import Answer, Chat, Server, parse_answer
 from pipelines.scores.scorers.graded_vlm import grade_of, probability_of_yes
 from pipelines.scores.scorers.result import Failure, Score
 
@@ -68,3 +71,30 @@ def test_impossible_tokens_and_rounding_are_no_fault() -> None:
     found = probability_of_yes(answer, URL)
     assert isinstance(found, Score)
     assert found.value == 1.0
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 100\r\n", ""])
+def test_a_server_that_answers_drop_by_drop_has_no_more_time(length: str) -> None:
+    """Each byte comes in time, and the answer as a whole does not."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(f"HTTP/1.1 200 OK\r\n{length}\r\n".encode())
+                for _ in range(60):
+                    time.sleep(0.05)
+                    try:
+                        connection.sendall(b"x")
+                    except OSError:
+                        return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        chat = Chat(Server(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "tiny", "NO_KEY", 0.3, 0, 1))
+        found = chat.ask(b"", "a cat")
+        seconds = time.monotonic() - started
+        thread.join()
+    assert found == Failure("no answer within 0.3 s", transient=True)
+    assert seconds < 2
