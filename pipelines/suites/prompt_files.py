@@ -4,18 +4,20 @@ A set is one file of canonical JSON lines, under its digest in the storage's cac
 neither ray nor torch.
 """
 
+import contextlib
 import functools
 import hashlib
-import tempfile
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.dataset.errors import ModelError
+from pipelines.dataset.errors import ModelError, StorageError
 from pipelines.dataset.layout import CACHE
-from pipelines.dataset.model_fetch import default_cache
+from pipelines.dataset.model_fetch import CACHE_VARIABLE, default_cache
 from pipelines.dataset.read_once import read_once
 from pipelines.dataset.storage import Storage
 from pipelines.suites.prompt_sets import (
@@ -32,7 +34,12 @@ from pipelines.suites.questions import Questions, parse_questions, read_question
 FOLDER = "prompts"
 QUESTIONS = "questions.jsonl"
 TIMEOUT_S = 60.0
-ATTEMPTS = 3
+"""Longest time for one file, from its first byte to its last."""
+ATTEMPTS, MAX_REDIRECTS = 3, 5
+WAIT_S = 0.2
+"""Half of the wait before the second attempt; doubled each time."""
+MAX_BYTES = 64 * 2**20
+BUSY = (429, 500, 502, 503, 504)
 
 
 class PromptFiles:
@@ -174,11 +181,22 @@ def fetch_set(name: str, source: Path | None = None) -> Path:
 
 
 def _put(data: bytes, target: Path) -> None:
-    """Write a file that appears whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".fetch-", delete=False) as unfinished:
-        unfinished.write(data)
-    Path(unfinished.name).replace(target)
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    unfinished = target.with_name(f".fetch-{uuid.uuid4().hex[:8]}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(data)
+        unfinished.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {target}: {error.strerror}", f"set {CACHE_VARIABLE} to a folder with space that is yours"
+        ) from error
 
 
 def publish_set(name: str, storage: Storage) -> None:
@@ -218,7 +236,10 @@ def _from_network(wanted: PromptSet) -> list[SetRow]:
 
 def _rows(wanted: PromptSet, layout: Layout, read: Callable[[str], bytes], place: str) -> list[SetRow]:
     """Read and check the rows of one layout."""
-    files = {name: read(name) for name in layout.files}
+    try:
+        files = {name: read(name) for name in layout.files}
+    except OSError as error:
+        raise ModelError(f"cannot read {error.filename}: {error.strerror}", "may you read it?") from error
     try:
         rows = list(layout.read(files))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
@@ -230,7 +251,7 @@ def _rows(wanted: PromptSet, layout: Layout, read: Callable[[str], bytes], place
     if len(rows) != wanted.count or wanted.sha256 not in (None, found):
         told = f", expected {wanted.count:,}" + (f" with {wanted.sha256[:12]}" if wanted.sha256 else "")
         raise ModelError(
-            f"{', '.join(layout.files)} in {place} hold other prompts than {wanted.name}: {len(rows):,} rows with the "
+            f"{place} holds other prompts than {wanted.name} in {', '.join(layout.files)}: {len(rows):,} rows with the "
             f"digest {found[:12]}{told}",
             f"the files are damaged or another version; take them from {wanted.source}",
         )
@@ -238,7 +259,7 @@ def _rows(wanted: PromptSet, layout: Layout, read: Callable[[str], bytes], place
 
 
 def _download(base: str, name: str) -> bytes:
-    """Download a small file; a connection that is cut is tried again.
+    """Download a small file; a connection that is cut, and a server that is busy, are tried again.
 
     Raises:
         ModelError: It cannot be brought.
@@ -246,16 +267,41 @@ def _download(base: str, name: str) -> bytes:
     import urllib3
 
     url = base + name
-    retries = urllib3.Retry(total=ATTEMPTS - 1, backoff_factor=0.2, status_forcelist=(429, 500, 502, 503, 504))
-    for attempt in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            with urllib3.PoolManager() as pool:
-                answer = pool.request("GET", url, timeout=TIMEOUT_S, retries=retries, enforce_content_length=True)
-        except urllib3.exceptions.HTTPError as error:
-            if attempt == ATTEMPTS - 1:
+            status, data = _get(url)
+        except (urllib3.exceptions.HTTPError, TimeoutError) as error:
+            if attempt == ATTEMPTS:
                 raise ModelError(f"{url}: {type(error).__name__}: {error}", "is there a network?") from error
-            continue
-        if answer.status != 200:
-            raise ModelError(f"{url}: HTTP {answer.status}", "has its publisher moved it?")
-        return answer.data
+        else:
+            if status == 200:
+                return data
+            if status not in BUSY or attempt == ATTEMPTS:
+                raise ModelError(f"{url}: HTTP {status}", "has its publisher moved it?")
+        time.sleep(WAIT_S * 2**attempt)  # whatever the server asks for: it may be a day
     raise AssertionError("unreachable")
+
+
+def _get(url: str) -> tuple[int, bytes]:
+    """Return the status of one answer, and its body, which is small and comes soon.
+
+    Raises:
+        ModelError: The body is too large.
+        TimeoutError: It takes too long.
+    """
+    import urllib3
+
+    redirects = urllib3.Retry(
+        total=MAX_REDIRECTS, connect=0, read=0, status=0, other=0, respect_retry_after_header=False
+    )
+    parts, size, end = [], 0, time.monotonic() + TIMEOUT_S
+    with urllib3.PoolManager() as pool:
+        answer = pool.request("GET", url, timeout=TIMEOUT_S, retries=redirects, preload_content=False)
+        while answer.status == 200 and (part := answer.read1(65_536)):  # what there is; `stream` waits for all of it
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BYTES:
+                raise ModelError(f"{url} has more than {MAX_BYTES:,} bytes", "no file of prompts is as large")
+            if time.monotonic() > end:
+                raise TimeoutError(f"{size:,} bytes in {TIMEOUT_S:g} s")
+        return answer.status, b"".join(parts)

@@ -225,7 +225,7 @@ def test_a_fetch_survives_a_cut_and_a_busy_server(first: str, serve: Callable[..
 @pytest.mark.parametrize(
     ("status", "change", "told"),
     [
-        (200, lambda body: body.replace(b"cat", b"dog", 1), "hold other prompts than pickapic-v2-test"),
+        (200, lambda body: body.replace(b"cat", b"dog", 1), "holds other prompts than pickapic-v2-test"),
         (200, lambda body: body[: len(body) // 2], "holds no prompts pickapic-v2-test"),
         (200, lambda _: b"<html>moved</html>", "holds no prompts pickapic-v2-test"),
         (404, lambda _: b"", "HTTP 404"),
