@@ -6,7 +6,7 @@ place of DeepSpeed and Ray there is a plain loop in one process.
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ from training.config import TrainConfig
 from training.data.order import Plan, noise_seed
 from training.engine import build_optimizer
 from training.loop import draw_with
-from training.losses import pair_loss
+from training.measure import measure
 from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference
+from training.objective import Objective, StepFacts
 from training.schedule import learning_rate_at
 
 CPU = torch.device("cpu")
@@ -49,35 +50,57 @@ class Setting:
     method: str
     learning_rate: float
     loss: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of `train`, such as `safeguard`."""
 
     def train_config(self, steps: int, batch_size: int) -> TrainConfig:
         """The run's configuration; its prompt dropout is the demo's, as samples are drawn with guidance."""
         return TrainConfig(
             method=self.method, loss=dict(self.loss), learning_rate=self.learning_rate, max_steps=steps,
             global_batch_size=batch_size, micro_batch_size=batch_size, warmup_steps=min(10, steps // 2),
-            precision="fp32", prompt_dropout=0.15,
+            precision="fp32", prompt_dropout=0.15, **self.options,
         )  # fmt: skip
 
 
-def train(base: Base, data: Data, level: str, config: TrainConfig, *, seed: int) -> Any:
-    """A copy of the base's UNet after `max_steps` steps; the same seed gives the same weights."""
+def train(
+    base: Base,
+    data: Data,
+    level: str,
+    config: TrainConfig,
+    *,
+    seed: int,
+    watch: Callable[[int, Any], None] = lambda step, unet: None,
+) -> Any:
+    """A copy of the base's UNet after `max_steps` steps; the same seed gives the same weights.
+
+    Args:
+        base: The base model.
+        data: Pairs of every level.
+        level: The level to train on.
+        config: The section `train`.
+        seed: Decides order, noise and timesteps.
+        watch: Called before each step, and after the last, with the number of finished steps and the UNet.
+    """
     unet = copy.deepcopy(base.unet).train()
     reference = Reference.copy_of(unet, CPU, torch.float32) if config.method in NEEDS_REFERENCE else None
     denoiser = Denoiser(unet, reference, base, config, device=CPU, dtype=torch.float32)
-    loss_of = pair_loss(config.method, config.loss, num_train_timesteps=base.num_train_timesteps)
+    objective = Objective(config, base, seed)
     optimizer = build_optimizer(unet, config, on_gpu=False)
     pairs = data.pairs[level, TRAIN]
     plan = Plan([len(pairs.prompts)], config.micro_batch_size, config.global_batch_size, seed)
     for step in range(config.max_steps):
+        watch(step, unet)
         batch = pairs.batch(plan.group(step, 0).elements.tolist())
         generator = torch.Generator().manual_seed(noise_seed(seed, step, 0))
         noise, timesteps, batch = draw_with(generator, batch, data, base.num_train_timesteps, config.prompt_dropout)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        loss_of(denoiser.errors(batch, noise, timesteps), batch.preference_B).mean().backward()
+        facts = StepFacts(has_margin=objective.has_margin(step))
+        measure(denoiser, objective, batch, noise, timesteps, facts).losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    watch(config.max_steps, unet)
     return unet.eval()
 
 

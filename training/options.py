@@ -33,7 +33,7 @@ class TimestepsConfig(Config):
                 f"timesteps from {self.min} up to {self.max} are none\nhint: `max` is one past the largest, so it must "
                 f"be {self.min + 1} or more"
             )
-        if self.distribution == "uniform" and {"mean", "std"} & self.model_fields_set:
+        if self.distribution == "uniform" and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError("mean and std shape `distribution: logit_normal` alone\nhint: set it, or leave them out")
         return self
 
@@ -59,7 +59,7 @@ class SnrWeighting(Config):
     @model_validator(mode="after")
     def gamma_is_of_min_snr(self) -> Self:
         """Check that a gamma has a use."""
-        if self.kind != "min_snr" and "gamma" in self.model_fields_set:
+        if self.kind != "min_snr" and self.gamma != DEFAULT_GAMMA:
             raise ValueError(f"gamma belongs to min_snr, not to {self.kind}\nhint: leave it out")
         return self
 

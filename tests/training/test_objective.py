@@ -286,6 +286,14 @@ def test_an_option_that_would_do_nothing_is_refused(settings: dict[str, Any], me
         TrainConfig(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"snr_weighting": "debiased"}, {"timesteps": {"distribution": "logit_normal"}}]
+)
+def test_a_configuration_that_was_written_out_is_read_again(settings: dict[str, Any]) -> None:
+    config = TrainConfig(**settings)
+    assert TrainConfig.model_validate(config.model_dump()) == config
+
+
 def test_a_margin_share_is_accepted_where_something_is_left() -> None:
     assert TrainConfig(method="dpo", margin_share=0.5, sft_weight=1).margin_share == 0.5
     assert TrainConfig(method="mapo_paper", margin_share=0.5).sft_weight == 0
