@@ -28,8 +28,6 @@ VOTES_SCHEMA = pa.schema(
     ]
 )
 """Columns of votes, one row for each pair of images and voter."""
-ROUNDING = 1e-9
-"""Means of votes that differ from a half by less are a tie."""
 Compared = Mapping[str, Mapping[str, Comparison]]
 
 
@@ -84,7 +82,7 @@ def compare_votes(rows: pa.Table, suite: Suite, *, model: str, against: str) -> 
     for prompt_id, index, value in zip(*(rows[name].to_pylist() for name in VOTES_SCHEMA.names[2:]), strict=True):
         by_image[prompt_id, index].append(value)
     means = np.array(list(means_of(list(by_image), [float(np.mean(each)) for each in by_image.values()]).values()))
-    won = win_rate(means, 1 - means, tolerance=ROUNDING)
+    won = win_rate(means, 1 - means, tolerance=0.0)
     counted = f"better on {won.wins} of {len(means)} prompts, worse on {won.losses}"
     preferred = model if won.rate > 0.5 else against
     said = f"people prefer {preferred}" if won.p_value < 0.05 else "no preference shown"
