@@ -65,6 +65,12 @@ class Engine:
         """Micro-batches that this rank adds up in an optimizer step."""
         return int(self.unet.gradient_accumulation_steps())
 
+    @property
+    def estimates(self) -> dict[str, float]:
+        """The step size that Prodigy estimates, as a metric; nothing with another optimizer."""
+        optimizer = self.unet.optimizer.optimizer
+        return {"step_size": optimizer.param_groups[0]["d"]} if isinstance(optimizer, Prodigy) else {}
+
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of this step: an accelerate scheduler would step once per process."""
         for group in self.optimizer.param_groups:

@@ -278,6 +278,7 @@ def step_metrics(
         **means_of(total[:NUM_SUMS]),
         "grad_norm": float(engine.unet.get_global_grad_norm() or 0.0),
         "learning_rate": learning_rate_at(step - 1, engine.config),
+        **engine.estimates,
         "skipped_steps": int(engine.unet.skipped_steps),
         **speed.metrics(total[NUM_SUMS:-1]),
     }
@@ -306,6 +307,7 @@ def checkpoint(saver: Saver, history: History, consumed: ConsumedPairs, step: in
         "starts": saver.starts,
         "num_adam_steps": saver.state.num_steps(),
         "loss_scale": saver.state.loss_scale(),
+        "optimizer": saver.state.scalars(),
         "validation_loss": newest.get("loss"),
         "average_validation_loss": newest.get("average_loss"),
         "history": history.to_dict(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from training.methods import default_rate
+from training.methods import Rate, default_rate
+from training.optimizers.registry import OPTIMIZERS
 from training.schedule import MIN_SHARE, average_share
 from training.spec import RATE_BEFORE
 
@@ -25,13 +26,25 @@ def training_notes(config: TrainConfig, begun: TrainConfig | None = None) -> lis
     """
     rate = learning_rate(config, begun)
     notes = [f"learning rate {rate['value']:.4g} ({rate['source']})"]
-    if config.lora is not None and rate["value"] < LEAST_RATE_OF_ADAPTERS:
+    if (own := OPTIMIZERS[config.optimizer].rate) is not None:
+        notes += _factor_notes(config, rate["value"], own)
+    elif config.lora is not None and rate["value"] < LEAST_RATE_OF_ADAPTERS:
         published = default_rate(config.method, with_adapters=True)
         notes.append(
             f"warning: adapters learn next to nothing at a learning rate of {rate['value']:.4g}; "
             f"the default is {published.value:.4g}"
         )
     return [*notes, *average_notes(config, begun)]
+
+
+def _factor_notes(config: TrainConfig, value: float, own: Rate) -> list[str]:
+    """Return a warning if the rate of an optimizer that estimates its step size is not the one that it is made for."""
+    if value == own.value:
+        return []
+    return [
+        f"warning: {config.optimizer} estimates its own step size, and a learning rate of {value:.4g} multiplies it; "
+        f"leave `train.learning_rate` out ({own.value:g}), and use `train.prodigy.d_coef` for smaller or larger steps"
+    ]
 
 
 def average_notes(config: TrainConfig, begun: TrainConfig | None = None) -> list[str]:
@@ -91,6 +104,8 @@ def learning_rate(config: TrainConfig, begun: TrainConfig | None = None) -> dict
         source = "set"
     elif value != config.learning_rate:
         source = "as this training began"
+    elif (own := OPTIMIZERS[config.optimizer].rate) is not None:
+        source = f"{config.optimizer}: {own.source}"
     else:
         trained = "all weights" if config.lora is None else "adapters"
         source = (

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipelines.dataset.errors import MapoError, ShardCorrupt, TrainingError
 from pipelines.dataset.storage import Storage
+from training.optimizers.partition import Fragment
 from training.state.checkpoint_format import (
     MANIFEST,
     STATE,
@@ -31,7 +32,7 @@ from training.state.checkpoint_format import (
     rank_names,
 )
 from training.state.ema import EMA, ShardedEma
-from training.state.zero import KINDS, Fragment, ZeroState
+from training.state.zero import ZeroState
 
 POLL_S = 0.1
 LOSSES = ("validation_loss", "average_validation_loss")
@@ -221,8 +222,8 @@ def set_aside(storage: Storage, manifest: Manifest) -> None:
 
 def gather_parts(state: ZeroState, ema: ShardedEma | None) -> dict[tuple[str, Fragment], Tensor]:
     """Return this rank's current fragments of all kinds."""
-    parts = {(kind, fragment): view for kind in KINDS for fragment, view in state.views(kind)}
-    parts |= {(kind, fragment): scales for kind, fragment, scales in state.scales()}
+    parts = {(kind, fragment): view for kind in state.kinds for fragment, view in state.views(kind)}
+    parts |= {(kind, fragment): values for kind, fragment, values in state.extras()}
     if ema is not None:
         parts |= {(EMA, fragment): average for fragment, average in ema.fragments().items()}
     return parts
@@ -257,7 +258,12 @@ def restore(
         if (error := next((each for each in problems if each is not None), None)) is None:
             assert reader is not None
             tensors, saved = reader
-            state.load(tensors, num_steps=saved.state["num_adam_steps"], loss_scale=saved.state["loss_scale"])
+            state.load(
+                tensors,
+                num_steps=saved.state["num_adam_steps"],
+                loss_scale=saved.state["loss_scale"],
+                scalars=saved.state.get("optimizer", {}),
+            )
             if ema is not None:
                 ema.load(tensors[EMA])
             return saved
@@ -273,10 +279,10 @@ def _load(
     storage: Storage, manifest: Manifest, state: ZeroState, ema: ShardedEma | None
 ) -> tuple[tuple[dict[str, dict[str, Tensor]], Reader] | None, MapoError | None]:
     """Read this rank's fragments; return them, or the error."""
-    kinds = [*KINDS, *([EMA] if ema is not None else [])]
+    kinds = [*state.kinds, *([EMA] if ema is not None else [])]
     wanted = [(kind, fragment) for kind in kinds for fragment in state.fragments]
-    if manifest.world_size == torch.distributed.get_world_size() and manifest.zero_stage == state.stage:
-        wanted += state.wanted_scales()
+    is_alike = manifest.world_size == torch.distributed.get_world_size() and manifest.zero_stage == state.stage
+    wanted += state.wanted_extras(of_same_ranks=is_alike)
     try:
         reader = Reader(storage, manifest)
         arrays = reader.read((kind, part.name, part.start, part.numel) for kind, part in wanted)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from training.config import EmaConfig
+from training.optimizers.partition import Fragment
 from training.schedule import decay_at
-from training.state.zero import WEIGHT, Fragment, ZeroState
+from training.state.zero import WEIGHT, ZeroState
 
 EMA = "ema"
 

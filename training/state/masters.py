@@ -20,9 +20,10 @@ from torch import Tensor
 from pipelines.dataset.errors import ModelError
 from pipelines.dataset.model_files import ModelSource, weight_files
 from pipelines.dataset.safetensors_header import StoredTensor, stored_tensors
+from training.optimizers.partition import Fragment
 from training.state.ema import ShardedEma
 from training.state.parent import on_all_ranks
-from training.state.zero import Fragment, ZeroState
+from training.state.zero import ZeroState
 
 STEM = "diffusion_pytorch_model"
 TYPES: Mapping[str, tuple[torch.dtype, np.dtype[Any]]] = {

@@ -1,39 +1,33 @@
 """The sharded state of a DeepSpeed ZeRO engine, as named fragments of parameters.
 
-Whatever the stage and the world size, a rank owns contiguous parts of flattened parameters: a *fragment* is
-`[start, start + numel)` of one. With these names, any set of ranks can read what another set wrote: the fragments of
-all ranks tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its Universal Checkpoint
-is an offline conversion that does not go between stages 2 and 3 (docs/decisions/0013-checkpoints-of-fragments.md).
+With the names of `training.optimizers.partition.Fragment`, any set of ranks can read what another set wrote: the
+fragments of all ranks tile every parameter. DeepSpeed's own checkpoints cannot change the world size, and its
+Universal Checkpoint is an offline conversion that does not go between stages 2 and 3
+(docs/decisions/0013-checkpoints-of-fragments.md).
 """
 
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.optimizers.adafactor import Adafactor
+from training.optimizers.partition import Fragment, Partition
+from training.optimizers.prodigy import Prodigy
 from training.state import eight_bit
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
+"""Kinds of AdamW; `ZeroState.kinds` has those of the engine's optimizer."""
 SCALE = "{}_scale"
 """Kind of the magnitudes of an 8-bit moment, by blocks of a rank's flat partition: only usable by as many ranks."""
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The state of DeepSpeed's dynamic loss scaler."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A part of one trained parameter: `numel` elements from `start`, of a parameter of this shape."""
-
-    name: str
-    start: int
-    numel: int
-    shape: tuple[int, ...]
 
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -41,20 +35,24 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
 class ZeroState:
-    """This rank's fragments of float32 weights and AdamW moments.
+    """This rank's fragments of float32 weights and of the optimizer's states.
 
     Args:
         engine: DeepSpeed's engine, around the UNet.
     """
 
     def __init__(self, engine: Any) -> None:
-        self._zero = engine.optimizer
-        self.stage = int(engine.zero_optimization_stage())
-        self._rank, self._world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self._is_eight_bit = eight_bit.is_eight_bit(self._zero.optimizer)
-        trained = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
-        owned = [(self._fragment(name, weight), weight) for name, weight in trained]
-        self._owned = [(fragment, weight) for fragment, weight in owned if fragment.numel]
+        self._partition, self._zero = Partition(engine), engine.optimizer
+        self.stage = self._partition.stage
+        optimizer = self._zero.optimizer
+        self._is_eight_bit = eight_bit.is_eight_bit(optimizer)
+        self._over_ranks = optimizer if isinstance(optimizer, Prodigy | Adafactor) else None
+        self._owned = self._partition.owned()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of values of each weight: the weight itself, and the optimizer's states."""
+        return KINDS if self._over_ranks is None else (WEIGHT, *self._over_ranks.kinds)
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -62,9 +60,9 @@ class ZeroState:
         return [fragment for fragment, _ in self._owned]
 
     def views(self, kind: str) -> Iterator[tuple[Fragment, Tensor]]:
-        """Yield the fragments of one of KINDS: float32 vectors, the engine's own memory unless on NVMe or of 8 bits."""
-        if kind in MOMENTS and not self.num_steps():
-            self._create_moments(0)  # AdamW makes them at its first step; fp16 may have left out all so far
+        """Yield the fragments of one of `kinds`: float32 vectors, the engine's memory unless on NVMe or of 8 bits."""
+        if kind != WEIGHT and not self.num_steps():
+            self._create_states(0)  # an optimizer makes them at its first step; fp16 may have left out all so far
         flats = self._unpacked(kind) if self._is_eight_bit and kind in MOMENTS else None
         for group, owned in self._by_partition():
             with self._in_memory(group) as is_lent:
@@ -81,21 +79,39 @@ class ZeroState:
             flat = weight.ds_tensor if self.stage == 3 else weight.detach().flatten()[fragment.start :]
             yield fragment, flat[: fragment.numel]
 
-    def scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
+    def extras(self) -> Iterator[tuple[str, Fragment, Tensor]]:
+        """Yield the optimizer's states that are not of single weights, by kind; nothing for AdamW."""
+        if self._over_ranks is not None:
+            yield from self._over_ranks.factors()
+        yield from self._scales()
+
+    def wanted_extras(self, *, of_same_ranks: bool) -> list[tuple[str, Fragment]]:
+        """Return the kinds and fragments of `extras` that `load` uses, before there are any states.
+
+        Args:
+            of_same_ranks: Whether as many ranks, with the same stage, wrote the checkpoint.
+        """
+        if self._over_ranks is not None:
+            return self._over_ranks.wanted_factors()
+        if not (of_same_ranks and self._is_eight_bit):
+            return []
+        self._create_states(0)
+        return [(kind, fragment) for kind, fragment, _ in self._scales()]
+
+    def scalars(self) -> dict[str, float]:
+        """Return the optimizer's states that are numbers, beside the number of steps; nothing for AdamW."""
+        return {} if self._over_ranks is None else self._over_ranks.scalars()
+
+    def _scales(self) -> Iterator[tuple[str, Fragment, Tensor]]:
         """Yield the magnitudes of 8-bit moments by kind; nothing for other moments."""
         for kind in MOMENTS if self._is_eight_bit else ():
-            for i, flat in enumerate(self._flat_partitions()):
+            for i, flat in enumerate(self._partition.flats()):
                 found = eight_bit.magnitudes(self._zero.optimizer.state[flat], kind)
                 if found is not None:
                     yield SCALE.format(kind), self._scale_fragment(i, found.numel()), found
 
-    def wanted_scales(self) -> list[tuple[str, Fragment]]:
-        """Return the kinds and fragments that `scales` will yield, before there are any states."""
-        self._create_moments(0)
-        return [(kind, fragment) for kind, fragment, _ in self.scales()]
-
     def num_steps(self) -> int:
-        """Return the number of steps that AdamW counts for its bias correction, without skipped ones."""
+        """Return the number of steps that the optimizer counts for its bias correction, without skipped ones."""
         states = [state for state in self._zero.optimizer.state.values() if "step" in state]
         return int(states[0]["step"]) if states else 0
 
@@ -104,20 +120,30 @@ class ZeroState:
         scaler = getattr(self._zero, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
 
-    def load(self, tensors: Tensors, *, num_steps: int, loss_scale: Mapping[str, float]) -> None:
+    def load(
+        self,
+        tensors: Tensors,
+        *,
+        num_steps: int,
+        loss_scale: Mapping[str, float],
+        scalars: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Load this rank's fragments and update the weights of every rank; collective.
 
         Args:
-            tensors: For each of KINDS, the fragments of `fragments`; those of `wanted_scales` too, if the checkpoint
-                was written by the same number of ranks.
+            tensors: For each of `kinds`, the fragments of `fragments`; those of `wanted_extras` too.
             num_steps: From `num_steps`.
             loss_scale: From `loss_scale`.
+            scalars: From `scalars`.
         """
-        self._create_moments(num_steps)
+        self._create_states(num_steps)
         by_bits = MOMENTS if self._is_eight_bit else ()
         for kind in by_bits:
             self._pack(kind, tensors)
-        self._write(tensors, [kind for kind in KINDS if kind not in by_bits])
+        self._write(tensors, [kind for kind in self.kinds if kind not in by_bits])
+        if self._over_ranks is not None:
+            self._over_ranks.load_factors(tensors)
+            self._over_ranks.load_scalars(scalars)
         for name, value in loss_scale.items():
             setattr(self._zero.loss_scaler, name, value)
         self._publish_weights()
@@ -128,7 +154,8 @@ class ZeroState:
         Args:
             weights: The fragments, by the names of `fragments`.
         """
-        self._create_moments(0)
+        if self._over_ranks is None:  # the others make theirs at the first step: Prodigy's contain these weights
+            self._create_states(0)
         self._write({WEIGHT: weights}, [WEIGHT])
         self._publish_weights()
 
@@ -152,17 +179,19 @@ class ZeroState:
     # 8-bit states
 
     def _scale_fragment(self, group: int, numel: int) -> Fragment:
-        return Fragment(f"partition {group}", self._rank * numel, numel, (self._world_size * numel,))
+        return Fragment(
+            f"partition {group}", self._partition.rank * numel, numel, (self._partition.world_size * numel,)
+        )
 
     def _unpacked(self, kind: str) -> list[Tensor]:
-        return [eight_bit.unpack(self._zero.optimizer.state[flat], kind) for flat in self._flat_partitions()]
+        return [eight_bit.unpack(self._zero.optimizer.state[flat], kind) for flat in self._partition.flats()]
 
     def _cut(self, flats: list[Tensor], weight: Any) -> Tensor:
-        group, start, numel = self._place(weight)
-        return flats[group].narrow(0, start, numel)
+        place = self._partition.place(weight)
+        return flats[place.group].narrow(0, place.start, place.numel)
 
     def _pack(self, kind: str, tensors: Tensors) -> None:
-        partitions = self._flat_partitions()
+        partitions = self._partition.flats()
         moments = [torch.zeros(flat.numel()) for flat in partitions]
         for fragment, weight in self._owned:
             self._cut(moments, weight)[: fragment.numel].copy_(tensors[kind][fragment.name])
@@ -172,33 +201,14 @@ class ZeroState:
 
     # Below here is what the stages do differently.
 
-    def _fragment(self, name: str, weight: Any) -> Fragment:
-        if self.stage == 3:
-            shape, share = tuple(weight.ds_shape), weight.ds_tensor.numel()  # the last rank's share has padding
-            start = min(share * self._rank, weight.ds_numel)
-            return Fragment(name, start, min(share, weight.ds_numel - start), shape)
-        shape = tuple(weight.shape)
-        if weight._hp_mapping is None:
-            return Fragment(name, 0, 0, shape)
-        address = weight._hp_mapping.lp_fragment_address
-        return Fragment(name, int(address.start), int(address.numel), shape)
-
-    def _place(self, weight: Any) -> tuple[int, int, int]:
-        """Return where this rank's part of a weight lies: which flat partition, from where, how many elements."""
-        if self.stage == 3:
-            group, start, numel = self._zero.grad_position[self._zero.get_param_id(weight)]
-            return int(group), int(start), int(numel)
-        address = weight._hp_mapping.get_hp_fragment_address()
-        return int(weight._hp_mapping.param_group_index), int(address.start), int(address.numel)
-
     def _view(self, weight: Any, kind: str) -> Tensor:
         if self.stage < 3 and kind == WEIGHT:
             fragment: Tensor = weight._hp_mapping.hp_fragment
             return fragment
-        group, start, numel = self._place(weight)
-        flat: Tensor = self._flat_partitions()[group]
+        place = self._partition.place(weight)
+        flat: Tensor = self._partition.flats()[place.group]
         values: Tensor = flat if kind == WEIGHT else self._zero.optimizer.state[flat][kind]
-        return values.narrow(0, start, numel)
+        return values.narrow(0, place.start, place.numel)
 
     def _write(self, tensors: Tensors, kinds: list[str]) -> None:
         for group, owned in self._by_partition():
@@ -213,7 +223,9 @@ class ZeroState:
 
     def _by_partition(self) -> Iterator[tuple[int, list[tuple[Fragment, Any]]]]:
         """Group this rank's fragments by stage 3's flat partition; one group in stages 1 and 2."""
-        groups = itertools.groupby(self._owned, lambda each: self._place(each[1])[0] if self.stage == 3 else 0)
+        groups = itertools.groupby(
+            self._owned, lambda each: self._partition.place(each[1]).group if self.stage == 3 else 0
+        )
         return ((group, list(owned)) for group, owned in groups)
 
     @contextlib.contextmanager
@@ -234,22 +246,18 @@ class ZeroState:
         else:
             zero._release_swap_buffers(group)
 
-    def _flat_partitions(self) -> list[Any]:
-        if self.stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
-        if hasattr(self._zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1 that adds up in float32
-            return list(self._zero.fp32_groups_flat_partition)
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def _create_moments(self, num_steps: int) -> None:
-        """Create the states that AdamW makes at its first step; existing ones stay, except for the step count."""
+    def _create_states(self, num_steps: int) -> None:
+        """Create the states that an optimizer makes at its first step; existing ones stay, except for the count."""
         optimizer = self._zero.optimizer
         if self.stage == 3:  # which lets the optimizer see one partition at a time, and here none
             self._zero._set_fp32_optimizer_param_groups()
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        for group, flat in enumerate(self._flat_partitions()):
+        for group, flat in enumerate(self._partition.flats()):
             if self._is_eight_bit:
                 eight_bit.create(optimizer, flat, num_steps)
+                continue
+            if self._over_ranks is not None:
+                self._over_ranks.create(flat, num_steps)
                 continue
             with self._in_memory(group, is_written=True):
                 state = optimizer.state[flat]
