@@ -1,7 +1,7 @@
 """Protocols of public benchmarks: prompts by digest, sampling, judges and aggregation, pinned under a version.
 
 A benchmark is data; its prompts are fetched (`mapo suites fetch`). Where two papers sample differently, the protocol
-takes one way and `differs` says so. Numbers of one version compare, and those of two do not.
+takes one way and `differs` says so. Numbers of one version can be compared, and those of two cannot.
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ def _of_compbench(category: str) -> Benchmark:
         num_inference_steps=30,
         scorers=judges,
         primary=derived,
-        differs=(SEEDS, *told),
+        differs=(SEEDS, "The official code samples Stable Diffusion 2 with DDIM; here the model's own sampler.", *told),
         foreign=() if foreign is None else (foreign,),
         derived=derived,
         reads_without_adjectives="compbench-clip-complex" in judges,
@@ -237,7 +237,11 @@ DREAMBENCH = tuple(
         about=f"DreamBench, subject {subject}: 25 prompts, 4 images each, for a model that has learnt this subject.",
         images_per_prompt=4,
         scorers=("dino", "clip-i", "clip-t"),
-        differs=("The subject's word is `sks`; images are judged against the prompt without it.", SEEDS),
+        differs=(
+            "The subject's word is `sks`; images are judged against the prompt without it.",
+            "The authors' steps and guidance are of other models; here they are those of `evaluate`.",
+            SEEDS,
+        ),
         subject=subject,
     )
     for subject in SUBJECTS
@@ -252,7 +256,7 @@ BENCHMARKS = (
         about="HPD v2's benchmark: 4 styles of 800 prompts, one image each.",
         scorers=("hpsv2.1", "aesthetic", "pickscore", "imagereward"),
         primary=("hpsv2.1",),
-        differs=("Prompts that are there twice are drawn twice, with other noise.", DPO_SAMPLING),
+        differs=("Repeated prompts are drawn again, with other noise.", DPO_SAMPLING),
     ),
     Benchmark(
         name="partiprompts",
@@ -292,7 +296,7 @@ BENCHMARKS = (
         scorers=("q16",),
         differs=(
             "The authors' seeds and guidance of each row are not used.",
-            "Inappropriate means by Q16 alone; the authors add NudeNet, whose licence is AGPL: name it as a scorer.",
+            "Inappropriate means so by Q16 alone; the authors add NudeNet, whose licence is AGPL: name it as a scorer.",
         ),
         on_request=True,
     ),

@@ -81,7 +81,7 @@ def parse_questions(data: bytes, path: Path | str, prompts: Iterable[str] | None
         SourceError: See `read_questions`.
     """
     try:
-        lines = data.decode().splitlines()
+        lines = data.decode("utf-8-sig").split("\n")  # not splitlines: a prompt may contain U+2028
     except UnicodeDecodeError as error:
         raise SourceError(f"cannot read the questions {path}: {error}", HINT) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -121,10 +121,10 @@ def check_prompts(
     missing = [prompt for prompt in wanted if prompt not in questions.asked]
     foreign = [prompt for prompt in questions.asked if prompt not in wanted] if is_whole else []
     if missing or foreign:
-        what, some = ("lacks", missing) if missing else ("has questions about", foreign)
+        what, some = ("lack", missing) if missing else ("have questions about", foreign)
         of = f"{len(wanted):,} prompts" if missing else f"{len(questions.asked):,}, which the suite does not have"
         raise SourceError(
-            f"{path} {what} {len(some):,} of {of}, such as {some[0][:60]!r}",
+            f"the questions in {path} {what} {len(some):,} of {of}, such as {some[0][:60]!r}",
             f"questions belong to exactly these prompts; {HINT}",
         )
 

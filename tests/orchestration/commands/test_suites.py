@@ -85,4 +85,4 @@ def test_questions_about_a_foreign_prompt_are_refused(tmp_path: Path, capsys: py
     lines = [{"parser": "a test"}, {"prompt": "a green bench and a blue bowlx", "questions": ["red?"]}]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["suites", "fetch", "t2i-compbench", "--from", str(folder)]) == 1
-    assert "has questions about 1" in capsys.readouterr().err
+    assert "have questions about 1" in capsys.readouterr().err
