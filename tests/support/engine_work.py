@@ -106,14 +106,16 @@ def losses_of_configs(configs: list[TrainConfig], base_folder: str, num_steps: i
 
 
 def plain_adamw(
-    config: TrainConfig, base_folder: str, num_steps: int
+    config: TrainConfig, base_folder: str, num_steps: int, optimizer_of: Callable[..., Any] = torch.optim.AdamW
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
     """The same by hand: one process, torch's AdamW, the whole global batch at once; curve, weights and average."""
     base = load_base(ModelSource(base_folder))
+    if config.lora:
+        add_lora(base.unet, config.lora, seed=0)
     base.unet.train()
-    weights = dict(base.unet.named_parameters())
+    weights = {name: weight for name, weight in base.unet.named_parameters() if weight.requires_grad}
     average = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = optimizer_of(weights.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     denoiser = Denoiser(base.unet, None, base, config, device=torch.device("cpu"), dtype=torch.float32)
     loss_of = pair_loss(config.method, config.loss, num_train_timesteps=1000)
     curve = []
@@ -150,7 +152,8 @@ def train_and_save(config: TrainConfig, base_folder: str, storage_url: str, num_
         storage, "checkpoints", rank=engine.rank, world_size=engine.world_size, zero_stage=config.zero_stage,
         attempt=f"{num_steps:08d}", keep=10, keep_best=False, timeout_s=60,
     )  # fmt: skip
-    shared = {"step": num_steps, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
+    shared: dict[str, Any] = {"step": num_steps, "num_adam_steps": state.num_steps(), "loss_scale": state.loss_scale()}
+    shared["optimizer"] = state.scalars()
     with checkpointer.closing():
         checkpointer.save(num_steps, gather_parts(state, ema), account=asdict(engine.identity()), state=shared)
     torch.distributed.barrier()

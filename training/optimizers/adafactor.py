@@ -149,7 +149,7 @@ class Adafactor(torch.optim.Optimizer):
             norms[piece.index] = update.square().sum(dtype=torch.float64)
         norms = sum_over_ranks(norms, self._device)
         roots = (norms / torch.tensor(self._numels, device=norms.device)).sqrt().tolist()
-        flat.mul_(1 - group["lr"] * group["weight_decay"])
+        flat.add_(flat, alpha=-group["lr"] * group["weight_decay"])
         for piece in self._pieces:
             rate = group["lr"] / max(1.0, roots[piece.index] / CLIP)
             piece.cut(flat).add_(piece.cut(flat.grad), alpha=-rate)

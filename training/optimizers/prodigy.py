@@ -86,7 +86,8 @@ class Prodigy(torch.optim.Optimizer):
             self.state[flat]["step"] += 1
             for weight, _, state in self._chunks(flat):
                 root = state["exp_avg_sq"].sqrt().add_(group["d"] * EPS)
-                weight.mul_(1 - group["weight_decay"] * rate).addcdiv_(state["exp_avg"], root, value=-rate)
+                weight.add_(weight, alpha=-group["weight_decay"] * rate)  # a factor near 1 would be rounded more
+                weight.addcdiv_(state["exp_avg"], root, value=-rate)
 
     def _accumulate(self, flats: list[Tensor], d: float) -> tuple[float, float]:
         """Update the states; return <g, p0 - p> and |s|_1 over all ranks."""
