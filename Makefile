@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes would each compile every module
 
-.PHONY: demo test durations lint bench bench-encode bench-cost bench-alignment bench-precision chaos base-model clean
+.PHONY: demo test durations lint bench bench-encode bench-cost bench-alignment bench-precision chaos kills base-model clean
 
 demo: $(READY)
 	$(BIN)/mapo demo
@@ -27,6 +27,12 @@ lint: $(READY)
 # What `make test` leaves out or has a short form of: faults of every kind in every stage (some hours on 2 cores).
 chaos: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Twenty kills of a training, which must end with the bits of an undisturbed one: OPTIMIZER=prodigy, or adafactor, adamw
+# (an hour for all on 2 cores).
+OPTIMIZER ?=
+kills: $(READY)
+	$(BIN)/python -m pytest -m slow tests/training/test_resume.py -k "kill_matrix$(if $(OPTIMIZER), and $(OPTIMIZER))"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.floors

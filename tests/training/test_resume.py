@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from encoded import write_base, write_encoded
@@ -34,7 +35,14 @@ CONFIG = TrainConfig(
     ema={"decay": 0.9},
     keep_checkpoints=20,
 )
-KILLS = 7  # in a run of the matrix: 3 runs and 21 kills for each ZeRO stage
+KILLS = 7  # in a run of the matrix: 3 runs and 21 kills for each case
+CASES = {f"adamw-{stage}": {"zero_stage": stage} for stage in (1, 2, 3)} | {
+    "adafactor-2": {"optimizer": "adafactor", "zero_stage": 2},
+    "adafactor-3": {"optimizer": "adafactor", "zero_stage": 3},
+    "prodigy-2": {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy": {"d0": 1e-4, "d_coef": 20}},
+    "prodigy-3": {"optimizer": "prodigy", "learning_rate": 1.0, "prodigy": {"d0": 1e-4, "d_coef": 20}, "zero_stage": 3},
+}
+SHORT = "prodigy-2 of 12 steps"  # what the suite runs: one kill
 
 
 @pytest.fixture(scope="module")
@@ -47,31 +55,44 @@ def data(tmp_path_factory) -> tuple[Path, TrainSpec]:
     return folder, TrainSpec(storage.url, "undisturbed", source, base_digest(source), 0, CONFIG, snapshot)
 
 
+def changes_of(case: str) -> dict[str, Any]:
+    name, is_short, _ = case.partition(" of ")
+    return CASES[name] | ({"max_steps": 12} if is_short else {})
+
+
 def run_of(data: tuple[Path, TrainSpec], name: str, **changes) -> TrainSpec:
     spec = data[1]
     return replace(spec, run=name, config=TrainConfig.model_validate(spec.config.model_dump() | changes))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, data) -> dict[int, tuple[TrainSpec, TrainingResult]]:
-    """By ZeRO stage, made when it is asked for."""
+def undisturbed(ray_cluster, data) -> dict[str, tuple[TrainSpec, TrainingResult]]:
+    """By case, made when it is asked for."""
 
     class Made(dict):
-        def __missing__(self, stage: int) -> tuple[TrainSpec, TrainingResult]:
-            spec = run_of(data, f"undisturbed-{stage}", zero_stage=stage)
-            self[stage] = spec, train(spec, lambda progress: None)
-            return self[stage]
+        def __missing__(self, case: str) -> tuple[TrainSpec, TrainingResult]:
+            spec = run_of(data, f"undisturbed-{case.replace(' ', '-')}", **changes_of(case))
+            self[case] = spec, train(spec, lambda progress: None)
+            return self[case]
 
     return Made()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(3))
-def test_kill_matrix(stage, seed, data, undisturbed) -> None:
-    spec = run_of(data, f"killed-{stage}-{seed}", zero_stage=stage, max_failures=KILLS)
-    check_killed_run(spec, undisturbed[stage], 100 * stage + seed, KILLS)
+def test_kill_matrix(case, seed, data, undisturbed) -> None:
+    spec = run_of(data, f"killed-{case}-{seed}", **changes_of(case), max_failures=KILLS)
+    check_killed_run(spec, undisturbed[case], 100 * spec.config.zero_stage + seed, KILLS)
+
+
+def test_a_killed_training_of_prodigy_ends_with_the_same_bits(data, undisturbed) -> None:
+    """`make kills` has twenty kills of each optimizer."""
+    spec = run_of(data, "killed", **changes_of(SHORT), max_failures=1)
+    check_killed_run(spec, undisturbed[SHORT], 0, 1)
+    sizes = [step["step_size"] for step in undisturbed[SHORT][1].history["steps"]]
+    assert sizes[-1] > sizes[0] == 1e-4, "the step size has grown"
 
 
 def cut_off(undisturbed: tuple[TrainSpec, TrainingResult], spec: TrainSpec, step: int) -> None:
@@ -87,9 +108,9 @@ def cut_off(undisturbed: tuple[TrainSpec, TrainingResult], spec: TrainSpec, step
 def test_other_workers_go_on_from_the_newest_whole_checkpoint_with_the_same_curve(data, undisturbed) -> None:
     """2 workers to step 8, whose checkpoint is damaged, then 3 from step 6; neither number divides the 5 slots."""
     spec = run_of(data, "elastic", num_workers="1..3", max_failures=0)
-    expected_spec, expected = undisturbed[2]
+    expected_spec, expected = undisturbed["adamw-2"]
     assert spec.key == expected_spec.key, "the number of workers does not make it another training"
-    cut_off(undisturbed[2], spec, 8)
+    cut_off(undisturbed["adamw-2"], spec, 8)
     newest = list_checkpoints(spec.storage, spec.checkpoints)[-1]
     file = Path(spec.storage.path(f"{newest.folder}/rank-00001.safetensors"))
     changed = bytearray(file.read_bytes())
