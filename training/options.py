@@ -64,6 +64,25 @@ class SnrWeighting(Config):
         return self
 
 
+def check_timesteps(config: TimestepsConfig, length: int) -> None:
+    """Check that the timesteps to draw are in the base's noise schedule.
+
+    Args:
+        config: `train.timesteps`.
+        length: Length of the noise schedule.
+
+    Raises:
+        ConfigError: The range begins or ends beyond the schedule.
+    """
+    last = length if config.max is None else config.max
+    if config.min >= length or last > length:
+        raise ConfigError(
+            f"train.timesteps goes from {config.min} up to {last}, but the base's noise schedule has {length} "
+            "timesteps",
+            f"choose a range inside 0 to {length}",
+        )
+
+
 def check_options(
     method: str, *, sft_weight: float, rejected_weight: float, margin_share: float, safeguard: float | None
 ) -> None:

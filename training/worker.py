@@ -11,9 +11,8 @@ from typing import Any
 import ray.train
 import torch
 
-from pipelines.dataset.errors import ConfigError, SnapshotError
+from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.pair import TRAIN, VALIDATION
-from training.config import TrainConfig
 from training.data.index import PairIndex, PairRecord, load_index, load_texts
 from training.data.loader import PairLoader, PairReader
 from training.data.order import Plan, flips_of
@@ -24,6 +23,7 @@ from training.loop import Draws, Learner, Loop, Saver, Turn, run
 from training.methods import METHODS, NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora, load_base
 from training.objective import Objective
+from training.options import check_timesteps
 from training.samples import SampleGrid
 from training.spec import TrainSpec
 from training.state.checkpoint import Checkpointer, restore
@@ -174,26 +174,11 @@ def make_learner(
 ) -> Learner:
     """Build the parts that change weights in a step."""
     config, length = spec.config, denoiser.base.num_train_timesteps
-    check_timesteps(config, length)
+    check_timesteps(config.timesteps, length)
     draws = Draws(
         spec.seed, reader, length, config.prompt_dropout, config.null_prompt, config.timesteps, config.noise_offset
     )
     return Learner(engine, denoiser, Objective(config, denoiser.base, spec.seed), draws, ema)
-
-
-def check_timesteps(config: TrainConfig, length: int) -> None:
-    """Check that the timesteps to draw are in the base's noise schedule.
-
-    Raises:
-        ConfigError: The range begins or ends beyond the schedule.
-    """
-    first, last = config.timesteps.min, config.timesteps.max
-    if first >= length or (last is not None and last > length):
-        raise ConfigError(
-            f"train.timesteps goes from {first} up to {length if last is None else last}, but the base's noise "
-            f"schedule has {length} timesteps",
-            f"choose a range inside 0 to {length}",
-        )
 
 
 def make_checkpointer(spec: TrainSpec, engine: Engine, start: "Start") -> Checkpointer:

@@ -6,6 +6,8 @@ from orchestration.config import RunConfig
 from orchestration.run.context import Run
 from pipelines.dataset.base_model import check_base
 from pipelines.dataset.errors import MapoError
+from pipelines.dataset.model_files import read_config
+from training.options import check_timesteps
 
 NOT_FETCHED = "the base model is not on this machine yet; it will be fetched and checked before any work"
 
@@ -26,7 +28,7 @@ def check_base_model(config: RunConfig) -> list[str]:
 
     Raises:
         ModelError: The base model is not supported.
-        ConfigError: The section `encode` does not fit it.
+        ConfigError: The section `encode` does not fit it, or `train.timesteps` does not fit its noise schedule.
     """
     from pipelines.encode.plan import check_settings
 
@@ -34,6 +36,9 @@ def check_base_model(config: RunConfig) -> list[str]:
     check_settings(config.encode)
     predicted = None if config.train is None else config.train.prediction_type
     facts = check_base(config.encode.source, prediction_type=predicted)
+    if config.train is not None:
+        schedule = read_config(config.encode.source.folder() / "scheduler" / "scheduler_config.json")
+        check_timesteps(config.train.timesteps, int(schedule["num_train_timesteps"]))
     note = facts.resolution_note(config.encode.resolution)
     return [*facts.notes, *([] if note is None else [note])]
 

@@ -213,11 +213,12 @@ def notes(run: Run) -> Notes:
 
 
 def _notes(run: Run, spec: TrainSpec | None, *, is_done: bool) -> Notes:
+    from orchestration.stages.training_kinds import kind_notes
     from orchestration.stages.training_notes import training_notes, training_settings, version_notes
 
     config = run.config.train
     assert config
-    begun, of_version = (None, []) if spec is None else (spec.config, version_notes(spec))
+    begun, of_version = (None, []) if spec is None else (spec.config, [*version_notes(spec), *kind_notes(spec)])
     if is_done:
         return Notes(remarks=tuple(of_version))
     return Notes(training_settings(config, begun), (*training_notes(config, begun), *of_version))
