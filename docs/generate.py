@@ -26,6 +26,7 @@ from pipelines.suites.benchmarks import BENCHMARKS, FAMILIES, GROUPS
 from pipelines.suites.catalogue import ListedSuite, list_suites
 from training import losses
 from training.methods import METHODS
+from training.optimizers.registry import OPTIMIZERS
 from training.tracking.backends import BACKENDS
 
 ROOT = Path(__file__).parents[1]
@@ -110,10 +111,27 @@ def configuration_page() -> str:
     )
     kinds = [(f"`{kind.format}`", _columns(kind.fields), kind.label) for kind in KINDS.values()]
     parts.append(_table(("format", "columns (other names in brackets; required in bold)", "label"), kinds))
+    parts.append(
+        "## Optimizers\n\nWhat `train.optimizer` may be; [how they compute](../concepts/training.md#optimizer).\n"
+    )
+    parts.append(_table(("optimizer", "what it is", "states", "`offload`", "default rate"), _optimizers()))
     parts.append("## Losses\n\nWhat `train.loss` may hold, by `train.method`; [the formulas](../concepts/losses.md).\n")
     rows = [(f"`{name}`", method.summary, _parameters(method.defaults)) for name, method in METHODS.items()]
     parts.append(_table(("method", "what it is", "parameters and defaults"), rows))
     return "\n".join(parts)
+
+
+def _optimizers() -> list[tuple[str, ...]]:
+    return [
+        (
+            f"`{name}`",
+            info.summary + (f" (needs {info.package}: `pip install 'mapo[{info.extra}]'`)" if info.package else ""),
+            f"{info.state_bytes:g} bytes per weight",
+            ", ".join(f"`{each}`" for each in info.offloads),
+            "the method's" if info.rate is None else f"{info.rate.value:g}, a factor of its estimate",
+        )
+        for name, info in OPTIMIZERS.items()
+    ]
 
 
 def commands_page() -> str:

@@ -287,6 +287,16 @@ def test_adapters_at_a_rate_that_teaches_them_nothing_are_warned_of() -> None:
     assert len(training_notes(TrainConfig(learning_rate=1e-9))) == 1, "all weights start from the base"
 
 
+def test_the_rate_of_prodigy_is_a_factor_and_others_than_1_are_warned_of() -> None:
+    for method, lora in (("mapo_paper", None), ("dpo", {"rank": 4})):
+        (note,) = training_notes(TrainConfig(method=method, lora=lora, optimizer="prodigy"))
+        assert note == "learning rate 1 (prodigy: konstmish/prodigy, README.md: lr=1 for all networks)"
+    _, warning = training_notes(TrainConfig(optimizer="prodigy", learning_rate=1e-7))
+    assert warning.startswith("warning: prodigy estimates its own step size, and a learning rate of 1e-07 multiplies it")
+    assert "`train.prodigy.d_coef`" in warning
+    assert TrainConfig(optimizer="adafactor").learning_rate == TrainConfig().learning_rate
+
+
 def test_a_dry_run_has_the_rate_in_its_lines_and_as_fields(folder: Path, tiny_pipeline: Path) -> None:
     config = small(
         folder, tiny_pipeline, RECIPES / "orpo.yaml", **{"train.learning_rate": 1e-8, "storage": folder / "no"}

@@ -36,6 +36,7 @@ _FOREIGN_WORDS = """
 AWS_SESSION_TOKEN HTTPS_PROXY MLFLOW_TRACKING_TOKEN NO_PROXY RAY_USE_TLS WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY
 WANDB_MODE IPC_LOCK ValueError restricted finally string_view ext q4 m_c m_r ref_c ref_r clip_skip
 trust_remote_code set_attention_backend get_scheduler force_zeros_for_empty_prompt timestep_spacing
+fsdp_in_use safeguard_warmup slice_p
 latest get_local_fp32_param set_local_hp_param
 train.py utils.py train_diffusion_orpo_sdxl_lora.py train_diffusion_orpo_sdxl_lora_wds.py
 jpg_0.jpg jpg_1.jpg label_0.txt label_1.txt caption.txt
