@@ -125,7 +125,7 @@ class TrainConfig(Config):
     """Train low-rank adapters instead of the whole UNet, such as {rank: 64}."""
     optimizer: OptimizerName = "adamw"
     """The optimizer, by its name in [Optimizers](#optimizers)."""
-    prodigy: ProdigyConfig | None = None
+    prodigy: ProdigyConfig = ProdigyConfig()
     """Settings of `optimizer: prodigy`, such as {d_coef: 2}."""
     learning_rate: float = Field(default_factory=_default_learning_rate, gt=0, allow_inf_nan=False)
     """Peak learning rate of the schedule. Left out or null: the rate published for the method, for all weights or for
@@ -285,7 +285,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def prodigy_is_the_optimizer(self) -> Self:
         """Reject settings of an optimizer that is not used."""
-        if self.prodigy is not None and self.optimizer != "prodigy":
+        if self.prodigy != ProdigyConfig() and self.optimizer != "prodigy":
             raise ValueError(
                 f"`prodigy` is set, but optimizer is {self.optimizer}\nhint: leave `train.prodigy` out, or use "
                 "`optimizer: prodigy`"
@@ -305,11 +305,11 @@ class TrainConfig(Config):
 
 _LATER = (
     "null_prompt", "flips", "prediction_type", "sft_weight", "rejected_weight", "margin_share", "safeguard",
-    "snr_weighting", "noise_offset", "prodigy",
+    "snr_weighting", "noise_offset",
 )  # fmt: skip
 LATER_KEYS: Mapping[str, Any] = MappingProxyType(
     {name: TrainConfig.model_fields[name].default for name in _LATER}
-    | {"timesteps": TimestepsConfig().model_dump(mode="json")}
+    | {"timesteps": TimestepsConfig().model_dump(mode="json"), "prodigy": ProdigyConfig().model_dump(mode="json")}
     | {"ema.warmup": EmaConfig.model_fields["warmup"].default}
 )
 """Keys of `train` that later versions added, with their defaults: at its default a key changes no training's identity,

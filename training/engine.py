@@ -12,7 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.values import JsonObject
-from training.config import ProdigyConfig, TrainConfig
+from training.config import TrainConfig
 from training.ops import leave_out_ops
 from training.optimizers.adafactor import Adafactor
 from training.optimizers.partition import Partition
@@ -180,8 +180,7 @@ def build_optimizer(unet: Any, config: TrainConfig, *, on_gpu: bool) -> Any:
     if config.optimizer == "adafactor":
         return Adafactor(trained, lr=rate, weight_decay=decay, device=device)
     if config.optimizer == "prodigy":
-        settings = config.prodigy or ProdigyConfig()
-        return Prodigy(trained, lr=rate, weight_decay=decay, **settings.model_dump(), device=device)
+        return Prodigy(trained, lr=rate, weight_decay=decay, **config.prodigy.model_dump(), device=device)
     fused = on_gpu and config.offload == "none"
     return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, fused=fused)
 

@@ -40,5 +40,5 @@ def optimizer_of(config: TrainConfig) -> Any:
         return functools.partial(Adafactor, scale_parameter=False, relative_step=False)
     from prodigyopt import Prodigy
 
-    settings = config.prodigy.model_dump(exclude_none=True) if config.prodigy else {}
+    settings = config.prodigy.model_dump(exclude_none=True)
     return functools.partial(Prodigy, use_bias_correction=True, safeguard_warmup=True, **settings)

@@ -21,6 +21,7 @@ from training.engine import build_optimizer, check_machine
 from training.optimizers.adafactor import begun_in, matrix_numel, shared_matrices, span_of
 from training.optimizers.partition import Fragment
 from training.optimizers.registry import OPTIMIZERS
+from training.spec import Snapshot, TrainSpec
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -184,6 +185,17 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(optimizer: str, offload
 def test_settings_of_prodigy_need_prodigy() -> None:
     with pytest.raises(ValueError, match="`prodigy` is set, but optimizer is adamw"):
         TrainConfig(prodigy={"d_coef": 2})
+    assert TrainConfig(prodigy={"d_coef": 1}) == TrainConfig()
+
+
+def test_the_optimizer_and_its_settings_make_another_training_and_written_defaults_do_not() -> None:
+    def key(**changes: Any) -> str:
+        config = TrainConfig.model_validate({"learning_rate": 1.0, **changes})
+        return TrainSpec("/storage", "run", None, "e" * 16, 7, config, Snapshot(3, "a", 4, "b", 5)).key  # type: ignore[arg-type]
+
+    keys = [key(optimizer=name) for name in OPTIMIZERS] + [key(optimizer="prodigy", prodigy={"d0": 1e-5})]
+    assert len(set(keys)) == len(keys)
+    assert key(optimizer="prodigy", prodigy={"d_coef": 1.0, "growth_rate": None}) == key(optimizer="prodigy")
 
 
 def test_an_optimizer_without_its_package_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
