@@ -153,11 +153,7 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
     images = [source.image_0, source.image_1] if source.kind == PAIR else [source.image_0]
     infos = [data if isinstance(data, Reason) else inspect_image(data, unit.settings.image_check) for data in images]
     for side, (data, info) in enumerate(zip(images, infos, strict=True)):
-        if isinstance(data, bytes) and data:
-            row[f"image_{side}_sha256"] = hashlib.sha256(data).hexdigest()
-        if isinstance(info, ImageInfo):
-            facts = {"width": info.width, "height": info.height, "orientation": info.orientation, "mode": info.mode}
-            row |= {f"{name}_{side}": value for name, value in facts.items()}
+        row |= _facts(side, data, info)
     if not isinstance(source.label_0, Reason):
         row["label_0"] = source.label_0
     if not isinstance(source.weight, Reason):
@@ -170,6 +166,17 @@ def judge(source: SourceRow, unit: SourceUnit) -> tuple[Row, Images | None]:
     row["mirrored"] = digests != sorted(digests)
     row["status"] = str(Status.KEPT)
     return row, _usable(infos, images)
+
+
+def _facts(side: int, data: bytes | Reason | None, info: ImageInfo | Reason) -> Row:
+    """Return the columns of one image of a row, as far as it can be read."""
+    facts: Row = {}
+    if isinstance(data, bytes) and data:
+        facts[f"image_{side}_sha256"] = hashlib.sha256(data).hexdigest()
+    if isinstance(info, ImageInfo):
+        found = {"width": info.width, "height": info.height, "orientation": info.orientation, "mode": info.mode}
+        facts |= {f"{name}_{side}": value for name, value in found.items()}
+    return facts
 
 
 def _problem(prompt: str | Reason, infos: Sequence[ImageInfo | Reason], source: SourceRow) -> str | None:
