@@ -202,6 +202,24 @@ def test_a_removed_image_stays_away(storage: Storage, tmp_path: Path) -> None:
     assert kept_by_kind(storage) == {JUDGED: 3}
 
 
+BEFORE = pa.schema([field for field in PAIRS_SCHEMA if field.name not in ("kind", "weight")])
+"""The columns of a table before there were single images."""
+
+
+def test_a_file_of_before_that_grew_adds_only_what_is_new(storage: Storage, tmp_path: Path) -> None:
+    pairs, file = photo_pairs(4), tmp_path / "pairs.parquet"
+    source = SourceConfig(format="pickapic", path=str(write_parquet(file, pairs[:3])))
+    ingest(storage, source)
+    before = Storage(str(tmp_path / "before"))
+    rows = pairs_table(storage).read()
+    Table(before, PAIRS, BEFORE).append(rows["unit"][0].as_py(), rows)
+    write_parquet(file, pairs)
+    ingest(before, source)
+    assert [(row["source_row"], row["kind"], row["status"]) for row in rows_in(before)] == [
+        (0, None, "kept"), (1, None, "kept"), (2, None, "kept"), (3, PAIR, "kept")
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> tuple[Storage, list[Row]]:
     """A storage that a version without single images wrote, and its rows."""
@@ -209,9 +227,7 @@ def old(tmp_path: Path) -> tuple[Storage, list[Row]]:
         members = [m for m in tar if m.name.startswith(("bucket/storage/dataset/", "bucket/photos/"))]
         tar.extractall(tmp_path, members, filter="data")
     storage = Storage(str(tmp_path / "bucket" / "storage"))
-    names = [name for name in PAIRS_SCHEMA.names if name not in ("kind", "weight")]
-    before = Table(storage, PAIRS, pa.schema([PAIRS_SCHEMA.field(name) for name in names]))
-    return storage, before.read().to_pylist()
+    return storage, Table(storage, PAIRS, BEFORE).read().to_pylist()
 
 
 def test_a_table_of_before_is_read_and_goes_on(old: tuple[Storage, list[Row]], tmp_path: Path) -> None:
