@@ -24,8 +24,8 @@ from training.config import TrainConfig
 from training.data.batch import Batch
 from training.engine import Engine, build_engine, dtype_of, quiet_libraries, set_gradient_checkpointing
 from training.flops import NUM_TIME_IDS, Flops, pair_flops, peak_flops
-from training.losses import PairErrors, pair_loss
-from training.methods import METHODS, NEEDS_REFERENCE
+from training.losses import LOSSES, PairErrors, pair_loss
+from training.methods import NEEDS_REFERENCE
 from training.model import Base, Denoiser, Reference, add_lora
 
 UNET_CONFIG: dict[str, Any] = {
@@ -224,7 +224,7 @@ class Trainee:
         )
         self.engine.set_learning_rate(config.learning_rate)
         self.way = Way()
-        self.losses_of = {name: pair_loss(name, {}, num_train_timesteps=1000) for name in METHODS}
+        self.losses_of = {name: pair_loss(name, {}, num_train_timesteps=1000) for name in LOSSES}
         self.num_micro_steps = 0
         self._batches: list[Batch] = []
         self._denoisers: dict[bool, Denoiser] = {}

@@ -211,7 +211,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             summary="DCO: fine-tuning on good images, as far as they lead the reference",
             formula="−log σ(−β·(m_c − ref_c))",
             parameters={"beta": Parameter(1000.0, is_positive=True)},
-            rate=Rate(1e-7, "none published for all weights; that of mapo_paper"),
+            rate=Rate(1e-7, "none published; that of mapo_paper"),
             adapter_rate=Rate(5e-5, "kyungmnlee/dco 164ae17, README.md:87"),
             paper="2402.12004",
             needs_reference=True,
