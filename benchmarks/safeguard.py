@@ -9,6 +9,7 @@ writes them to `results/safeguard.json`. Four minutes of one free core; `--small
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,37 @@ def table(found: dict[str, list[Curve]]) -> str:
     return "\n".join(lines)
 
 
+COLOURS = ("#b3261e", "#1a7f5a", "#0b57d0", "#9a6700", "#6f42c1")
+WIDTH, HEIGHT, LEFT, TOP = 640, 360, 60, 20
+
+
+def figure(found: dict[str, list[Curve]]) -> str:
+    """The chosen errors as SVG, one line for each way and seed, on a logarithmic axis from 0.05 to 1."""
+    steps = sorted(next(iter(found.values()))[0])
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 200} {HEIGHT + 50}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+
+    def place(step: int, error: float) -> str:
+        down = (math.log(1) - math.log(error)) / (math.log(1) - math.log(0.05))
+        return f"{LEFT + step / steps[-1] * (WIDTH - LEFT):.1f},{TOP + down * (HEIGHT - TOP):.1f}"
+
+    for error in (0.05, 0.1, 0.2, 0.5, 1.0):
+        (x, y), (end, _) = (place(step, error).split(",") for step in (0, steps[-1]))
+        parts.append(f'<path d="M{x},{y}H{end}" stroke="#ddd"/><text x="8" y="{float(y) + 4:.0f}">{error:g}</text>')
+    for number, (name, curves) in enumerate(found.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for curve_of_seed in curves:
+            line = " ".join(place(step, curve_of_seed[step]["mse_chosen"]) for step in steps)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{WIDTH + 10}" y="{40 + 20 * number}" fill="{colour}">{name}</text>')
+    parts.append(
+        f'<text x="{LEFT}" y="{HEIGHT + 35}">chosen error on held-out pairs by step, 0 to {steps[-1]}</text></svg>'
+    )
+    return "".join(parts)
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(prog="benchmarks.safeguard")
@@ -88,6 +120,7 @@ def main() -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         settings = {"level": LEVEL, "learning_rate": RATE, "steps": steps, "seeds": seeds, "options": WAYS}
+        (out / "safeguard.svg").write_text(figure(found) + "\n")
         (out / "safeguard.json").write_text(json.dumps({"settings": settings, "curves": found}, indent=1) + "\n")
 
 

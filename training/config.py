@@ -66,6 +66,11 @@ class TroubleConfig(Config):
     """Reaction when the chosen error has grown to `max_error_ratio` times its value at the start."""
     max_error_ratio: float = Field(5.0, gt=1.0)
     """Limit for the mean error of the newest window of steps, as a multiple of the first window's."""
+    both_errors_grow: Action = "warn"
+    """Reaction when the errors of chosen and rejected images have both grown to `min_error_growth` times their first
+    values, by more than noise: the failure that users of DPO report most."""
+    min_error_growth: float = Field(1.1, gt=1.0, allow_inf_nan=False)
+    """Growth of both errors that counts, as a multiple of the first window's means."""
     no_preference: Action = "warn"
     """Reaction when the implicit accuracy has stayed at 0.5, within what chance allows, for `patience` steps."""
     skipped_steps: Action = "stop"

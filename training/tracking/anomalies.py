@@ -2,14 +2,16 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from pipelines.dataset.errors import TrainingError
 from training.config import TroubleConfig
 
 Metrics = Mapping[str, float]
+NOISE_DEVIATIONS = 6.0  # standard errors that two windows differ by: none of 500 noisy histories of 2000 steps does
 CHANCE_DEVIATIONS = 2.0  # an accuracy farther from 0.5 than this many standard deviations is no chance (95 %)
 FINITE = ("loss", "mse_chosen", "mse_rejected", "mse_good", "mse_bad", "mse_prior")
 
@@ -41,6 +43,7 @@ class Watch:
     ) -> None:
         self._config = config
         self._explosion = _Explosion(config)
+        self._growth = _BothErrors(config) if learns_preference else None
         self._preference = _Preference(config) if learns_preference else None
         self._skipping = _Skipping(config)
         for metrics in history_steps:
@@ -63,7 +66,7 @@ class Watch:
         return [f"{trouble.message} (hint: {trouble.hint})" for trouble in found]
 
     def _troubles(self, metrics: Metrics) -> Iterator[Trouble]:
-        for part in (self._explosion, self._preference, self._skipping):
+        for part in (self._explosion, self._growth, self._preference, self._skipping):
             if part is not None and (trouble := part.see(metrics)) is not None:
                 yield trouble
 
@@ -120,6 +123,81 @@ class _Explosion:
             f"{newest / self._first:.1f} times that of the first {window} ({self._first:.4g}; limit {ratio:g} times)",
             "lower `train.learning_rate`, or choose a loss that holds the chosen error down (mapo_paper with a larger "
             "beta); raise `train.trouble.max_error_ratio` to accept it",
+        )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Mean errors of a window of steps, and the squared standard errors of these means."""
+
+    means: tuple[float, float]
+    variances: tuple[float, float]
+
+    @staticmethod
+    def of(steps: Iterable[tuple[float, float]]) -> "_Window":
+        chosen, rejected = zip(*steps, strict=True)
+        (mean_0, variance_0), (mean_1, variance_1) = _mean_with_error(chosen), _mean_with_error(rejected)
+        return _Window((mean_0, mean_1), (variance_0, variance_1))
+
+
+def _mean_with_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean, and its squared standard error; infinite for one value, which says nothing of the noise."""
+    mean, count = fmean(values), len(values)
+    if count < 2:
+        return mean, math.inf
+    return mean, sum((value - mean) ** 2 for value in values) / ((count - 1) * count)
+
+
+class _BothErrors:
+    """Compares both errors of the newest window with the first window's; reports once per window.
+
+    Errors of steps differ by their timesteps, so a growth counts only if it is NOISE_DEVIATIONS standard errors of the
+    difference. Steps without a rejected error (`margin_share`, single images) are left out.
+    """
+
+    def __init__(self, config: TroubleConfig) -> None:
+        self._config = config
+        self._newest: deque[tuple[float, float]] = deque(maxlen=config.window)
+        self._first: _Window | None = None
+        self._quiet = 0
+
+    def see(self, metrics: Metrics) -> Trouble | None:
+        if "mse_chosen" not in metrics or "mse_rejected" not in metrics:
+            return None
+        self._newest.append((metrics["mse_chosen"], metrics["mse_rejected"]))
+        self._quiet = max(0, self._quiet - 1)
+        window = self._config.window
+        if len(self._newest) < window:
+            return None
+        newest = _Window.of(self._newest)
+        if self._first is None:
+            self._first = newest
+        if self._quiet or not self._has_grown(self._first, newest):
+            return None
+        self._quiet = window
+        return self._trouble(self._first, newest, step=metrics["step"])
+
+    def _has_grown(self, first: _Window, newest: _Window) -> bool:
+        pairs = zip(first.means, newest.means, first.variances, newest.variances, strict=True)
+        return all(
+            after >= self._config.min_error_growth * before and after - before > NOISE_DEVIATIONS * math.sqrt(old + new)
+            for before, after, old, new in pairs
+        )
+
+    def _trouble(self, first: _Window, newest: _Window, *, step: float) -> Trouble:
+        chosen, rejected = (after / before for before, after in zip(first.means, newest.means, strict=True))
+        margin = [of_rejected - of_chosen for of_chosen, of_rejected in (first.means, newest.means)]
+        wider = (
+            "grows only because the rejected error grows faster" if margin[1] > margin[0] else "does not grow either"
+        )
+        return Trouble(
+            self._config.both_errors_grow,
+            f"both errors grow: in the {self._config.window} steps up to step {step:.0f} the chosen error is "
+            f"{newest.means[0]:.4g} on average, {chosen:.1f} times that of the first ones, and the rejected error "
+            f"{newest.means[1]:.4g}, {rejected:.1f} times; the model gets worse at both images, and the margin "
+            f"({margin[0]:.3g} at first, {margin[1]:.3g} now) {wider}",
+            "set `train.safeguard: 0.6` (0.9 for SD 1.5), `train.rejected_weight: 0.5` or `train.sft_weight`; or lower "
+            "`train.learning_rate`, or use a larger beta (docs/guides/training.md#if-both-errors-grow)",
         )
 
 
