@@ -33,6 +33,8 @@ LATER_KEYS: dict[str, Any] = {
     "evaluate.num_workers": 1,
     "evaluate.limit_prompts": None,
     "evaluate.max_audit_pairs": 512,
+    "train.trouble.both_errors_grow": "warn",
+    "train.trouble.min_error_growth": 1.1,
     **{f"train.{name}": default for name, default in train_config.LATER_KEYS.items()},
 }
 """Keys that later versions added, with their defaults: at its default a key changes no configuration's digest."""
