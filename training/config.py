@@ -34,6 +34,9 @@ class LoraConfig(Config):
     """Adapters are scaled by alpha / rank; by default alpha is the rank, so that the scale is 1."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the linear layers that get an adapter; by default the attention projections, as in the released code."""
+    weights: str | None = Field(None, min_length=1, exclude_if=lambda weights: weights is None)
+    """Start from these adapters instead of new ones: a safetensors file, its folder, an fsspec URL, or a hub id, as
+    diffusers, peft or kohya's scripts save them. They must fit `rank` and `targets`."""
 
 
 class EmaConfig(Config):

@@ -24,6 +24,8 @@ from training.image_losses import ImageErrors
 from training.losses import PairErrors
 
 ADAPTER = "default"
+START = "start"
+"""The adapters that training starts from, frozen, if a reference needs them."""
 ATTENTION = {
     "flash": torch.backends.cuda.enable_flash_sdp,  # for every device, in spite of the module's name
     "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
@@ -121,8 +123,10 @@ def _check_complete(loading_info: dict[str, Any], source: ModelSource) -> None:
         )
 
 
-def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
+def add_lora(unet: Any, config: LoraConfig, *, seed: int, name: str = ADAPTER) -> None:
     """Freeze the UNet and add trainable adapters that change nothing yet; the same ones on every rank.
+
+    Of several adapters the last one is trained, and the others are frozen and off.
 
     Raises:
         ConfigError: No layer has one of the targets' names.
@@ -137,7 +141,7 @@ def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(wanted, adapter_name=ADAPTER)
+            unet.add_adapter(wanted, adapter_name=name)
         except ValueError as error:
             raise ConfigError(
                 f"train.lora.targets: {str(error).splitlines()[0]}",
@@ -147,7 +151,7 @@ def add_lora(unet: Any, config: LoraConfig, *, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """The base model that DPO and IPO compare with: the adapters switched off, or a frozen copy."""
+    """The model that DPO and IPO compare with: adapters switched off, or to those of the start, or a frozen copy."""
 
     unet: Any
     context: Context
@@ -165,6 +169,20 @@ class Reference:
                 unet.module.enable_adapters()
 
         return Reference(unet, without_adapters)
+
+    @staticmethod
+    def of_starting_adapters(unet: Any) -> "Reference":
+        """Return the UNet with the adapters that training starts from; costs the memory of these alone."""
+
+        @contextlib.contextmanager
+        def with_start() -> Iterator[None]:
+            unet.module.set_adapter(START)
+            try:
+                yield
+            finally:
+                unet.module.set_adapter(ADAPTER)
+
+        return Reference(unet, with_start)
 
     @staticmethod
     def copy_of(unet: Any, device: torch.device, dtype: torch.dtype) -> "Reference":

@@ -90,6 +90,16 @@ def stated_prediction(base: ModelSource) -> str:
     return str(read_config(base.folder() / "scheduler" / "scheduler_config.json").get("prediction_type") or "epsilon")
 
 
+def adapter_file(folder: str, digest: str) -> str:
+    """Return where a run keeps its copy of the adapters that a training starts from.
+
+    Args:
+        folder: The run's folder on the storage.
+        digest: The file's sha256.
+    """
+    return f"{folder}/adapters/{digest}.safetensors"
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """Everything a worker needs to know.
@@ -106,6 +116,8 @@ class TrainSpec:
         parent: The round whose weights it starts from; None if it starts from the base.
         float32_digest: Digest of the base's float32 weights, if they lie next to those of `encode.variant` and
             training starts from them; from `training.state.float32_base`.
+        adapter_digest: sha256 of the file of adapters that training starts from; None if it starts from new ones, or
+            from a parent.
         is_prediction_type_stated: Whether the scheduler file says the same as `train.prediction_type`, which then
             changes nothing except that a base which looks distilled is accepted.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
@@ -122,6 +134,7 @@ class TrainSpec:
     round: int = 1
     parent: Parent | None = None
     float32_digest: str | None = None
+    adapter_digest: str | None = None
     is_prediction_type_stated: bool = False
     masters: Literal["float32", "rounded"] = "float32"
 
@@ -147,6 +160,8 @@ class TrainSpec:
         }
         if self.parent is not None:
             shaping["parent"] = self.parent.identity
+        if self.adapter_digest is not None:
+            shaping["adapter"] = self.adapter_digest
         if self.starts_from_float32:
             shaping["masters"] = " ".join(filter(None, (self.masters, self.float32_digest)))
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
@@ -198,6 +213,8 @@ def _shaping_config(config: TrainConfig, others: tuple[str, ...]) -> JsonObject:
     for name in LATER_KEYS.keys() - {*others, "ema.warmup"}:
         if shaping[name] == LATER_KEYS[name]:
             del shaping[name]
+    if config.lora is not None:
+        shaping["lora"].pop("weights", None)  # the digest counts, not the place
     if config.ema is not None and not config.ema.warmup:  # averages had none before: that is off, not the default
         del shaping["ema"]["warmup"]
     return shaping

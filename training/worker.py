@@ -13,6 +13,7 @@ import torch
 
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.pair import TRAIN, VALIDATION
+from training.adapter_start import add_starting_adapters, start_from_adapter
 from training.data.index import PairIndex, PairRecord, load_index, load_texts
 from training.data.loader import PairLoader, PairReader
 from training.data.order import Plan, flips_of
@@ -122,7 +123,7 @@ def load_model(spec: TrainSpec, plan: Plan, start_up: StartUp) -> tuple[Base, En
 def restore_or_begin(
     spec: TrainSpec, engine: Engine, state: ZeroState, ema: ShardedEma | None, start_up: StartUp, notes: list[str]
 ) -> Reader | None:
-    """Restore the newest complete checkpoint; without one, start from the parent's or the base's weights; collective.
+    """Restore the newest complete checkpoint; without one, load the weights that training starts from; collective.
 
     Returns:
         The reader of the checkpoint that was restored; None if there was none.
@@ -132,6 +133,9 @@ def restore_or_begin(
     if restored is None and spec.parent is not None:
         with start_up.part("parent"):
             start_from_parent(spec, engine.unet.module, state, ema)
+    if restored is None and spec.adapter_digest is not None:
+        with start_up.part("adapters"):
+            start_from_adapter(spec, engine.unet.module, state, ema)
     if restored is None and spec.starts_from_float32:
         with start_up.part("masters"):
             note = start_from_base(spec.unet_source, state, ema)
@@ -200,7 +204,9 @@ def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool)
     """Build the engine around the UNet, and the denoiser that computes errors with it; collective."""
     config, reference = spec.config, None
     needs_reference = config.method in NEEDS_REFERENCE
-    if config.lora is not None:
+    if spec.adapter_digest is not None:
+        add_starting_adapters(spec, base.unet, with_reference=needs_reference)
+    elif config.lora is not None:
         add_lora(base.unet, config.lora, seed=spec.seed)
     frozen = None
     if needs_reference and config.lora is None:
@@ -212,7 +218,8 @@ def build(base: Base, spec: TrainSpec, *, accumulation_steps: int, on_gpu: bool)
             frozen.unet.compile_repeated_blocks()
     engine = build_engine(base.unet, config, accumulation_steps=accumulation_steps, on_gpu=on_gpu)
     if needs_reference:
-        reference = frozen or Reference.of_adapters(engine.unet)
+        of_adapters = Reference.of_adapters if spec.adapter_digest is None else Reference.of_starting_adapters
+        reference = frozen or of_adapters(engine.unet)
     return engine, Denoiser(engine.unet, reference, base, config, device=engine.device, dtype=engine.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The local files that a configuration names and that travel with a job: prompts, and modules of scorers."""
+"""The local files that a configuration names and that travel with a job: prompts, scorers' modules, small adapters."""
 
 import importlib.util
 import json
@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestration.config import RunConfig
+from pipelines.dataset.adapter_files import find_adapter
 from pipelines.dataset.errors import ConfigError
 
 OURS = ("orchestration", "pipelines", "training")
 """Packages of the image; a folder of that name in a working directory is never sent for them."""
+
+MAX_ADAPTER_BYTES = 33_554_432
+"""Largest file of adapters that travels with a job."""
 
 
 def named_files(config: RunConfig) -> list[Path]:
@@ -18,17 +22,18 @@ def named_files(config: RunConfig) -> list[Path]:
     Raises:
         ConfigError: The file of prompts does not exist.
     """
-    found = [*_prompts(config), *_modules(config)]
+    found = [*_prompts(config), *_modules(config), *_adapters(config)]
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
 def job_overrides(config: RunConfig) -> list[str]:
     """Return the overrides by which the job finds these files in its working directory."""
+    overrides = [f"train.lora.weights={json.dumps(file.name, ensure_ascii=False)}" for file in _adapters(config)]
     prompts = config.evaluate.prompts
-    if prompts is None or not _is_local(prompts.path):
-        return []
-    sent = prompts.model_copy(update={"path": _path(prompts.path).name})
-    return [f"evaluate.prompts={json.dumps(sent.model_dump(mode='json'), ensure_ascii=False)}"]
+    if prompts is not None and _is_local(prompts.path):
+        sent = prompts.model_copy(update={"path": _path(prompts.path).name})
+        overrides.append(f"evaluate.prompts={json.dumps(sent.model_dump(mode='json'), ensure_ascii=False)}")
+    return overrides
 
 
 def _is_local(path: str) -> bool:
@@ -49,6 +54,21 @@ def _prompts(config: RunConfig) -> Iterator[Path]:
             "give a .txt, .jsonl, .csv, .tsv or .parquet file",
         )
     yield _path(prompts.path)
+
+
+def has_sent_adapters(config: RunConfig) -> bool:
+    """Return whether the adapters that training starts from travel with a job: local ones, unless they are large."""
+    return any(True for _ in _adapters(config))
+
+
+def _adapters(config: RunConfig) -> Iterator[Path]:
+    """Yield the file of the adapters that training starts from, if it travels; a large one is found by its path."""
+    lora = None if config.train is None else config.train.lora
+    if lora is None or lora.weights is None or not _is_local(lora.weights) or not _path(lora.weights).exists():
+        return
+    file = find_adapter(lora.weights)
+    if file.stat().st_size <= MAX_ADAPTER_BYTES:
+        yield file
 
 
 def _modules(config: RunConfig) -> Iterator[Path]:

@@ -10,10 +10,13 @@ from typing import Any
 import yaml
 
 from orchestration.config import RunConfig, check_data, read_text, yaml_of
+from orchestration.jobs.named_files import has_sent_adapters
 from orchestration.run.context import Say
 from orchestration.run.job_id import JOB_VARIABLE
+from pipelines.dataset.adapter_files import is_hub_id
 from pipelines.dataset.errors import ConfigError
 from pipelines.dataset.model_fetch import HUB_ID
+from training.config import LoraConfig
 
 NODE_LOCAL = ("train.cache_dir", "train.offload_path")
 """Folders on each node's own disk."""
@@ -40,6 +43,7 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | None]]:
             yield f"evaluate.models.{number}.model", _model(model.model)
             yield f"evaluate.models.{number}.lora", model.lora
     if config.train:
+        yield "train.lora.weights", _adapters(config.train.lora)
         yield "train.cache_dir", config.train.cache_dir
         yield "train.offload_path", config.train.offload_path
 
@@ -49,6 +53,12 @@ def _model(name: str | None) -> str | None:
     if name is None or (HUB_ID.fullmatch(name) and not Path(name).exists()):
         return None
     return name
+
+
+def _adapters(lora: LoraConfig | None) -> str | None:
+    """Return the place of the adapters that training starts from, None for a hub id."""
+    weights = None if lora is None else lora.weights
+    return None if weights is None or is_hub_id(weights) else weights.removeprefix("file://")
 
 
 def is_relative(path: str) -> bool:
@@ -98,7 +108,10 @@ def locate(
 
 def shared_paths(config: RunConfig) -> dict[str, str]:
     """Return the absolute local paths that every node must see."""
-    return {key: absolute_path(path) for key, path in local_paths(config).items() if key not in NODE_LOCAL}
+    found = {key: absolute_path(path) for key, path in local_paths(config).items() if key not in NODE_LOCAL}
+    if has_sent_adapters(config):
+        found.pop("train.lora.weights", None)
+    return found
 
 
 def yaml_text(text: str) -> str:

@@ -49,6 +49,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     """
     from orchestration.rounds.series import check_parent, next_round
     from pipelines.encode.plan import with_absolute_paths
+    from training.adapter_file import pinned_digest
     from training.spec import TrainSpec, base_digest, stated_prediction
     from training.state.float32_base import float32_weights_digest
 
@@ -73,6 +74,7 @@ def train_spec(run: Run) -> TrainSpec | None:
         snapshot=pinned,
         round=following.number,
         parent=following.parent,
+        adapter_digest=pinned_digest(run.storage, run.folder, config.train.lora) if following.parent is None else None,
         is_prediction_type_stated=config.train.prediction_type == stated_prediction(base),
     )
     if spec.is_whole_in_16_bits:
@@ -132,11 +134,13 @@ def _train(run: Run, spec: TrainSpec) -> Outcome:
     from orchestration.rounds.series import finish_round, forget_old_rounds, made_from
     from orchestration.stages.gpu_wait import GpuWait
     from orchestration.stages.training_view import TrainingView
+    from training.adapter_file import keep_adapter
     from training.launch import train
     from training.state.parent import check_parent_is_there
 
     forget_old_rounds(run)
     check_parent_is_there(spec)
+    keep_adapter(spec)
     if spec.parent is not None:
         run.say(f"train     round {spec.round} starts from {spec.parent}")
     # From now on `mapo data gc` keeps what this training reads, however long it takes.

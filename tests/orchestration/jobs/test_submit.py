@@ -8,10 +8,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from orchestration.cli import main, parser
 from orchestration.commands.submit import parse_settings
@@ -209,6 +211,33 @@ def test_prompts_and_scorers_that_the_configuration_names_are_sent_too(here: Pat
         of_job = parse_config((folder / "photos.yaml").read_text(), submission.overrides)
     assert of_job.evaluate.prompts is not None
     assert (of_job.evaluate.prompts.path, of_job.evaluate.prompts.column) == ("prompts.csv", "text")
+
+
+def test_small_adapters_travel_and_large_ones_are_found_by_their_path(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "mine").mkdir()
+    file = here / "mine" / "pytorch_lora_weights.safetensors"
+    save_file({"unet.x.lora_A.weight": np.zeros((4, 8), np.float32)}, file)
+    train = {**(RUN.get("train") or {}), "lora": {"rank": 4, "weights": "mine"}}
+    (here / "photos.yaml").write_text(yaml.safe_dump(RUN | {"train": train}))
+    submission = prepare("photos.yaml", [], command="")
+    assert [path.name for path in submission.included] == [file.name]
+    assert "train.lora.weights" not in shared_paths(submission.config)
+    of_job = parse_config((here / "photos.yaml").read_text(), submission.overrides)
+    assert of_job.train is not None
+    assert of_job.train.lora is not None
+    assert of_job.train.lora.weights == file.name
+    monkeypatch.setattr("orchestration.jobs.named_files.MAX_ADAPTER_BYTES", file.stat().st_size - 1)
+    submission = prepare("photos.yaml", [], command="")
+    assert submission.included == ()
+    assert shared_paths(submission.config)["train.lora.weights"] == str(file.parent)
+    assert parse_config((here / "photos.yaml").read_text(), submission.overrides) == submission.config
+    for place in ("me/adapters", "me/adapters/mine.safetensors", "s3://bucket/mine.safetensors"):
+        (here / "photos.yaml").write_text(
+            yaml.safe_dump(RUN | {"train": {**train, "lora": {"rank": 4, "weights": place}}})
+        )
+        assert not [each for each in prepare("photos.yaml", [], command="").overrides if "weights" in each]
 
 
 def test_prompts_that_are_not_there_are_found_before_anything_is_sent(here: Path) -> None:
