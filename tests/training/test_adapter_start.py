@@ -274,6 +274,20 @@ def test_a_place_is_a_file_a_folder_or_a_url(tmp_path: Path, monkeypatch: pytest
         find_adapter(str(file))
 
 
+def test_a_remote_file_is_fetched_once_for_each_of_its_states(
+    s3_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAPO_CACHE", str(tmp_path / "cache"))
+    for number in (1, 2):
+        mine = written(tmp_path / "mine", {"unet.x.lora_A.weight": torch.full((1, number), 1.0)})
+        s3_storage.upload("mine/a.safetensors", mine)
+        found = {find_adapter(s3_storage.uri("mine")), find_adapter(s3_storage.uri("mine/a.safetensors"))}
+        assert [file.read_bytes() for file in found] == [mine.read_bytes()]
+    assert len(list((tmp_path / "cache" / "loras").glob("*.safetensors"))) == 2
+    with pytest.raises(ModelError, match="there are no adapters"):
+        find_adapter(s3_storage.uri("mine/b.safetensors"))
+
+
 CASES = {
     "sft bf16": {"method": "sft", "precision": "bf16", "ema": {"decay": 0.9}},
     "dpo 2": {"method": "dpo", "zero_stage": 2},

@@ -183,6 +183,25 @@ def test_the_parent_is_what_was_exported(storage: Storage) -> None:
     assert chosen(run) == (last, "ema")
 
 
+def test_the_adapters_that_the_first_round_started_from_may_be_gone_in_the_next(storage: Storage) -> None:
+    """Also if a version without `lora.weights` made that round."""
+    run = open_run(storage)
+    finish(run, newest(storage), base_digest="1" * 16)
+    add_rows(storage, 1)
+    following = next_round(run, newest(storage))
+    assert following.parent is not None
+    old = {"rank": 4, "alpha": None, "targets": ["to_q", "to_k", "to_v", "to_out.0"]}
+    for before in (old, old | {"weights": "mine.safetensors"}):
+        for now in ({"rank": 4}, {"rank": 4, "weights": "elsewhere/mine.safetensors"}):
+            spec = TrainSpec(
+                storage.url, "small", ModelSource("base"), "1" * 16, 0, open_run(storage, lora=now).config.train,
+                following.snapshot, following.number, replace(following.parent, lora=before),
+            )  # fmt: skip
+            check_parent(spec)
+    with pytest.raises(ConfigError, match="it was trained with"):
+        check_parent(replace(spec, parent=replace(following.parent, lora=old | {"rank": 8})))
+
+
 def test_another_base_or_other_adapters_are_one_error_that_says_what_differs(
     storage: Storage, tiny_pipeline: Path
 ) -> None:
