@@ -303,6 +303,7 @@ def checkpoint(saver: Saver, history: History, consumed: ConsumedPairs, step: in
     state = {
         "key": spec.key,
         "step": step,
+        "max_steps": spec.key_max_steps,
         "seed": spec.seed,
         "starts": saver.starts,
         "num_adam_steps": saver.state.num_steps(),

@@ -122,6 +122,7 @@ class TrainSpec:
             changes nothing except that a base which looks distilled is accepted.
         masters: Where the float32 weights of a 16-bit training of the whole UNet start: at the base's own float32
             weights, or at those rounded to 16 bits, as in versions before December 2026.
+        begun_max_steps: The `max_steps` that it began with, if it was extended since: its key stays.
     """
 
     storage_url: str
@@ -137,6 +138,7 @@ class TrainSpec:
     adapter_digest: str | None = None
     is_prediction_type_stated: bool = False
     masters: Literal["float32", "rounded"] = "float32"
+    begun_max_steps: int | None = None
 
     @property
     def storage(self) -> Storage:
@@ -151,8 +153,9 @@ class TrainSpec:
     @property
     def key(self) -> str:
         """16 hex digits for all that shapes the trained weights; checkpoints of another key are never resumed."""
+        config = self.config.model_copy(update={"max_steps": self.key_max_steps})
         shaping = {
-            "config": _shaping_config(self.config, ("prediction_type",) if self.is_prediction_type_stated else ()),
+            "config": _shaping_config(config, ("prediction_type",) if self.is_prediction_type_stated else ()),
             "loss": self.config.loss_parameters,  # with the defaults: saying a default changes nothing
             "seed": self.seed,
             "base": self.base_digest,
@@ -165,6 +168,11 @@ class TrainSpec:
         if self.starts_from_float32:
             shaping["masters"] = " ".join(filter(None, (self.masters, self.float32_digest)))
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def key_max_steps(self) -> int:
+        """The `max_steps` in its key: the one that it began with."""
+        return self.config.max_steps if self.begun_max_steps is None else self.begun_max_steps
 
     @property
     def starts_from_float32(self) -> bool:

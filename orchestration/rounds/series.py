@@ -223,7 +223,8 @@ def finish_round(run: Run, spec: TrainSpec, trained: "TrainingResult", *, num_pa
     checkpoints = {trained.checkpoint, trained.best_checkpoint, trained.best_average_checkpoint}
     manifests = {checkpoint: _manifest_digest(storage, checkpoint) for checkpoint in sorted(checkpoints)}
     data = storage.read_if_there(name)
-    if data is None or json.loads(data)["key"] != spec.key:
+    before = None if data is None else json.loads(data)
+    if before is None or before["key"] != spec.key or before["steps"] != trained.steps:
         found = describe_round(
             number=spec.round,
             key=spec.key,

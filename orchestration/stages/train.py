@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def look(run: Run) -> Look:
     """Pin the run's next round to the newest snapshot; exactly this training is then run and recorded."""
+    from orchestration.rounds.extension import num_finished
+
     spec = train_spec(run)
     if spec is None:
         from pipelines.encode.stale import refusal
@@ -30,8 +32,7 @@ def look(run: Run) -> Look:
             return Look(waits_for="ingest")
         why = refusal(run.config.encode, run.storage, include_empty_prompt=run.config.wants_empty_prompt)
         return Look(waits_for="encode", refusal=why)
-    record = run.journal.record("train")
-    is_done = record is not None and record.key == spec.key
+    is_done = num_finished(run, spec) >= spec.config.max_steps
     return Look(
         spec.key,
         is_done,
@@ -47,6 +48,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     Raises:
         ConfigError: A section is missing, or the round cannot start from its parent.
     """
+    from orchestration.rounds.extension import as_extended
     from orchestration.rounds.series import check_parent, next_round
     from pipelines.encode.plan import with_absolute_paths
     from training.adapter_file import pinned_digest
@@ -79,7 +81,7 @@ def train_spec(run: Run) -> TrainSpec | None:
     )
     if spec.is_whole_in_16_bits:
         spec = replace(spec, float32_digest=float32_weights_digest(base))
-    spec = as_begun(run, spec)
+    spec = as_extended(run, as_begun(run, spec))
     check_parent(spec)
     return spec
 
@@ -217,12 +219,17 @@ def notes(run: Run) -> Notes:
 
 
 def _notes(run: Run, spec: TrainSpec | None, *, is_done: bool) -> Notes:
+    from orchestration.rounds.extension import extension_notes
     from orchestration.stages.training_kinds import kind_notes
     from orchestration.stages.training_notes import training_notes, training_settings, version_notes
 
     config = run.config.train
     assert config
-    begun, of_version = (None, []) if spec is None else (spec.config, [*version_notes(spec), *kind_notes(spec)])
+    begun, of_version = (
+        (None, [])
+        if spec is None
+        else (spec.config, [*version_notes(spec), *extension_notes(run, spec), *kind_notes(spec)])
+    )
     if is_done:
         return Notes(remarks=tuple(of_version))
     return Notes(training_settings(config, begun), (*training_notes(config, begun), *of_version))

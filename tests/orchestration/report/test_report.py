@@ -241,7 +241,7 @@ def test_a_curve_lies_where_its_numbers_say() -> None:
     plot = interval_plot(
         "style", [("base", Interval(0.08, 0.104, 0.128), False), ("x" * 30, Interval(0.3, 0.34, 0.379), True)]
     )
-    assert (plot.frame.x(0.0), plot.frame.x(0.4), plot.height) == (146, 346, 96)
+    assert (plot.frame.x(0.0), plot.frame.x(0.4), plot.height) == (146, 342, 96)
     assert [(row.label, row.y) for row in plot.rows] == [("base", 28), ("x" * 21 + "\u2026", 58)]
 
 

@@ -278,7 +278,7 @@ def test_questions_are_read_with_their_parser(tmp_path: Path) -> None:
         ([ROWS[0], {"prompt": "a", "questions": "b"}], "`questions` is 'b', not a list of texts"),
         ([ROWS[0], {"prompt": "a", "questions": [], "words": [["a"]]}], "`words` is not a list of text"),
         ([*ROWS, ROWS[1]], r"line 4: the prompt 'a green bench' is there twice"),
-        (ROWS[:2], r"lacks 1 of 2 prompts, such as 'two cats'"),
+        (ROWS[:2], r"lack 1 of 2 prompts, such as 'two cats'"),
         ([*ROWS, {"prompt": "more", "questions": []}], r"questions about 1 of 3, .*such as 'more'"),
     ],
 )
