@@ -44,9 +44,9 @@ SUITES_HEAD = """# Suites
 
 Protocols of public benchmarks, pinned under a version: prompts by digest, images of each, sampling and judges. mapo
 ships none of their prompts; `mapo suites fetch NAME` brings them from their public place or from a folder, checks them
-against the digest, and `--to STORAGE` serves them to drivers on a cluster. Numbers of one version of a suite can be compared.
-Those of papers do not: for the same SDXL, published PickScores differ by more than any method gains, because sampling
-differs. Draw the base, DPO and your own model in one table.
+against the digest, and `--to STORAGE` serves them to drivers on a cluster. Numbers of one version of a suite can be
+compared. Those of papers cannot: for the same SDXL, published PickScores differ by more than any method gains, because
+sampling differs. Draw the base, DPO and your own model in one table.
 
 The digest is that of the parsed rows as JSON lines, so every layout in which a set is published gives the same one.
 """

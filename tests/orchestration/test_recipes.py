@@ -292,7 +292,8 @@ def test_the_rate_of_prodigy_is_a_factor_and_others_than_1_are_warned_of() -> No
         (note,) = training_notes(TrainConfig(method=method, lora=lora, optimizer="prodigy"))
         assert note == "learning rate 1 (prodigy: konstmish/prodigy, README.md: lr=1 for all networks)"
     _, warning = training_notes(TrainConfig(optimizer="prodigy", learning_rate=1e-7))
-    assert warning.startswith("warning: prodigy estimates its own step size, and a learning rate of 1e-07 multiplies it")
+    told = "warning: prodigy estimates its own step size, and a learning rate of 1e-07 multiplies it"
+    assert warning.startswith(told)
     assert "`train.prodigy.d_coef`" in warning
     assert TrainConfig(optimizer="adafactor").learning_rate == TrainConfig().learning_rate
 
