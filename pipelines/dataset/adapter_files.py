@@ -37,28 +37,41 @@ def find_adapter(place: str) -> Path:
     Raises:
         ModelError: There is no such file, it cannot be fetched, or it is not a whole safetensors file.
     """
-    file = _from_hub(place) if is_hub_id(place) else _from_storage(place)
+    if is_hub_id(place):
+        file = _from_hub(place)
+    else:
+        try:
+            file = stored_adapter(place, missing="there are no adapters", hint="check the path")
+        except StorageError as error:
+            raise ModelError(f"cannot read the adapters {place}: {error.message}", error.hint) from error
     check_safetensors(file)
     return file
 
 
-def _from_storage(place: str) -> Path:
-    """Return the file of a path or URL."""
+def stored_adapter(place: str, *, missing: str, hint: str) -> Path:
+    """Return the local file of adapters at a path or URL, which is fetched first if it is remote.
+
+    Args:
+        place: A file, a folder, or an fsspec URL of either.
+        missing: How the error for a missing file begins, such as "there is no LoRA".
+        hint: The way out of that error.
+
+    Raises:
+        ModelError: There is no such file.
+        StorageError: It cannot be read.
+    """
     parent, _, name = place.rstrip("/").rpartition("/")
-    try:
-        if name.endswith(SAFETENSORS):
-            storage = Storage(parent or ("/" if place.startswith("/") else "."))
-        else:
-            storage = Storage(place)
-            name = _name_in(storage, place)
-        if not storage.exists(name):
-            raise ModelError(f"there are no adapters {storage.uri(name)}", "check the path")
-    except StorageError as error:
-        raise ModelError(f"cannot read the adapters {place}: {error.message}", error.hint) from error
+    if name.endswith(SAFETENSORS):
+        storage = Storage(parent or ("/" if place.startswith("/") else "."))
+    else:
+        storage = Storage(place)
+        name = _name_in(storage, place, missing)
+    if not storage.exists(name):
+        raise ModelError(f"{missing} {storage.uri(name)}", hint)
     return Path(storage.path(name)) if storage.is_local else _fetched(storage, name)
 
 
-def _name_in(storage: Storage, place: str) -> str:
+def _name_in(storage: Storage, place: str, missing: str) -> str:
     """Return the name of the adapters' file in a folder."""
     names = [name for name in storage.names() if "/" not in name and name.endswith(SAFETENSORS)]
     if ADAPTER_NAME in names:
@@ -66,7 +79,7 @@ def _name_in(storage: Storage, place: str) -> str:
     if len(names) != 1:
         found = f"{len(names)} safetensors files: {', '.join(sorted(names))}" if names else "no safetensors file"
         raise ModelError(
-            f"there are no adapters in {place}: it has {found}",
+            f"{missing} in {place}: it has {found}",
             f"name the file itself, or a folder with {ADAPTER_NAME}",
         )
     return names[0]
