@@ -1,6 +1,7 @@
 """Configuration of training, export and evaluation. Imports neither ray nor torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -82,6 +83,15 @@ class TroubleConfig(Config):
     """Length of a window, in steps."""
     patience: int = Field(500, ge=1)
     """Steps that a run may go without learning a preference."""
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Raise a check's ConfigError as the ValueError that pydantic collects."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def _default_learning_rate(given: Mapping[str, Any]) -> float:
@@ -225,20 +235,16 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def method_knows_its_parameters(self) -> Self:
         """Check method and loss parameters before anything starts."""
-        try:
+        with _as_value_error():
             check_parameters(self.method, self.loss)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")
     def options_suit_the_method(self) -> Self:
         """Check that the options of the loss change something."""
         options = {name: getattr(self, name) for name in ("sft_weight", "rejected_weight", "margin_share", "safeguard")}
-        try:
+        with _as_value_error():
             check_options(self.method, **options)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")
@@ -284,10 +290,8 @@ class TrainConfig(Config):
             )
         if self.offload != "nvme" and self.offload_path is not None:
             raise ValueError("offload_path is set, but offload is not nvme\nhint: leave `train.offload_path` out")
-        try:
+        with _as_value_error():
             check_offload(self.optimizer, self.offload)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from training.data.order import noise_seed
 from training.early_exit import Notice, StopRequest
 from training.engine import Engine
 from training.image_losses import kl_of
-from training.measure import Errors, Measured, mean_gain, measure, measure_errors
+from training.measure import Errors, Measured, gain_sums, measure, measure_errors
 from training.methods import METHODS
 from training.model import Denoiser
 from training.objective import Objective, StepFacts
@@ -201,7 +201,7 @@ def step_groups(
             errors = measure_errors(learner.denoiser, objective, drawn, noise, timesteps, facts)
         gathered.append(((of_step, slot, weight), batch, errors))
         if weight:
-            gains += mean_gain(errors, objective.weights_of(timesteps, engine.device))
+            gains += gain_sums(errors, objective.weights_of(timesteps, engine.device))
     return StepFacts(kl=kl_of(*engine.sum(gains).tolist())), gathered
 
 

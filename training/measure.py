@@ -74,7 +74,7 @@ def measure_errors(
     return denoiser.errors(batch, noise_BCHW, timesteps_B, with_alignment=objective.needs_alignment, known=of_pairs)
 
 
-def mean_gain(errors: Errors, weights_B: Tensor | None) -> Tensor:
+def gain_sums(errors: Errors, weights_B: Tensor | None) -> Tensor:
     """Return the sum of the gains over the reference of all images of a micro-batch, and their number; float64 (2,).
 
     Args:

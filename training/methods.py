@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.status import JUDGED, PAIR, PRIOR
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Method:
         fine_tunes: Whether it has a term that lowers the chosen error by itself.
         kinds: The kinds of records that it learns from; others are left out of its training.
         needs_good: Whether images that are judged bad are left out too.
+        needs_mean_gain: Whether the loss of an image depends on the mean gain of the whole global batch, which is then
+            measured first.
         recipe: The method whose recipe reproduces the paper (orchestration/recipes/methods, docs/guides/recipes); None
             if there is no recipe.
     """
@@ -67,14 +70,20 @@ class Method:
     learns_preference: bool = True
     has_margin: bool = True
     fine_tunes: bool = False
-    kinds: tuple[str, ...] = ("pair",)
+    kinds: tuple[str, ...] = (PAIR,)
     needs_good: bool = False
+    needs_mean_gain: bool = False
     recipe: str | None = None
 
     @property
     def is_of_images(self) -> bool:
         """Whether the loss is of one image rather than of a pair, so that single images are learned from as well."""
-        return "judged" in self.kinds
+        return JUDGED in self.kinds
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether images of a class and all others are visited about equally often."""
+        return PRIOR in self.kinds
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -192,7 +201,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             paper="2404.04465",
             needs_reference=True,
             has_margin=False,
-            kinds=("pair", "judged"),
+            needs_mean_gain=True,
+            kinds=(PAIR, JUDGED),
         ),
         "dreambooth": Method(
             summary="DreamBooth: fine-tuning on images of a subject, with prior preservation",
@@ -204,7 +214,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             learns_preference=False,
             has_margin=False,
             fine_tunes=True,
-            kinds=("pair", "judged", "prior"),
+            kinds=(PAIR, JUDGED, PRIOR),
             needs_good=True,
         ),
         "dco": Method(
@@ -217,7 +227,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             needs_reference=True,
             learns_preference=False,
             has_margin=False,
-            kinds=("pair", "judged"),
+            kinds=(PAIR, JUDGED),
             needs_good=True,
         ),
     }

@@ -151,7 +151,7 @@ def add_lora(unet: Any, config: LoraConfig, *, seed: int, name: str = ADAPTER) -
 
 @dataclass(frozen=True)
 class Reference:
-    """The model that DPO and IPO compare with: adapters switched off, or to those of the start, or a frozen copy."""
+    """The model that a method compares with: the base without adapters, those of the start, or a frozen copy."""
 
     unet: Any
     context: Context

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from pipelines.dataset.errors import ConfigError
+from pipelines.dataset.pair import PRIOR
 from training.config import TrainConfig
 from training.data.batch import Batch
 from training.image_losses import IMAGE_LOSSES, ImageErrors, image_loss
 from training.losses import PairErrors, pair_loss, weigh_orders
 from training.methods import METHODS
 from training.model import Base
-
-PRIOR = "prior"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Objective:
     @property
     def needs_kl(self) -> bool:
         """Whether the loss of a step depends on the mean gain over its whole global batch."""
-        return self._config.method == "kto"
+        return self.method.needs_mean_gain
 
     @property
     def needs_alignment(self) -> bool:

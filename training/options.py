@@ -110,7 +110,7 @@ def check_options(
                 f"leave it out, or use one of {others}"
                 + ("; the weight of bad images is `loss: {undesirable: …}`" if method == "kto" else ""),
             )
-    if sft_weight and method in ("sft", "dreambooth"):
+    if sft_weight and known.fine_tunes and not known.has_margin:
         raise ConfigError(f"train.sft_weight would only scale {method}, which is that term itself", "leave it out")
     if margin_share != 1 and not known.fine_tunes and not sft_weight:
         raise ConfigError(

@@ -11,7 +11,7 @@ from training.data.loader import Batch, PairLoader, PairReader
 from training.data.order import validation_seed
 from training.engine import Engine
 from training.image_losses import kl_of
-from training.measure import mean_gain, measure, measure_errors
+from training.measure import gain_sums, measure, measure_errors
 from training.model import Denoiser
 from training.objective import Objective, StepFacts
 from training.schedule import AVERAGE
@@ -86,7 +86,7 @@ class Validation:
         gains = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
         for weight, batch, noise, timesteps in self._mine():
             errors = measure_errors(self._denoiser, objective, batch, noise, timesteps, StepFacts())
-            gains += weight * mean_gain(errors, objective.weights_of(timesteps, self._engine.device))
+            gains += weight * gain_sums(errors, objective.weights_of(timesteps, self._engine.device))
         return kl_of(*self._engine.sum(gains).tolist())
 
     def _mine(self) -> Iterator[tuple[float, Batch, Tensor, Tensor]]:

@@ -100,7 +100,7 @@ def load_pairs(spec: TrainSpec) -> Pairs:
     index, held_out = (
         load_index(
             spec.storage, spec.snapshot, split, labels=spec.config.labels, kinds=method.kinds,
-            only_good=method.needs_good, balance=split == TRAIN and "prior" in method.kinds,
+            only_good=method.needs_good, balance=split == TRAIN and method.is_balanced,
         )
         for split in (TRAIN, VALIDATION)
     )  # fmt: skip

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.dataset.errors import SnapshotError
 from pipelines.dataset.key_map import KeyMap, Keys, keys_of
 from pipelines.dataset.layout import latents_table, pairs_table, text_table
-from pipelines.dataset.pair import KINDS, PRIOR, TRAIN, Status
+from pipelines.dataset.pair import KINDS, TRAIN, Status
 from pipelines.dataset.storage import Storage
 from training.data.order import Plan, num_visits
 from training.data.rows import Labels, Selection, kind_numbers
@@ -73,11 +73,6 @@ class TrainedRound:
         method = METHODS[self.method]
         return Selection(TRAIN, self.labels, method.kinds, method.needs_good).where
 
-    @property
-    def is_balanced(self) -> bool:
-        """Whether images of a class and all others were visited about equally often."""
-        return PRIOR in METHODS[self.method].kinds
-
 
 @dataclass
 class SeenPairs:
@@ -126,7 +121,7 @@ def _is_seen(trained: TrainedRound, codes: NDArray[np.int32]) -> NDArray[np.bool
     sizes, kinds = counts[counts > 0].tolist(), [KINDS[code % len(KINDS)] for code in np.flatnonzero(counts)]
     if not sizes:
         return np.empty(0, bool)
-    visits = num_visits(sizes, kinds) if trained.is_balanced else [1] * len(sizes)
+    visits = num_visits(sizes, kinds) if METHODS[trained.method].is_balanced else [1] * len(sizes)
     elements = [size * times for size, times in zip(sizes, visits, strict=True)]
     plan = Plan(elements, trained.micro_batch_size, trained.global_batch_size, trained.seed)
     masks = zip(plan.seen(trained.steps), visits, strict=True)

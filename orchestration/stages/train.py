@@ -225,11 +225,9 @@ def _notes(run: Run, spec: TrainSpec | None, *, is_done: bool) -> Notes:
 
     config = run.config.train
     assert config
-    begun, of_version = (
-        (None, [])
-        if spec is None
-        else (spec.config, [*version_notes(spec), *extension_notes(run, spec), *kind_notes(spec)])
-    )
+    if spec is None:
+        return Notes(training_settings(config), tuple(training_notes(config)))
+    found = [*version_notes(spec), *extension_notes(run, spec), *kind_notes(spec)]
     if is_done:
-        return Notes(remarks=tuple(of_version))
-    return Notes(training_settings(config, begun), (*training_notes(config, begun), *of_version))
+        return Notes(remarks=tuple(found))
+    return Notes(training_settings(config, spec.config), (*training_notes(config, spec.config), *found))

@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from pipelines.dataset.pair import JUDGED, PRIOR
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import JsonObject
 from training.image_losses import ImageErrors
@@ -103,7 +104,7 @@ def image_sums(
     with torch.no_grad():
         error = errors.error.double()
         found = _of_losses(losses, error, weights_B)
-        if kind == "judged":
+        if kind == JUDGED:
             good = is_good_B.to(error.device, non_blocking=True).double()
             found |= {"good": good, "mse_good": good * error, "bad": 1 - good, "mse_bad": (1 - good) * error}
             if errors.reference is not None:
@@ -111,7 +112,7 @@ def image_sums(
                 found["judged"] = torch.ones_like(error)
                 found["judged_right"] = torch.where(gain == 0, 0.5, ((gain > 0) == (good > 0)).double())
         else:
-            name = "prior" if kind == "prior" else "alone"
+            name = "prior" if kind == PRIOR else "alone"
             found |= {name: torch.ones_like(error), f"mse_{name}": error}
         quarters = error.new_zeros(2 * NUM_QUARTERS, len(error))
         return torch.cat([_rows(found), quarters]).sum(dim=1)

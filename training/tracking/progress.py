@@ -13,7 +13,7 @@ from torch import Tensor
 from training.data.loader import Batch
 from training.engine import Engine
 from training.flops import Flops, pair_flops, peak_flops, predicted_image_flops, utilization
-from training.methods import NEEDS_REFERENCE
+from training.methods import METHODS, NEEDS_REFERENCE
 from training.run_progress import RunProgress, WorkerIdentity
 from training.spec import TrainSpec
 from training.tracking.metrics import History, MetricsWriter
@@ -94,7 +94,7 @@ class Speed:
             self._config.gradient_checkpointing,
             self._config.lora,
         )
-        if self._config.method == "kto":  # measures its global batch once more, for the reference point
+        if METHODS[self._config.method].needs_mean_gain:  # each global batch is measured once more
             more = 2 * predicted_image_flops(self._unet_config, height, width, tokens)
             found += Flops(more, more)
         return found
