@@ -1,16 +1,20 @@
 """Ingest and encode without Ray: the same units, shards and commits; for tests of encode."""
 
+import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import safetensors.torch
+import torch
 
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
 from pipelines.dataset.layout import LATENTS, TEXT, latents_table, pairs_table, text_table
 from pipelines.dataset.storage import Storage
 from pipelines.dataset.values import Row
 from pipelines.encode.encoders import Embedded, LatentEncoder, Launched, TextEncoder
-from pipelines.encode.fingerprint import fingerprint_of, note_parts
+from pipelines.encode.fingerprint import fingerprint_of, latents_fingerprint, note_parts
 from pipelines.encode.geometry import Bucket, Placed, choose_bucket, open_image, place
 from pipelines.encode.latents import LatentWriter
 from pipelines.encode.plan import Pending, pending
@@ -114,3 +118,16 @@ def place_pair(data_0: bytes, data_1: bytes, buckets: tuple[Bucket, ...]) -> tup
 def files_of(storage: Storage) -> dict[str, int]:
     root = Path(storage.path())
     return {str(file.relative_to(root)): file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
+
+
+def latents_of(
+    storage: Storage, config: EncodeConfig
+) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, list[int]]]]:
+    """Tensors and time ids of every row of latents."""
+    found = {}
+    for row in latents_table(storage, latents_fingerprint(config)).read().to_pylist():
+        data = storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        time_ids = {name: json.loads(text) for name, text in header["__metadata__"].items()}
+        found[row["pair_key"]] = (safetensors.torch.load(data), time_ids)
+    return found

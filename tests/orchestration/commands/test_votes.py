@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import http.client
 import http.server
-import io
 import json
 import os
 import re
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import yaml
 from browser import chromium, needs_chromium
+from noise_samples import put_samples
 from safetensors.numpy import load_file, save_file
 
 import orchestration
@@ -34,11 +32,9 @@ from orchestration.stages.evaluation import Cell
 from orchestration.votes.ballots import Contest
 from orchestration.votes.server import VoteServer
 from orchestration.votes.voting import Voting
-from pipelines.dataset.layout import SAMPLES, SAMPLES_SCHEMA, SCORES, fingerprints, samples_table, scores_table
-from pipelines.dataset.shard import ShardWriter
+from pipelines.dataset.layout import SAMPLES, SCORES, fingerprints, scores_table
 from pipelines.dataset.storage import Storage
 from pipelines.samples.execution import read_samples
-from pipelines.samples.png import to_png
 from pipelines.scores.vote_journal import VoteJournal
 from pipelines.scores.votes import Session
 
@@ -85,24 +81,6 @@ def cells(folder: Path) -> list[Cell]:
     evaluation = evaluation_of(run, None, None)
     models = {model.name: model for model in evaluation.models}
     return [evaluation.cell(evaluation.suites[0], models[name]) for name in MODELS]
-
-
-def put_samples(storage: Storage, cell: Cell, seed: int) -> None:
-    """Write samples as the stage does, one shard and one commit; their pixels are noise."""
-    out, rng = io.BytesIO(), np.random.default_rng(seed)
-    writer, wanted = ShardWriter(out), cell.drawing.wanted.to_pylist()
-    pixels = rng.integers(0, 256, (len(wanted), 64, 64, 3), np.uint8)
-    members = [writer.add(f"{row['sample_key']}.png", to_png(image)) for row, image in zip(wanted, pixels, strict=True)]
-    writer.close()
-    shard = f"{SAMPLES}/{cell.drawing.fingerprint}/unit.tar"
-    storage.write(shard, out.getvalue())
-    rows = [
-        row | {"status": "kept", "shard": shard, "offset": member.offset, "length": member.length,
-               "sha256": member.sha256, "width": 64, "height": 64}
-        for row, member in zip(wanted, members, strict=True)
-    ]  # fmt: skip
-    table = samples_table(storage, cell.drawing.fingerprint)
-    table.append("0" * 32, pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
 
 
 def samples(folder: Path) -> list[list[dict[str, Any]]]:

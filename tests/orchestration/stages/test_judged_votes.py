@@ -1,6 +1,5 @@
 """Votes in an evaluation: counted by the bytes of the images, read anew when there are more, and nothing is drawn."""
 
-import io
 import json
 import re
 import shutil
@@ -10,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from noise_samples import put_samples
 from report_sample import Page, sample_data
 from safetensors.numpy import load_file, save_file
 
@@ -24,16 +23,13 @@ from orchestration.report.leaderboard import leaderboard_of
 from orchestration.report.page import render_leaderboard, render_report
 from orchestration.run.context import Run
 from orchestration.stages.evaluate import evaluation_of
-from orchestration.stages.evaluation import Cell
 from orchestration.stages.judged_votes import votes_of
 from orchestration.stages.registry import STAGES
 from orchestration.votes.ballots import Contest
 from pipelines.dataset.errors import ConfigError
-from pipelines.dataset.layout import SAMPLES, SAMPLES_SCHEMA, SCORES, samples_table
-from pipelines.dataset.shard import ShardWriter
+from pipelines.dataset.layout import SAMPLES_SCHEMA, SCORES
 from pipelines.dataset.storage import Storage
 from pipelines.samples.execution import read_samples
-from pipelines.samples.png import to_png
 from pipelines.scores.foreign import read_foreign
 from pipelines.scores.imported import foreign_judge
 from pipelines.scores.imports import import_scores
@@ -84,24 +80,6 @@ def configured(weights: Path, folder: Path, **evaluate: Any) -> RunConfig:
         "encode": {"model": str(BASE), "resolution": 64, "device": "cpu"},
         "evaluate": settings | evaluate,
     }))  # fmt: skip
-
-
-def put_samples(storage: Storage, cell: Cell, seed: int) -> None:
-    """Write samples as the stage does, one shard and one commit; their pixels are noise."""
-    out, rng = io.BytesIO(), np.random.default_rng(seed)
-    writer, wanted = ShardWriter(out), cell.drawing.wanted.to_pylist()
-    pixels = rng.integers(0, 256, (len(wanted), 64, 64, 3), np.uint8)
-    members = [writer.add(f"{row['sample_key']}.png", to_png(image)) for row, image in zip(wanted, pixels, strict=True)]
-    writer.close()
-    shard = f"{SAMPLES}/{cell.drawing.fingerprint}/unit.tar"
-    storage.write(shard, out.getvalue())
-    rows = [
-        row | {"status": "kept", "shard": shard, "offset": member.offset, "length": member.length,
-               "sha256": member.sha256, "width": 64, "height": 64}
-        for row, member in zip(wanted, members, strict=True)
-    ]  # fmt: skip
-    table = samples_table(storage, cell.drawing.fingerprint)
-    table.append("0" * 32, pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA))
 
 
 def vote(config: RunConfig, models: tuple[str, str], values: Sequence[float | None], session: str = "5e" * 16) -> Any:

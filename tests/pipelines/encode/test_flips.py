@@ -1,14 +1,12 @@
 """Mirrored images: encoded beside the others where it is asked for, and without a trace where it is not."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 import torch
-from encode_steps import Counting, encode_here, files_of, ingest_here
+from encode_steps import Counting, encode_here, files_of, ingest_here, latents_of
 from factories import encoded, photo_pairs, picture, write_parquet
 from PIL import Image, ImageOps
 
@@ -48,24 +46,13 @@ def both(
     return config, flipping
 
 
-def members(storage: Storage, config: EncodeConfig) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, list[int]]]]:
-    """Tensors and time ids of every pair."""
-    found = {}
-    for row in latents_table(storage, latents_fingerprint(config)).read().to_pylist():
-        data = storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        time_ids = {name: json.loads(text) for name, text in header["__metadata__"].items()}
-        found[row["pair_key"]] = (safetensors.torch.load(data), time_ids)
-    return found
-
-
 def test_the_latents_of_a_mirrored_image_are_those_of_the_mirrored_pixels(
     storage: Storage, both: tuple[EncodeConfig, EncodeConfig]
 ) -> None:
     reference, seen = load_vae(both[1].source), 0
     rows = latents_table(storage, latents_fingerprint(both[1])).read().to_pylist()
     pairs = {row["pair_key"]: row for row in pairs_table(storage).read().to_pylist()}
-    found = members(storage, both[1])
+    found = latents_of(storage, both[1])
     for row in rows:
         pair, (tensors, time_ids) = pairs[row["pair_key"]], found[row["pair_key"]]
         bucket = row["bucket_height"], row["bucket_width"]
@@ -106,7 +93,7 @@ def test_the_other_latents_are_the_same_to_the_bit_and_stay_where_they_are(
     vae: LatentEncoder,
     text: TextEncoder,
 ) -> None:
-    without, with_flips = (members(storage, each) for each in both)
+    without, with_flips = (latents_of(storage, each) for each in both)
     assert without.keys() == with_flips.keys()
     for key, (tensors, time_ids) in without.items():
         assert set(tensors) == {"latents_0", "latents_1"}
@@ -174,7 +161,7 @@ def test_training_reads_the_orientation_that_a_record_asks_for(
         return load_index(storage, snapshot, "train"), PairReader(storage, load_texts(storage, snapshot))
 
     (index, reader), (plain_index, plain_reader) = opened(both[1]), opened(both[0])
-    stored, labels = members(storage, both[1]), set()
+    stored, labels = latents_of(storage, both[1]), set()
     for bucket, size in enumerate(index.bucket_sizes):
         for element in range(size):
             for flipped in ((False, False), (True, False), (False, True), (True, True)):

@@ -1,6 +1,5 @@
 """Single images through encode: one latent each in a bucket of their own, and nothing changes for pairs beside them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import safetensors
 import torch
-from encode_steps import Counting, encode_here, files_of, ingest_in_process
+from encode_steps import Counting, encode_here, files_of, ingest_in_process, latents_of
 from factories import encoded, photo_pairs, picture, write_parquet
 
 from pipelines.config import EncodeConfig, IngestConfig, SourceConfig
@@ -67,17 +65,6 @@ def ingested(storage: Storage, *sources: SourceConfig, image_check: Any = "full"
     ingest_in_process(IngestConfig(sources=sources, image_check=image_check), storage)
 
 
-def members(storage: Storage, config: EncodeConfig) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, list[int]]]]:
-    """Tensors and time ids of every row of latents."""
-    found = {}
-    for row in latents_table(storage, latents_fingerprint(config)).read().to_pylist():
-        data = storage.read_range(row["shard"], row["offset"], row["length"], row["sha256"])
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        time_ids = {name: json.loads(text) for name, text in header["__metadata__"].items()}
-        found[row["pair_key"]] = (safetensors.torch.load(data), time_ids)
-    return found
-
-
 def test_a_single_image_has_one_latent_in_the_bucket_of_its_own_size(
     storage: Storage, flipping: EncodeConfig, singles: SourceConfig, vae: LatentEncoder, text: TextEncoder
 ) -> None:
@@ -85,7 +72,7 @@ def test_a_single_image_has_one_latent_in_the_bucket_of_its_own_size(
     encode_here(flipping, storage, vae, text)
     reference, buckets, seen = load_vae(flipping.source), bucket_list(64, True), set()
     rows = {row["pair_key"]: row for row in pairs_table(storage).read().to_pylist()}
-    found = members(storage, flipping)
+    found = latents_of(storage, flipping)
     assert found.keys() == rows.keys()
     for row in latents_table(storage, latents_fingerprint(flipping)).read().to_pylist():
         (tensors, time_ids), single = found[row["pair_key"]], rows[row["pair_key"]]
@@ -132,7 +119,7 @@ def test_pairs_have_the_units_the_fingerprint_and_the_bytes_that_they_have_witho
     todo = encode_here(config, alone, vae, text)
     assert {unit.rows.num_rows for unit in todo.latents} == {9}, "the single images alone are encoded"
     assert before.items() <= files_of(alone).items(), "what was there is not written again"
-    assert members(alone, config).keys() == members(storage, config).keys()
+    assert latents_of(alone, config).keys() == latents_of(storage, config).keys()
     assert verify(storage) == []
 
 
@@ -203,7 +190,7 @@ def test_training_reads_what_was_encoded(
         text_table(storage, text_fingerprint(flipping)).version,
     )  # fmt: skip
     index = load_index(storage, snapshot, "train", kinds=KINDS)
-    reader, stored, counts = PairReader(storage, load_texts(storage, snapshot)), members(storage, flipping), {}
+    reader, stored, counts = PairReader(storage, load_texts(storage, snapshot)), latents_of(storage, flipping), {}
     for bucket, kind in enumerate(index.kinds):
         counts[kind] = counts.get(kind, 0) + index.bucket_sizes[bucket]
         for flipped in (False, True):
