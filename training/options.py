@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipelines.dataset.config import Config
 from pipelines.dataset.errors import ConfigError
-from training.methods import METHODS, Method
+from training.methods import METHODS
 
 DEFAULT_GAMMA = 5.0
 
@@ -98,18 +98,12 @@ def check_options(
     Raises:
         ConfigError: An option would change nothing, or nothing would be left to train on in some steps.
     """
-    known: Method = METHODS[method]
+    known = METHODS[method]
     of_margin = {
         "rejected_weight": rejected_weight != 1, "margin_share": margin_share != 1, "safeguard": safeguard is not None
     }  # fmt: skip
-    for name, is_on in of_margin.items():
-        if is_on and not known.has_margin:
-            others = ", ".join(each for each, other in METHODS.items() if other.has_margin)
-            raise ConfigError(
-                f"train.{name} is of losses that set two images against each other, and {method} does not",
-                f"leave it out, or use one of {others}"
-                + ("; the weight of bad images is `loss: {undesirable: …}`" if method == "kto" else ""),
-            )
+    if not known.has_margin and (on := [name for name, is_on in of_margin.items() if is_on]):
+        raise _no_margin(method, on[0])
     if sft_weight and known.fine_tunes and not known.has_margin:
         raise ConfigError(f"train.sft_weight would only scale {method}, which is that term itself", "leave it out")
     if margin_share != 1 and not known.fine_tunes and not sft_weight:
@@ -117,3 +111,12 @@ def check_options(
             f"train.margin_share is {margin_share:g}, but without its margin {method} has nothing to train on",
             "add `train.sft_weight`, such as 1.0, or use a method that fine-tunes as well, such as mapo_paper",
         )
+
+
+def _no_margin(method: str, option: str) -> ConfigError:
+    others = ", ".join(name for name, known in METHODS.items() if known.has_margin)
+    return ConfigError(
+        f"train.{option} is of losses that set two images against each other, and {method} does not",
+        f"leave it out, or use one of {others}"
+        + ("; the weight of bad images is `loss: {undesirable: …}`" if method == "kto" else ""),
+    )
